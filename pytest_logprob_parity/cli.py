@@ -1,0 +1,85 @@
+"""The command line: `logprob-parity show GOLDEN`, `logprob-parity diff EXPECTED ACTUAL`. No engine is needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import ParityError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit status as diff(1): 0 no difference beyond tolerance, 1 a difference, 2 trouble."""
+    parser = argparse.ArgumentParser(prog="logprob-parity", description="Look at golden traces and compare them.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    show = verbs.add_parser("show", help="what a golden holds and what it was recorded from")
+    show.add_argument("golden", type=Path)
+    diff = verbs.add_parser("diff", help="compare two traces or goldens")
+    diff.add_argument("expected", type=Path)
+    diff.add_argument("actual", type=Path)
+    for verb in (show, diff):
+        verb.add_argument("--json", action="store_true", help="print JSON")
+    given = parser.parse_args(arguments)
+    try:
+        return _show(given.golden, given.json) if given.verb == "show" else _diff(given.expected, given.actual, given.json)
+    except ParityError as error:
+        print(f"logprob-parity: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 2
+
+
+def _show(path: Path, as_json: bool) -> int:
+    from .golden import Golden, describe
+
+    golden = Golden.load(path)
+    trace = golden.trace
+    if as_json:
+        labels = {k: v for k, v in trace.to_metadata().items() if k != "token_texts"}
+        counts = {
+            "sequences": trace.num_sequences,
+            "prompts": trace.num_prompts,
+            "tokens": trace.num_tokens,
+            "top_k": trace.top_k,
+        }
+        about = {"node_id": golden.node_id, "name": golden.name, "prompts_digest": golden.prompts_digest}
+        print(json.dumps({**about, **counts, "trace": labels, "fingerprint": golden.fingerprint}, indent=1, sort_keys=True))
+        return 0
+    print("\n".join([str(path), *(f"  {line}" for line in describe(golden))]))
+    for sequence in range(min(trace.num_sequences, 8)):
+        start, stop = trace.bounds(sequence)
+        text = "".join(trace.text(t) for t in trace.completion(sequence))
+        total = float(trace.logprobs[start:stop][trace.mask[start:stop]].sum())
+        print(f"  [{sequence}] prompt {int(trace.group[sequence])}, {stop - start} tokens, logprob {total:.3f}: {text!r:.100}")
+    if trace.num_sequences > 8:
+        print(f"  and {trace.num_sequences - 8} more sequences")
+    return 0
+
+
+def _diff(expected_path: Path, actual_path: Path, as_json: bool) -> int:
+    from .comparison.verdict import compare
+    from .fingerprint import differences
+    from .golden import Golden, describe
+    from .message import failure_message
+
+    expected, actual = Golden.load(expected_path), Golden.load(actual_path)
+    comparison = compare(expected=expected.trace, actual=actual.trace)
+    apart = differences(expected.fingerprint, actual.fingerprint)
+    if as_json:
+        apart_json = [{"name": n, "expected": e, "actual": a} for n, e, a in apart]
+        print(json.dumps({**comparison.to_json(), "fingerprint_differences": apart_json}, indent=1, sort_keys=True))
+    elif comparison.passed:
+        print(f"pass: {comparison.headline}")
+    else:
+        accept = f"cp {actual_path} {expected_path}"
+        print(
+            failure_message(comparison, golden=str(expected_path), about=describe(expected), differences=apart, accept=accept)
+        )
+    return 0 if comparison.passed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,125 @@
+"""Numbers over aligned tokens: differences, KL estimates, policy ratios, support flips, entropy, agreement."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..trace import Trace
+from .alignment import Alignment
+
+Doubles = npt.NDArray[np.float64]
+
+#: PPO's clip: a policy ratio outside 1 +- this is counted.
+CLIP: Final = 0.2
+#: Rows at a time where a whole [tokens, k] column passes through the processor's cache.
+_CHUNK: Final = 65_536
+
+
+def difference_metrics(d: Doubles) -> dict[str, float]:
+    """Statistics of d = actual - expected (nats) over n finite differences; all NaN where n is 0.
+
+    k1 = E[-d] and k3 = E[r - 1 - d] with r = exp(d) estimate KL(expected || actual) for samples from expected
+    (Schulman, "Approximating KL Divergence", 2020). `ess` is (sum r)^2 / sum r^2 / n, from 0 to 1.
+    """
+    names = (
+        "mean_diff", "mean_abs_diff", "rms_diff", "p50_abs_diff", "p99_abs_diff", "max_abs_diff", "k1", "k3",
+        "mean_ratio", "max_ratio", "share_outside_clip", "ess",
+    )  # fmt: skip
+    if not len(d):
+        return dict.fromkeys(names, float("nan"))
+    absolute = np.abs(d)
+    largest = float(absolute.max())
+    if largest == 0:
+        return dict.fromkeys(names, 0.0) | {"mean_ratio": 1.0, "max_ratio": 1.0, "ess": 1.0}
+    ratio = np.exp(d)
+    mean, mean_ratio, mean_square_ratio = float(d.mean()), float(ratio.mean()), float(np.dot(ratio, ratio)) / len(d)
+    ranks = [(len(d) - 1) // 2, int(0.99 * (len(d) - 1))]
+    p50, p99 = np.partition(absolute, ranks)[ranks]
+    values = (
+        mean,
+        float(absolute.mean()),
+        float(np.sqrt(np.dot(d, d) / len(d))),
+        float(p50),
+        float(p99),
+        largest,
+        -mean,
+        mean_ratio - 1 - mean,
+        mean_ratio,
+        float(ratio.max()),
+        float(np.count_nonzero(np.abs(ratio - 1) > CLIP)) / len(d),
+        mean_ratio**2 / mean_square_ratio,
+    )
+    return dict(zip(names, values, strict=True))
+
+
+def winsorized_rms(d: Doubles, limit: float) -> float:
+    """Root mean square of d with every |d| cut off at `limit` (nats)."""
+    if not len(d):
+        return float("nan")
+    cut = np.clip(d, -limit, limit)
+    return float(np.sqrt(np.dot(cut, cut) / len(cut)))
+
+
+def sequence_rms(d: Doubles, sequences: npt.NDArray[np.int64]) -> Doubles:
+    """RMS of d for each sequence that has tokens among `sequences` (the sequence number of each d)."""
+    counts = np.bincount(sequences)
+    sums = np.bincount(sequences, weights=d * d)
+    return np.sqrt(sums[counts > 0] / counts[counts > 0])
+
+
+def sequence_numbers(trace: Trace, rows: Any) -> npt.NDArray[np.int64]:
+    """The sequence number of each selected token."""
+    numbers = np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
+    return np.asarray(numbers[rows], np.int64)
+
+
+def top_k_metrics(expected: Trace, actual: Trace, rows: Alignment) -> dict[str, float]:
+    """Top-1 agreement (0 to 1) and entropy of both sides (nats) from the top-k, with the mass that it covers.
+
+    The entropy is that of the covered part, -sum p log p: a lower bound where `mass` is below 1. Empty without top-k.
+    """
+    if not expected.top_k or not actual.top_k or not rows.tokens:
+        return {}
+    same = expected.top_token_ids[:, 0][rows.expected] == actual.top_token_ids[:, 0][rows.actual]
+    result = {"top1_agreement": float(np.mean(same))}
+    for side, trace, selected in (("expected", expected, rows.expected), ("actual", actual, rows.actual)):
+        top = trace.top_logprobs if isinstance(selected, slice) else trace.top_logprobs[selected]
+        entropy, mass = _entropy(top)
+        result |= {f"entropy_{side}": entropy, f"entropy_mass_{side}": mass}
+    return result
+
+
+def _entropy(top: npt.NDArray[np.float32]) -> tuple[float, float]:
+    total = mass = 0.0
+    for start in range(0, len(top), _CHUNK):
+        part = np.maximum(top[start : start + _CHUNK], np.float32(-100))  # -inf times 0 is 0 here, not NaN
+        p = np.exp(part)
+        mass += float(np.sum(p, dtype=np.float64))
+        p *= part
+        total -= float(np.sum(p, dtype=np.float64))
+    return total / len(top), mass / len(top)
+
+
+def top_gap_ratio(expected: Trace, actual: Trace, rows: Alignment) -> tuple[float, float, int]:
+    """How the gap between the two likeliest tokens scales from `actual` to `expected`: median, spread, positions.
+
+    A temperature T applied on one side only scales every gap by 1/T and leaves the normaliser out of it. Only positions
+    where both sides name the same two tokens, with a gap of 0.1 nats or more, are used; the spread is half the distance
+    between the quartiles.
+    """
+    if min(expected.top_k, actual.top_k) < 2 or not rows.tokens:
+        return float("nan"), float("nan"), 0
+    ids_e, ids_a = expected.top_token_ids[rows.expected, :2], actual.top_token_ids[rows.actual, :2]
+    top_e, top_a = expected.top_logprobs[rows.expected, :2], actual.top_logprobs[rows.actual, :2]
+    usable = np.all(ids_e == ids_a, axis=1) & np.all(np.isfinite(top_e) & np.isfinite(top_a), axis=1)
+    gap_e = (top_e[:, 0] - top_e[:, 1])[usable].astype(np.float64)
+    gap_a = (top_a[:, 0] - top_a[:, 1])[usable].astype(np.float64)
+    large = (gap_a >= 0.1) & (gap_e >= 0.1)
+    if np.count_nonzero(large) < 10:
+        return float("nan"), float("nan"), int(np.count_nonzero(large))
+    ratios = gap_e[large] / gap_a[large]
+    low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return float(median), float(high - low) / 2, len(ratios)

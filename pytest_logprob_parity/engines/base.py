@@ -1,0 +1,130 @@
+"""What an engine kind must do: take requests in one batched call, and say what it really runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import EngineError
+from ..spec import PROFILES, Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to write, to be forced along, or to score.
+
+    `sampling` is read for one sequence (`n` and its own `seed` play no part); `seed` is None where no random numbers
+    are drawn for it. With `forced_token_ids` the engine decodes, and each step takes the token that stands there. With
+    `scored_token_ids` it says the logprobs of those tokens in one prefill instead.
+    """
+
+    prompt_token_ids: Sequence[int]
+    sampling: Sampling
+    seed: int | None = None
+    forced_token_ids: Sequence[int] | None = None
+    scored_token_ids: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K]."""
+
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    ranks: npt.NDArray[np.int32]
+    top_token_ids: npt.NDArray[np.int32]
+    top_logprobs: npt.NDArray[np.float32]
+    finish_reason: str
+
+
+#: Settings without which two runs of one engine are not the same run; where they differ a report names them first.
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """What a started engine really uses, read back from it.
+
+    `values` are JSON values under engine-argument names; `unverified` names settings that were asked for and that the
+    engine does not tell; `forcing` says how decode replay forces tokens: `sampler`, `native`, or why it cannot.
+    """
+
+    engine: str
+    version: str
+    dtype: str
+    values: Mapping[str, Any]
+    unverified: tuple[str, ...] = ()
+    forcing: str = "sampler"
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def logprobs_mode(self) -> str:
+        """`processed_logprobs` or `raw_logprobs`: what decode logprobs mean."""
+        return str(self.values.get("logprobs_mode", "raw_logprobs"))
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The longest prompt and completion together, in tokens."""
+        value = self.values.get("max_model_len")
+        return None if value is None else int(value)
+
+    def differences_from_rl(self) -> dict[str, tuple[Any, Any]]:
+        """Where the engine differs from profile `rl`: setting -> (what `rl` pins, what the engine uses)."""
+        pins = PROFILES["rl"]
+        return {k: (v, self.values[k]) for k, v in pins.items() if k in self.values and self.values[k] != v}
+
+
+class Backend(Protocol):
+    """A started engine."""
+
+    config: ResolvedConfig
+
+    def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer all requests in one batched call, in their order. Raises EngineError; the engine is then dead."""
+        ...
+
+    def close(self) -> None:
+        """Shut down and leave nothing behind. Safe to call twice."""
+        ...
+
+
+#: How many characters of an engine's own reason a message shows.
+_REASON_WIDTH: Final = 300
+
+
+def reason_of(error: BaseException) -> str:
+    """The engine's own reason, in one line: the innermost cause's type and first telling line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if type(error).__name__ == "ValidationError" and len(lines) > 1:  # pydantic: a count, the class, then the reasons
+        lines = lines[1:]
+    text = lines[0].split(" [type=")[0] if lines else "no message"
+    return f"{type(error).__name__}: {text}"[:_REASON_WIDTH]
+
+
+def check_readback(asked: Mapping[str, Any], got: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Compare what was asked with what was read back; returns the settings that could not be read back.
+
+    Raises EngineError naming the setting, what was asked and what came.
+    """
+    unverified = []
+    for setting, value in asked.items():
+        if setting not in got:
+            unverified.append(setting)
+        elif not _same_setting(value, got[setting]):
+            raise EngineError(f"{name} did not take {setting}: asked for {value!r}, the started engine uses {got[setting]!r}")
+    return tuple(sorted(unverified))
+
+
+def _same_setting(asked: Any, got: Any) -> bool:
+    if asked == "auto" or asked is None:
+        return True
+    if isinstance(asked, Mapping) and isinstance(got, Mapping):
+        return all(key in got and _same_setting(value, got[key]) for key, value in asked.items())
+    if isinstance(asked, (list, tuple)) and isinstance(got, (list, tuple)):
+        return [str(item) for item in asked] == [str(item) for item in got]
+    if isinstance(asked, bool) or isinstance(got, bool):
+        return asked is got
+    return bool(asked == got or str(asked) == str(got))

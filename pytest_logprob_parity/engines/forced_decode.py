@@ -1,0 +1,58 @@
+"""Runs in vLLM's worker: makes the sampler take given tokens in place of the ones it drew.
+
+The logprobs are computed as ever; only then is the drawn token exchanged. A request says which tokens in
+`SamplingParams.extra_args[FORCED]`, so nothing is kept here that could go stale.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+#: Key in `SamplingParams.extra_args`: the token ids to decode, in order.
+FORCED: Final = "logprob_parity_forced"
+
+_MARK: Final = "_logprob_parity_original_sample"
+
+
+def install(worker: Any) -> str:
+    """Wrap the sampler of this worker's model runner. Returns how tokens will be forced, or why they cannot be.
+
+    Given to `collective_rpc`, or called through WorkerExtension. Doing it twice does nothing.
+    """
+    runner = getattr(worker, "model_runner", None)
+    sampler = getattr(runner, "sampler", None)
+    if runner is None or not hasattr(sampler, "sample") or not hasattr(runner, "input_batch"):
+        return f"{type(runner).__name__} has no sampler that can be wrapped"
+    assert sampler is not None
+    if getattr(runner, "speculative_config", None) is not None:
+        return "speculative decoding draws its tokens past the sampler"
+    if not hasattr(sampler, _MARK):
+        original = sampler.sample
+        setattr(sampler, _MARK, original)
+
+        def sample(logits: Any, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+            sampled, logprobs = original(logits, sampling_metadata, *args, **kwargs)
+            rows: list[int] = []
+            tokens: list[int] = []
+            for row, request_id in enumerate(runner.input_batch.req_ids):
+                request = runner.requests[request_id]
+                forced = (request.sampling_params.extra_args or {}).get(FORCED)
+                if forced is not None and (position := len(request.output_token_ids)) < len(forced):
+                    rows.append(row)
+                    tokens.append(forced[position])
+            if len(rows) == len(sampled):
+                return sampled.new_tensor(tokens), logprobs
+            if rows:
+                sampled[rows] = sampled.new_tensor(tokens)
+            return sampled, logprobs
+
+        sampler.sample = sample
+    return "sampler"
+
+
+class WorkerExtension:
+    """For `worker_extension_cls`: makes `install` reachable by name where functions cannot be sent."""
+
+    def logprob_parity_install(self) -> str:
+        """Wrap the sampler of this worker; see `install`."""
+        return install(self)

@@ -1,0 +1,124 @@
+"""An engine in a process of its own: for one that cannot start beside its predecessors, and for GPUs' memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import EngineError, ParityError
+from ..spec import EngineSpec
+from .base import Backend, Completion, Request, ResolvedConfig, reason_of
+
+_CLOSE_SECONDS: Final = 20
+
+
+class ProcessBackend:
+    """The far end of an engine that lives in a child process. If either process dies, the other one learns of it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], connection: Connection[Any, Any], log: Any) -> None:
+        self._process = process
+        self._connection = connection
+        self._log = log
+        self.config: ResolvedConfig
+
+    @classmethod
+    def start(cls, spec: EngineSpec, model: Path, tokenizer: Path) -> ProcessBackend:
+        """Start the engine of `spec` in a child process. Raises what starting it there raised."""
+        ours, theirs = Pipe()
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process does
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C is ours to handle; close() ends the whole group
+        )
+        theirs.close()
+        backend = cls(process, ours, log)
+        try:
+            backend.config = backend._ask("start", spec, model, tokenizer)
+        except BaseException:
+            backend.close()
+            raise
+        return backend
+
+    def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """See Backend.run."""
+        completions: list[Completion] = self._ask("run", list(requests))
+        return completions
+
+    def close(self) -> None:
+        """See Backend.close."""
+        self._connection.close()  # the child reads the end of the line, shuts its engine down and exits
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_CLOSE_SECONDS)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+
+    def _ask(self, *message: Any) -> Any:
+        try:
+            self._connection.send(message)
+            error, answer = self._connection.recv()
+        except (EOFError, OSError):
+            code = self._process.wait()
+            raise EngineError(f"the engine's process died (exit status {code}): {self._last_words()}") from None
+        if error is not None:
+            raise error
+        return answer
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        return lines[-1][-300:] if lines else "it left no message"
+
+
+def main(descriptor: int) -> None:
+    """The child: start one engine, answer until the line closes."""
+    connection: Connection[Any, Any] = Connection(descriptor)
+    backend: Backend | None = None
+    try:
+        while True:
+            try:
+                verb, *arguments = connection.recv()
+            except EOFError:
+                return
+            try:
+                if verb == "start":
+                    backend = start_in_process(*arguments)
+                    connection.send((None, backend.config))
+                else:
+                    assert backend is not None
+                    connection.send((None, backend.run(*arguments)))
+            except ParityError as error:
+                connection.send((type(error)(str(error)), None))
+            except Exception as error:
+                connection.send((EngineError(reason_of(error)), None))
+    finally:
+        if backend is not None:
+            backend.close()
+
+
+def start_in_process(spec: EngineSpec, model: Path, tokenizer: Path) -> Backend:
+    """Start the engine of `spec` in this process. Raises UsageError and EngineError."""
+    if spec.engine == "transformers":
+        from .transformers import TransformersBackend
+
+        return TransformersBackend.start(spec, model, tokenizer)
+    from .vllm import VllmBackend
+
+    return VllmBackend.start(spec, model, tokenizer)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

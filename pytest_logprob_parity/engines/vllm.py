@@ -1,0 +1,314 @@
+"""vLLM in this process: start it with everything pinned, read back what it took, run requests, shut it down."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from .. import fingerprint
+from ..engine_arguments import vllm_engine_arguments
+from ..errors import EngineError, UsageError
+from ..spec import EngineSpec, nearest
+from . import forced_decode
+from .base import Completion, Request, ResolvedConfig, check_readback, reason_of
+
+#: What a report and a fingerprint show of a configuration, whether it was asked for or not.
+_SHOWN: Final = (
+    "logprobs_mode", "enable_prefix_caching", "async_scheduling", "enable_chunked_prefill", "generation_config",
+    "enforce_eager", "dtype", "seed", "kv_cache_dtype", "head_dtype", "quantization", "max_model_len", "max_num_seqs",
+    "max_num_batched_tokens", "block_size", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
+    "enable_expert_parallel", "attention_backend", "compilation_mode", "cudagraph_mode", "speculative_decoding",
+    "enable_lora", "max_logprobs", "model_runner",
+)  # fmt: skip
+
+#: Environment variables that decide what a started engine is, and how they are set while it starts.
+_IN_PROCESS: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def check_settings(spec: EngineSpec) -> None:
+    """Raise UsageError for a setting that the installed vLLM does not have, with the nearest name."""
+    known = vllm_engine_arguments()
+    for name in spec.settings:
+        if known and name not in known:
+            fields = spec.field_names()
+            raise UsageError(
+                f"{name!r} is neither a field of EngineSpec nor an engine argument of the installed vLLM"
+                f"{nearest(name, [*fields, *known])}"
+            )
+
+
+class VllmBackend:
+    """A vLLM engine in this process."""
+
+    def __init__(self, llm: Any, *, asked: Mapping[str, Any], owned: bool) -> None:
+        self._llm = llm
+        self._owned = owned
+        values = _read_config(llm.llm_engine.vllm_config, asked)
+        name = f"vllm {_version()}"
+        unverified = check_readback(asked, values, name)
+        self.config = ResolvedConfig(
+            engine="vllm",
+            version=_version(),
+            dtype=str(values["dtype"]),
+            values={k: v for k, v in values.items() if k in _SHOWN or k in asked},
+            unverified=unverified,
+            forcing=_install_forcing(llm, values),
+            hardware=fingerprint.hardware(),
+        )
+
+    @classmethod
+    def start(cls, spec: EngineSpec, model: Path, tokenizer: Path) -> VllmBackend:
+        """Start the engine of `spec` in this process.
+
+        Raises UsageError for settings that the installed vLLM does not have, EngineError with the engine's own reason
+        where it does not start, and where a pinned value was ignored, dropped or replaced.
+        """
+        check_settings(spec)
+        with _environment(_IN_PROCESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the engine's own house; under -W error they would end it
+            for name, value in _ENV_DEFAULTS.items():
+                os.environ.setdefault(name, value)
+            try:
+                import vllm
+                from vllm.platforms import current_platform
+            except ImportError as error:
+                raise EngineError(
+                    f"vLLM cannot be imported ({error}); install pytest-logprob-parity[vllm] for GPUs or [cpu]"
+                ) from None
+            asked = spec.pins(cpu=bool(current_platform.is_cpu()))
+            arguments: dict[str, Any] = {
+                "model": str(model),
+                "tokenizer": str(tokenizer),
+                "worker_extension_cls": f"{forced_decode.__name__}.{forced_decode.WorkerExtension.__name__}",
+                "disable_log_stats": True,
+                "use_tqdm_on_load": False,
+                **({"revision": spec.revision} if spec.revision else {}),
+                **asked,
+            }
+            if not current_platform.is_cpu() and "enable_trace_replay" in vllm_engine_arguments():
+                arguments["enable_trace_replay"] = _v2_model_runner_is_likely()
+            llm = None
+            try:
+                llm = vllm.LLM(**arguments)
+                return cls(llm, asked=asked, owned=True)
+            except EngineError:
+                _shut_down(llm)
+                raise
+            except (Exception, SystemExit) as error:
+                _shut_down(llm)
+                raise EngineError(f"vllm {_version()} did not start ({spec}): {reason_of(error)}") from error
+
+    @classmethod
+    def adopt(cls, llm: Any) -> VllmBackend:
+        """Use an `LLM` that someone else built, as it is: nothing is pinned, and closing it is left to them."""
+        return cls(llm, asked={}, owned=False)
+
+    def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """See Backend.run."""
+        from vllm import SamplingParams
+
+        prompts = [{"prompt_token_ids": [*r.prompt_token_ids, *(r.scored_token_ids or ())]} for r in requests]
+        params = [SamplingParams(**self._parameters(r)) for r in requests]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [_completion(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def close(self) -> None:
+        """See Backend.close."""
+        llm, self._llm = self._llm, None
+        if self._owned:
+            _shut_down(llm)
+
+    def _parameters(self, request: Request) -> dict[str, Any]:
+        sampling = request.sampling
+        if request.scored_token_ids is not None:
+            return {
+                "max_tokens": 1,
+                "temperature": 0.0,
+                "prompt_logprobs": sampling.logprobs,
+                "detokenize": False,
+            } | _flat()
+        parameters: dict[str, Any] = {
+            name: getattr(sampling, name)
+            for name in (
+                "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+                "max_tokens", "min_tokens", "ignore_eos", "logprobs",
+            )
+        }  # fmt: skip
+        parameters |= {"seed": request.seed, "detokenize": bool(sampling.stop), **_flat()}
+        stop_token_ids = list(sampling.stop_token_ids)
+        if request.forced_token_ids is None:
+            return parameters | {"stop": list(sampling.stop), "stop_token_ids": stop_token_ids}
+        forced = [int(token) for token in request.forced_token_ids]
+        # min_tokens masks the stop ids, which moves the logprobs; without it they must not end the replay early.
+        parameters |= {
+            "seed": None,
+            "detokenize": False,
+            "ignore_eos": True,
+            "max_tokens": len(forced),
+            "min_tokens": min(sampling.min_tokens, len(forced)),
+            "stop_token_ids": stop_token_ids if sampling.min_tokens else [],
+        }
+        if self.config.forcing == "native":
+            if sampling.min_tokens:
+                raise EngineError("vLLM's trace replay drops the stop ids of min_tokens: it cannot replay min_tokens > 0")
+            return parameters | {"trace_decode_token_ids": forced}
+        return parameters | {"extra_args": {forced_decode.FORCED: forced}}
+
+
+def _completion(request: Request, output: Any) -> Completion:
+    written = output.outputs[0]
+    if request.scored_token_ids is not None:
+        tokens = np.asarray(request.scored_token_ids, np.int32)
+        logprobs = output.prompt_logprobs[len(request.prompt_token_ids) :]
+        reason = "unknown"
+    else:
+        tokens = np.asarray(written.token_ids, np.int32)
+        logprobs, reason = written.logprobs, str(written.finish_reason)
+    chosen, ranks, top_ids, top_logprobs = _columns(tokens, logprobs, request.sampling.logprobs)
+    return Completion(tokens, chosen, ranks, top_ids, top_logprobs, reason)
+
+
+def _columns(tokens: Any, logprobs: Any, k: int) -> tuple[Any, Any, Any, Any]:
+    """Chosen logprobs and ranks [L], top ids and logprobs [L, k] of vLLM's logprobs, flat or one dict a position."""
+    length = len(tokens)
+    if length == 0:
+        return np.empty(0, np.float32), np.empty(0, np.int32), np.empty((0, k), np.int32), np.empty((0, k), np.float32)
+    if hasattr(logprobs, "start_indices"):
+        starts = np.asarray(logprobs.start_indices[:length])
+        widths = np.asarray(logprobs.end_indices[:length]) - starts
+        if np.all(widths == k + 1):
+            # The chosen token first, then the top k; the ids are compared, for a place alone proves nothing.
+            first, last = int(starts[0]), int(starts[-1]) + k + 1
+            ids = np.asarray(logprobs.token_ids[first:last], np.int32).reshape(length, k + 1)
+            values = np.asarray(logprobs.logprobs[first:last], np.float32).reshape(length, k + 1)
+            ranks = np.asarray(logprobs.ranks[first : last : k + 1], np.int32)
+            if np.array_equal(ids[:, 0], tokens):
+                return values[:, 0].copy(), ranks, ids[:, 1:].copy(), values[:, 1:].copy()
+    chosen = np.full(length, np.nan, np.float32)
+    ranks = np.zeros(length, np.int32)
+    top_ids = np.full((length, k), -1, np.int32)
+    top_logprobs = np.full((length, k), -np.inf, np.float32)
+    for i, (token, position) in enumerate(zip(tokens.tolist(), logprobs, strict=True)):
+        if position and token in position:
+            chosen[i], ranks[i] = position[token].logprob, position[token].rank or 0
+        top = sorted((position or {}).items(), key=lambda item: (item[1].rank or 0, -item[1].logprob))[:k]
+        top_ids[i, : len(top)] = [t for t, _ in top]
+        top_logprobs[i, : len(top)] = [v.logprob for _, v in top]
+    return chosen, ranks, top_ids, top_logprobs
+
+
+def _install_forcing(llm: Any, values: Mapping[str, Any]) -> str:
+    config = llm.llm_engine.vllm_config
+    if getattr(config.model_config, "enable_trace_replay", False):
+        return "native"
+    if values.get("model_runner") == "v2":
+        return "Model Runner V2 was started without enable_trace_replay=True"
+    if getattr(config.parallel_config, "worker_extension_cls", ""):
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            return str(llm.collective_rpc("logprob_parity_install")[0])
+    try:
+        return str(llm.collective_rpc(forced_decode.install)[0])
+    except TypeError:
+        name = f"{forced_decode.__name__}.{forced_decode.WorkerExtension.__name__}"
+        return f"the engine lives in another process: build it with worker_extension_cls={name!r}"
+
+
+def _read_config(config: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The started engine's configuration as JSON values under engine-argument names, those asked for among them."""
+    model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
+    chunked = getattr(scheduler, "enable_chunked_prefill", None)
+    compilation = getattr(config, "compilation_config", None)
+    values: dict[str, Any] = {
+        "dtype": model.dtype,
+        "kv_cache_dtype": cache.cache_dtype,
+        "enable_chunked_prefill": getattr(scheduler, "chunked_prefill_enabled", None) if chunked is None else chunked,
+        "enable_lora": getattr(config, "lora_config", None) is not None,
+        "speculative_decoding": getattr(getattr(config, "speculative_config", None), "method", None),
+        "attention_backend": getattr(getattr(config, "attention_config", None), "backend", None),
+        "compilation_mode": getattr(compilation, "mode", getattr(compilation, "level", None)),
+        "cudagraph_mode": getattr(compilation, "cudagraph_mode", None),
+        "model_runner": "v2" if getattr(config, "use_v2_model_runner", False) else "v1",
+    }
+    parts = [model, cache, scheduler, config.parallel_config, getattr(config, "load_config", None), compilation]
+    parts += [getattr(config, "lora_config", None), getattr(config, "attention_config", None)]
+    for name in (*_SHOWN, *asked):
+        if name not in values:
+            for part in parts:
+                if part is not None and hasattr(part, name):
+                    values[name] = getattr(part, name)
+                    break
+    if isinstance(overrides := asked.get("hf_overrides"), dict):
+        values["hf_overrides"] = {
+            k: getattr(model, k) if k == "head_dtype" and hasattr(model, k) else getattr(model.hf_config, k, None)
+            for k in overrides
+        }
+    return {name: _json_value(value) for name, value in values.items()}
+
+
+def _json_value(value: Any) -> Any:
+    """A configuration value as JSON: dtypes and enums by name."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return getattr(value, "name", value)
+    if isinstance(value, Mapping):
+        return {str(k): _json_value(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _json_value(getattr(value, f.name, None)) for f in dataclasses.fields(value) if f.init}
+    return getattr(value, "name", str(value).removeprefix("torch."))
+
+
+def _flat() -> dict[str, bool]:
+    """Flat logprobs where this vLLM has them: a dict for each token costs more than the sampling."""
+    from vllm import SamplingParams
+
+    return {"flat_logprobs": True} if "flat_logprobs" in getattr(SamplingParams, "__struct_fields__", ()) else {}
+
+
+def _v2_model_runner_is_likely() -> bool:
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1") != "0" and importlib.util.find_spec("triton") is not None
+
+
+def _version() -> str:
+    import vllm
+
+    return str(vllm.__version__)
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _shut_down(llm: Any) -> None:
+    """Shut an engine down, or clear away what a failed start left, so that the next one can start in this process."""
+    engine = getattr(llm, "llm_engine", None)
+    core = getattr(engine, "engine_core", None)
+    if core is not None:
+        core.shutdown()
+    del llm, engine, core
+    with contextlib.suppress(ImportError):
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+    gc.collect()

@@ -1,0 +1,53 @@
+"""What goes wrong, each kind with a name of its own; the message is written for the reader, headline first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from .comparison.result import Comparison
+
+
+class ParityError(AssertionError):
+    """A check that is not met, for whatever reason. Never a skip."""
+
+    kind: ClassVar[str] = "failed"
+
+
+class UsageError(ParityError):
+    """The call, the marker or an option asks for something that does not exist or is not supported."""
+
+    kind = "usage"
+
+
+class GoldenError(ParityError):
+    """The golden cannot be used: missing, damaged, unreadable, too large, or of a newer schema."""
+
+    kind = "golden"
+
+
+class IncomparableError(ParityError):
+    """The golden belongs to other prompts, another model, tokenizer, chat template or sampling."""
+
+    kind = "incomparable"
+
+
+class EngineError(ParityError):
+    """An engine is not installed, did not start, did not take a setting, refused a request, or died."""
+
+    kind = "engine"
+
+
+class MismatchError(ParityError):
+    """The engine's numbers differ from the golden's by more than the tolerance allows, or could not be compared.
+
+    `comparison` holds what was measured.
+    """
+
+    def __init__(self, message: str, comparison: Comparison) -> None:
+        super().__init__(message)
+        self.comparison = comparison
+
+
+for _error in (ParityError, UsageError, GoldenError, IncomparableError, EngineError, MismatchError):
+    _error.__module__ = __package__  # as users import them, and as a report shows them

@@ -1,0 +1,159 @@
+"""What a golden was recorded from: digests of model, tokenizer and chat template, hardware, library versions."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from .errors import UsageError
+
+#: Parts of config.json that say how a checkpoint was written, not what it computes.
+_VOLATILE: Final = frozenset({"transformers_version", "_name_or_path", "torch_dtype", "dtype"})
+_TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+_LIBRARIES: Final = ("torch", "transformers", "tokenizers", "numpy")
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest_of(value: Any) -> str:
+    """16 hex digits of the SHA-256 of a JSON value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def find_model(model: str, root: Path) -> Path:
+    """The folder of a model: below `root`, below the current folder, or in the local hub cache. Nothing is fetched.
+
+    Raises UsageError where there is none, or where it lacks config.json.
+    """
+    for folder in (root / model, Path(model)):
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise UsageError(f"model {model!r}: {folder} has no config.json, so it is no model folder")
+            return folder.absolute()
+    cached = None
+    if model.count("/") <= 1 and not model.startswith((".", "~", "/")):
+        try:
+            from huggingface_hub import try_to_load_from_cache
+        except ImportError:
+            pass
+        else:
+            try:
+                cached = try_to_load_from_cache(model, "config.json")
+            except ValueError:
+                cached = None
+    if isinstance(cached, str):
+        return Path(cached).parent
+    raise UsageError(f"model {model!r}: no such folder (looked in {root}), and not in the local hub cache")
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """`folder`, if it holds a tokenizer. Raises UsageError, naming the files looked for."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UsageError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
+    return folder
+
+
+@functools.lru_cache(maxsize=32)
+def model_digests(model: Path, tokenizer: Path) -> Mapping[str, str]:
+    """Digests of what a model folder holds: `model`, `tokenizer`, `chat_template`.
+
+    The model's is cheap: config.json, the index and the headers of the shards (names, shapes and dtypes of all
+    tensors), not the weights. In a hub cache the files are links named by their content: those names count too.
+    """
+    parts: dict[str, Any] = {}
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    parts["config.json"] = {k: v for k, v in config.items() if k not in _VOLATILE}
+    for file in sorted(model.glob("*.safetensors*")):
+        if file.is_symlink():
+            parts[file.name] = file.resolve().name
+        elif file.suffix == ".json":
+            parts[file.name] = json.loads(file.read_text("utf-8"))
+        else:
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                parts[file.name] = hashlib.sha256(stream.read(min(length, 100_000_000))).hexdigest()
+    files = [tokenizer / n for n in (*_TOKENIZER_FILES, "merges.txt", "added_tokens.json") if (tokenizer / n).is_file()]
+    return {
+        "model": digest_of(parts),
+        "tokenizer": digest_of({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}),
+        "chat_template": digest_of(_chat_template(tokenizer)),
+    }
+
+
+def _chat_template(tokenizer: Path) -> Any:
+    file = tokenizer / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    config = tokenizer / "tokenizer_config.json"
+    return json.loads(config.read_text("utf-8")).get("chat_template") if config.is_file() else None
+
+
+def installed_version(*distributions: str) -> str | None:
+    """The version of the first of these distributions that is installed."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def libraries() -> dict[str, str]:
+    """Versions of the libraries that numbers depend on."""
+    versions = {name: installed_version(name) for name in _LIBRARIES}
+    return {name: version for name, version in versions.items() if version}
+
+
+def hardware() -> dict[str, Any]:
+    """What computes: the GPU where torch sees one, else the CPU with its number of threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return {
+            "device": torch.cuda.get_device_name(0),
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "count": torch.cuda.device_count(),
+        }
+    return {
+        "device": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Where two fingerprints differ: (dotted name, the golden's value, the value now), None for an absent one."""
+    flat_golden, flat_now = _flat(golden), _flat(now)
+    names = sorted(set(flat_golden) | set(flat_now))
+    return [(n, flat_golden.get(n), flat_now.get(n)) for n in names if flat_golden.get(n) != flat_now.get(n)]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat

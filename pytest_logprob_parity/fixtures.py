@@ -1,0 +1,188 @@
+"""The fixtures: parity_engine, parity_engines, parity_engine_factory, golden_trace."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from .errors import MismatchError, ParityError, UsageError
+
+if TYPE_CHECKING:
+    from .comparison.result import Comparison
+    from .comparison.tolerance import Tolerance
+    from .pool import Engine, Pool
+    from .spec import EngineSpec
+    from .trace import Trace
+
+#: Where a failing check leaves what it obtained, below the root.
+OBTAINED: Final = "parity-obtained"
+
+
+@pytest.fixture(scope="session")
+def parity_engine_factory() -> Any:
+    """Override it to bring your own engine: return a `vllm.LLM`, or a callable `(spec or None) -> LLM`."""
+    return None
+
+
+@pytest.fixture(scope="session")
+def parity_engines(request: pytest.FixtureRequest) -> Callable[..., Engine]:
+    """`parity_engines(spec)` or `parity_engines(model=..., dtype=...)`: a lazy handle, for wider fixtures and second engines."""
+    pool = _pool(request)
+
+    def engines(spec: EngineSpec | None = None, **settings: Any) -> Engine:
+        from .settings import make_spec
+
+        __tracebackhide__ = True
+        made = spec.replace(**settings) if spec is not None else make_spec(settings)
+        if made is None:
+            raise UsageError("parity_engines(): name a model, or give an EngineSpec")
+        return pool.engine(made)
+
+    return engines
+
+
+@pytest.fixture
+def parity_engine(request: pytest.FixtureRequest, parity_engine_factory: Any) -> Engine:
+    """The engine of this test's spec: a lazy handle, which starts when it is first asked."""
+    from .plugin import ITEM
+
+    __tracebackhide__ = True
+    spec = request.node.stash[ITEM].spec
+    pool = _pool(request)
+    if parity_engine_factory is not None:
+        given = parity_engine_factory(spec) if callable(parity_engine_factory) else parity_engine_factory
+        return pool.adopt(given)
+    if spec is None:
+        raise UsageError(
+            'no model: mark the test with @pytest.mark.logprob_parity(model="..."), or set model=... under parity_engine'
+            " in the ini file"
+        )
+    return pool.engine(spec)
+
+
+@pytest.fixture
+def golden_trace(request: pytest.FixtureRequest) -> GoldenTrace:
+    """The goldens of this test: `golden_trace.check(parity_engine, prompts=..., sampling=...)`."""
+    return GoldenTrace(request)
+
+
+def _pool(request: pytest.FixtureRequest) -> Pool:
+    from .plugin import pool_of
+
+    return pool_of(request.config)
+
+
+class GoldenTrace:
+    """The goldens of one test, by name."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        from .plugin import ITEM, SESSION
+
+        self._item: pytest.Item = request.node
+        self._config = request.config
+        self._session = request.config.stash[SESSION]
+        settings = request.node.stash.get(ITEM, None)
+        self._node_id = settings.node_id if settings is not None else request.node.nodeid
+        self._names: set[str] = set()
+
+    def path(self, name: str | None = None) -> Path:
+        """Where the golden of the check `name` lives."""
+        from .golden import golden_path
+
+        return golden_path(self._session.golden_dir, self._node_id, name or "")
+
+    def check(
+        self,
+        engine_or_trace: Engine | Trace,
+        *,
+        prompts: Sequence[Any] | None = None,
+        sampling: Any = None,
+        name: str | None = None,
+        replay: Sequence[str] = ("decode", "regenerate"),
+        tolerance: Tolerance | Mapping[str, Any] | None = None,
+    ) -> Comparison:
+        """Hold an engine, or a trace, against this test's golden; under `--update-golden` make it the golden.
+
+        `prompts` are strings, lists of token ids or message lists; `sampling` a Sampling, dict or vllm.SamplingParams;
+        `name` tells several checks of one test apart. Returns the comparison, for those who log it.
+
+        Raises ParityError; see check_golden.
+        """
+        __tracebackhide__ = True
+        path = self.path(name)
+        try:
+            comparison = self._check(
+                path, engine_or_trace, name, prompts=prompts, sampling=sampling, replay=replay, tolerance=tolerance
+            )
+        except ParityError as error:
+            verdict = error.comparison.verdict if isinstance(error, MismatchError) else ""
+            self._note(name, path, {"unverified": "unverified"}.get(verdict, error.kind), str(error).splitlines()[0])
+            if isinstance(error, MismatchError):
+                self._keep_obtained(path, error.comparison)
+            # The message says it all; the frames and causes below would bury it.
+            raise error.with_traceback(None) from None
+        self._note(name, path, "recorded" if comparison.recorded else "passed", comparison.headline, comparison.metrics)
+        return comparison
+
+    def _check(self, path: Path, engine: Engine | Trace, name: str | None, **arguments: Any) -> Comparison:
+        from .check import Context, check_golden
+
+        __tracebackhide__ = True
+        if (name or "") in self._names:
+            raise UsageError(
+                f"two checks named {name!r} in one test"
+                if name
+                else "a second check in one test needs a name: check(..., name='...')"
+            )
+        self._names.add(name or "")
+        context = Context(
+            node_id=self._node_id,
+            name=name or "",
+            shown_path=self._relative(path),
+            accept=self._accept(),
+            tolerance_lines=tuple(self._config.getini("parity_tolerance")),
+            max_megabytes=float(self._config.getini("parity_max_golden_mb")),
+        )
+        update = self._session.update
+        record = update == "all" or (update == "missing" and not path.exists())
+        try:
+            return check_golden(path, engine, update=record, context=context, **arguments)
+        except ParityError as error:
+            if update != "failed" or error.kind not in ("failed", "golden", "incomparable"):
+                raise
+        return check_golden(path, engine, update=True, context=context, **arguments)
+
+    def _accept(self) -> str:
+        settings = "".join(f" --parity-set {shlex.quote(s)}" for s in self._config.getoption("--parity-set"))
+        return f"pytest {shlex.quote(self._node_id)} --update-golden{settings}"
+
+    def _relative(self, path: Path) -> str:
+        root = self._config.rootpath
+        return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+    def _keep_obtained(self, path: Path, comparison: Comparison) -> None:
+        """What the engine said instead, for reports and for accepting it; a full disk is no reason to hide the failure."""
+        folder = self._config.rootpath / OBTAINED
+        try:
+            folder.mkdir(exist_ok=True)
+            (folder / ".gitignore").write_text("*\n", "utf-8")
+            inside = path.relative_to(self._session.golden_dir)
+            comparison.actual.save(folder / inside)
+        except OSError:
+            return
+
+    def _note(
+        self, name: str | None, path: Path, outcome: str, headline: str, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        from .plugin import note_outcome
+
+        record: dict[str, Any] = {"outcome": outcome, "golden": self._relative(path), "headline": headline}
+        if name:
+            record["name"] = name
+        if metrics:
+            record["metrics"] = {k: v for k, v in metrics.items() if v == v and abs(v) != float("inf")}
+        note_outcome(self._item, record)

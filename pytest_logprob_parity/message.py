@@ -1,0 +1,140 @@
+"""What a person reads when a check fails: headline, how many of how many, the worst tokens, what differs, what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+from .comparison.result import Comparison, TokenDiff
+from .trace import Trace
+
+_LABEL: Final = 13
+_SHOWN_DIFFERENCES: Final = 12
+_SHOWN_TEXT: Final = 48
+
+
+def failure_message(
+    comparison: Comparison,
+    *,
+    golden: str,
+    about: Sequence[str],
+    differences: Sequence[tuple[str, Any, Any]],
+    accept: str,
+) -> str:
+    """The whole message, complete without -vv.
+
+    `golden` names the file, `about` describes it, `differences` are those of the fingerprints, `accept` is the command
+    that makes the new numbers the golden.
+    """
+    blocks = [
+        _fields(("golden", [golden, *about]), ("now", [_side(comparison.actual)])),
+        "\n".join(_numbers(comparison)),
+        "\n".join(_worst_tokens(comparison)),
+        _fields(
+            ("findings", [str(f) for f in comparison.findings]),
+            ("free run", [] if comparison.free_run is None else [str(comparison.free_run)]),
+            ("differs", _difference_lines(differences)),
+            ("note", list(comparison.notes)),
+        ),
+        _fields(("to accept", [accept])),
+    ]
+    return "\n\n".join([f"{comparison.verdict}: {comparison.headline}", *filter(None, blocks)])
+
+
+def _side(trace: Trace) -> str:
+    return (
+        f"{trace.engine} {trace.engine_version}, {trace.dtype}, {trace.distribution()} logprobs by {trace.replay or trace.path}"
+    )
+
+
+def _fields(*rows: tuple[str, list[str]]) -> str:
+    lines = []
+    for label, values in rows:
+        for number, value in enumerate(values):
+            lines.append(f"{label if number == 0 else '':<{_LABEL}}{value}")
+    return "\n".join(lines)
+
+
+def _not_subtracted(comparison: Comparison) -> bool:
+    return comparison.expected.distribution() != comparison.actual.distribution()
+
+
+def _numbers(comparison: Comparison) -> list[str]:
+    numbers = comparison.metrics
+    total = int(numbers["n_tokens"])
+    if _not_subtracted(comparison):
+        return [
+            f"{int(numbers['n_changed']):,} of {total:,} logprobs are other numbers. The two columns mean different things:"
+            " they are shown side by side and not subtracted."
+        ]
+    if not total:
+        return []
+    changed = [g for g in comparison.gates if g.name.startswith("tokens off by")]
+    lines = [
+        f"compared     {total:,} tokens of {int(numbers['n_sequences'])} sequences ({numbers['coverage']:.1%} of the golden)"
+    ]
+    if changed:
+        gate = changed[0]
+        lines.append(
+            f"{gate.name.replace('tokens off by', 'off by')}: {int(gate.value):,} / {total:,} tokens ({gate.value / total:.1%})"
+        )
+    if comparison.worst:
+        worst = comparison.worst[0]
+        lines.append(
+            f"greatest     |d| {abs(worst.diff):.3g} nats at sequence {worst.sequence} (prompt {worst.group}, sample "
+            f"{worst.sample}), position {worst.position}: {worst.text!r}"
+        )
+    lines.append(f"{'':<34}{'measured':>12}{'allowed':>12}")
+    for gate in comparison.gates:
+        mark = "" if gate.ok else "  <-- exceeds"
+        lines.append(f"  {gate.name:<32}{gate.value:>12.4g}{gate.limit:>12.4g} {gate.unit}{mark}")
+    lines.append(_shown("shown, not judged: ", numbers))
+    if comparison.policy_metrics:
+        lines.append(_shown("without truncation: ", comparison.policy_metrics))
+    return lines
+
+
+def _shown(label: str, numbers: Any) -> str:
+    names = (
+        ("mean d", "mean_diff"), ("mean |d|", "mean_abs_diff"), ("p50 |d|", "p50_abs_diff"), ("p99 |d|", "p99_abs_diff"),
+        ("KL k1", "k1"), ("k3", "k3"), ("mean ratio", "mean_ratio"), ("max ratio", "max_ratio"), ("ESS", "ess"),
+        ("top-1 agreement", "top1_agreement"),
+    )  # fmt: skip
+    parts = [f"{text} {numbers[key]:.4g}" for text, key in names if key in numbers and math.isfinite(numbers[key])]
+    if "entropy_expected" in numbers:
+        parts.append(
+            f"entropy {numbers['entropy_expected']:.4g} -> {numbers['entropy_actual']:.4g} nats"
+            f" (top-k covers {numbers['entropy_mass_expected']:.1%})"
+        )
+    return label + ", ".join(parts)
+
+
+def _worst_tokens(comparison: Comparison) -> list[str]:
+    if not comparison.worst:
+        return []
+    subtracted = not _not_subtracted(comparison)
+    head = f"{'sequence':>8} {'position':>8}  {'golden (rank)':>16} {'now (rank)':>16}"
+    lines = [head + (f" {'d':>9}" if subtracted else "") + "  token, after"]
+    for token in comparison.worst:
+        golden = f"{token.expected:.4f} ({token.expected_rank or '?'})"
+        now = "excluded" if math.isinf(token.actual) else f"{token.actual:.4f} ({token.actual_rank or '?'})"
+        line = f"{token.sequence:>8} {token.position:>8}  {golden:>16} {now:>16}"
+        if subtracted:
+            line += f" {token.diff:>+9.3g}"
+        lines.append(f"{line}  {token.text!r} after {_before(comparison.expected, token)!r}")
+    return lines
+
+
+def _before(trace: Trace, token: TokenDiff) -> str:
+    """The text before a token, its end only; of the prompt where the completion has just begun."""
+    ids = trace.prompt(token.sequence) + trace.completion(token.sequence)[: token.position]
+    text = "".join(trace.text(i) for i in ids[-_SHOWN_TEXT:])
+    return text if len(text) <= _SHOWN_TEXT else "..." + text[-_SHOWN_TEXT:]
+
+
+def _difference_lines(differences: Sequence[tuple[str, Any, Any]]) -> list[str]:
+    lines = [f"{name}: {golden!r} in the golden, {now!r} now" for name, golden, now in differences[:_SHOWN_DIFFERENCES]]
+    if len(differences) > _SHOWN_DIFFERENCES:
+        lines.append(f"and {len(differences) - _SHOWN_DIFFERENCES} more")
+    return lines or ["nothing in the fingerprints: same engine, version, configuration, hardware and libraries"]

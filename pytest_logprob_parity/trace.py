@@ -1,0 +1,433 @@
+"""Trace: what an engine said of tokens, as columns with their meaning. No engine and no pytest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from . import container
+from .errors import UsageError
+from .spec import Sampling
+
+IntArray = npt.NDArray[np.int32]
+LongArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+SCHEMA: Final = 1
+LOGPROBS_MODES: Final = ("processed_logprobs", "raw_logprobs")
+PATHS: Final = ("decode", "prefill")
+
+#: Why a sequence ended, as coded in the column `finish_reasons`.
+FINISH_REASONS: Final = ("unknown", "stop", "length", "abort")
+
+#: In the column `seeds`: the sequence cannot be sampled again, for nobody knows its seed.
+NO_SEED: Final = -1
+
+#: Column -> (dtype, what its first axis counts, whether every trace has it). The file format, and the order of reading.
+COLUMNS: Final[Mapping[str, tuple[str, str, bool]]] = {
+    "prompt_token_ids": ("int32", "prompt tokens", True),
+    "prompt_offsets": ("int64", "groups + 1", True),
+    "token_ids": ("int32", "tokens", True),
+    "sequence_offsets": ("int64", "sequences + 1", True),
+    "logprobs": ("float32", "tokens", True),
+    "ranks": ("int32", "tokens", True),
+    "mask": ("bool", "tokens", True),
+    "top_token_ids": ("int32", "tokens", True),
+    "top_logprobs": ("float32", "tokens", True),
+    "finish_reasons": ("uint8", "sequences", True),
+    "group": ("int32", "sequences", True),
+    "sample": ("int32", "sequences", True),
+    "episode": ("int32", "sequences", True),
+    "turn": ("int32", "sequences", True),
+    "seeds": ("int64", "sequences", True),
+    "untruncated_logprobs": ("float32", "tokens", False),
+    "weight_versions": ("int32", "tokens", False),
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens that one request of an engine wrote: `token_ids[start:stop]` of sequence `sequence`.
+
+    A sequence has one segment, or, where masked tokens of the environment stand between, one for each turn.
+    """
+
+    sequence: int
+    turn: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Completions and what an engine said of their tokens.
+
+    N tokens in S sequences that complete G prompts (groups); K top logprobs a token. Logprobs are natural logarithms
+    (nats); `-inf` is a token that truncation excluded, NaN one the engine said nothing of; a top-k place that is not
+    used has id -1 and logprob -inf.
+
+    - `prompt_token_ids` [prompt tokens], `prompt_offsets` [G + 1]
+    - `token_ids` [N], `sequence_offsets` [S + 1]
+    - `logprobs` [N]: of the token that stands there; `ranks` [N]: its rank, from 1 (0: unknown)
+    - `mask` [N]: False where the environment wrote the token (tool output): never compared
+    - `top_token_ids`, `top_logprobs` [N, K], likeliest first
+    - `finish_reasons` [S]: index into FINISH_REASONS
+    - `group`, `sample`, `episode`, `turn`, `seeds` [S]
+    - `untruncated_logprobs` [N]: processed by temperature and penalties alone, where `logprobs` are truncated
+    - `weight_versions` [N]: which weights wrote the token
+
+    What the numbers mean: `logprobs_mode`, `path`, `sampling`, `engine`, `engine_version`, `dtype`; `replay` says how a
+    replay forced its tokens. `token_texts` maps ids to text, for reports on machines without the tokenizer.
+    """
+
+    prompt_token_ids: IntArray
+    prompt_offsets: LongArray
+    token_ids: IntArray
+    sequence_offsets: LongArray
+    logprobs: FloatArray
+    ranks: IntArray
+    mask: BoolArray
+    top_token_ids: IntArray
+    top_logprobs: FloatArray
+    finish_reasons: npt.NDArray[np.uint8]
+    group: IntArray
+    sample: IntArray
+    episode: IntArray
+    turn: IntArray
+    seeds: LongArray
+    untruncated_logprobs: FloatArray | None = None
+    weight_versions: IntArray | None = None
+
+    logprobs_mode: str = "processed_logprobs"
+    path: str = "decode"
+    sampling: Sampling = field(default_factory=Sampling)
+    engine: str = "unknown"
+    engine_version: str = "unknown"
+    dtype: str = "unknown"
+    replay: str = ""
+    token_texts: Mapping[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES), ("path", self.path, PATHS)):
+            if value not in known:
+                raise UsageError(f"Trace({name}={value!r}): known are {', '.join(known)}")
+        tokens, sequences, groups = len(self.token_ids), len(self.sequence_offsets) - 1, len(self.prompt_offsets) - 1
+        lengths = {
+            "prompt tokens": len(self.prompt_token_ids),
+            "groups + 1": groups + 1,
+            "tokens": tokens,
+            "sequences + 1": sequences + 1,
+            "sequences": sequences,
+        }
+        for name, (dtype, axis, needed) in COLUMNS.items():
+            column = getattr(self, name)
+            if column is None and not needed:
+                continue
+            if len(column) != lengths[axis]:
+                raise UsageError(f"Trace column {name} has {len(column)} rows, {axis} are {lengths[axis]}")
+            if column.dtype != np.dtype(dtype):
+                raise UsageError(f"Trace column {name} is {column.dtype}, expected {dtype}")
+        if self.top_token_ids.ndim != 2 or self.top_token_ids.shape != self.top_logprobs.shape:
+            raise UsageError("Trace columns top_token_ids and top_logprobs must have one shape, [tokens, k]")
+        for name, last in (("prompt_offsets", len(self.prompt_token_ids)), ("sequence_offsets", tokens)):
+            offsets = getattr(self, name)
+            if offsets[0] != 0 or offsets[-1] != last or np.any(np.diff(offsets) < 0):
+                raise UsageError(f"Trace column {name} must rise from 0 to {last}")
+        if sequences and (self.group.min() < 0 or self.group.max() >= groups):
+            raise UsageError(f"Trace column group points outside its {groups} prompts")
+
+    # -- making one ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_sequences(
+        cls,
+        sequences: Sequence[Mapping[str, Any]],
+        *,
+        logprobs_mode: str = "processed_logprobs",
+        path: str = "decode",
+        sampling: Any = None,
+        engine: str = "unknown",
+        engine_version: str = "unknown",
+        dtype: str = "unknown",
+        token_texts: Mapping[int, str] | None = None,
+    ) -> Trace:
+        """A trace of rollouts in hand.
+
+        Each sequence is a mapping with `prompt_token_ids`, `token_ids` and `logprobs` (nats, one a token, None where
+        there is none), and optionally `top_logprobs` (one `{token id: logprob}` a token), `ranks`, `mask` (False for
+        tokens of the environment), `finish_reason`, `group`, `sample`, `episode`, `turn`, `seed`, `weight_versions`,
+        `untruncated_logprobs`. Sequences with equal prompts form a group.
+
+        Raises UsageError naming the sequence and the key that does not fit.
+        """
+        if not sequences:
+            raise UsageError("Trace.from_sequences: no sequences")
+        known = {
+            "prompt_token_ids", "token_ids", "logprobs", "top_logprobs", "ranks", "mask", "finish_reason", "group",
+            "sample", "episode", "turn", "seed", "weight_versions", "untruncated_logprobs",
+        }  # fmt: skip
+        prompts: dict[Any, int] = {}
+        prompt_ids: list[Sequence[int]] = []
+        rows: dict[str, list[Any]] = {name: [] for name in ("group", "sample", "episode", "turn", "seeds", "finish")}
+        parts: dict[str, list[Any]] = {
+            name: [] for name in ("token_ids", "logprobs", "ranks", "mask", "untruncated_logprobs", "weight_versions")
+        }
+        tops: list[Mapping[int, float]] = []
+        counts: dict[int, int] = {}
+        for index, sequence in enumerate(sequences):
+            where = f"Trace.from_sequences: sequence {index}"
+            unknown = sorted(set(sequence) - known)
+            if unknown:
+                raise UsageError(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+            for name in ("prompt_token_ids", "token_ids", "logprobs"):
+                if sequence.get(name) is None:
+                    raise UsageError(f"{where} lacks {name}")
+            length = len(sequence["token_ids"])
+            for name in ("logprobs", "top_logprobs", "ranks", "mask", "untruncated_logprobs", "weight_versions"):
+                column = sequence.get(name)
+                if column is not None and len(column) != length:
+                    raise UsageError(f"{where} has {length} token_ids but {len(column)} {name}")
+            prompt = tuple(int(t) for t in sequence["prompt_token_ids"])
+            key = (sequence["group"], prompt) if "group" in sequence else prompt
+            if key not in prompts:
+                prompts[key] = len(prompt_ids)
+                prompt_ids.append(prompt)
+            group = prompts[key]
+            reason = sequence.get("finish_reason") or "unknown"
+            rows["group"].append(group)
+            rows["sample"].append(sequence.get("sample", counts.get(group, 0)))
+            counts[group] = counts.get(group, 0) + 1
+            rows["episode"].append(sequence.get("episode", index))
+            rows["turn"].append(sequence.get("turn", 0))
+            rows["seeds"].append(NO_SEED if sequence.get("seed") is None else sequence["seed"])
+            rows["finish"].append(FINISH_REASONS.index(reason) if reason in FINISH_REASONS else 0)
+            parts["token_ids"].append(np.asarray(sequence["token_ids"], np.int32))
+            parts["logprobs"].append(np.array([np.nan if v is None else v for v in sequence["logprobs"]], np.float32))
+            mask = sequence.get("mask")
+            parts["mask"].append(np.ones(length, bool) if mask is None else np.asarray(mask, bool))
+            ranks = sequence.get("ranks")
+            parts["ranks"].append(np.zeros(length, np.int32) if ranks is None else np.asarray(ranks, np.int32))
+            for name in ("untruncated_logprobs", "weight_versions"):
+                if sequence.get(name) is not None:
+                    parts[name].append(np.asarray(sequence[name]))
+            tops.extend(sequence.get("top_logprobs") or [{}] * length)
+        k = max((len(top) for top in tops), default=0)
+        top_ids = np.full((len(tops), k), -1, np.int32)
+        top_logprobs = np.full((len(tops), k), -np.inf, np.float32)
+        for i, top in enumerate(tops):
+            if top:
+                order = sorted(top.items(), key=lambda item: -item[1])
+                top_ids[i, : len(top)] = [t for t, _ in order]
+                top_logprobs[i, : len(top)] = [v for _, v in order]
+        for name in ("untruncated_logprobs", "weight_versions"):
+            if parts[name] and len(parts[name]) != len(sequences):
+                raise UsageError(f"Trace.from_sequences: some sequences have {name} and some have not")
+        prompt_rows = [np.asarray(p, np.int32) for p in prompt_ids]
+        return cls.from_arrays(
+            prompt_token_ids=np.concatenate(prompt_rows),
+            prompt_offsets=offsets_of(prompt_rows),
+            token_ids=np.concatenate(parts["token_ids"]),
+            sequence_offsets=offsets_of(parts["token_ids"]),
+            logprobs=np.concatenate(parts["logprobs"]),
+            ranks=np.concatenate(parts["ranks"]),
+            mask=np.concatenate(parts["mask"]),
+            top_token_ids=top_ids,
+            top_logprobs=top_logprobs,
+            finish_reasons=rows["finish"],
+            group=rows["group"],
+            sample=rows["sample"],
+            episode=rows["episode"],
+            turn=rows["turn"],
+            seeds=rows["seeds"],
+            untruncated_logprobs=np.concatenate(parts["untruncated_logprobs"]) if parts["untruncated_logprobs"] else None,
+            weight_versions=np.concatenate(parts["weight_versions"]) if parts["weight_versions"] else None,
+            logprobs_mode=logprobs_mode,
+            path=path,
+            sampling=Sampling.of(sampling),
+            engine=engine,
+            engine_version=engine_version,
+            dtype=dtype,
+            token_texts=token_texts or {},
+        )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        *,
+        prompt_token_ids: npt.ArrayLike,
+        prompt_offsets: npt.ArrayLike,
+        token_ids: npt.ArrayLike,
+        sequence_offsets: npt.ArrayLike,
+        logprobs: npt.ArrayLike,
+        group: npt.ArrayLike | None = None,
+        top_token_ids: npt.ArrayLike | None = None,
+        top_logprobs: npt.ArrayLike | None = None,
+        sampling: Any = None,
+        **others: Any,
+    ) -> Trace:
+        """A trace from columns (see the class for names, shapes and units); arrays of the right dtype are not copied.
+
+        Without `group` every sequence has the prompt at its own place. Raises UsageError for columns that do not fit.
+        """
+        offsets = np.asarray(sequence_offsets, np.int64)
+        tokens, sequences = len(np.asarray(token_ids)), len(offsets) - 1
+        groups = np.arange(sequences) if group is None else np.asarray(group)
+        defaults: dict[str, Any] = {
+            "ranks": np.zeros(tokens, np.int32),
+            "mask": np.ones(tokens, bool),
+            "finish_reasons": np.zeros(sequences, np.uint8),
+            "sample": _sample_numbers(groups),
+            "episode": np.arange(sequences),
+            "turn": np.zeros(sequences, np.int32),
+            "seeds": np.full(sequences, NO_SEED),
+            "untruncated_logprobs": None,
+            "weight_versions": None,
+        }
+        columns = {
+            "prompt_token_ids": prompt_token_ids,
+            "prompt_offsets": prompt_offsets,
+            "token_ids": token_ids,
+            "sequence_offsets": offsets,
+            "logprobs": logprobs,
+            "group": groups,
+            "top_token_ids": np.empty((tokens, 0), np.int32) if top_token_ids is None else top_token_ids,
+            "top_logprobs": np.empty((tokens, 0), np.float32) if top_logprobs is None else top_logprobs,
+            **{name: value if others.get(name) is None else others[name] for name, value in defaults.items()},
+        }
+        meaning = {k: v for k, v in others.items() if k not in defaults}
+        arrays = {n: None if c is None else np.asarray(c, COLUMNS[n][0]) for n, c in columns.items()}
+        return cls(**arrays, sampling=Sampling.of(sampling), **meaning)  # type: ignore[arg-type]
+
+    # -- looking at it ------------------------------------------------------------------------------------------------
+
+    @property
+    def num_tokens(self) -> int:
+        """N: all tokens, masked ones too."""
+        return len(self.token_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        """S: completions."""
+        return len(self.sequence_offsets) - 1
+
+    @property
+    def num_prompts(self) -> int:
+        """G: prompts (groups)."""
+        return len(self.prompt_offsets) - 1
+
+    @property
+    def top_k(self) -> int:
+        """K: top logprobs kept for each token."""
+        return int(self.top_logprobs.shape[1])
+
+    def bounds(self, sequence: int) -> tuple[int, int]:
+        """Where sequence `sequence` begins and ends among the tokens."""
+        return int(self.sequence_offsets[sequence]), int(self.sequence_offsets[sequence + 1])
+
+    def prompt(self, sequence: int) -> list[int]:
+        """Token ids of the prompt of sequence `sequence`."""
+        group = int(self.group[sequence])
+        ids: list[int] = self.prompt_token_ids[self.prompt_offsets[group] : self.prompt_offsets[group + 1]].tolist()
+        return ids
+
+    def completion(self, sequence: int) -> list[int]:
+        """Token ids of sequence `sequence`, masked ones included."""
+        start, stop = self.bounds(sequence)
+        ids: list[int] = self.token_ids[start:stop].tolist()
+        return ids
+
+    def text(self, token_id: int) -> str:
+        """The text of a token where it is known, else its id in angle brackets."""
+        return self.token_texts.get(int(token_id), f"<{int(token_id)}>")
+
+    def segments(self) -> Iterator[Segment]:
+        """The runs of unmasked tokens, sequence by sequence."""
+        for sequence in range(self.num_sequences):
+            start, stop = self.bounds(sequence)
+            edges = np.flatnonzero(np.diff(np.concatenate([[False], self.mask[start:stop], [False]]).astype(np.int8)))
+            for turn, (first, last) in enumerate(edges.reshape(-1, 2).tolist()):
+                yield Segment(sequence, turn, start + first, start + last)
+
+    def distribution(self) -> str:
+        """What `logprobs` are logarithms of, in words: `raw`, or `processed (T=0.7, top-p 0.9)`.
+
+        Where raw and processed coincide under the trace's sampling, both are called `raw`.
+        """
+        if self.logprobs_mode == "raw_logprobs" or self.sampling.raw_is_processed:
+            return "raw"
+        return f"processed ({self.sampling.processing()})"
+
+    def with_(self, **changes: Any) -> Trace:
+        """A copy with other columns or labels."""
+        return replace(self, **changes)
+
+    # -- keeping it ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the trace to a safetensors file, atomically. Raises OSError."""
+        container.write(Path(path), self.to_columns(), {"schema": SCHEMA, "trace": self.to_metadata()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read a trace from its file, or out of a golden. Raises GoldenError naming what is wrong with the file."""
+        columns, metadata = container.read(Path(path))
+        return cls.from_file_parts(columns, metadata, Path(path))
+
+    def to_columns(self) -> dict[str, npt.NDArray[Any]]:
+        """The columns that are there, by name."""
+        return {name: column for name in COLUMNS if (column := getattr(self, name)) is not None}
+
+    def to_metadata(self) -> dict[str, Any]:
+        """The labels as JSON values."""
+        return {
+            "logprobs_mode": self.logprobs_mode,
+            "path": self.path,
+            "sampling": self.sampling.to_json(),
+            "engine": self.engine,
+            "engine_version": self.engine_version,
+            "dtype": self.dtype,
+            "replay": self.replay,
+            "token_texts": {str(k): v for k, v in sorted(self.token_texts.items())},
+        }
+
+    @classmethod
+    def from_file_parts(cls, columns: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any], path: Path) -> Trace:
+        """The inverse of `to_columns` and `to_metadata`. Raises GoldenError for a file that is no trace."""
+        missing = [name for name, (_, _, needed) in COLUMNS.items() if needed and name not in columns]
+        unknown = sorted(set(columns) - set(COLUMNS))
+        if missing or unknown or "trace" not in metadata:
+            what = (
+                f"it lacks the column {missing[0]}"
+                if missing
+                else f"it has an unknown column {unknown[0]}"
+                if unknown
+                else "it has no labels"
+            )
+            raise container.damaged(path, f"not a trace of schema {SCHEMA}: {what}")
+        labels = dict(metadata["trace"])
+        try:
+            texts = {int(k): str(v) for k, v in labels.pop("token_texts").items()}
+            return cls(**columns, **{**labels, "sampling": Sampling.of(labels["sampling"]), "token_texts": texts})  # type: ignore[arg-type]
+        except (UsageError, TypeError, ValueError, KeyError) as error:
+            raise container.damaged(path, f"its parts do not fit together: {error}") from None
+
+
+def offsets_of(rows: Sequence[Sequence[Any] | npt.NDArray[Any]]) -> LongArray:
+    """Where each row begins in their concatenation, and where the last one ends: int64 [rows + 1]."""
+    return np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]).astype(np.int64)
+
+
+def _sample_numbers(groups: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """Number the sequences within each group, in order: int32 [S]."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(groups[order])) + 1]) if len(groups) else np.empty(0, int)
+    lengths = np.diff(np.concatenate([starts, [len(groups)]]))
+    numbers = np.empty(len(groups), np.int32)
+    numbers[order] = np.arange(len(groups)) - np.repeat(starts, lengths)
+    return numbers
