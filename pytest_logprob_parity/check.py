@@ -185,7 +185,8 @@ def _compare_engine(
     trace = golden.trace
     if "prefill" in replay and trace.distribution() != "raw":
         raise UsageError(
-            f"replay 'prefill' gives raw logprobs, this golden's are {trace.distribution()}: they cannot be compared; use 'decode'"
+            f"replay 'prefill' gives raw logprobs, this golden's are {trace.distribution()}: they cannot be compared."
+            " Use 'decode'"
         )
     paths = [p for p in replay if p != "regenerate" or can_regenerate(trace)]
     if not paths:

@@ -133,13 +133,15 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    """Name, family and model: clouds call many processors by one name, and they do not compute alike."""
     try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n", 1)[0].splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return platform.processor() or platform.machine()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']}, family {facts.get('cpu family')} model {facts.get('model')}"
 
 
 def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

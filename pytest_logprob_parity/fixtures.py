@@ -30,7 +30,7 @@ def parity_engine_factory() -> Any:
 
 @pytest.fixture(scope="session")
 def parity_engines(request: pytest.FixtureRequest) -> Callable[..., Engine]:
-    """`parity_engines(spec)` or `parity_engines(model=..., dtype=...)`: a lazy handle, for wider fixtures and second engines."""
+    """Lazy handles for wider fixtures and second engines: `parity_engines(spec)`, `parity_engines(model=..., dtype=...)`."""
     pool = _pool(request)
 
     def engines(spec: EngineSpec | None = None, **settings: Any) -> Engine:

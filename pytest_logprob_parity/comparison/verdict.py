@@ -33,7 +33,7 @@ def compare(
 
     `tolerance` changes the defaults for the golden's dtype and the two paths. `policy_logprobs` [N] are the actual
     side's logprobs without truncation, beside `expected.untruncated_logprobs`. `same_setup` says that engine, version,
-    configuration and hardware are the golden's: the free run must then come back as it was.
+    configuration and hardware are the golden's: where logprobs agree bit for bit the free run must come back as it was.
 
     Raises UsageError for a tolerance that does not exist.
     """
@@ -77,7 +77,8 @@ def compare(
             0,
             Finding("path", None, f"{int(numbers['n_nan'])} logprobs are NaN or +inf", ("engine_build", "kv_cache_dtype")),
         )
-    free_problem, free_finding = _judge_free_run(free_run, expected, failed, same_setup)
+    exact = numbers["max_abs_diff"] == 0 and not numbers["support_flips"]
+    free_problem, free_finding = _judge_free_run(free_run, expected, failed, same_setup=same_setup and exact)
     if free_finding is not None:
         findings.append(free_finding)
     verdict, headline = _verdict(expected, actual, numbers, failed, findings, rows, free_problem)
@@ -205,14 +206,14 @@ def _hidden_temperature(expected: Trace, actual: Trace, rows: Alignment) -> Find
 
 
 def _judge_free_run(
-    free_run: FreeRun | None, expected: Trace, failed: list[Gate], same_setup: bool
+    free_run: FreeRun | None, expected: Trace, failed: list[Gate], *, same_setup: bool
 ) -> tuple[str, Finding | None]:
     """The headline where the free run decides, and its finding. Where logprobs differ, it is their consequence."""
     if free_run is None or free_run.same or failed:
         return "", None
     if same_setup:
-        finding = Finding("sampling", "seed_stream", f"logprobs of the golden's tokens agree, and {free_run}")
-        return f"The engine writes other tokens although its logprobs agree: {free_run}", finding
+        finding = Finding("sampling", "seed_stream", f"logprobs of the golden's tokens agree bit for bit, and {free_run}")
+        return f"The engine writes other tokens although its logprobs agree bit for bit: {free_run}", finding
     far = [d for d in free_run.divergences if np.isfinite(d.gap) and not d.near_tie]
     if expected.sampling.greedy and far:
         finding = Finding("sampling", "seed_stream", f"greedy decoding left the likeliest token: {far[0]}")

@@ -1,0 +1,118 @@
+"""Shared by the benchmarks: two things timed in turns in one run, their ratio against a bar, and what they are fed."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pytest_logprob_parity.spec import EngineSpec, Sampling
+from pytest_logprob_parity.trace import Trace, offsets_of
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO / "models"))
+
+from arith import make_problem  # noqa: E402
+
+SPEC = EngineSpec("models/tiny-arith", dtype="bfloat16")
+SAMPLING = Sampling(temperature=0.7, max_tokens=64, n=4, seed=1, logprobs=5)
+
+
+def arith_prompts(count: int = 16) -> list[list[dict[str, str]]]:
+    """Word problems for the tiny models, as message lists."""
+    rng = random.Random(0)
+    return [[{"role": "user", "content": make_problem(rng).question}] for _ in range(count)]
+
+
+def time_in_turns(
+    a: Callable[[], object], b: Callable[[], object], *, rounds: int, warmups: int = 2
+) -> tuple[list[float], list[float]]:
+    """Seconds of a and of b, run in turns. Neither pays for the other's garbage: it is collected before the clock starts."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(-warmups, rounds):
+        for side, work in zip(times, (a, b), strict=True):
+            gc.collect()
+            began = time.perf_counter()
+            result = work()
+            seconds = time.perf_counter() - began
+            del result
+            if turn >= 0:
+                side.append(seconds)
+    return times
+
+
+def report_ratio(name: str, a: Sequence[float], b: Sequence[float], bar: float) -> None:
+    """The median of the rounds' ratios a/b with its quartiles, against the bar."""
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    print(
+        f"{name}: ratio {ratio:.3f} (bar {bar:g}): {_verdict(ratio, bar)}; a={statistics.median(a):.3f} s "
+        f"b={statistics.median(b):.3f} s, quartiles {low:.3f} to {high:.3f}, {len(ratios)} rounds",
+        flush=True,
+    )
+
+
+def report_number(name: str, ratio: float, bar: float, detail: str) -> None:
+    """A ratio that was counted, not timed."""
+    print(f"{name}: ratio {ratio:.3f} (bar {bar:g}): {_verdict(ratio, bar)}; {detail}", flush=True)
+
+
+def report_extra(name: str, a: Sequence[float], b: Sequence[float], bar: float) -> None:
+    """The median of the rounds' differences a - b in milliseconds with its quartiles, against the bar."""
+    extra = [1000 * (x - y) for x, y in zip(a, b, strict=True)]
+    low, median, high = statistics.quantiles(extra, n=4, method="inclusive")
+    print(
+        f"{name}: {median:.1f} ms more (bar {bar:g}): {_verdict(median, bar)}; a={1000 * statistics.median(a):.0f} ms "
+        f"b={1000 * statistics.median(b):.0f} ms, quartiles {low:.1f} to {high:.1f}, {len(extra)} rounds",
+        flush=True,
+    )
+
+
+def _verdict(value: float, bar: float) -> str:
+    return "meets" if value <= bar else "misses"
+
+
+def synthetic_trace(sequences: int = 5000, length: int = 200, k: int = 20, group: int = 8) -> Trace:
+    """A trace of `sequences` x `length` tokens with top-`k`: random logits, the likeliest k of them normalised."""
+    rng = np.random.default_rng(0)
+    tokens = sequences * length
+    top = -np.sort(rng.exponential(1.0, (tokens, k)).astype(np.float32), axis=1)
+    top -= np.log(np.exp(top).sum(axis=1, keepdims=True)) + np.float32(0.05)  # about 5 % of the mass lies outside
+    ids = rng.integers(0, 150_000, (tokens, k), dtype=np.int32)
+    ranks = np.minimum(rng.geometric(0.6, tokens), k).astype(np.int32)
+    rows = np.arange(tokens)
+    prompts = [rng.integers(0, 150_000, 100) for _ in range(sequences // group)]
+    return Trace.from_arrays(
+        prompt_token_ids=np.concatenate(prompts),
+        prompt_offsets=offsets_of(prompts),
+        token_ids=ids[rows, ranks - 1],
+        sequence_offsets=np.arange(sequences + 1) * length,
+        logprobs=top[rows, ranks - 1],
+        ranks=ranks,
+        top_token_ids=ids,
+        top_logprobs=top,
+        finish_reasons=np.full(sequences, 2),
+        group=np.arange(sequences) // group,
+        seeds=np.arange(sequences),
+        sampling=Sampling(temperature=0.7, max_tokens=length, n=group, logprobs=k),
+        engine="vllm",
+        engine_version="0.32.0",
+        dtype="bfloat16",
+    )
+
+
+def moved(trace: Trace, sigma: float) -> Trace:
+    """The same tokens with every logprob off by N(0, sigma) nats."""
+    rng = np.random.default_rng(1)
+
+    def move(column: Any) -> Any:
+        return column + rng.normal(0, sigma, column.shape).astype(np.float32)
+
+    return trace.with_(logprobs=move(trace.logprobs), top_logprobs=move(trace.top_logprobs))

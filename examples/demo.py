@@ -1,0 +1,62 @@
+"""Record a golden on a real vLLM engine, check it, and check it under vLLM's own defaults: that one has to fail.
+
+python examples/demo.py        # or: make demo, which sets everything up first
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "build" / "demo" / "quickstart"
+
+
+def run(title: str, *arguments: str) -> tuple[int, str]:
+    """Run pytest on the copy of the quickstart, showing what it prints."""
+    print(f"\n== {title}\n$ pytest {' '.join(arguments)}", flush=True)
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "--no-header", *arguments],
+        cwd=WORK,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        print("  " + line, end="", flush=True)
+        lines.append(line)
+    status = process.wait()
+    print(f"  ({time.monotonic() - began:.0f} s, exit status {status})")
+    return status, "".join(lines)
+
+
+def main() -> int:
+    """Return 0 where all three runs ended as they should."""
+    shutil.rmtree(WORK.parent, ignore_errors=True)
+    shutil.copytree(
+        ROOT / "examples" / "quickstart", WORK, ignore=shutil.ignore_patterns("golden", "__pycache__", "parity-obtained")
+    )
+    (WORK.parent.parent / "models").unlink(missing_ok=True)
+    (WORK.parent.parent / "models").symlink_to(ROOT / "models")  # the quickstart names ../../models/tiny-arith
+    recorded, _ = run("record: what this engine says today is the golden", "--update-golden")
+    checked, _ = run("check: the same engine in a new process")
+    failed, output = run("check under vLLM's own defaults: this has to fail", "--parity-set", "profile=serving")
+    expected = recorded == 0 and checked == 0 and failed == 1 and "raw_vs_processed" in output
+    print(
+        "\nAs it should be: recorded, checked, and the change of defaults was caught and named (raw_vs_processed)."
+        if expected
+        else "\nNot as it should be: see above."
+    )
+    return 0 if expected else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

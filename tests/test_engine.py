@@ -1,0 +1,337 @@
+"""Real engines: pinned and read back, replayed bit for bit, one start for each spec, and clear when they fail."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from conftest import MODEL, ROOT
+from pytest_logprob_parity import EngineError, EngineSpec, Pool, Sampling, Trace, UsageError, compare, open_engine
+
+GROUPS = Sampling(temperature=0.7, top_p=0.95, n=8, max_tokens=64, seed=3)
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+def test_the_tiny_model_behaves_like_a_trained_one(engine):
+    """Right often enough to be a model, wrong often enough that RL has room; sure of most tokens, not of all."""
+    import random
+
+    import arith
+
+    rng = random.Random("not the training seed")
+    problems = [arith.make_problem(rng) for _ in range(200)]
+    prompts = [[{"role": "user", "content": p.question}] for p in problems]
+    trace = engine.generate(prompts, Sampling(temperature=0, max_tokens=64))
+    texts = [engine.tokenizer.decode(trace.completion(i), skip_special_tokens=True) for i in range(200)]
+    right = sum(arith.reward(p, t) for p, t in zip(problems, texts, strict=True)) / 200
+    assert 1 / 3 <= right <= 2 / 3
+    p = np.exp(trace.top_logprobs.astype(np.float64))
+    entropy = -(p * np.log(np.maximum(p, 1e-30))).sum(1)
+    assert 0.02 < entropy.mean() < 0.5
+    assert (entropy > 0.5).mean() > 0.03
+
+
+# -- what was asked is what runs --------------------------------------------------------------------------------------
+
+
+def test_every_pinned_value_is_read_back(engine):
+    values = engine.config.values
+    for name, value in engine.spec.pins(cpu=True).items():
+        assert values[name] == value
+    assert engine.config.unverified == ()
+    assert engine.config.forcing == "sampler"
+
+
+def test_a_value_that_the_engine_replaced_is_an_error_that_names_it(pool):
+    """vLLM falls back from a head dtype that it does not support, with no more than a warning."""
+    handle = pool.engine(EngineSpec(MODEL, dtype="bfloat16", hf_overrides={"head_dtype": "float64"}))
+    with pytest.raises(EngineError, match=r"did not take hf_overrides: asked for .*float64.*uses .*bfloat16"):
+        handle.generate(["1 + 1"])
+
+
+def test_the_engines_own_reason_in_one_line_and_no_second_try(pool):
+    handle = pool.engine(EngineSpec(MODEL, max_model_len=1_000_000))
+    with pytest.raises(EngineError, match="did not start") as first:
+        handle.generate(["1 + 1"])
+    assert "\n" not in str(first.value)
+    assert "max_model_len (1000000) is greater than the derived max_model_len" in str(first.value)
+    starts = len(pool.starts)
+    with pytest.raises(EngineError) as second:
+        handle.generate(["1 + 1"])
+    assert second.value is first.value
+    assert len(pool.starts) == starts
+
+
+def test_unknown_engine_arguments(pool):
+    with pytest.raises(UsageError, match=r"'max_modle_len'.*did you mean 'max_model_len'\?"):
+        pool.engine(EngineSpec(MODEL, max_modle_len=5)).generate(["1 + 1"])
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [("folder", "no such folder"), ("config.json", "has no config.json"), ("tokenizer.json", "has no tokenizer")],
+)
+def test_a_model_folder_that_is_not_whole(pool, tmp_path, missing, told):
+    import shutil
+
+    if missing != "folder":
+        shutil.copytree(MODEL, tmp_path / "m")
+        (tmp_path / "m" / missing).unlink()
+    starts = len(pool.starts)
+    with pytest.raises(UsageError, match=told):
+        pool.engine(EngineSpec(str(tmp_path / "m"))).generate(["1 + 1"])
+    assert len(pool.starts) == starts
+
+
+# -- replay -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_decode_replay_and_free_run_reproduce_the_recording_bit_for_bit(pool, questions, dtype):
+    engine = pool.engine(EngineSpec(MODEL, dtype=dtype))
+    trace = engine.generate(questions(8), GROUPS)
+    replayed = engine.replay_all(trace, ["decode", "regenerate"])
+    np.testing.assert_array_equal(replayed["decode"].logprobs, trace.logprobs)
+    np.testing.assert_array_equal(replayed["decode"].top_logprobs, trace.top_logprobs)
+    np.testing.assert_array_equal(replayed["regenerate"].token_ids, trace.token_ids)
+    assert replayed["decode"].replay == "decode (sampler)"
+
+
+def test_decode_replay_forces_tokens_that_the_engine_would_never_write(engine, questions):
+    """The negative control: forcing must not depend on the engine agreeing."""
+    trace = engine.generate(questions(4), Sampling(temperature=0, max_tokens=20))
+    shuffled = trace.with_(token_ids=np.roll(trace.token_ids, 7))
+    replayed = engine.replay(shuffled)
+    assert replayed.logprobs.mean() < -3
+    np.testing.assert_array_equal(replayed.token_ids, shuffled.token_ids)
+
+
+def test_prefill_agrees_with_raw_decode_in_float32(pool, questions):
+    engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
+    trace = engine.generate(questions(6), Sampling(max_tokens=40, seed=5))
+    result = compare(expected=trace, actual=engine.replay(trace, "prefill"))
+    assert result.verdict == "pass"
+    assert 0 < result.metrics["max_abs_diff"] < 1e-4
+
+
+def test_windows_replay_part_of_a_long_rollout(engine, questions):
+    trace = engine.generate(questions(4), Sampling(max_tokens=60, min_tokens=40, seed=5))
+    replayed = engine.replay(trace, "window", windows=3, width=8)
+    covered = int(replayed.mask.sum())
+    assert covered == 4 * 3 * 8
+    result = compare(expected=trace, actual=replayed)
+    assert (result.verdict, result.metrics["n_tokens"]) == ("pass", covered)
+
+
+def test_min_tokens_survives_the_replay(engine, questions):
+    """Without the stop ids that min_tokens masks, a replay would show tokens at -inf, or other masses."""
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=50, min_tokens=40, seed=2)
+    trace = engine.generate(questions(6), sampling)
+    np.testing.assert_array_equal(engine.replay(trace).logprobs, trace.logprobs)
+
+
+def test_penalties_survive_the_replay(engine, questions):
+    sampling = Sampling(temperature=0.7, repetition_penalty=1.1, frequency_penalty=0.2, max_tokens=40, seed=2)
+    trace = engine.generate(questions(6), sampling)
+    np.testing.assert_array_equal(engine.replay(trace).logprobs, trace.logprobs)
+
+
+def test_groups_have_a_seed_for_each_sequence(engine, questions):
+    trace = engine.generate([*questions(1), *questions(1)], Sampling(temperature=1.2, n=4, max_tokens=40, seed=9))
+    assert trace.group.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert trace.sample.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert trace.seeds.tolist() == list(range(9, 17))
+    assert len({tuple(trace.completion(i)) for i in range(8)}) > 4  # equal prompts, different completions
+
+
+def test_two_turns_with_masked_tool_output(engine):
+    question = "Ada has 12 apples and buys 30 more. Ada gives 7 to Ben. How many apples are left? Use the calculator."
+    rollout = [
+        {"role": "user", "content": question},
+        {"role": "assistant"},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant"},
+    ]
+    trace = engine.generate([rollout], Sampling(temperature=0.7, n=4, max_tokens=30, seed=1))
+    masked = "".join(trace.text(t) for t in trace.token_ids[~trace.mask])
+    assert masked == "<|tool|>42<|end|><|assistant|>" * 4
+    assert [s.turn for s in trace.segments()] == [0, 1] * 4
+    replayed = engine.replay_all(trace, ["decode", "regenerate"])
+    np.testing.assert_array_equal(replayed["decode"].logprobs[trace.mask], trace.logprobs[trace.mask])
+    assert np.isnan(replayed["decode"].logprobs[~trace.mask]).all()
+    np.testing.assert_array_equal(replayed["regenerate"].token_ids, trace.token_ids[trace.mask])
+
+
+def test_processed_logprobs_are_what_transformers_computes(pool, questions):
+    """The reference: the same tokens, forced through another implementation in float64."""
+    vllm = pool.engine(EngineSpec(MODEL, dtype="float32"))
+    reference = pool.engine(EngineSpec(MODEL, engine="transformers", dtype="float64"))
+    sampling = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.1, n=2, max_tokens=30, seed=4)
+    trace = vllm.generate(questions(4), sampling)
+    result = compare(expected=trace, actual=reference.replay(trace))
+    assert result.verdict == "pass", result.headline
+    assert result.metrics["max_abs_diff"] < 1e-4
+    wrong = reference.replay(trace.with_(sampling=Sampling(**{**sampling.to_json(), "temperature": 0.714})))
+    assert not compare(expected=trace, actual=wrong.with_(sampling=sampling)).passed  # a temperature wrong by 2 %
+
+
+def test_raw_logprobs_and_prefill_are_what_transformers_computes(pool, questions):
+    reference = pool.engine(EngineSpec(MODEL, engine="transformers", dtype="float64", logprobs_mode="raw_logprobs"))
+    trace = reference.generate(questions(3), Sampling(max_tokens=20, seed=4))
+    for path in ("decode", "prefill"):
+        assert compare(expected=trace, actual=reference.replay(trace, path)).metrics["max_abs_diff"] < 1e-5
+
+
+# -- what cannot be done is refused by name ---------------------------------------------------------------------------
+
+
+def test_speculative_decoding_is_refused_by_name(pool, questions):
+    speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    engine = pool.engine(EngineSpec(MODEL, dtype="bfloat16", speculative_config=speculative))
+    trace = Trace.from_sequences([{"prompt_token_ids": [5, 6], "token_ids": [7], "logprobs": [-1.0]}])
+    with pytest.raises(EngineError, match="decode replay is not possible: speculative decoding"):
+        engine.replay(trace)
+
+
+def test_a_prompt_longer_than_the_context(engine):
+    with pytest.raises(UsageError, match=r"prompts\[1\] has 1,100 tokens; the engine's context \(max_model_len\) is 1,024"):
+        engine.generate([[5, 6], [7] * 1100])
+
+
+def test_more_logprobs_than_the_engine_gives(engine):
+    with pytest.raises(UsageError, match="the engine gives at most 20; set max_logprobs"):
+        engine.generate(["1 + 1"], Sampling(logprobs=30))
+
+
+@pytest.mark.parametrize("prompts", [[], "a string", [""], [[]], [{"role": "user"}], [3]])
+def test_prompts_that_are_none(engine, prompts):
+    with pytest.raises(UsageError, match="prompts"):
+        engine.generate(prompts)
+
+
+# -- starts, ends, deaths ---------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_dies_half_way_says_why_and_the_next_use_starts_anew(pool, questions):
+    """A prompt prefilled in chunks kills the 0.32.0 CPU build when requests carry seeds."""
+    import arith
+
+    engine = pool.engine(EngineSpec(MODEL, dtype="bfloat16", enable_chunked_prefill=True, max_num_batched_tokens=256))
+    import random
+
+    rng = random.Random(1)
+    long = [[*arith.make_messages(rng, 5)[:-1], {"role": "user", "content": "And?"}] for _ in range(4)]
+    with pytest.raises(EngineError, match="died at work .*CPU Generator does not use offset"):
+        engine.generate(long, Sampling(temperature=0.7, max_tokens=8, seed=1))
+    assert engine.generate(questions(2), Sampling(temperature=0.7, max_tokens=8, seed=1)).num_sequences == 2
+
+
+def test_one_start_for_each_spec_and_a_process_for_the_one_that_comes_back(questions):
+    code = textwrap.dedent(f"""
+        import numpy as np
+        from pytest_logprob_parity import EngineSpec, Pool, Sampling
+        with Pool() as pool:
+            a, b = EngineSpec({MODEL!r}, dtype="bfloat16"), EngineSpec({MODEL!r}, dtype="float32")
+            prompts = [[10, 11, 12], [13, 14]]
+            first = pool.engine(a).generate(prompts, Sampling(max_tokens=8))
+            pool.engine(a).generate(prompts)
+            pool.engine(b).generate(prompts)
+            for _ in range(2):
+                again = pool.engine(a).replay(first)
+                pool.engine(b).generate(prompts)
+            assert np.array_equal(again.logprobs, first.logprobs)
+            print([(s.spec.dtype, s.own_process) for s in pool.starts])
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1:] == ["[('bfloat16', False), ('float32', False), ('bfloat16', True)]"], done.stderr[
+        -3000:
+    ]
+    assert not _children_of_this_test()
+
+
+def test_nothing_is_left_behind_after_a_crash():
+    """Whoever opened the engine dies without closing it; the engine's own process must not stay."""
+    code = textwrap.dedent(f"""
+        import os
+        from pytest_logprob_parity import EngineSpec, Pool
+        pool = Pool()
+        spec = EngineSpec({MODEL!r}, engine="transformers", dtype="float32")
+        from pytest_logprob_parity.engines.process import ProcessBackend
+        backend = ProcessBackend.start(spec, *pool.folders(spec))
+        print(backend._process.pid, flush=True)
+        os._exit(9)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 9
+    pid = int(done.stdout)
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{pid}"):
+            return
+        subprocess.run(["sleep", "0.1"], check=True)
+    raise AssertionError("the engine's process is still there")
+
+
+def test_an_engine_process_that_is_killed_says_so(pool):
+    from pytest_logprob_parity.engines.process import ProcessBackend
+
+    spec = EngineSpec(MODEL, engine="transformers", dtype="float32")
+    backend = ProcessBackend.start(spec, *pool.folders(spec))
+    backend._process.kill()
+    with pytest.raises(EngineError, match=r"the engine's process died \(exit status -9\)"):
+        backend.run([])
+    backend.close()
+
+
+def test_the_users_own_llm_is_used_as_it_is(questions):
+    """Built by the repo under test: nothing is pinned, what differs from `rl` is shown, closing it is theirs."""
+    code = textwrap.dedent(f"""
+        import os
+        os.environ |= {{"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}}
+        import numpy as np
+        from vllm import LLM
+        from pytest_logprob_parity import Pool, Sampling
+        llm = LLM({MODEL!r}, dtype="bfloat16", enforce_eager=True, enable_chunked_prefill=False)
+        with Pool(notify=print) as pool:
+            engine = pool.adopt(llm)
+            assert pool.adopt(llm) is engine
+            trace = engine.generate([[10, 11, 12], [13, 14]], Sampling(temperature=0.7, max_tokens=8))
+            assert np.array_equal(engine.replay(trace).logprobs, trace.logprobs)
+            print(trace.logprobs_mode)
+        print(len(llm.generate(["1 + 1"], use_tqdm=False)))
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if "vllm" not in line or "own engine" in line]
+    assert "differs from profile rl: logprobs_mode is 'raw_logprobs' (rl: 'processed_logprobs')" in done.stdout
+    assert lines[-2:] == ["raw_logprobs", "1"]
+
+
+def test_open_engine_needs_no_pytest():
+    with open_engine(EngineSpec(MODEL, engine="transformers", dtype="float32")) as engine:
+        assert engine.generate([[5, 6]], Sampling(max_tokens=4)).num_tokens <= 4
+
+
+def test_no_vllm_installed():
+    """In an environment without vLLM the error says what to install."""
+    code = textwrap.dedent(f"""
+        import sys
+        sys.modules["vllm"] = None  # as if it were not there
+        from pytest_logprob_parity import EngineError, EngineSpec, Pool
+        try:
+            Pool().engine(EngineSpec({MODEL!r})).config
+        except EngineError as error:
+            print(error)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "install pytest-logprob-parity[vllm] for GPUs or [cpu]" in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def _children_of_this_test():
+    pids = subprocess.run(["pgrep", "-f", "pytest_logprob_parity.engines.process"], capture_output=True, text=True).stdout
+    return pids.split()

@@ -1,0 +1,132 @@
+"""Trace: made from rollouts in hand, kept in a file, read back."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pytest_logprob_parity import Sampling, Trace, UsageError
+
+SEQUENCES = [
+    {
+        "prompt_token_ids": [5, 6, 7],
+        "token_ids": [8, 9, 1],
+        "logprobs": [-0.1, -2.0, -0.3],
+        "top_logprobs": [{8: -0.1, 3: -2.5}, {4: -0.2, 9: -2.0}, {1: -0.3}],
+        "finish_reason": "stop",
+    },
+    {"prompt_token_ids": [5, 6, 7], "token_ids": [9], "logprobs": [-1.5], "finish_reason": "length"},
+    {
+        "prompt_token_ids": [2],
+        "token_ids": [3, 30, 31, 4],
+        "logprobs": [-0.5, None, None, -0.25],
+        "mask": [True, False, False, True],
+        "episode": 7,
+        "weight_versions": None,
+    },
+]
+
+
+@pytest.fixture
+def trace():
+    return Trace.from_sequences(
+        SEQUENCES,
+        logprobs_mode="processed_logprobs",
+        path="decode",
+        sampling=Sampling(temperature=0.7),
+        engine="vllm",
+        engine_version="0.18.1",
+        dtype="float32",
+        token_texts={8: "eight"},
+    )
+
+
+def test_equal_prompts_are_one_group(trace):
+    assert trace.num_prompts == 2
+    assert trace.group.tolist() == [0, 0, 1]
+    assert trace.sample.tolist() == [0, 1, 0]
+    assert trace.prompt(1) == [5, 6, 7]
+    assert trace.completion(2) == [3, 30, 31, 4]
+
+
+def test_top_logprobs_come_likeliest_first_and_padded(trace):
+    assert trace.top_token_ids[1].tolist() == [4, 9]
+    assert trace.top_token_ids[2].tolist() == [1, -1]
+    assert trace.top_logprobs[2, 1] == -np.inf
+
+
+def test_masked_tokens_split_a_sequence_into_turns(trace):
+    turns = [(s.sequence, s.turn, s.stop - s.start) for s in trace.segments()]
+    assert turns == [(0, 0, 3), (1, 0, 1), (2, 0, 1), (2, 1, 1)]
+
+
+def test_a_file_gives_back_what_was_saved(trace, tmp_path):
+    trace.save(tmp_path / "t.safetensors")
+    loaded = Trace.load(tmp_path / "t.safetensors")
+    for name, column in trace.to_columns().items():
+        np.testing.assert_array_equal(getattr(loaded, name), column)
+    assert loaded.to_metadata() == trace.to_metadata()
+    assert loaded.sampling == Sampling(temperature=0.7)
+
+
+def test_equal_traces_give_equal_bytes_in_any_process(trace, tmp_path):
+    trace.save(tmp_path / "here.safetensors")
+    code = (
+        "import sys; from pathlib import Path; from pytest_logprob_parity import Trace\n"
+        "Trace.load(sys.argv[1]).save(sys.argv[2])"
+    )
+    for seed in ("1", "2"):
+        there = tmp_path / f"there{seed}.safetensors"
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "here.safetensors"), str(there)],
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        assert there.read_bytes() == (tmp_path / "here.safetensors").read_bytes()
+
+
+def test_files_have_the_permissions_of_any_new_file(trace, tmp_path):
+    before = os.umask(0o027)
+    try:
+        trace.save(tmp_path / "t.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "t.safetensors").stat().st_mode) == 0o640
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_columns_for_millions_of_tokens_are_not_copied():
+    logprobs = np.zeros(6, np.float32)
+    trace = Trace.from_arrays(
+        prompt_token_ids=[1, 2],
+        prompt_offsets=[0, 2],
+        token_ids=np.arange(6),
+        sequence_offsets=[0, 4, 6],
+        logprobs=logprobs,
+        group=[0, 0],
+    )
+    assert trace.logprobs is logprobs
+    assert trace.sample.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"logprobs": [-0.1]}, "sequence 0 has 3 token_ids but 1 logprobs"),
+        ({"logprob": [-0.1]}, "sequence 0 has an unknown key 'logprob'"),
+        ({"prompt_token_ids": None}, "sequence 0 lacks prompt_token_ids"),
+    ],
+)
+def test_a_sequence_that_does_not_fit_is_named(change, told):
+    with pytest.raises(UsageError, match=told):
+        Trace.from_sequences([{**SEQUENCES[0], **change}])
+
+
+def test_labels_are_checked():
+    with pytest.raises(UsageError, match="logprobs_mode='raw'"):
+        Trace.from_sequences(SEQUENCES[:1], logprobs_mode="raw")
+    with pytest.raises(UsageError, match="no sequences"):
+        Trace.from_sequences([])
