@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from _pytest.pytester import SysModulesSnapshot
 
 from pytest_logprob_parity.plugin import POOL, pool_of
 
@@ -15,6 +16,27 @@ MODEL = str(ROOT / "models" / "tiny-arith")
 
 pytest_plugins = ["pytester"]
 sys.path.insert(0, str(ROOT / "models"))
+
+
+def keep_installed_modules():
+    """Let pytester forget the modules of its test projects only.
+
+    It puts sys.modules back after each run and each test; what an engine imported meanwhile would then be imported a
+    second time, and torch does not let operators be registered twice.
+    """
+    restore = SysModulesSnapshot.restore
+
+    def restore_and_keep(self):
+        places = ("site-packages", str(ROOT / "pytest_logprob_parity"))
+        kept = {n: m for n, m in sys.modules.items() if any(p in str(getattr(m, "__file__", None)) for p in places)}
+        restore(self)
+        for name, module in kept.items():
+            sys.modules.setdefault(name, module)
+
+    SysModulesSnapshot.restore = restore_and_keep
+
+
+keep_installed_modules()
 
 
 class SharedPool:
@@ -31,9 +53,6 @@ class SharedPool:
 @pytest.fixture(scope="session")
 def pool(request):
     """The engines of this whole run."""
-    import transformers  # noqa: F401 - before pytester puts sys.modules back to what it was
-    import vllm  # noqa: F401
-
     return pool_of(request.config)
 
 

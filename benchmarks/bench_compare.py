@@ -30,8 +30,8 @@ def main() -> None:
             return [np.frombuffer(path.read_bytes(), np.uint8).sum() for path in paths]
 
         print(f"two files of {paths[0].stat().st_size / 1e6:.0f} MB; {load_and_compare().headline}")  # type: ignore[attr-defined]
-        times = time_in_turns(load_and_compare, read_and_sum, rounds=ROUNDS)
-        report_ratio("load both and compare / read both and sum", *times, 3)
+        times = time_in_turns({"compare": load_and_compare, "sum": read_and_sum}, rounds=ROUNDS)
+        report_ratio("load both and compare / read both and sum", times["compare"], times["sum"], 3)
 
 
 if __name__ == "__main__":

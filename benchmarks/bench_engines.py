@@ -15,6 +15,7 @@ SPECS = (
     {"model": "models/tiny-arith-step2", "dtype": "bfloat16"},
 )
 TESTS = 20
+STARTED = "logprob-parity: started"
 TEST = """
 @pytest.mark.logprob_parity(**{spec!r})
 def test_{number}(parity_engine, golden_trace):
@@ -49,7 +50,7 @@ def main() -> None:
         make_project(folder)
         for what, arguments in (("recording", ["--update-golden"]), ("checking", [])):
             lines = run_pytest(folder, *arguments)
-            started = [line for line in lines if line.startswith("logprob-parity: started")]
+            started = [line[line.index(STARTED) :] for line in lines if STARTED in line]  # it may stand behind pytest's dots
             print("\n".join([*started, *lines[-2:]]))
             detail = f"{len(started)} started, {len(SPECS)} distinct, {TESTS} tests"
             report_number(f"engines started / distinct specs, {what}", len(started) / len(SPECS), 1, detail)

@@ -7,7 +7,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,46 +31,48 @@ def arith_prompts(count: int = 16) -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": make_problem(rng).question}] for _ in range(count)]
 
 
-def time_in_turns(
-    a: Callable[[], object], b: Callable[[], object], *, rounds: int, warmups: int = 2
-) -> tuple[list[float], list[float]]:
-    """Seconds of a and of b, run in turns. Neither pays for the other's garbage: it is collected before the clock starts."""
-    times: tuple[list[float], list[float]] = ([], [])
+def time_in_turns(works: Mapping[str, Callable[[], object]], *, rounds: int, warmups: int = 2) -> dict[str, list[float]]:
+    """Seconds of each work in each round; a round runs them one after the other.
+
+    None pays for another's garbage: it is collected before the clock starts.
+    """
+    times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(-warmups, rounds):
-        for side, work in zip(times, (a, b), strict=True):
+        for name, work in works.items():
             gc.collect()
             began = time.perf_counter()
             result = work()
             seconds = time.perf_counter() - began
             del result
             if turn >= 0:
-                side.append(seconds)
+                times[name].append(seconds)
     return times
 
 
 def report_ratio(name: str, a: Sequence[float], b: Sequence[float], bar: float) -> None:
-    """The median of the rounds' ratios a/b with its quartiles, against the bar."""
+    """The median of the rounds' ratios a/b against the bar, with its quartiles and the ratio of the fastest runs."""
     ratios = [x / y for x, y in zip(a, b, strict=True)]
     low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
     print(
-        f"{name}: ratio {ratio:.3f} (bar {bar:g}): {_verdict(ratio, bar)}; a={statistics.median(a):.3f} s "
-        f"b={statistics.median(b):.3f} s, quartiles {low:.3f} to {high:.3f}, {len(ratios)} rounds",
+        f"{name}: ratio {ratio:.3f} (bar {bar:g}): a={statistics.median(a):.3f} s b={statistics.median(b):.3f} s, "
+        f"quartiles {low:.3f} to {high:.3f}, fastest {min(a) / min(b):.3f}, {len(ratios)} rounds: {_verdict(ratio, bar)}",
         flush=True,
     )
 
 
 def report_number(name: str, ratio: float, bar: float, detail: str) -> None:
     """A ratio that was counted, not timed."""
-    print(f"{name}: ratio {ratio:.3f} (bar {bar:g}): {_verdict(ratio, bar)}; {detail}", flush=True)
+    print(f"{name}: ratio {ratio:.3f} (bar {bar:g}): {detail}: {_verdict(ratio, bar)}", flush=True)
 
 
 def report_extra(name: str, a: Sequence[float], b: Sequence[float], bar: float) -> None:
-    """The median of the rounds' differences a - b in milliseconds with its quartiles, against the bar."""
+    """The median of the rounds' differences a - b in milliseconds against the bar, with its quartiles."""
     extra = [1000 * (x - y) for x, y in zip(a, b, strict=True)]
     low, median, high = statistics.quantiles(extra, n=4, method="inclusive")
     print(
-        f"{name}: {median:.1f} ms more (bar {bar:g}): {_verdict(median, bar)}; a={1000 * statistics.median(a):.0f} ms "
-        f"b={1000 * statistics.median(b):.0f} ms, quartiles {low:.1f} to {high:.1f}, {len(extra)} rounds",
+        f"{name}: {median:.1f} ms more (bar {bar:g}): a={1000 * statistics.median(a):.0f} ms "
+        f"b={1000 * statistics.median(b):.0f} ms, quartiles {low:.1f} to {high:.1f}, "
+        f"fastest {1000 * (min(a) - min(b)):.1f}, {len(extra)} rounds: {_verdict(median, bar)}",
         flush=True,
     )
 

@@ -224,8 +224,8 @@ class Pool:
             self.discard(other)
         try:
             return start_in_process(spec, model, tokenizer), False
-        except EngineError:
-            if not seen:
+        except EngineError as error:
+            if not seen or isinstance(error.__cause__, ValueError):  # a ValueError is about the settings, not the place
                 raise
         self._stays.add(spec)  # its predecessors in this process may be the reason
         return ProcessBackend.start(spec, model, tokenizer), True

@@ -5,6 +5,7 @@ A replay is a plan (which requests, and how their answers become a trace) and on
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -156,12 +157,14 @@ def can_regenerate(trace: Trace) -> bool:
 
 
 def _plan_decode(backend: Backend, trace: Trace) -> _Plan:
-    return _forced(backend, trace, list(trace.segments()), trace.mask)
+    return _forced(backend, trace, [(segment, 0) for segment in trace.segments()], trace.mask)
 
 
 def _plan_window(backend: Backend, trace: Trace, windows: int = 4, width: int = 32) -> _Plan:
     if windows < 1 or width < 1:
         raise UsageError(f"replay 'window' needs windows and width of 1 or more, not {windows} and {width}")
+    if trace.sampling.presence_penalty or trace.sampling.frequency_penalty:
+        raise UsageError("replay 'window' cannot follow presence and frequency penalties: they count the whole completion")
     mask = np.zeros(trace.num_tokens, bool)
     pieces = []
     for segment in trace.segments():
@@ -171,20 +174,19 @@ def _plan_window(backend: Backend, trace: Trace, windows: int = 4, width: int = 
             begin, end = segment.start + start, segment.start + min(start + width, length)
             begin += int(np.count_nonzero(mask[begin:end]))  # windows of a short segment overlap
             if begin < end:
-                pieces.append(Segment(segment.sequence, segment.turn, begin, end))
+                pieces.append((Segment(segment.sequence, segment.turn, begin, end), begin - segment.start))
                 mask[begin:end] = True
     return _forced(backend, trace, pieces, mask)
 
 
-def _forced(backend: Backend, trace: Trace, segments: list[Segment], mask: Any) -> _Plan:
+def _forced(backend: Backend, trace: Trace, pieces: list[tuple[Segment, int]], mask: Any) -> _Plan:
+    """Forced decode of segments, each with how many tokens of its turn stand before it, in its prompt."""
     forcing = backend.config.forcing
     if forcing not in ("sampler", "native"):
         raise EngineError(f"decode replay is not possible: {forcing}. Use replay=('prefill',), or turn that off")
-    turns = _by_turn(segments)
-    requests = [
-        [Request(_history(trace, s), trace.sampling, forced_token_ids=trace.token_ids[s.start : s.stop].tolist()) for s in turn]
-        for turn in turns
-    ]
+    turns = _by_turn([segment for segment, _ in pieces])
+    before = dict(pieces)
+    requests = [[_forced_request(trace, segment, before[segment]) for segment in turn] for turn in turns]
 
     def assemble(answers: list[list[Completion]]) -> Trace:
         rows = _Rows.empty(trace.num_tokens, trace.sampling.logprobs)
@@ -199,6 +201,14 @@ def _forced(backend: Backend, trace: Trace, segments: list[Segment], mask: Any) 
         return _same_tokens(backend, trace, rows, mask, path="decode", replay=f"decode ({forcing})")
 
     return _Plan(requests, assemble)
+
+
+def _forced_request(trace: Trace, segment: Segment, before: int) -> Request:
+    sampling = trace.sampling
+    if sampling.min_tokens and before:
+        sampling = dataclasses.replace(sampling, min_tokens=max(sampling.min_tokens - before, 0))
+    forced = trace.token_ids[segment.start : segment.stop].tolist()
+    return Request(_history(trace, segment), sampling, forced_token_ids=forced)
 
 
 def _plan_prefill(backend: Backend, trace: Trace) -> _Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -41,7 +42,6 @@ class Completion:
     finish_reason: str
 
 
-#: Settings without which two runs of one engine are not the same run; where they differ a report names them first.
 @dataclass(frozen=True)
 class ResolvedConfig:
     """What a started engine really uses, read back from it.
@@ -93,8 +93,14 @@ class Backend(Protocol):
 _REASON_WIDTH: Final = 300
 
 
+class RemoteError(Exception):
+    """What an engine in another process died of; its text is that of `reason_of` there."""
+
+
 def reason_of(error: BaseException) -> str:
     """The engine's own reason, in one line: the innermost cause's type and first telling line."""
+    if isinstance(error, RemoteError):
+        return str(error)
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -114,17 +120,36 @@ def check_readback(asked: Mapping[str, Any], got: Mapping[str, Any], name: str) 
         if setting not in got:
             unverified.append(setting)
         elif not _same_setting(value, got[setting]):
-            raise EngineError(f"{name} did not take {setting}: asked for {value!r}, the started engine uses {got[setting]!r}")
+            uses = json_value(got[setting])
+            if isinstance(value, Mapping) and isinstance(uses, Mapping):
+                uses = {key: uses.get(key) for key in value}
+            raise EngineError(f"{name} did not take {setting}: asked for {value!r}, the started engine uses {uses!r}")
     return tuple(sorted(unverified))
 
 
 def _same_setting(asked: Any, got: Any) -> bool:
+    """Whether a value as given is the one that is used: enums by value or name, dtypes by name, objects by their fields."""
     if asked == "auto" or asked is None:
         return True
-    if isinstance(asked, Mapping) and isinstance(got, Mapping):
-        return all(key in got and _same_setting(value, got[key]) for key, value in asked.items())
-    if isinstance(asked, (list, tuple)) and isinstance(got, (list, tuple)):
-        return [str(item) for item in asked] == [str(item) for item in got]
+    if isinstance(asked, Mapping):
+        fields = got if isinstance(got, Mapping) else getattr(got, "__dict__", {})
+        return all(key in fields and _same_setting(value, fields[key]) for key, value in asked.items())
+    if isinstance(asked, (list, tuple)) and isinstance(got, (list, tuple, set)):
+        return len(asked) == len(got) and all(_same_setting(a, g) for a, g in zip(asked, got, strict=True))
     if isinstance(asked, bool) or isinstance(got, bool):
         return asked is got
-    return bool(asked == got or str(asked) == str(got))
+    names = (got, getattr(got, "value", got), getattr(got, "name", got), str(got), str(got).removeprefix("torch."))
+    return any(asked == name or str(asked) == str(name) for name in names)
+
+
+def json_value(value: Any) -> Any:
+    """A configuration value as JSON: dtypes and enums by name, objects by their fields."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return getattr(value, "name", value)
+    if isinstance(value, Mapping):
+        return {str(k): json_value(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: json_value(getattr(value, f.name, None)) for f in dataclasses.fields(value) if f.init}
+    return getattr(value, "name", str(value).removeprefix("torch."))

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from ..errors import EngineError, ParityError
 from ..spec import EngineSpec
-from .base import Backend, Completion, Request, ResolvedConfig, reason_of
+from .base import Backend, Completion, RemoteError, Request, ResolvedConfig, reason_of
 
 _CLOSE_SECONDS: Final = 20
 
@@ -103,7 +103,7 @@ def main(descriptor: int) -> None:
             except ParityError as error:
                 connection.send((type(error)(str(error)), None))
             except Exception as error:
-                connection.send((EngineError(reason_of(error)), None))
+                connection.send((RemoteError(reason_of(error)), None))
     finally:
         if backend is not None:
             backend.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import importlib.util
 import os
@@ -19,7 +18,7 @@ from ..engine_arguments import vllm_engine_arguments
 from ..errors import EngineError, UsageError
 from ..spec import EngineSpec, nearest
 from . import forced_decode
-from .base import Completion, Request, ResolvedConfig, check_readback, reason_of
+from .base import Completion, Request, ResolvedConfig, check_readback, json_value, reason_of
 
 #: What a report and a fingerprint show of a configuration, whether it was asked for or not.
 _SHOWN: Final = (
@@ -59,8 +58,8 @@ class VllmBackend:
         self.config = ResolvedConfig(
             engine="vllm",
             version=_version(),
-            dtype=str(values["dtype"]),
-            values={k: v for k, v in values.items() if k in _SHOWN or k in asked},
+            dtype=str(json_value(values["dtype"])),
+            values={k: json_value(v) for k, v in values.items() if k in _SHOWN or k in asked},
             unverified=unverified,
             forcing=_install_forcing(llm, values),
             hardware=fingerprint.hardware(),
@@ -209,6 +208,9 @@ def _columns(tokens: Any, logprobs: Any, k: int) -> tuple[Any, Any, Any, Any]:
 
 def _install_forcing(llm: Any, values: Mapping[str, Any]) -> str:
     config = llm.llm_engine.vllm_config
+    for untried in ("pipeline_parallel_size", "data_parallel_size"):
+        if values.get(untried, 1) > 1:
+            return f"{untried}={values[untried]} was not tried"
     if getattr(config.model_config, "enable_trace_replay", False):
         return "native"
     if values.get("model_runner") == "v2":
@@ -224,7 +226,7 @@ def _install_forcing(llm: Any, values: Mapping[str, Any]) -> str:
 
 
 def _read_config(config: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The started engine's configuration as JSON values under engine-argument names, those asked for among them."""
+    """The started engine's configuration under engine-argument names, those asked for among them."""
     model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
     chunked = getattr(scheduler, "enable_chunked_prefill", None)
     compilation = getattr(config, "compilation_config", None)
@@ -240,7 +242,7 @@ def _read_config(config: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
         "model_runner": "v2" if getattr(config, "use_v2_model_runner", False) else "v1",
     }
     parts = [model, cache, scheduler, config.parallel_config, getattr(config, "load_config", None), compilation]
-    parts += [getattr(config, "lora_config", None), getattr(config, "attention_config", None)]
+    parts += [getattr(config, "lora_config", None), getattr(config, "attention_config", None), config]
     for name in (*_SHOWN, *asked):
         if name not in values:
             for part in parts:
@@ -252,20 +254,7 @@ def _read_config(config: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
             k: getattr(model, k) if k == "head_dtype" and hasattr(model, k) else getattr(model.hf_config, k, None)
             for k in overrides
         }
-    return {name: _json_value(value) for name, value in values.items()}
-
-
-def _json_value(value: Any) -> Any:
-    """A configuration value as JSON: dtypes and enums by name."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return getattr(value, "name", value)
-    if isinstance(value, Mapping):
-        return {str(k): _json_value(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_value(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _json_value(getattr(value, f.name, None)) for f in dataclasses.fields(value) if f.init}
-    return getattr(value, "name", str(value).removeprefix("torch."))
+    return values
 
 
 def _flat() -> dict[str, bool]:
