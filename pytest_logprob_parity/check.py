@@ -112,7 +112,7 @@ def _record(
     golden = Golden(trace, prints, _digest(given), context.node_id, context.name)
     golden.save(path, context.max_megabytes)
     written = Golden.load(path)
-    comparison = compare(expected=written.trace, actual=trace)
+    comparison = compare(expected=written.trace, actual=trace, policy_logprobs=trace.untruncated_logprobs)
     return dataclasses.replace(comparison, recorded=True)
 
 

@@ -1,15 +1,17 @@
 """Real engines: pinned and read back, replayed bit for bit, one start for each spec, and clear when they fail."""
 
-import os
+import random
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conftest import MODEL, ROOT
-from pytest_logprob_parity import EngineError, EngineSpec, Pool, Sampling, Trace, UsageError, compare, open_engine
+from pytest_logprob_parity import EngineError, EngineSpec, Sampling, Trace, UsageError, compare, open_engine
 
 GROUPS = Sampling(temperature=0.7, top_p=0.95, n=8, max_tokens=64, seed=3)
 
@@ -19,8 +21,6 @@ GROUPS = Sampling(temperature=0.7, top_p=0.95, n=8, max_tokens=64, seed=3)
 
 def test_the_tiny_model_behaves_like_a_trained_one(engine):
     """Right often enough to be a model, wrong often enough that RL has room; sure of most tokens, not of all."""
-    import random
-
     import arith
 
     rng = random.Random("not the training seed")
@@ -223,11 +223,9 @@ def test_an_engine_that_dies_half_way_says_why_and_the_next_use_starts_anew(pool
     import arith
 
     engine = pool.engine(EngineSpec(MODEL, dtype="bfloat16", enable_chunked_prefill=True, max_num_batched_tokens=256))
-    import random
-
     rng = random.Random(1)
     long = [[*arith.make_messages(rng, 5)[:-1], {"role": "user", "content": "And?"}] for _ in range(4)]
-    with pytest.raises(EngineError, match="died at work .*CPU Generator does not use offset"):
+    with pytest.raises(EngineError, match=r"died at work .*CPU Generator does not use offset"):
         engine.generate(long, Sampling(temperature=0.7, max_tokens=8, seed=1))
     assert engine.generate(questions(2), Sampling(temperature=0.7, max_tokens=8, seed=1)).num_sequences == 2
 
@@ -272,9 +270,9 @@ def test_nothing_is_left_behind_after_a_crash():
     assert done.returncode == 9
     pid = int(done.stdout)
     for _ in range(100):
-        if not os.path.exists(f"/proc/{pid}"):
+        if not Path(f"/proc/{pid}").exists():
             return
-        subprocess.run(["sleep", "0.1"], check=True)
+        time.sleep(0.1)
     raise AssertionError("the engine's process is still there")
 
 

@@ -2,11 +2,11 @@
 
 import json
 import multiprocessing
-import os
 import resource
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_old_golden(golden_file):
     before = golden_file.read_bytes()
     code = textwrap.dedent(f"""
         import resource, signal, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         from test_golden_file import Golden, GoldenError, make_trace
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_the_old_golden(golden_file):
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "not written (File too large); the old golden is as it was" in told
     assert golden_file.read_bytes() == before
-    assert os.listdir(golden_file.parent) == [golden_file.name]
+    assert [p.name for p in golden_file.parent.iterdir()] == [golden_file.name]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096
 
 
@@ -151,7 +151,7 @@ def test_of_two_updates_at_once_the_last_one_wins_whole(golden_file):
     assert seen > 1
     last = Golden.load(golden_file).trace.logprobs
     assert any(np.array_equal(last, make_trace(20_000, seed).logprobs) for seed in (1, 2))
-    assert os.listdir(golden_file.parent) == [golden_file.name]
+    assert [p.name for p in golden_file.parent.iterdir()] == [golden_file.name]
 
 
 def test_names_never_collide(tmp_path):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import pytest_logprob_parity
 
 HEAVY = ("torch", "vllm", "transformers", "numpy", "safetensors")
@@ -34,9 +36,5 @@ def test_type_checkers_see_the_same_names():
 
 
 def test_a_misspelt_name_is_an_attribute_error():
-    try:
+    with pytest.raises(AttributeError, match="has no attribute 'Traces'"):
         pytest_logprob_parity.Traces  # noqa: B018
-    except AttributeError as error:
-        assert "has no attribute 'Traces'" in str(error)
-    else:
-        raise AssertionError("it is there")

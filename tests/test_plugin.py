@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -392,7 +392,7 @@ def test_unused_goldens_are_named_when_everything_was_collected(pytester, run_in
 
 def test_junitxml_carries_a_record_for_each_check(pytester, run_inner, recorded):
     run_inner("--junitxml=out.xml")
-    (prop,) = ElementTree.parse(pytester.path / "out.xml").iter("property")
+    (prop,) = ET.parse(pytester.path / "out.xml").iter("property")
     record = json.loads(prop.get("value"))
     assert (prop.get("name"), record["outcome"], record["metrics"]["max_abs_diff"]) == ("logprob_parity", "passed", 0)
     assert record["golden"].startswith("golden/test_it/test_rollouts-")

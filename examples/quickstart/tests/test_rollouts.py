@@ -1,5 +1,4 @@
 import pytest
-
 from rollouts import PROMPTS, SAMPLING
 
 
