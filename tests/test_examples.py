@@ -1,0 +1,52 @@
+"""The quickstart is a downstream repo in miniature, and the README's Python runs as it stands."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+from conftest import MODEL, ROOT
+
+
+def test_the_quickstart_checks_its_committed_golden(tmp_path):
+    """As a newcomer runs it: in a folder of its own, in a new process."""
+    shutil.copytree(ROOT / "examples" / "quickstart", tmp_path / "examples" / "quickstart")
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest"], cwd=tmp_path / "examples" / "quickstart", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "logprob-parity: 1 checked" in done.stdout
+
+
+def test_the_readme_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    test, script = (block.replace("path/to/your/model", "models/tiny-arith") for block in blocks)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_rollouts.py").write_text(test)
+    (tmp_path / "script.py").write_text(script)
+    for command in (["-m", "pytest", "--update-golden", "--rootdir=."], ["-m", "pytest", "--rootdir=."], ["script.py"]):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert (tmp_path / "golden" / "by-hand.safetensors").is_file()
+
+
+def test_the_readme_quotes_a_message_of_today(run_inner, pytester):
+    """The failure in the README is what the quickstart prints; other machines round other digits."""
+    here = pytester.path / "examples" / "quickstart"
+    shutil.copytree(ROOT / "examples" / "quickstart", here)
+    (pytester.path / "models").symlink_to(ROOT / "models")
+    result = run_inner(
+        "--rootdir", str(here), "--parity-set", f"model={MODEL}", "--parity-set", "logprobs_mode=raw_logprobs", str(here)
+    )
+    printed = {_shape(line) for line in result.outlines if line.startswith("E ")}
+    quoted = [line[4:] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    E   ")]
+    assert len(quoted) > 10
+    for line in quoted:
+        if not line.endswith("...") and "AMD" not in line and "to accept" not in line and " after " not in line:
+            assert _shape(line) in printed, line
+
+
+def _shape(line):
+    return re.sub(r"\d+", "0", " ".join(line.split()))
