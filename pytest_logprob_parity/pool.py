@@ -232,8 +232,10 @@ class Pool:
 
 
 def _has_gpu() -> bool:
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return False
     return bool(torch.cuda.is_available())
 
 

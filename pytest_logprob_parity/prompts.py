@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from .errors import UsageError
+from .errors import EngineError, UsageError
 
 #: Stands for a turn that the engine is still to write, while the text around it is rendered.
 _HOLE: Final = "\u2042logprob-parity-turn\u2042"
@@ -32,7 +32,10 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise UsageError("transformers is not installed; it is needed to tokenize prompts") from None
+        raise EngineError(
+            "transformers, which comes with vLLM and tokenizes the prompts, is not installed; install"
+            " pytest-logprob-parity[vllm] for GPUs or [cpu]"
+        ) from None
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
