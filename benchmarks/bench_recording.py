@@ -19,7 +19,7 @@ from pytest_logprob_parity.pool import Pool
 from pytest_logprob_parity.spec import Sampling
 from pytest_logprob_parity.trace import Trace
 
-ROUNDS = 25
+ROUNDS = 15
 
 
 def bare_generate(llm: Any, trace: Trace, **others: Any) -> Callable[[], Any]:

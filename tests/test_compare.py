@@ -181,6 +181,8 @@ def test_raw_against_processed_is_a_finding_and_no_subtraction():
     assert result.verdict == "fail"
     assert (result.findings[0].layer, result.findings[0].cause) == ("semantic", "raw_vs_processed")
     assert "1.429" in result.findings[0].evidence  # 1 / 0.7, read off the top-k
+    assert math.isnan(result.metrics["mean_diff"])
+    assert result.gates == ()
 
 
 def test_a_label_is_a_claim_and_the_numbers_win():

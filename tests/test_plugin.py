@@ -186,6 +186,43 @@ def test_an_empty_prompt_list(pytester, run_inner, recorded):
     assert recorded.read_bytes() == before
 
 
+BAD_SETTINGS = {
+    "model=models/nowhere": "UsageError: model 'models/nowhere': no such folder",
+    "max_num_sqs=4": "UsageError: logprob_parity: 'max_num_sqs' is neither",
+    "max_model_len=1000000": "EngineError: vllm 0.32.0 did not start",
+    "engine=vlm": "UsageError: EngineSpec(engine='vlm')",
+}
+
+
+@pytest.mark.parametrize("setting", BAD_SETTINGS)
+@pytest.mark.parametrize("update", [(), ("--update-golden",)], ids=["check", "update"])
+def test_bad_settings_get_one_clear_line_and_cost_nothing(pytester, run_inner, recorded, setting, update):
+    before = recorded.read_bytes()
+    result = run_inner("--parity-set", setting, *update)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    (line,) = [line for line in result.outlines if line.startswith("E ")]
+    assert BAD_SETTINGS[setting] in line
+    assert recorded.read_bytes() == before
+
+
+def test_an_engine_that_dies_during_an_update_is_one_line_and_costs_nothing(pytester, run_inner, recorded):
+    before = recorded.read_bytes()
+    pytester.makepyfile(test_it=TEST.replace("PROMPTS = [", "PROMPTS = [list(range(10, 310))] * 8 + ["))
+    dying = ("--parity-set", "enable_chunked_prefill=true", "--parity-set", "max_num_batched_tokens=256")
+    result = run_inner("--update-golden", *dying)
+    (line,) = [line for line in result.outlines if line.startswith("E ")]
+    assert re.search(r"EngineError: vllm 0\.32\.0 died at work .*CPU Generator does not use offset", line)
+    assert recorded.read_bytes() == before
+
+
+def test_a_prompt_longer_than_the_context(pytester, run_inner, recorded):
+    before = recorded.read_bytes()
+    pytester.makepyfile(test_it=TEST.replace("PROMPTS = [", "PROMPTS = [[7] * 2000, "))
+    result = run_inner("--update-golden")
+    result.stdout.fnmatch_lines(["E*UsageError: prompts?0? has 2,000 tokens; the engine's context*is 1,024"])
+    assert recorded.read_bytes() == before
+
+
 # -- marker and settings ----------------------------------------------------------------------------------------------
 
 

@@ -18,16 +18,20 @@ CLIP: Final = 0.2
 _CHUNK: Final = 65_536
 
 
+#: What difference_metrics gives.
+DIFFERENCE_METRICS: Final = (
+    "mean_diff", "mean_abs_diff", "rms_diff", "p50_abs_diff", "p99_abs_diff", "max_abs_diff", "k1", "k3",
+    "mean_ratio", "max_ratio", "share_outside_clip", "ess",
+)  # fmt: skip
+
+
 def difference_metrics(d: Doubles) -> dict[str, float]:
     """Statistics of d = actual - expected (nats) over n finite differences; all NaN where n is 0.
 
     k1 = E[-d] and k3 = E[r - 1 - d] with r = exp(d) estimate KL(expected || actual) for samples from expected
     (Schulman, "Approximating KL Divergence", 2020). `ess` is (sum r)^2 / sum r^2 / n, from 0 to 1.
     """
-    names = (
-        "mean_diff", "mean_abs_diff", "rms_diff", "p50_abs_diff", "p99_abs_diff", "max_abs_diff", "k1", "k3",
-        "mean_ratio", "max_ratio", "share_outside_clip", "ess",
-    )  # fmt: skip
+    names = DIFFERENCE_METRICS
     if not len(d):
         return dict.fromkeys(names, float("nan"))
     absolute = np.abs(d)
