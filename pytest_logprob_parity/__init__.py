@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .assertions import assert_logprobs_close, assert_tokens_equal
     from .check import check_golden
-    from .comparison.result import Comparison, Finding
+    from .comparison.result import Comparison, Finding, MismatchError
     from .comparison.tolerance import Tolerance
     from .comparison.verdict import compare
-    from .errors import EngineError, GoldenError, IncomparableError, MismatchError, ParityError, UsageError
+    from .errors import EngineError, GoldenError, IncomparableError, ParityError, UsageError
     from .golden import Golden
     from .pool import Engine, Pool, open_engine
     from .spec import EngineSpec, Sampling
@@ -49,10 +49,10 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
     _HOMES = {
         "assertions": ("assert_logprobs_close", "assert_tokens_equal"),
         "check": ("check_golden",),
-        "comparison.result": ("Comparison", "Finding"),
+        "comparison.result": ("Comparison", "Finding", "MismatchError"),
         "comparison.tolerance": ("Tolerance",),
         "comparison.verdict": ("compare",),
-        "errors": ("EngineError", "GoldenError", "IncomparableError", "MismatchError", "ParityError", "UsageError"),
+        "errors": ("EngineError", "GoldenError", "IncomparableError", "ParityError", "UsageError"),
         "golden": ("Golden",),
         "pool": ("Engine", "Pool", "open_engine"),
         "spec": ("EngineSpec", "Sampling"),

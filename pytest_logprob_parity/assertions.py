@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from .comparison.result import Comparison
+from .comparison.result import Comparison, MismatchError
 from .comparison.tolerance import Tolerance
 from .comparison.verdict import compare
-from .errors import MismatchError, ParityError
+from .errors import ParityError
 from .message import failure_message
 from .trace import Trace
 

@@ -10,10 +10,10 @@ from typing import Any, Final
 
 from . import fingerprint
 from .comparison.free_run import compare_free_run
-from .comparison.result import Comparison
+from .comparison.result import Comparison, MismatchError
 from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance
 from .comparison.verdict import compare
-from .errors import EngineError, GoldenError, IncomparableError, MismatchError, UsageError
+from .errors import EngineError, GoldenError, IncomparableError, UsageError
 from .golden import Golden, describe
 from .message import failure_message
 from .pool import Engine

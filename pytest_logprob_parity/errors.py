@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
-
-if TYPE_CHECKING:
-    from .comparison.result import Comparison
+from typing import ClassVar
 
 
 class ParityError(AssertionError):
@@ -38,16 +35,5 @@ class EngineError(ParityError):
     kind = "engine"
 
 
-class MismatchError(ParityError):
-    """The engine's numbers differ from the golden's by more than the tolerance allows, or could not be compared.
-
-    `comparison` holds what was measured.
-    """
-
-    def __init__(self, message: str, comparison: Comparison) -> None:
-        super().__init__(message)
-        self.comparison = comparison
-
-
-for _error in (ParityError, UsageError, GoldenError, IncomparableError, EngineError, MismatchError):
+for _error in (ParityError, UsageError, GoldenError, IncomparableError, EngineError):
     _error.__module__ = __package__  # as users import them, and as a report shows them

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from .errors import MismatchError, ParityError, UsageError
+from .comparison.result import MismatchError
+from .errors import ParityError, UsageError
+from .state import ITEM, SESSION, note_outcome, pool_of
 
 if TYPE_CHECKING:
     from .comparison.result import Comparison
@@ -48,8 +50,6 @@ def parity_engines(request: pytest.FixtureRequest) -> Callable[..., Engine]:
 @pytest.fixture
 def parity_engine(request: pytest.FixtureRequest, parity_engine_factory: Any) -> Engine:
     """The engine of this test's spec: a lazy handle, which starts when it is first asked."""
-    from .plugin import ITEM
-
     __tracebackhide__ = True
     spec = request.node.stash[ITEM].spec
     pool = _pool(request)
@@ -71,8 +71,6 @@ def golden_trace(request: pytest.FixtureRequest) -> GoldenTrace:
 
 
 def _pool(request: pytest.FixtureRequest) -> Pool:
-    from .plugin import pool_of
-
     return pool_of(request.config)
 
 
@@ -80,8 +78,6 @@ class GoldenTrace:
     """The goldens of one test, by name."""
 
     def __init__(self, request: pytest.FixtureRequest) -> None:
-        from .plugin import ITEM, SESSION
-
         self._item: pytest.Item = request.node
         self._config = request.config
         self._session = request.config.stash[SESSION]
@@ -178,8 +174,6 @@ class GoldenTrace:
     def _note(
         self, name: str | None, path: Path, outcome: str, headline: str, metrics: Mapping[str, float] | None = None
     ) -> None:
-        from .plugin import note_outcome
-
         record: dict[str, Any] = {"outcome": outcome, "golden": self._relative(path), "headline": headline}
         if name:
             record["name"] = name

@@ -4,51 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import pytest
 
 from .errors import ParityError, UsageError
 from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity_engines
 from .settings import make_spec, marker_settings, parse_settings
-
-if TYPE_CHECKING:
-    from .pool import Pool
-    from .spec import EngineSpec
+from .state import ITEM, PROPERTY, SESSION, ItemSettings, Session
 
 __all__ = ["golden_trace", "parity_engine", "parity_engine_factory", "parity_engines"]  # pytest finds them here
 
 MARKER: Final = "logprob_parity"
-PROPERTY: Final = "logprob_parity"
 UPDATES: Final = ("all", "missing", "failed")
-
-
-@dataclass
-class Session:
-    """What the plugin knows of this run: options as they were given, and what has happened so far."""
-
-    update: str
-    golden_dir: Path
-    ini_settings: dict[str, Any]
-    set_settings: dict[str, Any]
-    node_ids: set[str] = field(default_factory=set)
-    unused: set[str] = field(default_factory=set)
-
-
-@dataclass(frozen=True)
-class ItemSettings:
-    """What one marked test asks for: its node id, its spec (None: no model named), or what is wrong with its marker."""
-
-    node_id: str
-    spec: EngineSpec | None
-    error: ParityError | None
-
-
-SESSION: Final = pytest.StashKey[Session]()
-ITEM: Final = pytest.StashKey[ItemSettings]()
-POOL: Final = pytest.StashKey["Pool"]()
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -197,36 +166,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         raise settings.error.with_traceback(None)
 
 
-def pool_of(config: pytest.Config) -> Pool:
-    """The engines of this run. One that somebody else put into the stash is used, and closed by whoever made it."""
-    if POOL not in config.stash:
-        from .pool import Pool
-
-        config.stash[POOL] = pool = Pool(config.rootpath, lambda line: _tell(config, line))
-        config.add_cleanup(pool.close)
-    return config.stash[POOL]
-
-
-def _tell(config: pytest.Config, line: str) -> None:
-    """A line on the terminal, past the capturing; nowhere in an xdist worker, which has no terminal."""
-    terminal = config.pluginmanager.get_plugin("terminalreporter")
-    capture = config.pluginmanager.get_plugin("capturemanager")
-    if terminal is None:
-        return
-    if capture is None:
-        terminal.write_line(f"logprob-parity: {line}")
-        return
-    with capture.global_and_fixture_disabled():
-        terminal.ensure_newline()
-        terminal.write_line(f"logprob-parity: {line}")
-
-
 # -- what happened ----------------------------------------------------------------------------------------------------
-
-
-def note_outcome(item: pytest.Item, record: dict[str, Any]) -> None:
-    """Leave the record of one check: it goes to junitxml, and across xdist to the controller."""
-    item.user_properties.append((PROPERTY, json.dumps(record, sort_keys=True)))
 
 
 class Outcomes:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from ..errors import ParityError
+
 if TYPE_CHECKING:
     from ..trace import Trace
     from .free_run import FreeRun
@@ -108,6 +110,19 @@ class Comparison:
             "notes": list(self.notes),
             "recorded": self.recorded,
         }
+
+
+class MismatchError(ParityError):
+    """The numbers differ from the golden's by more than the tolerance allows, or could not be compared.
+
+    `comparison` holds what was measured.
+    """
+
+    __module__ = __package__.partition(".")[0]
+
+    def __init__(self, message: str, comparison: Comparison) -> None:
+        super().__init__(message)
+        self.comparison = comparison
 
 
 def _finite(value: float) -> float | None:

@@ -1,0 +1,73 @@
+"""What hooks and fixtures share: the stash of a run and of its tests, its engines, and the records of its checks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from .errors import ParityError
+
+if TYPE_CHECKING:
+    from .pool import Pool
+    from .spec import EngineSpec
+
+PROPERTY: Final = "logprob_parity"
+
+
+@dataclass
+class Session:
+    """What the plugin knows of this run: options as they were given, and what has happened so far."""
+
+    update: str
+    golden_dir: Path
+    ini_settings: dict[str, Any]
+    set_settings: dict[str, Any]
+    node_ids: set[str] = field(default_factory=set)
+    unused: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class ItemSettings:
+    """What one marked test asks for: its node id, its spec (None: no model named), or what is wrong with its marker."""
+
+    node_id: str
+    spec: EngineSpec | None
+    error: ParityError | None
+
+
+SESSION: Final = pytest.StashKey[Session]()
+ITEM: Final = pytest.StashKey[ItemSettings]()
+POOL: Final = pytest.StashKey["Pool"]()
+
+
+def pool_of(config: pytest.Config) -> Pool:
+    """The engines of this run. One that somebody else put into the stash is used, and closed by whoever made it."""
+    if POOL not in config.stash:
+        from .pool import Pool
+
+        config.stash[POOL] = pool = Pool(config.rootpath, lambda line: tell(config, line))
+        config.add_cleanup(pool.close)
+    return config.stash[POOL]
+
+
+def tell(config: pytest.Config, line: str) -> None:
+    """A line on the terminal, past the capturing; nowhere in an xdist worker, which has no terminal."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    if terminal is None:
+        return
+    if capture is None:
+        terminal.write_line(f"logprob-parity: {line}")
+        return
+    with capture.global_and_fixture_disabled():
+        terminal.ensure_newline()
+        terminal.write_line(f"logprob-parity: {line}")
+
+
+def note_outcome(item: pytest.Item, record: dict[str, Any]) -> None:
+    """Leave the record of one check: it goes to junitxml, and across xdist to the controller."""
+    item.user_properties.append((PROPERTY, json.dumps(record, sort_keys=True)))
