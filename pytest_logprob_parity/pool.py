@@ -82,7 +82,7 @@ class Engine:
             **self.model_fingerprint(),
             "engine": {"kind": config.engine, "version": config.version},
             "dtype": config.dtype,
-            "config": dict(sorted(config.values.items())),
+            "config": {k: v for k, v in sorted(config.values.items()) if v is not None},
             "hardware": dict(config.hardware),
             "libraries": fingerprint.libraries(),
         }

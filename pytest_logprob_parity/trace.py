@@ -393,7 +393,7 @@ class Trace:
             "engine_version": self.engine_version,
             "dtype": self.dtype,
             "replay": self.replay,
-            "token_texts": {str(k): v for k, v in sorted(self.token_texts.items())},
+            "token_texts": sorted(self.token_texts.items()),
         }
 
     @classmethod
@@ -412,7 +412,7 @@ class Trace:
             raise container.damaged(path, f"not a trace of schema {SCHEMA}: {what}")
         labels = dict(metadata["trace"])
         try:
-            texts = {int(k): str(v) for k, v in labels.pop("token_texts").items()}
+            texts = {int(k): str(v) for k, v in labels.pop("token_texts")}
             return cls(**columns, **{**labels, "sampling": Sampling.of(labels["sampling"]), "token_texts": texts})  # type: ignore[arg-type]
         except (UsageError, TypeError, ValueError, KeyError) as error:
             raise container.damaged(path, f"its parts do not fit together: {error}") from None
