@@ -113,8 +113,8 @@ class Engine:
 
 
 class Pool:
-    """Engines by spec. At most one lives in this process; one that comes back after its place was taken, or that does
-    not start where others have lived, gets a process of its own and stays.
+    """Engines by spec. At most one of each kind lives in this process; a vLLM that comes back after its place was taken,
+    or that does not start where others have lived, gets a process of its own and stays.
 
     `root` is where relative model folders are looked for, `notify` gets a line for each start.
     """
@@ -216,18 +216,21 @@ class Pool:
         from .engines.process import ProcessBackend, start_in_process
 
         model, tokenizer = self.folders(spec)
+        gpu = _has_gpu()
         seen = [start.spec for start in self.starts if not start.own_process]
-        if spec.engine == "vllm" and (spec in seen or self._adopted or _has_gpu()):
+        own_process = spec.engine == "vllm" and (gpu or spec in seen or bool(self._adopted))
+        if gpu or not own_process:  # two engines share neither a GPU's memory nor, for vLLM, a process
+            for other in [s for s in self._alive if s.engine == spec.engine and s not in self._stays]:
+                self.discard(other)
+        if not own_process:
+            try:
+                return start_in_process(spec, model, tokenizer), False
+            except EngineError as error:
+                settings_are_wrong = error.__cause__ is None or isinstance(error.__cause__, ValueError)
+                if not seen or settings_are_wrong:
+                    raise  # otherwise its predecessors in this process may be the reason
+        if not gpu:
             self._stays.add(spec)
-            return ProcessBackend.start(spec, model, tokenizer), True
-        for other in [s for s in self._alive if s not in self._stays]:
-            self.discard(other)
-        try:
-            return start_in_process(spec, model, tokenizer), False
-        except EngineError as error:
-            if not seen or isinstance(error.__cause__, ValueError):  # a ValueError is about the settings, not the place
-                raise
-        self._stays.add(spec)  # its predecessors in this process may be the reason
         return ProcessBackend.start(spec, model, tokenizer), True
 
 

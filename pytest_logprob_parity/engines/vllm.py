@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,15 +89,13 @@ class VllmBackend:
                 "tokenizer": str(tokenizer),
                 "worker_extension_cls": f"{forced_decode.__name__}.{forced_decode.WorkerExtension.__name__}",
                 "disable_log_stats": True,
-                "use_tqdm_on_load": False,
+                **({"use_tqdm_on_load": False} if "use_tqdm_on_load" in vllm_engine_arguments() else {}),
                 **({"revision": spec.revision} if spec.revision else {}),
                 **asked,
             }
-            if not current_platform.is_cpu() and "enable_trace_replay" in vllm_engine_arguments():
-                arguments["enable_trace_replay"] = _v2_model_runner_is_likely()
             llm = None
             try:
-                llm = vllm.LLM(**arguments)
+                llm = _build(vllm.LLM, arguments, cpu=bool(current_platform.is_cpu()))
                 return cls(llm, asked=asked, owned=True)
             except EngineError:
                 _shut_down(llm)
@@ -264,8 +261,21 @@ def _flat() -> dict[str, bool]:
     return {"flat_logprobs": True} if "flat_logprobs" in getattr(SamplingParams, "__struct_fields__", ()) else {}
 
 
-def _v2_model_runner_is_likely() -> bool:
-    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1") != "0" and importlib.util.find_spec("triton") is not None
+def _build(llm: Any, arguments: dict[str, Any], *, cpu: bool) -> Any:
+    """Build the LLM so that it can be forced. On GPUs Model Runner V2 samples out of reach of a wrapped sampler: from
+    0.29 on it replays traces itself, before that Model Runner V1 takes its place.
+    """
+    if cpu:
+        return llm(**arguments)
+    if "enable_trace_replay" not in vllm_engine_arguments():
+        with _environment({"VLLM_USE_V2_MODEL_RUNNER": "0"}):
+            return llm(**arguments)
+    try:
+        return llm(**{"enable_trace_replay": True, **arguments})
+    except ValueError as error:
+        if "trace replay requires" not in str(error):
+            raise
+    return llm(**arguments)  # something in these settings keeps Model Runner V1, whose sampler can be wrapped
 
 
 def _version() -> str:
