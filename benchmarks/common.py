@@ -31,7 +31,13 @@ def arith_prompts(count: int = 16) -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": make_problem(rng).question}] for _ in range(count)]
 
 
-def time_in_turns(works: Mapping[str, Callable[[], object]], *, rounds: int, warmups: int = 2) -> dict[str, list[float]]:
+def time_in_turns(
+    works: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmups: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each work in each round; a round runs them one after the other.
 
     None pays for another's garbage: it is collected before the clock starts.
@@ -40,9 +46,9 @@ def time_in_turns(works: Mapping[str, Callable[[], object]], *, rounds: int, war
     for turn in range(-warmups, rounds):
         for name, work in works.items():
             gc.collect()
-            began = time.perf_counter()
+            began = clock()
             result = work()
-            seconds = time.perf_counter() - began
+            seconds = clock() - began
             del result
             if turn >= 0:
                 times[name].append(seconds)

@@ -98,27 +98,38 @@ def _record(
 ) -> Comparison:  # fmt: skip
     if path.is_dir():
         raise GoldenError(f"{context.shown_path}: a directory stands where the golden should be; move it away")
+    prints: Mapping[str, Any] = {}
+    digest = ""
     if isinstance(engine, Trace):
-        trace, prints = engine, {}
+        trace = engine
+        _check_belongs(Golden(trace), engine, given, sampling, context)
     else:
         if given is None:
             raise UsageError("recording needs prompts=")
-        _check_can_replay(engine, replay)
+        _check_can_replay(engine, replay, sampling or Sampling())
         trace = engine.generate(given, sampling or Sampling())
+        digest = _digest(given)
         if trace.sampling.truncates and trace.logprobs_mode == "processed_logprobs" and "decode" in replay:
             free = engine.replay(trace.with_(sampling=trace.sampling.untruncated()))
             trace = trace.with_(untruncated_logprobs=free.logprobs)
         prints = engine.fingerprint()
-    golden = Golden(trace, prints, _digest(given), context.node_id, context.name)
+    itself = compare(expected=trace, actual=trace)
+    if not itself.passed:
+        raise UsageError(f"{context.shown_path}: not recorded: it could never pass: {itself.headline}")
+    golden = Golden(trace, prints, digest, context.node_id, context.name)
     golden.save(path, context.max_megabytes)
     written = Golden.load(path)
     comparison = compare(expected=written.trace, actual=trace, policy_logprobs=trace.untruncated_logprobs)
     return dataclasses.replace(comparison, recorded=True)
 
 
-def _check_can_replay(engine: Engine, replay: Sequence[str]) -> None:
+def _check_can_replay(engine: Engine, replay: Sequence[str], sampling: Sampling) -> None:
     """Refuse to record what no replay could check later."""
     forcing = engine.config.forcing
+    if "prefill" in replay and engine.config.logprobs_mode == "processed_logprobs" and not sampling.raw_is_processed:
+        raise UsageError(f"not recorded: replay 'prefill' gives raw logprobs, {sampling.processing()} other ones; use 'decode'")
+    if "window" in replay and (sampling.presence_penalty or sampling.frequency_penalty):
+        raise UsageError("not recorded: replay 'window' cannot follow presence and frequency penalties")
     if "decode" in replay and forcing not in ("sampler", "native"):
         raise EngineError(f"not recorded: its golden could not be replayed: {forcing}")
 
@@ -128,7 +139,9 @@ def _check_can_replay(engine: Engine, replay: Sequence[str]) -> None:
 
 def _load(path: Path, context: Context) -> Golden:
     if not path.exists():
-        raise GoldenError(f"no golden at {context.shown_path}; record it: {context.accept}")
+        error = GoldenError(f"no golden at {context.shown_path}; record it: {context.accept}")
+        error.replaceable = True
+        raise error
     return Golden.load(path)
 
 

@@ -25,7 +25,9 @@ _LFS_POINTER: Final = b"version https://git-lfs"
 
 def damaged(path: Path, why: str) -> GoldenError:
     """The one line for a file that cannot be trusted."""
-    return GoldenError(f"{path}: damaged: {why}. Restore it (git checkout), or record it again with --update-golden")
+    error = GoldenError(f"{path}: damaged: {why}. Restore it (git checkout), or record it again with --update-golden")
+    error.replaceable = True
+    return error
 
 
 def write(path: Path, columns: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any]) -> None:

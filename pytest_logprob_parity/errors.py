@@ -21,6 +21,8 @@ class GoldenError(ParityError):
     """The golden cannot be used: missing, damaged, unreadable, too large, or of a newer schema."""
 
     kind = "golden"
+    #: Whether recording it again mends it: so for one that is missing or damaged, not for what only looks like one.
+    replaceable: bool = False
 
 
 class IncomparableError(ParityError):

@@ -64,7 +64,7 @@ def find_tokenizer(folder: Path) -> Path:
 
 @functools.lru_cache(maxsize=32)
 def model_digests(model: Path, tokenizer: Path) -> Mapping[str, str]:
-    """Digests of what a model folder holds: `model`, `tokenizer`, `chat_template`.
+    """Digests of what a model folder holds: `model`, `tokenizer`, `chat_template`, and `end_tokens`.
 
     The model's is cheap: config.json, the index and the headers of the shards (names, shapes and dtypes of all
     tensors), not the weights. In a hub cache the files are links named by their content: those names count too.
@@ -86,7 +86,15 @@ def model_digests(model: Path, tokenizer: Path) -> Mapping[str, str]:
         "model": digest_of(parts),
         "tokenizer": digest_of({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}),
         "chat_template": digest_of(_chat_template(tokenizer)),
+        "end_tokens": canonical_json(_end_tokens(model, config)),
     }
+
+
+def _end_tokens(model: Path, config: Mapping[str, Any]) -> Any:
+    """The ids that end a completion; engines take them from generation_config.json, whatever else they take from it."""
+    file = model / "generation_config.json"
+    generation = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return generation.get("eos_token_id", config.get("eos_token_id"))
 
 
 def _chat_template(tokenizer: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from .comparison.result import MismatchError
-from .errors import ParityError, UsageError
+from .errors import IncomparableError, ParityError, UsageError
+from .settings import make_spec
 from .state import ITEM, SESSION, note_outcome, pool_of
 
 if TYPE_CHECKING:
@@ -36,10 +38,12 @@ def parity_engines(request: pytest.FixtureRequest) -> Callable[..., Engine]:
     pool = _pool(request)
 
     def engines(spec: EngineSpec | None = None, **settings: Any) -> Engine:
-        from .settings import make_spec
-
         __tracebackhide__ = True
-        made = spec.replace(**settings) if spec is not None else make_spec(settings)
+        session = request.config.stash[SESSION]
+        if spec is None:
+            made = make_spec({**session.ini_settings, **settings, **session.set_settings})
+        else:
+            made = spec.replace(**{**settings, **session.set_settings})
         if made is None:
             raise UsageError("parity_engines(): name a model, or give an EngineSpec")
         return pool.engine(made)
@@ -51,11 +55,12 @@ def parity_engines(request: pytest.FixtureRequest) -> Callable[..., Engine]:
 def parity_engine(request: pytest.FixtureRequest, parity_engine_factory: Any) -> Engine:
     """The engine of this test's spec: a lazy handle, which starts when it is first asked."""
     __tracebackhide__ = True
-    spec = request.node.stash[ITEM].spec
+    settings = request.node.stash.get(ITEM, None)
+    session = request.config.stash[SESSION]
+    spec = settings.spec if settings else make_spec({**session.ini_settings, **session.set_settings})
     pool = _pool(request)
     if parity_engine_factory is not None:
-        given = parity_engine_factory(spec) if callable(parity_engine_factory) else parity_engine_factory
-        return pool.adopt(given)
+        return pool.adopt_from(parity_engine_factory, spec)
     if spec is None:
         raise UsageError(
             'no model: mark the test with @pytest.mark.logprob_parity(model="..."), or set model=... under parity_engine'
@@ -109,6 +114,8 @@ class GoldenTrace:
         Raises ParityError; see check_golden.
         """
         __tracebackhide__ = True
+        if name is not None and not isinstance(name, str):
+            raise UsageError(f"check(name={name!r}): must be a string")
         path = self.path(name)
         try:
             comparison = self._check(
@@ -148,13 +155,16 @@ class GoldenTrace:
         try:
             return check_golden(path, engine, update=record, context=context, **arguments)
         except ParityError as error:
-            if update != "failed" or error.kind not in ("failed", "golden", "incomparable"):
+            replaceable = isinstance(error, (MismatchError, IncomparableError)) or getattr(error, "replaceable", False)
+            if update != "failed" or not replaceable:
                 raise
         return check_golden(path, engine, update=True, context=context, **arguments)
 
     def _accept(self) -> str:
         settings = "".join(f" --parity-set {shlex.quote(s)}" for s in self._config.getoption("--parity-set"))
-        return f"pytest {shlex.quote(self._node_id)} --update-golden{settings}"
+        file, colons, rest = self._node_id.partition("::")
+        here = os.path.relpath(self._config.rootpath / file, self._config.invocation_params.dir)
+        return f"pytest {shlex.quote(here + colons + rest)} --update-golden{settings}"
 
     def _relative(self, path: Path) -> str:
         root = self._config.rootpath

@@ -63,8 +63,15 @@ class Golden:
         columns, metadata = container.read(path)
         trace = Trace.from_file_parts(columns, metadata, path)
         about = metadata.get("golden", {})
-        if not isinstance(about, Mapping):
-            raise container.damaged(path, "its golden header is not a mapping")
+        texts = ("prompts_digest", "node_id", "name")
+        prints = about.get("fingerprint") if isinstance(about, Mapping) else None
+        parts = [prints, *(prints.get(part, {}) for part in ("engine", "hardware"))] if isinstance(prints, Mapping) else [None]
+        if about and (
+            set(about) != {"fingerprint", *texts}
+            or not all(isinstance(part, Mapping) for part in parts)
+            or not all(isinstance(about[text], str) for text in texts)
+        ):
+            raise container.damaged(path, "its golden header does not hold what it should")
         return cls(trace, **about)
 
 

@@ -61,17 +61,25 @@ def pytest_configure(config: pytest.Config) -> None:
         " engine argument.",
     )
     handed = getattr(config, "workerinput", {}).get("logprob_parity_update")
-    update = handed or config.getoption("--parity-update") or ("all" if config.getoption("--update-golden", False) else "")
+    flag = config.getoption("--update-golden", False)  # a conftest's own may hold anything; only a plain flag counts
+    update = handed or config.getoption("--parity-update") or ("all" if flag is True else "")
     try:
         ini, override = (
             parse_settings(config.getini("parity_engine"), "parity_engine"),
             parse_settings(config.getoption("--parity-set"), "--parity-set"),
         )
-        float(config.getini("parity_max_golden_mb"))
+        if not float(config.getini("parity_max_golden_mb")) > 0:
+            raise ValueError
+        if lines := config.getini("parity_tolerance"):
+            from .comparison.tolerance import parse_tolerance
+
+            parse_tolerance(lines, "float32", ())
     except UsageError as error:
         raise pytest.UsageError(str(error)) from None
     except ValueError:
-        raise pytest.UsageError(f"parity_max_golden_mb: {config.getini('parity_max_golden_mb')!r} is no number") from None
+        raise pytest.UsageError(
+            f"parity_max_golden_mb: {config.getini('parity_max_golden_mb')!r} must be a number above 0"
+        ) from None
     session = Session(update, config.rootpath / config.getini("parity_golden_dir"), ini, override)
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from . import fingerprint
 from .errors import EngineError, ParityError, UsageError
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .trace import Trace
 
 _T = TypeVar("_T")
+
+#: How many engines in processes of their own are kept alive on a CPU.
+_PROCESSES: Final = 2
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Engine:
 
 class Pool:
     """Engines by spec. At most one of each kind lives in this process; a vLLM that comes back after its place was taken,
-    or that does not start where others have lived, gets a process of its own and stays.
+    or that does not start where others have lived, gets a process of its own. On a GPU each does, one at a time.
 
     `root` is where relative model folders are looked for, `notify` gets a line for each start.
     """
@@ -124,8 +127,10 @@ class Pool:
         self.notify = notify
         self.starts: list[Start] = []
         self._alive: dict[EngineSpec, Backend] = {}
-        self._stays: set[EngineSpec] = set()
+        self._apart: set[EngineSpec] = set()
+        self._place_is_spoilt = False
         self._adopted: dict[int, tuple[Any, Engine]] = {}
+        self._given: dict[tuple[int, EngineSpec | None], Any] = {}
         self._failed: dict[EngineSpec, ParityError] = {}
         self._folders: dict[EngineSpec, tuple[Path, Path]] = {}
 
@@ -146,10 +151,10 @@ class Pool:
 
         backend = VllmBackend.adopt(llm)
         model = llm.llm_engine.vllm_config.model_config
-        settings = {"max_num_seqs": backend.config.values["max_num_seqs"], "own_engine": len(self._adopted)}
-        spec = EngineSpec(str(model.model), dtype=backend.config.dtype, profile="serving", **settings)
+        spec = EngineSpec(str(model.model), dtype=backend.config.dtype, profile="own")
+        if spec in self._alive:  # two of one model; the name tells them apart
+            spec = spec.replace(revision=f"own engine {len(self._adopted) + 1}")
         self._alive[spec] = backend
-        self._stays.add(spec)
         find = fingerprint.find_model
         self._folders[spec] = (find(str(model.model), self.root), find(str(model.tokenizer), self.root))
         self._adopted[id(llm)] = (llm, Engine(spec, self))
@@ -180,14 +185,25 @@ class Pool:
             except ParityError as error:
                 self._failed[spec] = error
                 raise
+        self._alive[spec] = self._alive.pop(spec)  # the last one is the one used last
         return self._alive[spec]
 
     def discard(self, spec: EngineSpec) -> None:
-        """Shut the engine of a spec down, if it is alive."""
+        """Shut the engine of a spec down, if it is alive and ours."""
+        if spec in self._theirs():
+            return
         backend = self._alive.pop(spec, None)
+        self._apart.discard(spec)
         if backend is not None:
             with contextlib.suppress(Exception):  # it may be broken already; what broke it has been reported
                 backend.close()
+
+    def adopt_from(self, factory: Any, spec: EngineSpec | None) -> Engine:
+        """A handle on what a `parity_engine_factory` gives: an LLM, or a callable that is asked once for each spec."""
+        key = (id(factory), spec)
+        if key not in self._given:
+            self._given[key] = factory(spec) if callable(factory) else factory
+        return self.adopt(self._given[key])
 
     def close(self) -> None:
         """Shut all engines down."""
@@ -213,25 +229,44 @@ class Pool:
         return backend
 
     def _start_where_possible(self, spec: EngineSpec) -> tuple[Backend, bool]:
-        from .engines.process import ProcessBackend, start_in_process
+        from .engines.process import start_in_process
 
         model, tokenizer = self.folders(spec)
         gpu = _has_gpu()
-        seen = [start.spec for start in self.starts if not start.own_process]
-        own_process = spec.engine == "vllm" and (gpu or spec in seen or bool(self._adopted))
-        if gpu or not own_process:  # two engines share neither a GPU's memory nor, for vLLM, a process
-            for other in [s for s in self._alive if s.engine == spec.engine and s not in self._stays]:
-                self.discard(other)
-        if not own_process:
-            try:
-                return start_in_process(spec, model, tokenizer), False
-            except EngineError as error:
-                settings_are_wrong = error.__cause__ is None or isinstance(error.__cause__, ValueError)
-                if not seen or settings_are_wrong:
-                    raise  # otherwise its predecessors in this process may be the reason
-        if not gpu:
-            self._stays.add(spec)
-        return ProcessBackend.start(spec, model, tokenizer), True
+        came_back = any(start.spec == spec for start in self.starts)
+        if spec.engine == "vllm" and (gpu or came_back or self._adopted or self._place_is_spoilt):
+            return self._start_apart(spec, gpu=gpu)
+        self._make_room([s for s in self._rivals(spec) if s not in self._apart], keep=0)
+        try:
+            return start_in_process(spec, model, tokenizer), False
+        except EngineError as error:
+            settings_are_wrong = error.__cause__ is None or isinstance(error.__cause__, ValueError)
+            if settings_are_wrong or spec.engine != "vllm" or not self.starts:
+                raise
+        started = self._start_apart(spec, gpu=gpu)
+        self._place_is_spoilt = True  # by what has lived in this process before; the next ones need not try
+        return started
+
+    def _start_apart(self, spec: EngineSpec, *, gpu: bool) -> tuple[Backend, bool]:
+        """Start an engine in a process of its own. A GPU's memory has room for one; on a CPU a few stay."""
+        from .engines.process import ProcessBackend
+
+        rivals = self._rivals(spec)
+        self._make_room(rivals if gpu else [s for s in rivals if s in self._apart], keep=0 if gpu else _PROCESSES - 1)
+        backend = ProcessBackend.start(spec, *self.folders(spec))
+        self._apart.add(spec)
+        return backend, True
+
+    def _rivals(self, spec: EngineSpec) -> list[EngineSpec]:
+        """The live engines of the same kind that are ours to close, longest unused first."""
+        return [s for s in self._alive if s.engine == spec.engine and s not in self._theirs()]
+
+    def _theirs(self) -> set[EngineSpec]:
+        return {engine.spec for _, engine in self._adopted.values()}
+
+    def _make_room(self, candidates: list[EngineSpec], *, keep: int) -> None:
+        for spec in candidates[: max(len(candidates) - keep, 0)]:
+            self.discard(spec)
 
 
 def _has_gpu() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,17 @@ def _plain(prompt: Any, index: int) -> Any:
     if isinstance(prompt, str) and prompt:
         return prompt
     if isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
+        others = sorted(set(prompt) - {"prompt_token_ids", "prompt"})
+        if others:
+            raise UsageError(f"prompts[{index}] has {others[0]!r}, which is not supported")
         prompt = prompt["prompt_token_ids"]
     if isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt):
         if all(isinstance(item, Mapping) and "role" in item for item in prompt):
-            return [dict(item) for item in prompt]
+            try:
+                messages: list[Any] = json.loads(json.dumps([dict(item) for item in prompt]))
+            except TypeError as error:
+                raise UsageError(f"prompts[{index}] has a message that is not JSON: {error}") from None
+            return messages
         if all(hasattr(item, "__index__") and not isinstance(item, bool) for item in prompt):
             return [int(item) for item in prompt]
     raise UsageError(
@@ -71,16 +79,21 @@ def tokenize(prompts: Sequence[Any], tokenizer: Any) -> list[Prompt]:
     return [_tokenize_one(prompt, tokenizer, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
 
 
+def _is_hole(message: Mapping[str, Any]) -> bool:
+    """Whether a message is a turn for the engine to write: an assistant's with nothing in it, tool calls neither."""
+    return message["role"] == "assistant" and not [k for k, v in message.items() if k != "role" and v is not None]
+
+
 def _tokenize_one(prompt: Any, tokenizer: Any, where: str) -> Prompt:
     if isinstance(prompt, str):
         return Prompt(tuple(tokenizer(prompt)["input_ids"]))
     if isinstance(prompt[0], int):
         return Prompt(tuple(prompt))
     messages: list[dict[str, Any]] = [dict(message) for message in prompt]
-    if messages[-1].get("role") == "assistant" and messages[-1].get("content") is None:
+    if _is_hole(messages[-1]):
         messages.pop()  # the last hole is what add_generation_prompt opens
     for message in messages:
-        if message["role"] == "assistant" and message.get("content") is None:
+        if _is_hole(message):
             message["content"] = _HOLE
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -142,6 +142,10 @@ def replay_all(backend: Backend, trace: Trace, paths: Sequence[str], **options: 
     replay has the shape of the run that recorded the trace, and reproduces it bit for bit on the same engine.
     """
     makers = {"decode": _plan_decode, "prefill": _plan_prefill, "regenerate": _plan_regenerate, "window": _plan_window}
+    limit = backend.config.max_model_len
+    longest = int(np.max(np.diff(trace.prompt_offsets)[trace.group] + np.diff(trace.sequence_offsets), initial=0))
+    if limit is not None and longest > limit:
+        raise UsageError(f"the trace has a sequence of {longest:,} tokens with its prompt; max_model_len is {limit:,}")
     result: dict[str, Trace] = {}
     for path in paths:
         if path not in makers:
@@ -157,7 +161,7 @@ def can_regenerate(trace: Trace) -> bool:
 
 
 def _plan_decode(backend: Backend, trace: Trace) -> _Plan:
-    return _forced(backend, trace, [(segment, 0) for segment in trace.segments()], trace.mask)
+    return _forced(backend, trace, [(segment, 0) for segment in trace.segments()], trace.mask, "decode")
 
 
 def _plan_window(backend: Backend, trace: Trace, windows: int = 4, width: int = 32) -> _Plan:
@@ -176,10 +180,10 @@ def _plan_window(backend: Backend, trace: Trace, windows: int = 4, width: int = 
             if begin < end:
                 pieces.append((Segment(segment.sequence, segment.turn, begin, end), begin - segment.start))
                 mask[begin:end] = True
-    return _forced(backend, trace, pieces, mask)
+    return _forced(backend, trace, pieces, mask, "window")
 
 
-def _forced(backend: Backend, trace: Trace, pieces: list[tuple[Segment, int]], mask: Any) -> _Plan:
+def _forced(backend: Backend, trace: Trace, pieces: list[tuple[Segment, int]], mask: Any, name: str) -> _Plan:
     """Forced decode of segments, each with how many tokens of its turn stand before it, in its prompt."""
     forcing = backend.config.forcing
     if forcing not in ("sampler", "native"):
@@ -198,7 +202,7 @@ def _forced(backend: Backend, trace: Trace, pieces: list[tuple[Segment, int]], m
                     f"{_first_difference(completion.token_ids, expected)}; its logprobs are of other tokens ({forcing})"
                 )
             rows.fill(segment.start, completion)
-        return _same_tokens(backend, trace, rows, mask, path="decode", replay=f"decode ({forcing})")
+        return _same_tokens(backend, trace, rows, mask, path="decode", replay=f"{name} ({forcing})")
 
     return _Plan(requests, assemble)
 

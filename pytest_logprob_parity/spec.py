@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import operator
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,6 +24,7 @@ PROFILES: Final[Mapping[str, Mapping[str, Any]]] = {
         "enforce_eager": True,
     },
     "serving": {},
+    "own": {},  # an engine that somebody else built
 }
 
 #: What profile `rl` pins besides, on CPUs: a prompt prefilled in chunks kills the CPU build when requests carry seeds.
@@ -68,14 +71,21 @@ class EngineSpec:
         tokenizer: str | None = None,
         **settings: Any,
     ) -> None:
+        if isinstance(model, os.PathLike):
+            model = os.fspath(model)
         if not isinstance(model, str) or not model:
             raise UsageError(f"EngineSpec(model={model!r}): the model is a folder or a hub id, as a string")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise UsageError(f"EngineSpec(seed={seed!r}): must be a whole number")
+        for field, value in (("revision", revision), ("tokenizer", tokenizer)):
+            if value is not None and not isinstance(value, str):
+                raise UsageError(f"EngineSpec({field}={value!r}): must be a string")
         for field, value, known in (
             ("engine", engine, ENGINES),
             ("profile", profile, PROFILES),
             ("dtype", dtype, DTYPES),
         ):
-            if value not in known:
+            if not isinstance(value, str) or value not in known:
                 raise UsageError(f"EngineSpec({field}={value!r}): known are {', '.join(known)}{nearest(str(value), known)}")
         try:
             settings_json = json.dumps(settings, sort_keys=True)
@@ -122,6 +132,33 @@ _OUTPUT_ONLY: Final = (
 _GREEDY_BELOW: Final = 1e-5
 
 
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, (bool, str)):
+        raise TypeError
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+#: Field type -> how a value of a like type (numpy's, a list) becomes it, and what to call it.
+_AS_GIVEN: Final[Mapping[type, Any]] = {float: _number, int: _whole, bool: _flag, tuple: _several}
+_KIND: Final = {float: "a number", int: "a whole number", bool: "True or False", tuple: "a list"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to sample, in vLLM's names and units. `seed` is the seed of the first sequence; every other has its own.
@@ -149,13 +186,17 @@ class Sampling:
     logprobs: int = 5
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, _AS_GIVEN[type(field.default)](value))
+            except (TypeError, ValueError):
+                raise UsageError(f"Sampling({field.name}={value!r}): must be {_KIND[type(field.default)]}") from None
+        object.__setattr__(self, "stop_token_ids", tuple(_whole(t) for t in self.stop_token_ids))
         object.__setattr__(self, "top_k", max(self.top_k, 0))
-        if self.seed is None or isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise UsageError(f"Sampling(seed={self.seed!r}): give a whole number; without one no run can be repeated")
         for ok, what in (
-            (self.temperature >= 0, f"temperature={self.temperature}: must be 0 (greedy) or more"),
+            (0 <= self.temperature < float("inf"), f"temperature={self.temperature}: must be 0 (greedy) or more"),
+            (0 <= self.seed < 2**62, f"seed={self.seed}: must be 0 or more, and small enough to count on from it"),
             (0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, f"min_p={self.min_p}: must be from 0 to 1"),
             (self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty}: must be above 0"),

@@ -41,6 +41,7 @@ _SUSPECTS: Final = {
     "config.enable_lora": ("weights", "adapter"),
     "model": ("weights", "weights_differ"),
     "name": ("weights", "weights_differ"),
+    "end_tokens": ("sampling", "seed_stream"),
     "config.seed": ("sampling", "seed_stream"),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -129,6 +129,8 @@ class Trace:
             column = getattr(self, name)
             if column is None and not needed:
                 continue
+            if column.ndim != (2 if name.startswith("top_") else 1):
+                raise UsageError(f"Trace column {name} has the shape {column.shape}")
             if len(column) != lengths[axis]:
                 raise UsageError(f"Trace column {name} has {len(column)} rows, {axis} are {lengths[axis]}")
             if column.dtype != np.dtype(dtype):
@@ -137,8 +139,10 @@ class Trace:
             raise UsageError("Trace columns top_token_ids and top_logprobs must have one shape, [tokens, k]")
         for name, last in (("prompt_offsets", len(self.prompt_token_ids)), ("sequence_offsets", tokens)):
             offsets = getattr(self, name)
-            if offsets[0] != 0 or offsets[-1] != last or np.any(np.diff(offsets) < 0):
+            if not len(offsets) or offsets[0] != 0 or offsets[-1] != last or np.any(np.diff(offsets) < 0):
                 raise UsageError(f"Trace column {name} must rise from 0 to {last}")
+        if sequences and self.finish_reasons.max() >= len(FINISH_REASONS):
+            raise UsageError(f"Trace column finish_reasons must hold 0 to {len(FINISH_REASONS) - 1}")
         if sequences and (self.group.min() < 0 or self.group.max() >= groups):
             raise UsageError(f"Trace column group points outside its {groups} prompts")
 
@@ -207,24 +211,29 @@ class Trace:
             rows["turn"].append(sequence.get("turn", 0))
             rows["seeds"].append(NO_SEED if sequence.get("seed") is None else sequence["seed"])
             rows["finish"].append(FINISH_REASONS.index(reason) if reason in FINISH_REASONS else 0)
-            parts["token_ids"].append(np.asarray(sequence["token_ids"], np.int32))
-            parts["logprobs"].append(np.array([np.nan if v is None else v for v in sequence["logprobs"]], np.float32))
-            mask = sequence.get("mask")
-            parts["mask"].append(np.ones(length, bool) if mask is None else np.asarray(mask, bool))
-            ranks = sequence.get("ranks")
-            parts["ranks"].append(np.zeros(length, np.int32) if ranks is None else np.asarray(ranks, np.int32))
+            logprobs = [np.nan if v is None else v for v in sequence["logprobs"]]
+            mask, ranks = sequence.get("mask"), sequence.get("ranks")
+            try:
+                parts["token_ids"].append(_column("token_ids", sequence["token_ids"]))
+                parts["logprobs"].append(_column("logprobs", logprobs))
+                parts["mask"].append(_column("mask", np.ones(length, bool) if mask is None else mask))
+                parts["ranks"].append(_column("ranks", np.zeros(length, np.int32) if ranks is None else ranks))
+            except UsageError as error:
+                raise UsageError(f"{where}: {error}") from None
             for name in ("untruncated_logprobs", "weight_versions"):
                 if sequence.get(name) is not None:
                     parts[name].append(np.asarray(sequence[name]))
-            tops.extend(sequence.get("top_logprobs") or [{}] * length)
+            given = sequence.get("top_logprobs")
+            tops.extend([{}] * length if given is None else given)
         k = max((len(top) for top in tops), default=0)
         top_ids = np.full((len(tops), k), -1, np.int32)
         top_logprobs = np.full((len(tops), k), -np.inf, np.float32)
         for i, top in enumerate(tops):
             if top:
-                order = sorted(top.items(), key=lambda item: -item[1])
+                values = {t: float(getattr(v, "logprob", v)) for t, v in top.items()}  # vLLM's Logprob objects too
+                order = sorted(values.items(), key=lambda item: -item[1])
                 top_ids[i, : len(top)] = [t for t, _ in order]
-                top_logprobs[i, : len(top)] = [v for _, v in order]
+                top_logprobs[i, : len(top)] = [value for _, value in order]
         for name in ("untruncated_logprobs", "weight_versions"):
             if parts[name] and len(parts[name]) != len(sequences):
                 raise UsageError(f"Trace.from_sequences: some sequences have {name} and some have not")
@@ -301,7 +310,10 @@ class Trace:
             **{name: value if others.get(name) is None else others[name] for name, value in defaults.items()},
         }
         meaning = {k: v for k, v in others.items() if k not in defaults}
-        arrays = {n: None if c is None else np.asarray(c, COLUMNS[n][0]) for n, c in columns.items()}
+        unknown = sorted(set(meaning) - {f.name for f in fields(cls)})
+        if unknown:
+            raise UsageError(f"Trace.from_arrays has no column or label {unknown[0]!r}")
+        arrays = {n: None if c is None else _column(n, c) for n, c in columns.items()}
         return cls(**arrays, sampling=Sampling.of(sampling), **meaning)  # type: ignore[arg-type]
 
     # -- looking at it ------------------------------------------------------------------------------------------------
@@ -410,12 +422,26 @@ class Trace:
                 else "it has no labels"
             )
             raise container.damaged(path, f"not a trace of schema {SCHEMA}: {what}")
-        labels = dict(metadata["trace"])
         try:
+            labels = dict(metadata["trace"])
             texts = {int(k): str(v) for k, v in labels.pop("token_texts")}
             return cls(**columns, **{**labels, "sampling": Sampling.of(labels["sampling"]), "token_texts": texts})  # type: ignore[arg-type]
-        except (UsageError, TypeError, ValueError, KeyError) as error:
+        except (UsageError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise container.damaged(path, f"its parts do not fit together: {error}") from None
+
+
+def _column(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Values as the column's dtype. Raises UsageError where they do not fit it, or would have to be rounded."""
+    dtype = np.dtype(COLUMNS[name][0])
+    try:
+        given = np.asarray(values)
+        column = np.asarray(given, dtype)
+        exact = dtype.kind == "f" or not given.size or (given.dtype.kind in "iufb" and bool(np.all(column == given)))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"Trace column {name} is not {dtype}: {error}") from None
+    if not exact:
+        raise UsageError(f"Trace column {name} is not {dtype}: its values are {given.dtype} and do not fit")
+    return column
 
 
 def offsets_of(rows: Sequence[Sequence[Any] | npt.NDArray[Any]]) -> LongArray:

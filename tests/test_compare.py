@@ -145,6 +145,33 @@ def test_all_nan_is_never_green():
     assert compare(expected=nothing, actual=trace).verdict == "unverified"
 
 
+def test_holes_in_the_golden_are_counted_and_inf_is_no_logprob():
+    trace = make_trace()
+    holes = np.zeros(400)
+    holes[:100] = np.nan
+    result = compare(expected=moved(trace, holes), actual=trace)
+    assert (result.verdict, result.metrics["n_missing"]) == ("unverified", 100)
+    assert "100 tokens have no logprob in the golden" in result.headline
+    holes = np.zeros(400)
+    holes[3] = np.inf
+    assert compare(expected=moved(trace, holes), actual=trace).verdict == "fail"
+
+
+def test_a_candidate_that_masks_nearly_everything_does_not_pass():
+    trace = make_trace()
+    mask = np.zeros(400, bool)
+    mask[:5] = True
+    assert compare(expected=trace, actual=trace.with_(mask=mask)).verdict == "unverified"
+
+
+def test_huge_differences_overflow_nothing(recwarn):
+    trace = make_trace()
+    result = compare(expected=moved(trace, -1000), actual=trace)
+    assert result.verdict == "fail"
+    assert math.isfinite(result.metrics["ess"])
+    assert not recwarn.list
+
+
 def test_support_flips_are_counted_apart_and_never_averaged_in():
     sampling = Sampling(temperature=0.7, top_p=0.9)
     expected = make_trace(0.7, dtype="bfloat16", sampling=sampling)

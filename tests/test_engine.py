@@ -12,6 +12,9 @@ import pytest
 
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import EngineError, EngineSpec, Sampling, Trace, UsageError, compare, open_engine
+from pytest_logprob_parity.engines.process import ProcessBackend
+from pytest_logprob_parity.prompts import _is_hole, check_prompts
+from pytest_logprob_parity.replay import replay
 
 GROUPS = Sampling(temperature=0.7, top_p=0.95, n=8, max_tokens=64, seed=3)
 
@@ -191,12 +194,15 @@ def test_raw_logprobs_and_prefill_are_what_transformers_computes(pool, questions
 # -- what cannot be done is refused by name ---------------------------------------------------------------------------
 
 
-def test_speculative_decoding_is_refused_by_name(pool, questions):
+def test_speculative_decoding_is_refused_by_name(pool):
+    """In a process of its own, for engines that start after it in the same one die."""
     speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-    engine = pool.engine(EngineSpec(MODEL, dtype="bfloat16", speculative_config=speculative))
+    spec = EngineSpec(MODEL, dtype="bfloat16", speculative_config=speculative)
+    backend = ProcessBackend.start(spec, *pool.folders(spec))
     trace = Trace.from_sequences([{"prompt_token_ids": [5, 6], "token_ids": [7], "logprobs": [-1.0]}])
     with pytest.raises(EngineError, match="decode replay is not possible: speculative decoding"):
-        engine.replay(trace)
+        replay(backend, trace)
+    backend.close()
 
 
 def test_a_prompt_longer_than_the_context(engine):
@@ -215,19 +221,26 @@ def test_prompts_that_are_none(engine, prompts):
         engine.generate(prompts)
 
 
+@pytest.mark.parametrize("bad", [{"presence_penalty": 5}, {"stop_token_ids": (10**6,), "min_tokens": 2}])
+def test_a_request_that_is_refused_leaves_the_engine_alive(pool, engine, bad):
+    starts = len(pool.starts)
+    with pytest.raises(UsageError, match=r"vllm 0\.32\.0 refuses a request: "):
+        engine.generate(["1 + 1"], Sampling(**bad))
+    with pytest.raises(UsageError, match=r"refuses a request: .*out of vocabulary"):
+        engine.generate([[999_999]])
+    assert engine.generate(["1 + 1"], Sampling(max_tokens=2)).num_sequences == 1
+    assert len(pool.starts) == starts
+
+
+def test_a_tool_call_is_no_turn_to_write_and_images_are_refused():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "calc"}]}
+    assert not _is_hole(call)
+    assert _is_hole({"role": "assistant", "content": None})
+    with pytest.raises(UsageError, match=r"prompts\[0\] has 'multi_modal_data', which is not supported"):
+        check_prompts([{"prompt_token_ids": [5], "multi_modal_data": {}}])
+
+
 # -- starts, ends, deaths ---------------------------------------------------------------------------------------------
-
-
-def test_an_engine_that_dies_half_way_says_why_and_the_next_use_starts_anew(pool, questions):
-    """A prompt prefilled in chunks kills the 0.32.0 CPU build when requests carry seeds."""
-    import arith
-
-    engine = pool.engine(EngineSpec(MODEL, dtype="bfloat16", enable_chunked_prefill=True, max_num_batched_tokens=256))
-    rng = random.Random(1)
-    long = [[*arith.make_messages(rng, 5)[:-1], {"role": "user", "content": "And?"}] for _ in range(4)]
-    with pytest.raises(EngineError, match=r"died at work .*CPU Generator does not use offset"):
-        engine.generate(long, Sampling(temperature=0.7, max_tokens=8, seed=1))
-    assert engine.generate(questions(2), Sampling(temperature=0.7, max_tokens=8, seed=1)).num_sequences == 2
 
 
 def test_one_start_for_each_spec_and_a_process_for_the_one_that_comes_back(questions):
@@ -277,8 +290,6 @@ def test_nothing_is_left_behind_after_a_crash():
 
 
 def test_an_engine_process_that_is_killed_says_so(pool):
-    from pytest_logprob_parity.engines.process import ProcessBackend
-
     spec = EngineSpec(MODEL, engine="transformers", dtype="float32")
     backend = ProcessBackend.start(spec, *pool.folders(spec))
     backend._process.kill()

@@ -170,6 +170,37 @@ def test_a_damaged_golden_is_one_line_and_starts_nothing(pytester, run_inner, re
     assert len(pool.starts) == starts
 
 
+def test_update_failed_keeps_what_only_looks_damaged(pytester, run_inner, recorded):
+    """A pointer of Git LFS or a golden of a newer schema is somebody's data, and no failed check."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n"
+    for content in (pointer, recorded.read_bytes().replace(rb"\"schema\":1", rb"\"schema\":7")):
+        recorded.write_bytes(content)
+        run_inner("--parity-update=failed").assert_outcomes(failed=1)
+        assert recorded.read_bytes() == content
+
+
+def test_what_could_never_pass_is_not_recorded(pytester, run_inner):
+    trace = "Trace.from_sequences([dict(prompt_token_ids=[1], token_ids=[3, 4], logprobs=[None, float('nan')])])"
+    pytester.makepyfile(
+        test_it=f"from pytest_logprob_parity import Trace\ndef test_it(golden_trace): golden_trace.check({trace})"
+    )
+    run_inner("--update-golden").stdout.fnmatch_lines(["E*UsageError: *not recorded: it could never pass: Nothing*"])
+    assert not (pytester.path / "golden").exists()
+
+
+def test_a_golden_of_ones_own_rollouts_is_of_the_prompts_and_sampling_it_says(pytester, run_inner):
+    pytester.makepyfile(
+        test_it="""
+        from pytest_logprob_parity import Trace
+        TRACE = Trace.from_sequences([dict(prompt_token_ids=[1, 2], token_ids=[3], logprobs=[-0.1])])
+        def test_prompts(golden_trace): golden_trace.check(TRACE, prompts=[[7, 8]])
+        def test_sampling(golden_trace): golden_trace.check(TRACE, sampling=dict(temperature=0.7))
+        """
+    )
+    run_inner("--update-golden").assert_outcomes(failed=2)
+    assert not (pytester.path / "golden").exists()
+
+
 def test_too_large_to_record(pytester, run_inner, recorded):
     before = recorded.read_bytes()
     pytester.makeini("[pytest]\nparity_max_golden_mb = 0.001")
@@ -213,6 +244,8 @@ def test_an_engine_that_dies_during_an_update_is_one_line_and_costs_nothing(pyte
     (line,) = [line for line in result.outlines if line.startswith("E ")]
     assert re.search(r"EngineError: vllm 0\.32\.0 died at work .*CPU Generator does not use offset", line)
     assert recorded.read_bytes() == before
+    pytester.makepyfile(test_it=TEST)
+    run_inner(*dying).assert_outcomes(passed=1)  # the next use starts it anew; short prompts come in one piece
 
 
 def test_a_prompt_longer_than_the_context(pytester, run_inner, recorded):
@@ -236,6 +269,14 @@ def test_a_misspelt_setting_is_that_tests_error_with_the_nearest_name(pytester, 
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *arguments)
     result.assert_outcomes(errors=1, passed=1)
     result.stdout.fnmatch_lines(["E*UsageError: logprob_parity: 'dtpye' is neither*did you mean 'dtype'?"])
+
+
+@pytest.mark.parametrize("setting", ["profile=[1]", "seed=[1]", "seed=1.5", "revision={}"])
+def test_a_setting_of_the_wrong_type_is_that_tests_error(pytester, setting):
+    pytester.makepyfile(TEST + "\ndef test_other(): pass")
+    result = pytester.runpytest_subprocess("--parity-set", setting)
+    result.assert_outcomes(errors=1, passed=1)
+    result.stdout.fnmatch_lines([f"E*UsageError: EngineSpec({setting.partition('=')[0]}=*"])
 
 
 def test_no_model_says_where_to_name_one(pytester, run_inner):
@@ -297,7 +338,9 @@ def test_limits_from_the_ini_file_and_the_call(pytester, run_inner, recorded):
     pytester.makepyfile(test_it=TEST.replace("sampling=SAMPLING", "sampling=SAMPLING, tolerance={'rms_diff': 0}"))
     run_inner(*other).assert_outcomes(failed=1)
     pytester.makeini("[pytest]\nparity_tolerance = rms_dif = 3")
-    run_inner(*other).stdout.fnmatch_lines(["E*UsageError: tolerance has no limit 'rms_dif', did you mean 'rms_diff'?*"])
+    bad = pytester.runpytest_subprocess()
+    assert bad.ret == pytest.ExitCode.USAGE_ERROR
+    bad.stderr.fnmatch_lines(["*tolerance has no limit 'rms_dif', did you mean 'rms_diff'?*"])
 
 
 def test_ones_own_rollouts_are_source_and_candidate(pytester, run_inner):
@@ -365,6 +408,11 @@ def test_beside_a_conftest_that_defines_update_golden(pytester, run_inner, optio
         pytester.makeini("[pytest]\naddopts = --update-golden")
     result = run_inner(*(["--update-golden"] if how == "argument" else []))
     assert summary(result) == ["logprob-parity: 1 recorded"]
+
+
+def test_a_conftests_update_golden_that_is_no_flag_updates_nothing(pytester, run_inner, recorded):
+    pytester.makeconftest("def pytest_addoption(parser): parser.addoption('--update-golden', default='never')")
+    assert summary(run_inner()) == ["logprob-parity: 1 checked"]
 
 
 def test_help_and_typos(pytester):

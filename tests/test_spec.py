@@ -1,5 +1,6 @@
 """EngineSpec and Sampling: what can be asked for, and what a misspelt wish gets."""
 
+import numpy as np
 import pytest
 
 from pytest_logprob_parity import EngineSpec, Sampling, UsageError
@@ -80,9 +81,28 @@ def test_structured_outputs_are_refused_by_name(pool):
         Sampling.of(SamplingParams(max_tokens=8, structured_outputs=StructuredOutputsParams(regex="[0-9]+")))
 
 
+def test_values_of_a_like_type_are_taken_as_what_they_mean():
+    given = Sampling(temperature=np.float32(0.5), n=np.int64(2), stop_token_ids=np.array([3, 4]))
+    assert given == Sampling(temperature=0.5, n=2, stop_token_ids=(3, 4))
+    assert type(given.n) is int
+
+
 @pytest.mark.parametrize(
     "values",
-    [{"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"max_tokens": 0}, {"n": 0}, {"logprobs": 0}, {"seed": None}],
+    [
+        {"temperature": "0.7"},
+        {"top_k": 2.5},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"ignore_eos": 1},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"min_p": 2},
+        {"max_tokens": 0},
+        {"n": 0},
+        {"logprobs": 0},
+        {"seed": None},
+    ],
 )
 def test_values_out_of_range_are_errors(values):
     with pytest.raises(UsageError, match=next(iter(values))):

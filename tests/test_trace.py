@@ -118,6 +118,9 @@ def test_columns_for_millions_of_tokens_are_not_copied():
         ({"logprobs": [-0.1]}, "sequence 0 has 3 token_ids but 1 logprobs"),
         ({"logprob": [-0.1]}, "sequence 0 has an unknown key 'logprob'"),
         ({"prompt_token_ids": None}, "sequence 0 lacks prompt_token_ids"),
+        ({"token_ids": [8.5, 9, 1]}, "sequence 0: Trace column token_ids is not int32"),
+        ({"token_ids": [2**40, 9, 1]}, "sequence 0: Trace column token_ids is not int32"),
+        ({"mask": ["no", "no", "no"]}, "sequence 0: Trace column mask is not bool"),
     ],
 )
 def test_a_sequence_that_does_not_fit_is_named(change, told):

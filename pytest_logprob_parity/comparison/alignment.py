@@ -18,7 +18,7 @@ Rows = Any
 class Alignment:
     """`expected` and `actual` select the same tokens, one by one, from the columns of the two traces.
 
-    `wanted` counts the tokens that could have been compared: those of `expected` that neither side masks.
+    `wanted` counts the tokens that should have been compared: all that `expected` does not mask.
     """
 
     expected: Rows
@@ -35,7 +35,7 @@ def align(expected: Trace, actual: Trace) -> Alignment:
         mask = expected.mask & actual.mask
         count = int(np.count_nonzero(mask))
         rows = slice(None) if count == len(mask) else np.flatnonzero(mask)
-        return Alignment(rows, rows, count, count, 0, 0)
+        return Alignment(rows, rows, count, int(np.count_nonzero(expected.mask)), 0, 0)
     partners = _partners(expected, actual)
     left, right, wanted, missing, diverged = [], [], 0, 0, 0
     for sequence in range(expected.num_sequences):

@@ -14,6 +14,8 @@ Doubles = npt.NDArray[np.float64]
 
 #: PPO's clip: a policy ratio outside 1 +- this is counted.
 CLIP: Final = 0.2
+#: Log-ratios are cut off here: the squares of their exponentials still fit a double.
+_MAX_LOG_RATIO: Final = 300.0
 #: Rows at a time where a whole [tokens, k] column passes through the processor's cache.
 _CHUNK: Final = 65_536
 
@@ -38,7 +40,7 @@ def difference_metrics(d: Doubles) -> dict[str, float]:
     largest = float(absolute.max())
     if largest == 0:
         return dict.fromkeys(names, 0.0) | {"mean_ratio": 1.0, "max_ratio": 1.0, "ess": 1.0}
-    ratio = np.exp(d)
+    ratio = np.exp(np.minimum(d, _MAX_LOG_RATIO))
     mean, mean_ratio, mean_square_ratio = float(d.mean()), float(ratio.mean()), float(np.dot(ratio, ratio)) / len(d)
     ranks = [(len(d) - 1) // 2, int(0.99 * (len(d) - 1))]
     p50, p99 = np.partition(absolute, ranks)[ranks]
@@ -87,8 +89,11 @@ def top_k_metrics(expected: Trace, actual: Trace, rows: Alignment) -> dict[str, 
     """
     if not expected.top_k or not actual.top_k or not rows.tokens:
         return {}
-    same = expected.top_token_ids[:, 0][rows.expected] == actual.top_token_ids[:, 0][rows.actual]
-    result = {"top1_agreement": float(np.mean(same))}
+    first_e, first_a = expected.top_token_ids[:, 0][rows.expected], actual.top_token_ids[:, 0][rows.actual]
+    known = (first_e >= 0) & (first_a >= 0)
+    if not known.any():
+        return {}
+    result = {"top1_agreement": float(np.mean(first_e[known] == first_a[known]))}
     for side, trace, selected in (("expected", expected, rows.expected), ("actual", actual, rows.actual)):
         top = trace.top_logprobs if isinstance(selected, slice) else trace.top_logprobs[selected]
         entropy, mass = _entropy(top)

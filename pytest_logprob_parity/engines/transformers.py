@@ -250,6 +250,7 @@ def _generator(request: Request, device: Any) -> Any:
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """What ends a completion: the end tokens of tokenizer and model configuration, as vLLM takes them."""
     ids = {tokenizer.eos_token_id}
-    configured = getattr(model.config, "eos_token_id", None)
-    ids |= set(configured) if isinstance(configured, (list, tuple)) else {configured}
+    for source in (model.config, model.generation_config):
+        configured = getattr(source, "eos_token_id", None)
+        ids |= set(configured) if isinstance(configured, (list, tuple)) else {configured}
     return frozenset(int(i) for i in ids if i is not None)

@@ -114,8 +114,13 @@ class VllmBackend:
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": [*r.prompt_token_ids, *(r.scored_token_ids or ())]} for r in requests]
-        params = [SamplingParams(**self._parameters(r)) for r in requests]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        try:
+            params = [SamplingParams(**self._parameters(r)) for r in requests]
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        except (ValueError, TypeError, OverflowError) as error:
+            if self._llm.llm_engine.has_unfinished_requests():
+                raise  # it broke at work; a request that is refused is never begun
+            raise UsageError(f"vllm {_version()} refuses a request: {reason_of(error)}") from error
         return [_completion(request, output) for request, output in zip(requests, outputs, strict=True)]
 
     def close(self) -> None:
