@@ -25,7 +25,7 @@ def pytest_run(folder: Path, *arguments: str) -> Callable[[], object]:
 
 
 def children_cpu() -> float:
-    """CPU seconds of the processes run so far: what the clock on the wall would say on an idle machine."""
+    """CPU seconds of the processes run so far: waiting for other work on the machine is not in them."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import operator
 import os
@@ -36,6 +35,8 @@ DTYPES: Final = ("auto", "float64", "float32", "bfloat16", "float16")
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: `, did you mean 'x'?`, or nothing where no known name is near."""
+    import difflib  # only a mistake needs it
+
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f", did you mean {matches[0]!r}?" if matches else ""
 
