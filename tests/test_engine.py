@@ -223,11 +223,12 @@ def test_prompts_that_are_none(engine, prompts):
 
 @pytest.mark.parametrize("bad", [{"presence_penalty": 5}, {"stop_token_ids": (10**6,), "min_tokens": 2}])
 def test_a_request_that_is_refused_leaves_the_engine_alive(pool, engine, bad):
+    assert engine.config.forcing == "sampler"  # it is alive
     starts = len(pool.starts)
     with pytest.raises(UsageError, match=r"vllm 0\.32\.0 refuses a request: "):
         engine.generate(["1 + 1"], Sampling(**bad))
     with pytest.raises(UsageError, match=r"refuses a request: .*out of vocabulary"):
-        engine.generate([[999_999]])
+        engine.generate([[10, 11], [999_999]])  # the first one was taken already
     assert engine.generate(["1 + 1"], Sampling(max_tokens=2)).num_sequences == 1
     assert len(pool.starts) == starts
 

@@ -117,9 +117,12 @@ class VllmBackend:
         try:
             params = [SamplingParams(**self._parameters(r)) for r in requests]
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        except (ValueError, TypeError, OverflowError) as error:
-            if self._llm.llm_engine.has_unfinished_requests():
-                raise  # it broke at work; a request that is refused is never begun
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            engine = self._llm.llm_engine
+            while engine.has_unfinished_requests():  # those that it took before the one that it refused
+                engine.step()
             raise UsageError(f"vllm {_version()} refuses a request: {reason_of(error)}") from error
         return [_completion(request, output) for request, output in zip(requests, outputs, strict=True)]
 
@@ -164,6 +167,12 @@ class VllmBackend:
                 raise EngineError("vLLM's trace replay drops the stop ids of min_tokens: it cannot replay min_tokens > 0")
             return parameters | {"trace_decode_token_ids": forced}
         return parameters | {"extra_args": {forced_decode.FORCED: forced}}
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether an error is about what was asked; the engine is as well as before."""
+    client_error = any(base.__name__ == "VLLMClientError" for base in type(error).__mro__)
+    return client_error or isinstance(error, (ValueError, TypeError, OverflowError))
 
 
 def _completion(request: Request, output: Any) -> Completion:
