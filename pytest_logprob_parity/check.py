@@ -1,41 +1,31 @@
-"""The main job, without pytest: record a golden from an engine, or hold an engine against one."""
+"""The main job, without pytest: hold an engine against its golden (or record it; see recording.py)."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from . import fingerprint
+from .belonging import Context, check_belongs
 from .comparison.free_run import compare_free_run
 from .comparison.result import Comparison, MismatchError
-from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance
-from .comparison.verdict import compare
-from .errors import EngineError, GoldenError, IncomparableError, UsageError
+from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
+from .comparison.verdict import Evidence, check_level, judge
+from .errors import GoldenError, UsageError
+from .floor import REPEATS
 from .golden import Golden, describe
 from .message import failure_message
 from .pool import Engine
-from .prompts import check_prompts, tokenize
+from .prompts import check_prompts
+from .recording import record
 from .replay import REPLAYS, can_regenerate
 from .spec import Sampling
 from .suspects import suspects
-from .trace import Trace
+from .trace import FloatArray, Trace
 
 DEFAULT_REPLAY: Final = ("decode", "regenerate")
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What a check is told by whoever runs it: where it belongs, what to show people, and standing settings."""
-
-    node_id: str = ""
-    name: str = ""
-    shown_path: str = ""
-    accept: str = "check_golden(..., update=True)"
-    tolerance_lines: tuple[str, ...] = ()
-    max_megabytes: float | None = None
 
 
 def check_golden(
@@ -47,13 +37,16 @@ def check_golden(
     update: bool = False,
     replay: Sequence[str] = DEFAULT_REPLAY,
     tolerance: Tolerance | Mapping[str, Any] | None = None,
+    level: str = "rl",
+    repeats: int = REPEATS,
     context: Context | None = None,
 ) -> Comparison:
     """Hold an engine against the golden at `path`, or with `update` make it one.
 
     The engine is asked for its logprobs of the golden's tokens by every path in `replay`. A Trace in place of the
     engine is the candidate itself, or with `update` the golden's source. Without `prompts` and `sampling` the golden's
-    own are used.
+    own are used. `level` says what fails: `bitwise`, `noise` or `rl` (see `compare`). `repeats` is how often recording
+    replays its tokens in other batch shapes, for the noise floor; 0 records none.
 
     Raises ParityError: GoldenError, IncomparableError, UsageError, EngineError; MismatchError for the verdicts `fail`
     and `unverified`.
@@ -68,15 +61,18 @@ def check_golden(
     asked = None if sampling is None else Sampling.of(sampling)
     if not isinstance(engine, (Engine, Trace)):
         raise UsageError(f"check takes an engine or a Trace, not {type(engine).__name__}")
+    check_level(level)
     if update:
-        return _record(path, engine, given, asked, replay, context)
+        return record(path, engine, given, asked, replay, tolerance, repeats, context)
     golden = _load(path, context)
-    _check_belongs(golden, engine, given, asked, context)
+    check_belongs(golden, engine, given, asked, context)
     if isinstance(engine, Trace):
         differences: list[tuple[str, Any, Any]] = []
-        comparison = _compare_trace(golden, engine, tolerance, context)
+        limits = _limits(golden, engine.path, tolerance, context)
+        evidence = Evidence(golden.floor, policy_logprobs=engine.untruncated_logprobs)
+        comparison = judge(golden.trace, engine, limits, level, evidence)
     else:
-        comparison, differences = _compare_engine(golden, engine, replay, tolerance, context)
+        comparison, differences = _compare_engine(golden, engine, replay, tolerance, level, context)
     if not comparison.passed:
         message = failure_message(
             comparison,
@@ -87,51 +83,6 @@ def check_golden(
         )
         raise MismatchError(message, comparison)
     return comparison
-
-
-# -- recording --------------------------------------------------------------------------------------------------------
-
-
-def _record(
-    path: Path, engine: Engine | Trace, given: list[Any] | None, sampling: Sampling | None, replay: Sequence[str],
-    context: Context,
-) -> Comparison:  # fmt: skip
-    if path.is_dir():
-        raise GoldenError(f"{context.shown_path}: a directory stands where the golden should be; move it away")
-    prints: Mapping[str, Any] = {}
-    digest = ""
-    if isinstance(engine, Trace):
-        trace = engine
-        _check_belongs(Golden(trace), engine, given, sampling, context)
-    else:
-        if given is None:
-            raise UsageError("recording needs prompts=")
-        _check_can_replay(engine, replay, sampling or Sampling())
-        trace = engine.generate(given, sampling or Sampling())
-        digest = _digest(given)
-        if trace.sampling.truncates and trace.logprobs_mode == "processed_logprobs" and "decode" in replay:
-            free = engine.replay(trace.with_(sampling=trace.sampling.untruncated()))
-            trace = trace.with_(untruncated_logprobs=free.logprobs)
-        prints = engine.fingerprint()
-    itself = compare(expected=trace, actual=trace)
-    if not itself.passed:
-        raise UsageError(f"{context.shown_path}: not recorded: it could never pass: {itself.headline}")
-    golden = Golden(trace, prints, digest, context.node_id, context.name)
-    golden.save(path, context.max_megabytes)
-    written = Golden.load(path)
-    comparison = compare(expected=written.trace, actual=trace, policy_logprobs=trace.untruncated_logprobs)
-    return dataclasses.replace(comparison, recorded=True)
-
-
-def _check_can_replay(engine: Engine, replay: Sequence[str], sampling: Sampling) -> None:
-    """Refuse to record what no replay could check later."""
-    forcing = engine.config.forcing
-    if "prefill" in replay and engine.config.logprobs_mode == "processed_logprobs" and not sampling.raw_is_processed:
-        raise UsageError(f"not recorded: replay 'prefill' gives raw logprobs, {sampling.processing()} other ones; use 'decode'")
-    if "window" in replay and (sampling.presence_penalty or sampling.frequency_penalty):
-        raise UsageError("not recorded: replay 'window' cannot follow presence and frequency penalties")
-    if "decode" in replay and forcing not in ("sampler", "native"):
-        raise EngineError(f"not recorded: its golden could not be replayed: {forcing}")
 
 
 # -- checking ---------------------------------------------------------------------------------------------------------
@@ -145,55 +96,8 @@ def _load(path: Path, context: Context) -> Golden:
     return Golden.load(path)
 
 
-def _check_belongs(
-    golden: Golden, engine: Engine | Trace, given: list[Any] | None, sampling: Sampling | None, context: Context
-) -> None:
-    """Everything that can be known before an engine starts. Raises IncomparableError."""
-    recorded = golden.trace.sampling
-    again = f"Record it again ({context.accept}), or restore the test"
-    if sampling is not None and sampling != recorded:
-        name = next(f.name for f in dataclasses.fields(Sampling) if getattr(sampling, f.name) != getattr(recorded, f.name))
-        raise IncomparableError(
-            f"{context.shown_path} was recorded with {name}={getattr(recorded, name)!r}, the test now samples with "
-            f"{name}={getattr(sampling, name)!r}. {again}"
-        )
-    if given is not None and _digest(given) != golden.prompts_digest:
-        _check_prompt_tokens(golden.trace, engine, given, context, again)
-    if isinstance(engine, Engine) and golden.fingerprint:
-        now = engine.model_fingerprint()
-        for part in ("model", "tokenizer"):
-            if golden.fingerprint.get(part) != now[part]:
-                raise IncomparableError(
-                    f"{context.shown_path} was recorded with another {part}: {golden.fingerprint.get('name')} "
-                    f"({golden.fingerprint.get(part)}), now {now['name']} ({now[part]}). {again}"
-                )
-
-
-def _check_prompt_tokens(trace: Trace, engine: Engine | Trace, given: list[Any], context: Context, again: str) -> None:
-    if isinstance(engine, Trace) and any(not isinstance(p, list) or not isinstance(p[0], int) for p in given):
-        return  # nobody here can tokenize; the alignment sees the prompts' tokens
-    tokenized = tokenize(given, None if isinstance(engine, Trace) else engine.tokenizer)
-    now = [p.token_ids for p in tokenized]
-    then = [tuple(trace.prompt_token_ids[a:b].tolist()) for a, b in _pairs(trace.prompt_offsets.tolist())]
-    if now == then:
-        return
-    if len(now) != len(then):
-        what = f"it has {len(then)}, the test {len(now)}"
-    else:
-        index = next(i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b)
-        text = "".join(trace.text(t) for t in then[index])
-        what = f"prompts[{index}] is {given[index]!r:.60}, the golden's is {text!r:.60}"
-    raise IncomparableError(f"{context.shown_path} belongs to other prompts: {what}. {again}")
-
-
-def _compare_trace(golden: Golden, candidate: Trace, tolerance: Any, context: Context) -> Comparison:
-    limits = _limits(golden.trace, candidate.path, tolerance, context)
-    policy = candidate.untruncated_logprobs
-    return compare(expected=golden.trace, actual=candidate, tolerance=limits, policy_logprobs=policy)
-
-
 def _compare_engine(
-    golden: Golden, engine: Engine, replay: Sequence[str], tolerance: Any, context: Context
+    golden: Golden, engine: Engine, replay: Sequence[str], tolerance: Any, level: str, context: Context
 ) -> tuple[Comparison, list[tuple[str, Any, Any]]]:
     trace = golden.trace
     if "prefill" in replay and trace.distribution() != "raw":
@@ -206,24 +110,34 @@ def _compare_engine(
         raise UsageError("replay 'regenerate' alone: the golden does not know its seeds; use 'decode'")
     replayed = engine.replay_all(trace, paths)
     differences = fingerprint.differences(golden.fingerprint, engine.fingerprint()) if golden.fingerprint else []
-    limits = {p: _limits(trace, t.path, tolerance, context) for p, t in replayed.items()}
+    setup = fingerprint.setup_class(golden.fingerprint, differences)
+    limits = {p: _limits(golden, t.path, tolerance, context) for p, t in replayed.items()}
     free = None
     if "regenerate" in replayed:
         free = compare_free_run(trace, replayed["regenerate"], limits["regenerate"].near_tie)
     judged = []
     for path in [p for p in paths if p != "regenerate"] or ["regenerate"]:
-        comparison = compare(
-            expected=trace,
-            actual=replayed[path],
-            tolerance=limits[path],
-            policy_logprobs=_policy_replay(trace, engine) if path == "decode" else None,
+        evidence = Evidence(
+            floor=golden.floor,
+            draw=_drawn(golden, engine) if path == "decode" else None,
+            setup=setup,
+            same_stream=bool(golden.fingerprint) and not any(fingerprint.moves_the_stream(name) for name, _, _ in differences),
             free_run=free,
-            same_setup=bool(golden.fingerprint) and not differences,
+            policy_logprobs=_policy_replay(trace, engine) if path == "decode" else None,
         )
+        comparison = judge(trace, replayed[path], limits[path], level, evidence)
         if comparison.verdict == "fail" and not comparison.findings:
             comparison = dataclasses.replace(comparison, findings=tuple(suspects(differences)))
         judged.append(comparison)
     return min(judged, key=lambda c: ("fail", "unverified", "pass").index(c.verdict)), differences
+
+
+def _drawn(golden: Golden, engine: Engine) -> Callable[[], FloatArray] | None:
+    """How to ask the engine once more, in the shapes of the golden's floor: the draw after those of its repeats."""
+    floor = golden.floor
+    if floor is None:
+        return None
+    return lambda: engine.replay_in_drawn_shapes(golden.trace, floor.shapes, floor.repeats)
 
 
 def _policy_replay(trace: Trace, engine: Engine) -> Any:
@@ -234,15 +148,11 @@ def _policy_replay(trace: Trace, engine: Engine) -> Any:
     return engine.replay(trace.with_(sampling=trace.sampling.untruncated())).logprobs
 
 
-def _limits(trace: Trace, path: str, tolerance: Any, context: Context) -> Tolerance:
+def _limits(golden: Golden, path: str, tolerance: Any, context: Context) -> Tolerance:
+    """The limits of a golden: those of its dtype, its noise floor, the ini file, its recording, the call; the last wins."""
+    trace = golden.trace
     paths = (trace.path, path)
-    base = default_tolerance(trace.dtype, paths)
-    return make_tolerance(make_tolerance(base, parse_tolerance(context.tolerance_lines, trace.dtype, paths)), tolerance)
-
-
-def _digest(given: list[Any] | None) -> str:
-    return "" if given is None else fingerprint.digest_of(given)
-
-
-def _pairs(offsets: Sequence[int]) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(offsets))
+    limits = with_floor(default_tolerance(trace.dtype, paths), golden.floor)
+    for change in (parse_tolerance(context.tolerance_lines, trace.dtype, paths), golden.tolerance, tolerance):
+        limits = make_tolerance(limits, change)
+    return limits

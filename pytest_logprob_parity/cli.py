@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import ParityError
 
@@ -20,11 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     diff = verbs.add_parser("diff", help="compare two traces or goldens")
     diff.add_argument("expected", type=Path)
     diff.add_argument("actual", type=Path)
+    diff.add_argument("--level", choices=("bitwise", "rl"), default="rl", help="what counts as a difference")
     for verb in (show, diff):
         verb.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(arguments)
     try:
-        return _show(given.golden, given.json) if given.verb == "show" else _diff(given.expected, given.actual, given.json)
+        return (
+            _show(given.golden, given.json)
+            if given.verb == "show"
+            else _diff(given.expected, given.actual, given.level, given.json)
+        )
     except ParityError as error:
         print(f"logprob-parity: {error}", file=sys.stderr)
         return 2
@@ -45,7 +51,8 @@ def _show(path: Path, as_json: bool) -> int:
             "tokens": trace.num_tokens,
             "top_k": trace.top_k,
         }
-        about = {"node_id": golden.node_id, "name": golden.name, "prompts_digest": golden.prompts_digest}
+        about: dict[str, Any] = {"node_id": golden.node_id, "name": golden.name, "prompts_digest": golden.prompts_digest}
+        about |= {"tolerance": dict(golden.tolerance), "floor": None if golden.floor is None else golden.floor.to_json()}
         print(json.dumps({**about, **counts, "trace": labels, "fingerprint": golden.fingerprint}, indent=1, sort_keys=True))
         return 0
     print("\n".join([str(path), *(f"  {line}" for line in describe(golden))]))
@@ -59,20 +66,24 @@ def _show(path: Path, as_json: bool) -> int:
     return 0
 
 
-def _diff(expected_path: Path, actual_path: Path, as_json: bool) -> int:
-    from .comparison.verdict import compare
-    from .fingerprint import differences
+def _diff(expected_path: Path, actual_path: Path, level: str, as_json: bool) -> int:
+    from .comparison.tolerance import default_tolerance, make_tolerance, with_floor
+    from .comparison.verdict import Evidence, judge
+    from .fingerprint import differences, setup_class
     from .golden import Golden, describe
     from .message import failure_message
 
     expected, actual = Golden.load(expected_path), Golden.load(actual_path)
-    comparison = compare(expected=expected.trace, actual=actual.trace)
-    apart = differences(expected.fingerprint, actual.fingerprint)
+    limits = with_floor(default_tolerance(expected.trace.dtype, (expected.trace.path, actual.trace.path)), expected.floor)
+    both = expected.fingerprint and actual.fingerprint
+    apart = differences(expected.fingerprint, actual.fingerprint) if both else []
+    evidence = Evidence(expected.floor, setup=setup_class(expected.fingerprint if both else {}, apart))
+    comparison = judge(expected.trace, actual.trace, make_tolerance(limits, expected.tolerance), level, evidence)
     if as_json:
         apart_json = [{"name": n, "expected": e, "actual": a} for n, e, a in apart]
         print(json.dumps({**comparison.to_json(), "fingerprint_differences": apart_json}, indent=1, sort_keys=True))
     elif comparison.passed:
-        print(f"pass: {comparison.headline}")
+        print("\n".join([f"pass: {comparison.headline}", *comparison.shows, *comparison.notes]))
     else:
         accept = f"cp {actual_path} {expected_path}"
         print(

@@ -17,7 +17,8 @@ from .errors import GoldenError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-SCHEMA: Final = 1
+#: 1: traces and goldens; 2: goldens with a noise floor. Older ones are read.
+SCHEMA: Final = 2
 _KEY: Final = "logprob_parity"
 _NO_DIGEST: Final = "0" * 64
 #: safetensors' names of the dtypes that our columns have.
@@ -41,7 +42,7 @@ def write(path: Path, columns: Mapping[str, npt.NDArray[Any]], metadata: Mapping
     import numpy as np
     from safetensors.numpy import save
 
-    text = json.dumps({**metadata, "digest": _NO_DIGEST}, sort_keys=True, separators=(",", ":"))
+    text = json.dumps({**metadata, "schema": SCHEMA, "digest": _NO_DIGEST}, sort_keys=True, separators=(",", ":"))
     # save() wants native, contiguous arrays; it sorts by dtype and name, so the order given here does not matter.
     data = bytearray(save({n: np.ascontiguousarray(c) for n, c in columns.items()}, {_KEY: text}))
     place = _digest_place(data)

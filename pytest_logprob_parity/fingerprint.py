@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -157,6 +157,20 @@ def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
     flat_golden, flat_now = _flat(golden), _flat(now)
     names = sorted(set(flat_golden) | set(flat_now))
     return [(n, flat_golden.get(n), flat_now.get(n)) for n in names if flat_golden.get(n) != flat_now.get(n)]
+
+
+def setup_class(golden: Mapping[str, Any], apart: Sequence[tuple[str, Any, Any]]) -> str:
+    """How a golden's fingerprint compares, once it belongs to the engine's model and prompts.
+
+    `same`: engine, version, configuration, hardware and libraries are the golden's, bits are expected back. `compatible`:
+    something of these is another. `unknown`: there is nothing to compare.
+    """
+    return "unknown" if not golden else "compatible" if apart else "same"
+
+
+def moves_the_stream(name: str) -> bool:
+    """Whether another value of this part of a fingerprint may draw other random numbers from the same seeds."""
+    return not name.startswith("config.") or name in {"config.seed", "config.model_runner", "config.tensor_parallel_size"}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

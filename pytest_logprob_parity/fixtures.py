@@ -105,11 +105,13 @@ class GoldenTrace:
         name: str | None = None,
         replay: Sequence[str] = ("decode", "regenerate"),
         tolerance: Tolerance | Mapping[str, Any] | None = None,
+        level: str | None = None,
     ) -> Comparison:
         """Hold an engine, or a trace, against this test's golden; under `--update-golden` make it the golden.
 
         `prompts` are strings, lists of token ids or message lists; `sampling` a Sampling, dict or vllm.SamplingParams;
-        `name` tells several checks of one test apart. Returns the comparison, for those who log it.
+        `name` tells several checks of one test apart; `level` says what fails (`bitwise`, `noise`, `rl`; default: the
+        run's, see --parity-level). Returns the comparison, for those who log it.
 
         Raises ParityError; see check_golden.
         """
@@ -119,20 +121,31 @@ class GoldenTrace:
         path = self.path(name)
         try:
             comparison = self._check(
-                path, engine_or_trace, name, prompts=prompts, sampling=sampling, replay=replay, tolerance=tolerance
+                path,
+                engine_or_trace,
+                name,
+                prompts=prompts,
+                sampling=sampling,
+                replay=replay,
+                tolerance=tolerance,
+                level=level or self._session.level,
+                repeats=self._session.repeats,
             )
         except ParityError as error:
             verdict = error.comparison.verdict if isinstance(error, MismatchError) else ""
-            self._note(name, path, {"unverified": "unverified"}.get(verdict, error.kind), str(error).splitlines()[0])
-            if isinstance(error, MismatchError):
-                self._keep_obtained(path, error.comparison)
+            outcome = "unverified" if verdict == "unverified" else error.kind
+            found = error.comparison if isinstance(error, MismatchError) else None
+            self._note(name, path, outcome, str(error).splitlines()[0], found)
+            if found is not None:
+                self._keep_obtained(path, found)
             # The message says it all; the frames and causes below would bury it.
             raise error.with_traceback(None) from None
-        self._note(name, path, "recorded" if comparison.recorded else "passed", comparison.headline, comparison.metrics)
+        self._note(name, path, "recorded" if comparison.recorded else "passed", comparison.headline, comparison)
         return comparison
 
     def _check(self, path: Path, engine: Engine | Trace, name: str | None, **arguments: Any) -> Comparison:
-        from .check import Context, check_golden
+        from .belonging import Context
+        from .check import check_golden
 
         __tracebackhide__ = True
         if (name or "") in self._names:
@@ -181,12 +194,12 @@ class GoldenTrace:
         except OSError:
             return
 
-    def _note(
-        self, name: str | None, path: Path, outcome: str, headline: str, metrics: Mapping[str, float] | None = None
-    ) -> None:
+    def _note(self, name: str | None, path: Path, outcome: str, headline: str, comparison: Comparison | None) -> None:
         record: dict[str, Any] = {"outcome": outcome, "golden": self._relative(path), "headline": headline}
         if name:
             record["name"] = name
-        if metrics:
-            record["metrics"] = {k: v for k, v in metrics.items() if v == v and abs(v) != float("inf")}
+        if comparison is not None:
+            told = comparison.to_json()
+            record |= {key: told[key] for key in ("verdict", "level", "setup", "difference", "shows", "notes")}
+            record["metrics"] = {k: v for k, v in told["metrics"].items() if v is not None}
         note_outcome(self._item, record)

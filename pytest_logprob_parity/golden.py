@@ -9,11 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+import numpy as np
+
 from . import container
-from .errors import GoldenError
-from .trace import SCHEMA, Trace
+from .errors import GoldenError, UsageError
+from .floor import NoiseFloor, Shapes
+from .trace import Trace
 
 SUFFIX: Final = ".safetensors"
+
+#: The column of the noise floor: float32 [repeats, tokens].
+_FLOOR: Final = "floor_logprobs"
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class Golden:
 
     `fingerprint` is Engine.fingerprint() of the recording engine, or {} for a trace of someone's own rollouts;
     `prompts_digest` is of the prompts as the test gave them; `node_id` and `name` say which check it belongs to.
+    `floor` is its noise floor (None for a trace of someone's own rollouts, and in goldens of schema 1); `tolerance`
+    holds the limits that the recording test asked for.
     """
 
     trace: Trace
@@ -29,6 +37,8 @@ class Golden:
     prompts_digest: str = ""
     node_id: str = ""
     name: str = ""
+    floor: NoiseFloor | None = None
+    tolerance: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, path: Path, max_megabytes: float | None = None) -> None:
         """Write the golden, whole or not at all.
@@ -37,19 +47,22 @@ class Golden:
         written; what stood there before then stays.
         """
         columns = self.trace.to_columns()
+        if self.floor is not None:
+            columns[_FLOOR] = self.floor.logprobs
         megabytes = sum(column.nbytes for column in columns.values()) / 1e6
         if max_megabytes is not None and megabytes > max_megabytes:
             raise GoldenError(_too_large(path, self.trace, megabytes, max_megabytes))
         if path.is_dir():
             raise GoldenError(f"{path}: a directory stands where the golden should be; move it away")
         metadata = {
-            "schema": SCHEMA,
             "trace": self.trace.to_metadata(),
             "golden": {
                 "fingerprint": self.fingerprint,
                 "name": self.name,
                 "node_id": self.node_id,
                 "prompts_digest": self.prompts_digest,
+                "tolerance": dict(self.tolerance),
+                "floor": None if self.floor is None else _floor_to_json(self.floor),
             },
         }
         try:
@@ -61,18 +74,36 @@ class Golden:
     def load(cls, path: Path) -> Golden:
         """Read a golden. Raises GoldenError, in one line, for a file that is missing or cannot be trusted."""
         columns, metadata = container.read(path)
+        repeats = columns.pop(_FLOOR, None)
         trace = Trace.from_file_parts(columns, metadata, path)
-        about = metadata.get("golden", {})
-        texts = ("prompts_digest", "node_id", "name")
-        prints = about.get("fingerprint") if isinstance(about, Mapping) else None
-        parts = [prints, *(prints.get(part, {}) for part in ("engine", "hardware"))] if isinstance(prints, Mapping) else [None]
-        if about and (
-            set(about) != {"fingerprint", *texts}
-            or not all(isinstance(part, Mapping) for part in parts)
-            or not all(isinstance(about[text], str) for text in texts)
-        ):
-            raise container.damaged(path, "its golden header does not hold what it should")
-        return cls(trace, **about)
+        if "golden" not in metadata:
+            return cls(trace)
+        try:
+            return cls._from_header(trace, dict(metadata["golden"]), repeats)
+        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+            raise container.damaged(path, f"its golden header does not hold what it should ({error})") from None
+
+    @classmethod
+    def _from_header(cls, trace: Trace, about: dict[str, Any], repeats: Any) -> Golden:
+        texts = {name: about.pop(name) for name in ("prompts_digest", "node_id", "name")}
+        prints, tolerance, drawn = about.pop("fingerprint"), about.pop("tolerance", {}), about.pop("floor", None)
+        parts = [prints, tolerance, *(prints.get(part, {}) for part in ("engine", "hardware", "config"))]
+        if about or not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError(f"unknown: {', '.join(about)}" if about else "texts that are none")
+        if not all(isinstance(part, Mapping) for part in parts) or (drawn is None) != (repeats is None):
+            raise ValueError("parts are missing")
+        floor = None
+        if drawn is not None:
+            if repeats.shape[1:] != (trace.num_tokens,):
+                raise ValueError(f"its noise floor is {list(repeats.shape)}, its tokens are {trace.num_tokens}")
+            if np.isnan(repeats[:, trace.mask]).any():
+                raise ValueError("its noise floor contains NaN")
+            floor = NoiseFloor(repeats, Shapes.from_json(drawn["shapes"]), bool(drawn["reproduces"]))
+        return cls(trace, prints, **texts, floor=floor, tolerance=tolerance)
+
+
+def _floor_to_json(floor: NoiseFloor) -> dict[str, Any]:
+    return {"shapes": floor.shapes.to_json(), "reproduces": floor.reproduces}
 
 
 def _too_large(path: Path, trace: Trace, megabytes: float, limit: float) -> str:
@@ -123,6 +154,7 @@ def describe(golden: Golden) -> Sequence[str]:
         f"{engine.get('kind', trace.engine)} {engine.get('version', trace.engine_version)}, {trace.dtype}"
         + (f", {prints['hardware'].get('device')}" if prints.get("hardware") else ""),
     ]
+    lines.append("no noise floor" if golden.floor is None else golden.floor.describe())
     if golden.node_id:
         lines.append(f"test {golden.node_id}" + (f", check {golden.name!r}" if golden.name else ""))
     return lines

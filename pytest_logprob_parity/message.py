@@ -12,6 +12,16 @@ from .trace import Trace
 _LABEL: Final = 13
 _SHOWN_DIFFERENCES: Final = 12
 _SHOWN_TEXT: Final = 48
+_SETUPS: Final = {
+    "same": "same: engine, version, configuration, hardware and libraries are the golden's; bits are expected back",
+    "compatible": "compatible: the golden's model and prompts, another engine or setting (see differs); judged by statistics",
+    "unknown": "unknown: there are no two fingerprints to compare",
+}
+_LEVELS: Final = {
+    "bitwise": "bitwise: any other bit fails",
+    "noise": "noise: any difference beyond what other batch shapes do fails",
+    "rl": "rl: what matters to an RL update fails",
+}
 
 
 def failure_message(
@@ -28,11 +38,17 @@ def failure_message(
     that makes the new numbers the golden.
     """
     blocks = [
-        _fields(("golden", [golden, *about]), ("now", [_side(comparison.actual)])),
+        _fields(
+            ("golden", [golden, *about]),
+            ("now", [_side(comparison.actual)]),
+            ("setup", [_SETUPS[comparison.setup]]),
+            ("level", [_LEVELS[comparison.level]]),
+        ),
         "\n".join(_numbers(comparison)),
         "\n".join(_worst_tokens(comparison)),
         _fields(
             ("findings", [str(f) for f in comparison.findings]),
+            ("different?", [str(comparison.difference)]),
             ("free run", [] if comparison.free_run is None else [str(comparison.free_run)]),
             ("differs", _difference_lines(differences)),
             ("note", list(comparison.notes)),
@@ -85,10 +101,11 @@ def _numbers(comparison: Comparison) -> list[str]:
             f"greatest     |d| {abs(worst.diff):.3g} nats at sequence {worst.sequence} (prompt {worst.group}, sample "
             f"{worst.sample}), position {worst.position}: {worst.text!r}"
         )
-    lines.append(f"{'':<34}{'measured':>12}{'allowed':>12}")
+    lines.append(f"{'':<34}{'measured':>12}{'95 % bound':>12}{'allowed':>12}")
     for gate in comparison.gates:
-        mark = "" if gate.ok else "  <-- exceeds"
-        lines.append(f"  {gate.name:<32}{gate.value:>12.4g}{gate.limit:>12.4g} {gate.unit}{mark}")
+        mark = "" if gate.sure else "  <-- exceeds" if not gate.ok else "  <-- not shown"
+        bound = "" if gate.bound is None else f"{gate.bound:.4g}"
+        lines.append(f"  {gate.name:<32}{gate.value:>12.4g}{bound:>12}{gate.limit:>12.4g} {gate.unit}{mark}")
     lines.append(_shown("shown, not judged: ", numbers))
     if comparison.policy_metrics:
         lines.append(_shown("without truncation: ", comparison.policy_metrics))

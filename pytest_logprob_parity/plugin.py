@@ -18,6 +18,8 @@ __all__ = ["golden_trace", "parity_engine", "parity_engine_factory", "parity_eng
 
 MARKER: Final = "logprob_parity"
 UPDATES: Final = ("all", "missing", "failed")
+#: How many checks that passed the summary tells of, without -v.
+_SHOWN: Final = 5
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -38,6 +40,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="KEY=VALUE",
         help="override an engine setting in every test of this run, e.g. logprobs_mode=raw_logprobs",
     )
+    group.addoption(
+        "--parity-level",
+        choices=("bitwise", "noise", "rl"),
+        default=None,
+        help="what fails: any other bit, any difference beyond what other batch shapes do, or (default) what matters to RL",
+    )
+    parser.addini("parity_level", "what fails: bitwise, noise or rl", default="rl")
+    parser.addini("parity_repeats", "how often recording replays its tokens, for the noise floor; 0: none", default="5")
     parser.addini("parity_golden_dir", "folder of the goldens, relative to the root", default="golden")
     parser.addini("parity_engine", "engine settings for all tests, KEY=VALUE a line", type="linelist", default=[])
     parser.addini("parity_tolerance", "limits, [dtype.[path.]]limit = number a line", type="linelist", default=[])
@@ -70,6 +80,12 @@ def pytest_configure(config: pytest.Config) -> None:
         )
         if not float(config.getini("parity_max_golden_mb")) > 0:
             raise ValueError
+        level = config.getoption("--parity-level") or str(config.getini("parity_level"))
+        if level not in ("bitwise", "noise", "rl"):
+            raise UsageError(f"parity_level: {level!r} is not one of bitwise, noise, rl")
+        repeats = str(config.getini("parity_repeats"))
+        if not repeats.isdecimal() or repeats == "1":
+            raise UsageError(f"parity_repeats: {repeats!r} must be 2 or more, or 0 for no noise floor")
         if lines := config.getini("parity_tolerance"):
             from .comparison.tolerance import parse_tolerance
 
@@ -80,7 +96,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"parity_max_golden_mb: {config.getini('parity_max_golden_mb')!r} must be a number above 0"
         ) from None
-    session = Session(update, config.rootpath / config.getini("parity_golden_dir"), ini, override)
+    session = Session(update, config.rootpath / config.getini("parity_golden_dir"), ini, override, level, int(repeats))
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(session), "logprob_parity_outcomes")
@@ -183,14 +199,17 @@ class Outcomes:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._counts: dict[str, int] = {}
+        self._good: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "teardown":  # every phase carries all properties so far
             return
         for name, value in report.user_properties:
             if name == PROPERTY:
-                outcome = json.loads(str(value))["outcome"]
-                self._counts[outcome] = self._counts.get(outcome, 0) + 1
+                record = json.loads(str(value))
+                self._counts[record["outcome"]] = self._counts.get(record["outcome"], 0) + 1
+                if record["outcome"] in ("passed", "recorded"):
+                    self._good.append(record)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -216,8 +235,25 @@ class Outcomes:
             return
         bad = any(counts.get(kind) for kind in names)
         terminalreporter.write_line("logprob-parity: " + ", ".join(parts), red=bad, yellow=bool(unused) and not bad)
+        most = len(self._good) if terminalreporter.config.getoption("verbose") > 0 else _SHOWN
+        for record in self._good[:most]:
+            for line in _told(record):
+                terminalreporter.write_line(line)
+        if len(self._good) > most:
+            terminalreporter.write_line(f"  and {len(self._good) - most} more; -v shows all")
         for path in unused:
             terminalreporter.write_line(f"  unused, its test is gone: {path}", yellow=True)
+
+
+def _told(record: dict[str, Any]) -> list[str]:
+    """What a check that passed, or a recording, has shown: a failure has its own message."""
+    name = record["golden"] + (f", check {record['name']!r}" if record.get("name") else "")
+    if record["outcome"] == "recorded":
+        about = [f"  recorded {name}", *(f"    {note}" for note in record["notes"])]
+    else:
+        about = [f"  pass ({record['setup']} setup, level {record['level']}) {name}: {record['headline']}"]
+        about.append(f"    different? {record['difference']['text']}")
+    return about + [f"    {line}" for line in record["shows"]]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -15,7 +15,8 @@ from .spec import EngineSpec, Sampling
 
 if TYPE_CHECKING:
     from .engines.base import Backend, ResolvedConfig
-    from .trace import Trace
+    from .floor import Shapes
+    from .trace import FloatArray, Trace
 
 _T = TypeVar("_T")
 
@@ -77,6 +78,12 @@ class Engine:
         from .replay import replay_all
 
         return self._guard(lambda backend: replay_all(backend, trace, paths, **options))
+
+    def replay_in_drawn_shapes(self, trace: Trace, shapes: Shapes, number: int) -> FloatArray:
+        """Forced decode of `trace` with every block in a shape drawn from `shapes`: logprobs [N]; see repeats.py."""
+        from .repeats import replay_in_drawn_shapes
+
+        return self._guard(lambda backend: replay_in_drawn_shapes(backend, trace, shapes, number))
 
     def fingerprint(self) -> dict[str, Any]:
         """What this engine is: model digests, versions, configuration and hardware as JSON values. Starts it."""

@@ -188,9 +188,9 @@ def _forced(backend: Backend, trace: Trace, pieces: list[tuple[Segment, int]], m
     forcing = backend.config.forcing
     if forcing not in ("sampler", "native"):
         raise EngineError(f"decode replay is not possible: {forcing}. Use replay=('prefill',), or turn that off")
-    turns = _by_turn([segment for segment, _ in pieces])
+    turns = by_turn([segment for segment, _ in pieces])
     before = dict(pieces)
-    requests = [[_forced_request(trace, segment, before[segment]) for segment in turn] for turn in turns]
+    requests = [[forced_request(trace, segment, before[segment]) for segment in turn] for turn in turns]
 
     def assemble(answers: list[list[Completion]]) -> Trace:
         rows = _Rows.empty(trace.num_tokens, trace.sampling.logprobs)
@@ -199,7 +199,7 @@ def _forced(backend: Backend, trace: Trace, pieces: list[tuple[Segment, int]], m
             if not np.array_equal(completion.token_ids, expected):
                 raise EngineError(
                     f"decode replay did not force the tokens: sequence {segment.sequence} came back with "
-                    f"{_first_difference(completion.token_ids, expected)}; its logprobs are of other tokens ({forcing})"
+                    f"{first_difference(completion.token_ids, expected)}; its logprobs are of other tokens ({forcing})"
                 )
             rows.fill(segment.start, completion)
         return _same_tokens(backend, trace, rows, mask, path="decode", replay=f"{name} ({forcing})")
@@ -207,7 +207,8 @@ def _forced(backend: Backend, trace: Trace, pieces: list[tuple[Segment, int]], m
     return _Plan(requests, assemble)
 
 
-def _forced_request(trace: Trace, segment: Segment, before: int) -> Request:
+def forced_request(trace: Trace, segment: Segment, before: int = 0) -> Request:
+    """The request that decodes a segment again, forced; `before` tokens of its turn stand before it, in its prompt."""
     sampling = trace.sampling
     if sampling.min_tokens and before:
         sampling = dataclasses.replace(sampling, min_tokens=max(sampling.min_tokens - before, 0))
@@ -235,7 +236,7 @@ def _plan_prefill(backend: Backend, trace: Trace) -> _Plan:
 def _plan_regenerate(backend: Backend, trace: Trace) -> _Plan:
     if not can_regenerate(trace):
         raise UsageError("replay 'regenerate': the trace does not know its seeds; give them (seed=...), or leave it out")
-    turns = _by_turn(list(trace.segments()))
+    turns = by_turn(list(trace.segments()))
     seeds = trace.seeds.tolist()
     requests = [
         [Request(_history(trace, s), trace.sampling, turn_seed(seeds[s.sequence], s.turn, trace.num_sequences)) for s in turn]
@@ -291,7 +292,7 @@ def _same_tokens(backend: Backend, trace: Trace, rows: _Rows, mask: Any, *, path
     )
 
 
-def _by_turn(segments: list[Segment]) -> list[list[Segment]]:
+def by_turn(segments: list[Segment]) -> list[list[Segment]]:
     """Segments in the order in which turns are written: the first of all sequences, then the second."""
     count = max((s.turn for s in segments), default=0) + 1
     turns: list[list[Segment]] = [[] for _ in range(count)]
@@ -342,7 +343,8 @@ def _texts(trace: Trace, tokenizer: Any) -> dict[int, str]:
     return dict(zip(known, tokenizer.batch_decode([[i] for i in known]), strict=True))
 
 
-def _first_difference(got: Any, expected: Any) -> str:
+def first_difference(got: Any, expected: Any) -> str:
+    """Where and how token ids differ from the expected ones, in words."""
     common = min(len(got), len(expected))
     differs = np.flatnonzero(np.asarray(got[:common]) != np.asarray(expected[:common]))
     if len(differs):

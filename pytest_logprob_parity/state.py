@@ -26,6 +26,8 @@ class Session:
     golden_dir: Path
     ini_settings: dict[str, Any]
     set_settings: dict[str, Any]
+    level: str
+    repeats: int
     node_ids: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
 

@@ -20,7 +20,6 @@ LongArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
-SCHEMA: Final = 1
 LOGPROBS_MODES: Final = ("processed_logprobs", "raw_logprobs")
 PATHS: Final = ("decode", "prefill")
 
@@ -384,12 +383,14 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Write the trace to a safetensors file, atomically. Raises OSError."""
-        container.write(Path(path), self.to_columns(), {"schema": SCHEMA, "trace": self.to_metadata()})
+        container.write(Path(path), self.to_columns(), {"trace": self.to_metadata()})
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
         """Read a trace from its file, or out of a golden. Raises GoldenError naming what is wrong with the file."""
         columns, metadata = container.read(Path(path))
+        if "golden" in metadata:
+            columns = {name: column for name, column in columns.items() if name in COLUMNS}
         return cls.from_file_parts(columns, metadata, Path(path))
 
     def to_columns(self) -> dict[str, npt.NDArray[Any]]:
@@ -422,7 +423,7 @@ class Trace:
                 if unknown
                 else "it has no labels"
             )
-            raise container.damaged(path, f"not a trace of schema {SCHEMA}: {what}")
+            raise container.damaged(path, f"not a trace: {what}")
         try:
             labels = dict(metadata["trace"])
             texts = _unpack_texts(**labels.pop("token_texts"))

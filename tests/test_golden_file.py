@@ -68,9 +68,9 @@ def test_any_flipped_bit_is_found(golden_file):
 
 def test_newer_schema(golden_file):
     data = golden_file.read_bytes()
-    assert data.count(rb"\"schema\":1") == 1
-    golden_file.write_bytes(data.replace(rb"\"schema\":1", rb"\"schema\":7"))
-    assert "written in schema 7, this version of pytest-logprob-parity reads up to 1; upgrade it" in one_line(golden_file)
+    assert data.count(rb"\"schema\":2") == 1
+    golden_file.write_bytes(data.replace(rb"\"schema\":2", rb"\"schema\":7"))
+    assert "written in schema 7, this version of pytest-logprob-parity reads up to 2; upgrade it" in one_line(golden_file)
 
 
 def test_git_lfs_pointer(golden_file):

@@ -173,7 +173,7 @@ def test_a_damaged_golden_is_one_line_and_starts_nothing(pytester, run_inner, re
 def test_update_failed_keeps_what_only_looks_damaged(pytester, run_inner, recorded):
     """A pointer of Git LFS or a golden of a newer schema is somebody's data, and no failed check."""
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n"
-    for content in (pointer, recorded.read_bytes().replace(rb"\"schema\":1", rb"\"schema\":7")):
+    for content in (pointer, recorded.read_bytes().replace(rb"\"schema\":2", rb"\"schema\":7")):
         recorded.write_bytes(content)
         run_inner("--parity-update=failed").assert_outcomes(failed=1)
         assert recorded.read_bytes() == content

@@ -1,13 +1,19 @@
-"""The free run beside its golden: did the engine write the same tokens again, and stop where it stopped?"""
+"""The free run beside its golden: did the engine write the same tokens again, stop where it stopped, draw as it drew?"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from ..trace import FINISH_REASONS, Trace
+from ..trace import FINISH_REASONS, Segment, Trace
+from .result import Finding
+
+#: A free run that nothing but chance explains less often than this is another way of drawing.
+_ALPHA: Final = 1e-4
+#: A flip rate is predicted from differences of the chosen tokens alone; all others move as well.
+_FLIP_MARGIN: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,20 @@ class Divergence:
 
 @dataclass(frozen=True)
 class FreeRun:
-    """How many turns were written again, how many of them diverged, and how many only ended elsewhere."""
+    """How many turns were written again, how many of them diverged, and how many only ended elsewhere.
+
+    `likelihood_shift` is how much likelier its tokens are than the golden's, in nats a token on average over turns, and
+    `shift_p` how often chance alone does that (paired t): both runs are draws from one distribution, whatever the seeds.
+    `distinct` counts the different completions, in the golden and now.
+    """
 
     turns: int
     diverged: int
     stops_changed: int
     divergences: tuple[Divergence, ...]
+    likelihood_shift: float = 0.0
+    shift_p: float = 1.0
+    distinct: tuple[int, int] = (0, 0)
 
     @property
     def same(self) -> bool:
@@ -50,6 +64,9 @@ class FreeRun:
             "diverged": self.diverged,
             "stops_changed": self.stops_changed,
             "first": [str(d) for d in self.divergences[:10]],
+            "likelihood_shift": self.likelihood_shift,
+            "shift_p": self.shift_p,
+            "distinct": list(self.distinct),
         }
 
     def __str__(self) -> str:
@@ -98,4 +115,79 @@ def compare_free_run(golden: Trace, regenerated: Trace, near_tie: float) -> Free
             )
         )
     divergences.sort(key=lambda d: (d.position, d.sequence))
-    return FreeRun(len(segments), len(divergences), stops, tuple(divergences))
+    shift, p = _likelihood_shift(golden, segments, regenerated)
+    now = [regenerated.bounds(i) for i in range(len(segments))]
+    distinct = (
+        len({golden.token_ids[s.start : s.stop].tobytes() for s in segments}),
+        len({regenerated.token_ids[start:stop].tobytes() for start, stop in now}),
+    )
+    return FreeRun(len(segments), len(divergences), stops, tuple(divergences), shift, p, distinct)
+
+
+def judge_free_run(
+    free_run: FreeRun | None, golden: Trace, *, exact: bool, same_stream: bool, mean_abs_diff: float
+) -> tuple[str, Finding | None]:
+    """The headline where the free run decides, and its finding; for logprobs that have been found to agree.
+
+    `exact`: same engine and every logprob bit for bit, so every token has to come back. `same_stream`: nothing that the
+    random numbers come from has changed, so tokens may diverge no more often than `mean_abs_diff` (nats, of the logprobs
+    of two replays) predicts: about half of it a token. Otherwise the tokens are fresh draws, and only their distribution
+    and the ends of those that came back are judged.
+    """
+    if free_run is None or free_run.same:
+        return "", None
+    if exact:
+        finding = Finding("sampling", "seed_stream", f"logprobs of the golden's tokens agree bit for bit, and {free_run}")
+        return f"The engine writes other tokens although its logprobs agree bit for bit: {free_run}", finding
+    if free_run.stops_changed:
+        finding = Finding("sampling", None, f"tokens agree, and {free_run}", ("engine_build", "seed_stream"))
+        return f"The engine stops elsewhere although it writes the same tokens: {free_run}", finding
+    far = [d for d in free_run.divergences if np.isfinite(d.gap) and not d.near_tie]
+    if golden.sampling.greedy:
+        if not far:
+            return "", None
+        finding = Finding("sampling", "seed_stream", f"greedy decoding left the likeliest token: {far[0]}")
+        return f"Greedy decoding no longer takes the likeliest token: {far[0]}", finding
+    before, now = free_run.distinct
+    if free_run.shift_p < _ALPHA or (before >= 8 and now < before / 2):
+        text = (
+            f"its own tokens are {free_run.likelihood_shift:+.3g} nats a token likelier than the golden's "
+            f"(chance does that in {free_run.shift_p:.1g} of cases), {now} distinct completions where the golden has {before}"
+        )
+        return f"The engine does not draw as it reports: {text}", Finding("sampling", None, text, ("seed_stream",))
+    predicted = predicted_divergences(golden, mean_abs_diff)
+    if same_stream and _poisson_tail(free_run.diverged, _FLIP_MARGIN * predicted) < _ALPHA:
+        text = f"{free_run.diverged} of {free_run.turns} wrote other tokens, noise of this size explains about {predicted:.2g}"
+        return f"The engine writes other tokens although its logprobs agree: {text}", Finding("sampling", "seed_stream", text)
+    return "", None
+
+
+def predicted_divergences(golden: Trace, mean_abs_diff: float) -> float:
+    """How many turns leave the golden where logprobs differ by this much on average: half of it a token is a flip."""
+    rate = min(0.5 * mean_abs_diff, 1.0)
+    return float(sum(1 - (1 - rate) ** (s.stop - s.start) for s in golden.segments()))
+
+
+def _poisson_tail(count: int, mean: float) -> float:
+    """How often a Poisson variable of this mean is `count` or more."""
+    from scipy.special import pdtrc
+
+    return float(pdtrc(count - 1, mean)) if count and mean > 0 else float(count == 0)
+
+
+def _likelihood_shift(golden: Trace, segments: list[Segment], regenerated: Trace) -> tuple[float, float]:
+    """Mean over turns of the change of the mean logprob a token, and its two-sided p of a paired t-test."""
+    if golden.distribution() != regenerated.distribution():
+        return 0.0, 1.0
+    pairs = [
+        (golden.logprobs[s.start : s.stop], regenerated.logprobs[slice(*regenerated.bounds(i))]) for i, s in enumerate(segments)
+    ]
+    changes = np.array([float(now.mean() - then.mean()) for then, now in pairs if len(now) and len(then)])
+    changes = changes[np.isfinite(changes)]
+    spread = float(changes.std(ddof=1)) if len(changes) > 1 else 0.0
+    if spread == 0:
+        return 0.0, 1.0
+    from scipy.special import stdtr
+
+    mean = float(changes.mean())
+    return mean, 2 * float(stdtr(len(changes) - 1, -abs(mean) / spread * len(changes) ** 0.5))

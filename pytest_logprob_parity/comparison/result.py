@@ -11,6 +11,7 @@ from ..errors import ParityError
 if TYPE_CHECKING:
     from ..trace import Trace
     from .free_run import FreeRun
+    from .intervals import Clusters
 
 #: After the order in which to rule things out.
 LAYERS: Final = ("semantic", "path", "head", "weights", "sampling", "noise")
@@ -32,17 +33,41 @@ class Finding:
 
 @dataclass(frozen=True)
 class Gate:
-    """One number that decides: its value, what is allowed, and the unit both are in."""
+    """One number that decides: its value, what is allowed, and the unit both are in.
+
+    `bound` is the upper 95 % confidence bound of what the value says of other prompts; None where it is a count.
+    """
 
     name: str
     value: float
     limit: float
     unit: str = ""
+    bound: float | None = None
 
     @property
     def ok(self) -> bool:
         """Whether the value is within the limit; NaN is not."""
         return self.value <= self.limit
+
+    @property
+    def sure(self) -> bool:
+        """Whether the bound is within the limit too."""
+        return self.ok and (self.bound is None or self.bound <= self.limit)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The answer to "is it different", whether or not it matters.
+
+    `different` is None where it is not known; `p_value` is that of the block permutation test (NaN where none was made).
+    """
+
+    different: bool | None
+    reason: str
+    p_value: float = float("nan")
+
+    def __str__(self) -> str:
+        return f"{ {True: 'yes', False: 'no', None: 'not known'}[self.different] }: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +97,9 @@ class Comparison:
 
     `metrics` are floats by name (nats, shares from 0 to 1, counts), d = actual - expected over the tokens that were
     compared; `policy_metrics` are the same without truncation, where the sampling truncates and both sides have them.
+    `level` is what was asked (`bitwise`, `noise`, `rl`), `setup` how the two sides' fingerprints compare (`same`,
+    `compatible`, or `unknown` for traces in hand), `difference` the answer to "is it different", `shows` what the comparison
+    has shown and would have caught, in words, and `clusters` the sums by sequence that its bounds rest on.
     """
 
     verdict: str
@@ -86,6 +114,11 @@ class Comparison:
     free_run: FreeRun | None = None
     notes: tuple[str, ...] = ()
     recorded: bool = False
+    level: str = "rl"
+    setup: str = "unknown"
+    difference: Difference = Difference(None, "not asked")
+    shows: tuple[str, ...] = ()
+    clusters: Clusters | None = None
 
     @property
     def passed(self) -> bool:
@@ -93,7 +126,7 @@ class Comparison:
         return self.verdict == "pass"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the traces, as JSON values; what is not a number becomes None."""
+        """Everything but the traces and sums, as JSON values; what is not a number becomes None."""
         return {
             "verdict": self.verdict,
             "headline": self.headline,
@@ -104,8 +137,24 @@ class Comparison:
                 for f in self.findings
             ],
             "gates": [
-                {"name": g.name, "value": _finite(g.value), "limit": g.limit, "unit": g.unit, "ok": g.ok} for g in self.gates
+                {
+                    "name": g.name,
+                    "value": _finite(g.value),
+                    "limit": g.limit,
+                    "unit": g.unit,
+                    "ok": g.ok,
+                    "bound": None if g.bound is None else _finite(g.bound),
+                }
+                for g in self.gates
             ],
+            "level": self.level,
+            "setup": self.setup,
+            "difference": {
+                "different": self.difference.different,
+                "text": str(self.difference),
+                "p_value": _finite(self.difference.p_value),
+            },
+            "shows": list(self.shows),
             "free_run": None if self.free_run is None else self.free_run.to_json(),
             "notes": list(self.notes),
             "recorded": self.recorded,

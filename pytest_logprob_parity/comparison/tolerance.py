@@ -7,8 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from ..errors import UsageError
+from ..floor import NoiseFloor
 from ..spec import nearest
+from .intervals import poisson_quantile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,8 @@ class Tolerance:
     - `outlier`: a token further off than this is an outlier; one is allowed, and one more for every 5,000 tokens.
     - `sequence_rms`: a sequence with a larger RMS is an outlier; one is allowed for every 200 sequences.
     - `support_flips`: share of tokens (0 to 1) that truncation may exclude on the other side; none without truncation.
-    - `near_tie`: a top-2 gap up to this makes a greedy divergence a near tie.
+    - `support_depth`: no excluded token may have been further inside the nucleus (probability mass, 0 to 1) than this.
+    - `near_tie`: a top-2 gap up to this makes a greedy divergence a near tie; the same for the edges of top-k and min-p.
     """
 
     mean_diff: float
@@ -32,6 +37,7 @@ class Tolerance:
     outlier: float
     sequence_rms: float
     support_flips: float
+    support_depth: float
     near_tie: float
 
     def outlier_budget(self, tokens: int) -> int:
@@ -45,16 +51,16 @@ class Tolerance:
 
 _FLOAT32: Final = Tolerance(
     mean_diff=1e-4, rms_diff=1e-3, winsorize=0.01, clip_share=1e-3, outlier=0.01, sequence_rms=5e-3, support_flips=1e-3,
-    near_tie=1e-3,
+    support_depth=1e-3, near_tie=1e-3,
 )  # fmt: skip
 _BFLOAT16: Final = Tolerance(
     mean_diff=2e-3, rms_diff=0.045, winsorize=0.25, clip_share=0.02, outlier=0.5, sequence_rms=0.1, support_flips=0.01,
-    near_tie=0.1,
+    support_depth=0.1, near_tie=0.1,
 )  # fmt: skip
 # float16 rounds 8 times finer than bfloat16; half of that gain is kept as room for sums in other orders.
 _FLOAT16: Final = Tolerance(
     mean_diff=5e-4, rms_diff=0.012, winsorize=0.07, clip_share=5e-3, outlier=0.13, sequence_rms=0.03, support_flips=3e-3,
-    near_tie=0.03,
+    support_depth=0.03, near_tie=0.03,
 )  # fmt: skip
 
 DEFAULTS: Final[Mapping[str, Tolerance]] = {
@@ -74,6 +80,35 @@ def default_tolerance(dtype: str, paths: Iterable[str] = ("decode",)) -> Toleran
         fields = {f.name: getattr(tolerance, f.name) * PREFILL_FACTOR for f in dataclasses.fields(tolerance)}
         tolerance = Tolerance(**fields)
     return tolerance
+
+
+#: Budgets for outliers grow with the floor: so many times its RMS is an outlier token, an outlier sequence.
+_OUTLIER_TOKEN: Final = 30
+_OUTLIER_SEQUENCE: Final = 5
+#: Another build may have this many times the noise that other batch shapes have, and flips in proportion (measured: a
+#: head in float32 flipped 14 tokens where shapes flipped 4).
+_FLIP_FACTOR: Final = 4
+
+
+def with_floor(limits: Tolerance, floor: NoiseFloor | None) -> Tolerance:
+    """Limits for a golden that knows its own noise; unchanged for one that does not.
+
+    What is an outlier is at least 30 times the floor's RMS for tokens and 5 times for sequences (the clean maximum is
+    4.2 times); support flips go by the golden's own rate, the count that 4 times this rate exceeds once in 1,000 times.
+    Margins of effects (mean, RMS, clip share) do not move: what matters to an update does not depend on the noise.
+    """
+    if floor is None or not np.isfinite(floor.rms):
+        return limits
+    tokens = int(floor.finite.size)
+    flips = poisson_quantile(0.999, _FLIP_FACTOR * (floor.flips + 1 / floor.repeats))
+    return dataclasses.replace(
+        limits,
+        outlier=max(limits.outlier, _OUTLIER_TOKEN * floor.rms),
+        sequence_rms=max(limits.sequence_rms, _OUTLIER_SEQUENCE * floor.rms),
+        support_flips=flips / tokens,
+        support_depth=max(limits.support_depth, 2 * floor.max_abs),
+        near_tie=max(limits.near_tie, 2 * floor.max_abs),
+    )
 
 
 def make_tolerance(base: Tolerance, change: Tolerance | Mapping[str, Any] | None) -> Tolerance:

@@ -1,23 +1,50 @@
-"""From numbers to a verdict: what differs, whether it is allowed, and which layer it belongs to."""
+"""From numbers to a verdict: is it different, does it matter, is it shown; and which layer it belongs to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from ..errors import UsageError
-from ..trace import Trace
+from ..floor import NoiseFloor
+from ..spec import nearest
+from ..trace import FloatArray, Trace
 from . import metrics as m
 from .alignment import Alignment, align
-from .free_run import FreeRun
-from .result import Comparison, Finding, Gate, TokenDiff
-from .tolerance import Tolerance, default_tolerance, make_tolerance
+from .effects import gates_of, what_it_shows
+from .free_run import FreeRun, judge_free_run
+from .intervals import MIN_SEQUENCES, Clusters
+from .permutation import ALPHA, block_permutation_test
+from .result import Comparison, Difference, Finding, Gate, TokenDiff
+from .semantics import bears_out, different_meaning, hidden_temperature, semantic_finding
+from .support import support_flips
+from .tolerance import Tolerance, default_tolerance, make_tolerance, with_floor
 
+#: What fails: any other bit; any difference beyond what other batch shapes do; an effect that matters to an RL update.
+LEVELS: Final = ("bitwise", "noise", "rl")
 #: Below this share of the golden's tokens compared, a comparison proves too little to pass.
 COVERAGE: Final = 0.95
 _WORST: Final = 8
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a check knows beyond two traces.
+
+    `floor` is the golden's; `draw` asks the engine for its logprobs [N] in shapes drawn as the floor's were; `setup` says
+    how the fingerprints compare (`same`, `compatible`, `unknown`); `same_stream` that nothing which random numbers come
+    from has changed; `policy_logprobs` [N] are the engine's without truncation.
+    """
+
+    floor: NoiseFloor | None = None
+    draw: Callable[[], FloatArray] | None = None
+    setup: str = "unknown"
+    same_stream: bool = False
+    free_run: FreeRun | None = None
+    policy_logprobs: Any = None
 
 
 def compare(
@@ -25,73 +52,78 @@ def compare(
     expected: Trace,
     actual: Trace,
     tolerance: Tolerance | Mapping[str, Any] | None = None,
-    policy_logprobs: Any = None,
-    free_run: FreeRun | None = None,
-    same_setup: bool = False,
+    level: str = "rl",
+    floor: NoiseFloor | None = None,
 ) -> Comparison:
     """Compare two traces over their identical tokens; d = actual - expected.
 
-    `tolerance` changes the defaults for the golden's dtype and the two paths. `policy_logprobs` [N] are the actual
-    side's logprobs without truncation, beside `expected.untruncated_logprobs`. `same_setup` says that engine, version,
-    configuration and hardware are the golden's: where logprobs agree bit for bit the free run must come back as it was.
+    `tolerance` changes the defaults for the golden's dtype and the two paths. `level` says what fails: `bitwise` any
+    other bit, `noise` any difference beyond shape noise (which two traces in hand cannot show), `rl` what matters to an
+    update. `floor` is the golden's noise floor.
 
     Where the two sides mean different things, and the numbers bear that out, nothing is subtracted: the metrics of
     differences are NaN and a finding says so.
 
-    Raises UsageError for a tolerance that does not exist.
+    Raises UsageError for a tolerance or level that does not exist.
     """
     if not isinstance(expected, Trace) or not isinstance(actual, Trace):
         raise UsageError(f"compare() takes two Traces, not {type(expected).__name__} and {type(actual).__name__}")
-    limits = make_tolerance(default_tolerance(expected.dtype, (expected.path, actual.path)), tolerance)
+    base = with_floor(default_tolerance(expected.dtype, (expected.path, actual.path)), floor)
+    return judge(expected, actual, make_tolerance(base, tolerance), level, Evidence(floor))
+
+
+def check_level(level: str) -> str:
+    """`level`, if it is one. Raises UsageError."""
+    if level not in LEVELS:
+        raise UsageError(f"level={level!r}: known are {', '.join(LEVELS)}{nearest(str(level), LEVELS)}")
+    return level
+
+
+def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidence: Evidence) -> Comparison:
+    """What `compare` does, with everything that a check knows."""
+    check_level(level)
     rows = align(expected, actual)
     e, a = expected.logprobs[rows.expected], actual.logprobs[rows.actual]
     finite = np.isfinite(e) & np.isfinite(a)
-    flipped = np.isneginf(e) != np.isneginf(a)
-    flipped &= ~(np.isnan(e) | np.isnan(a))
-    broken = (np.isnan(a) & ~np.isnan(e)) | np.isposinf(a) | np.isposinf(e)
     every = bool(finite.all())
     d = np.subtract(a, e, dtype=np.float64) if every else (a[finite].astype(np.float64) - e[finite])
-    numbers = {
-        "n_tokens": float(len(d)),
-        "n_sequences": float(expected.num_sequences - rows.missing_sequences),
-        "coverage": len(d) / rows.wanted if rows.wanted else 0.0,
-        "n_nan": float(np.count_nonzero(broken)),
-        "n_missing": float(np.count_nonzero(np.isnan(e))),
-        "n_changed": float(np.count_nonzero(e != a)),
-        "support_flips": float(np.count_nonzero(flipped)),
-        "diverged_sequences": float(rows.diverged_sequences),
-        "missing_sequences": float(rows.missing_sequences),
-        **m.difference_metrics(d),
-        **m.top_k_metrics(expected, actual, rows),
-    }
-    gates = _gates(d, rows, expected, every, finite, numbers, limits, truncates=actual.sampling.truncates)
-    notes: list[str] = []
-    findings: list[Finding] = []
-    claim = _different_meaning(expected, actual)
+    flipped = (np.isneginf(e) != np.isneginf(a)) & ~(np.isnan(e) | np.isnan(a))
+    numbers = _numbers(expected, actual, rows, e, a, d, flipped)
+    flips = support_flips(expected, actual, rows, flipped, limits)
+    sequences = m.sequence_numbers(expected, rows.expected)
+    gates, clusters = gates_of(expected, d, sequences if every else sequences[finite], numbers, flips, limits)
     failed = [g for g in gates if not g.ok]
-    if claim is not None and (failed or not len(d)):
-        findings.append(_semantic_finding(claim, expected, actual, rows))
-        numbers |= dict.fromkeys(m.DIFFERENCE_METRICS, float("nan"))  # differences of two meanings mean nothing
+    exact = bool(len(d)) and not numbers["n_changed"]
+    findings, notes = _meanings(expected, actual, rows, numbers, bool(failed) or not len(d))
+    if findings:
         gates = ()
-    elif claim is not None:
-        notes.append(
-            f"the labels say {expected.distribution()} against {actual.distribution()}, the numbers agree: a label is wrong"
-        )
-    elif failed and (hidden := _hidden_temperature(expected, actual, rows)) is not None:
+    elif failed and (hidden := hidden_temperature(expected, actual, rows)) is not None:
         findings.append(hidden)
     if numbers["n_nan"]:
-        findings.insert(
-            0,
-            Finding("path", None, f"{int(numbers['n_nan'])} logprobs are NaN or +inf", ("engine_build", "kv_cache_dtype")),
+        evidence_of = f"{int(numbers['n_nan'])} logprobs are NaN or +inf"
+        findings.insert(0, Finding("path", None, evidence_of, ("engine_build", "kv_cache_dtype")))
+    problem, finding = "", None
+    if not failed and not findings:
+        same_bits = exact and evidence.setup == "same"
+        floor_noise = evidence.floor.mean_abs if evidence.floor is not None else 0.0
+        problem, finding = judge_free_run(
+            evidence.free_run,
+            expected,
+            exact=same_bits,
+            same_stream=evidence.same_stream,
+            mean_abs_diff=max(floor_noise, numbers["mean_abs_diff"]),
         )
-    exact = numbers["max_abs_diff"] == 0 and not numbers["support_flips"]
-    free_problem, free_finding = _judge_free_run(free_run, expected, failed, same_setup=same_setup and exact)
-    if free_finding is not None:
-        findings.append(free_finding)
-    elif free_run is not None and not free_run.same:
-        notes.append(f"free run: {free_run}")
-    verdict, headline = _verdict(expected, actual, numbers, failed, findings, rows, free_problem)
-    if verdict == "pass" and numbers["max_abs_diff"] > 0:
+    if finding is not None:
+        findings.append(finding)
+    elif evidence.free_run is not None and not evidence.free_run.same:
+        notes.append(f"free run: {evidence.free_run}")
+    difference = _is_different(expected, exact, bool(failed or findings or not len(d)), level, evidence)
+    if level == "rl" and evidence.floor is None and not exact and len(d):
+        notes.append(f"no noise floor: the limits for outliers and support flips are the defaults of {expected.dtype}")
+    verdict, headline = _verdict(
+        expected, actual, numbers, gates, failed, findings, rows, problem, difference, level, evidence, clusters, exact=exact
+    )
+    if verdict == "pass" and not exact:
         findings.append(Finding("noise", "numerical_noise", f"RMS {numbers['rms_diff']:.2g} nats, within tolerance"))
     return Comparison(
         verdict=verdict,
@@ -102,47 +134,79 @@ def compare(
         worst=_worst(expected, actual, rows, e, a),
         expected=expected,
         actual=actual,
-        policy_metrics=_policy_metrics(expected, policy_logprobs, rows),
-        free_run=free_run,
+        policy_metrics=_policy_metrics(expected, evidence.policy_logprobs, rows),
+        free_run=evidence.free_run,
         notes=tuple(notes),
+        level=level,
+        setup=evidence.setup,
+        difference=difference,
+        clusters=clusters,
+        shows=()
+        if clusters is None or not gates
+        else what_it_shows(clusters, gates, limits, int(numbers["n_tokens"]), int(numbers["n_sequences"])),
     )
 
 
-def _gates(
-    d: m.Doubles, rows: Alignment, expected: Trace, every: bool, finite: Any, numbers: Mapping[str, float],
-    limits: Tolerance, *, truncates: bool,
-) -> tuple[Gate, ...]:  # fmt: skip
-    allowed_flips = np.ceil(limits.support_flips * rows.tokens) if truncates or expected.sampling.truncates else 0
-    gates = [
-        Gate("NaN or +inf", numbers["n_nan"], 0, "tokens"),
-        Gate("support flips", numbers["support_flips"], float(allowed_flips), "tokens"),
-    ]
-    if not len(d):
-        return tuple(gates)
-    if numbers["max_abs_diff"] == 0:
-        rms, outliers, bad_sequences = 0.0, 0, 0
-    else:
-        sequences = m.sequence_numbers(expected, rows.expected)
-        by_sequence = m.sequence_rms(d, sequences if every else sequences[finite])
-        rms = m.winsorized_rms(d, limits.winsorize)
-        outliers = int(np.count_nonzero(np.abs(d) > limits.outlier))
-        bad_sequences = int(np.count_nonzero(by_sequence > limits.sequence_rms))
-    return (
-        *gates,
-        Gate("|mean difference|", abs(numbers["mean_diff"]), limits.mean_diff, "nats"),
-        Gate("RMS difference (winsorised)", rms, limits.rms_diff, "nats"),
-        Gate("policy ratio outside 1 +- 0.2", numbers["share_outside_clip"], limits.clip_share, "of tokens"),
-        Gate(f"tokens off by more than {limits.outlier:g}", outliers, limits.outlier_budget(len(d)), "tokens"),
-        Gate(
-            f"sequences of RMS above {limits.sequence_rms:g}", bad_sequences,
-            limits.sequence_budget(expected.num_sequences), "sequences",
-        ),
-    )  # fmt: skip
+def _numbers(
+    expected: Trace, actual: Trace, rows: Alignment, e: Any, a: Any, d: m.Doubles, flipped: Any
+) -> dict[str, float]:  # fmt: skip
+    broken = (np.isnan(a) & ~np.isnan(e)) | np.isposinf(a) | np.isposinf(e)
+    excluded, flips = np.count_nonzero(np.isneginf(e) & np.isneginf(a)), np.count_nonzero(flipped)
+    return {
+        "n_tokens": float(len(d)),
+        "n_sequences": float(expected.num_sequences - rows.missing_sequences),
+        "coverage": (len(d) + excluded + flips) / rows.wanted if rows.wanted else 0.0,
+        "n_nan": float(np.count_nonzero(broken)),
+        "n_missing": float(np.count_nonzero(np.isnan(e))),
+        "n_excluded": float(excluded),
+        "n_changed": float(np.count_nonzero(e != a)),
+        "support_flips": float(flips),
+        "diverged_sequences": float(rows.diverged_sequences),
+        "missing_sequences": float(rows.missing_sequences),
+        **m.difference_metrics(d),
+        **m.top_k_metrics(expected, actual, rows),
+    }
+
+
+def _meanings(
+    expected: Trace, actual: Trace, rows: Alignment, numbers: dict[str, float], apart: bool
+) -> tuple[list[Finding], list[str]]:  # fmt: skip
+    """What labels that differ come to: a finding where the numbers bear them out, else a note; no finding where equal."""
+    claim = different_meaning(expected, actual)
+    if claim is None:
+        return [], []
+    if apart or bears_out(expected, actual, rows):
+        numbers |= dict.fromkeys(m.DIFFERENCE_METRICS, float("nan"))  # differences of two meanings mean nothing
+        return [semantic_finding(claim, expected, actual, rows)], []
+    labels = f"{expected.distribution()} against {actual.distribution()}"
+    return [], [f"the labels say {labels}, the numbers agree: a label is wrong"]
+
+
+def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evidence: Evidence) -> Difference:
+    """Is it different? Bit for bit on the stored schedule; where the engine is another one, by the permutation test."""
+    floor = evidence.floor
+    if exact:
+        return Difference(False, "bit for bit the same")
+    if decided:
+        return Difference(True, "see the headline")
+    if evidence.setup == "same" and floor is not None and floor.reproduces and level != "noise":
+        return Difference(True, "the same engine on the same schedule gives other bits, where recording got every bit back")
+    if floor is None:
+        return Difference(None, "not bit for bit the same, and the golden has no noise floor to hold that against")
+    if evidence.draw is None:
+        return Difference(None, "not bit for bit the same; only an engine can be asked again in the floor's shapes")
+    blocks = np.repeat(np.arange(expected.num_sequences) % floor.shapes.blocks, np.diff(expected.sequence_offsets))
+    test = block_permutation_test(floor.logprobs, evidence.draw(), blocks)
+    if test is None:
+        return Difference(None, f"not bit for bit the same; too few sequences for {floor.shapes.blocks} blocks")
+    beyond = test.p_value <= ALPHA
+    return Difference(beyond, f"{'beyond' if beyond else 'within'} shape noise, {test}", test.p_value)
 
 
 def _verdict(
-    expected: Trace, actual: Trace, numbers: Mapping[str, float], failed: list[Gate], findings: list[Finding],
-    rows: Alignment, free_problem: str,
+    expected: Trace, actual: Trace, numbers: Mapping[str, float], gates: tuple[Gate, ...], failed: list[Gate],
+    findings: list[Finding], rows: Alignment, free_problem: str, difference: Difference, level: str, evidence: Evidence,
+    clusters: Clusters | None, *, exact: bool,
 ) -> tuple[str, str]:  # fmt: skip
     """The verdict and the one line that says why."""
     if not rows.tokens:
@@ -150,88 +214,61 @@ def _verdict(
     if any(f.layer == "semantic" for f in findings):
         return "fail", (
             f"The logprobs do not mean the same: {expected.distribution()} in the golden, {actual.distribution()} now"
-            if _different_meaning(expected, actual)
+            if different_meaning(expected, actual)
             else f"The logprobs do not mean what their label says: {findings[0].evidence}"
         )
     if numbers["n_nan"]:
         return "fail", f"{int(numbers['n_nan'])} of {rows.tokens} logprobs are NaN or +inf"
-    if not numbers["n_tokens"] and not failed:
-        return "unverified", "Nothing was compared: no token has a logprob on both sides"
     if failed:
         worst = max(failed, key=lambda g: g.value / g.limit if g.limit else float("inf"))
         return (
             "fail",
             f"Logprobs are not close: {worst.name} {worst.value:.3g} {worst.unit} ({worst.limit:.3g} allowed)",
         )
+    if not numbers["n_tokens"]:
+        return "unverified", "Nothing was compared: no token has a finite logprob on both sides"
     if free_problem:
         return "fail", free_problem
+    if level == "bitwise" and not exact:
+        return "fail", f"{int(numbers['n_changed'])} of {rows.tokens} logprobs are not the same bit for bit"
+    if level == "noise" and difference.different:
+        return "fail", f"The logprobs differ beyond shape noise: {difference.reason}"
+    if reason := _not_shown(actual, numbers, gates, rows, difference, level, evidence, clusters, exact=exact):
+        return "unverified", reason
+    if exact:
+        return "pass", f"{int(numbers['n_tokens'])} logprobs agree bit for bit"
+    return "pass", f"{int(numbers['n_tokens'])} logprobs agree within tolerance" + (
+        "" if evidence.floor is not None else f" ({expected.dtype}'s defaults, no noise floor)"
+    )
+
+
+def _not_shown(
+    actual: Trace, numbers: Mapping[str, float], gates: tuple[Gate, ...], rows: Alignment, difference: Difference,
+    level: str, evidence: Evidence, clusters: Clusters | None, *, exact: bool,
+) -> str:  # fmt: skip
+    """Why a comparison in which nothing failed does not show that all is well; empty where it does."""
     if numbers["coverage"] < COVERAGE and not actual.replay.startswith("window"):
-        return "unverified", (
+        return (
             f"Only {numbers['coverage']:.1%} of the tokens could be compared ({COVERAGE:.0%} needed): "
             f"{rows.diverged_sequences} sequences diverge, {rows.missing_sequences} are missing, "
             f"{int(numbers['n_missing'])} tokens have no logprob in the golden"
         )
-    exact = "bit for bit" if numbers["max_abs_diff"] == 0 and not numbers["support_flips"] else "within tolerance"
-    return "pass", f"{int(numbers['n_tokens'])} logprobs agree {exact}"
-
-
-def _different_meaning(expected: Trace, actual: Trace) -> str | None:
-    """The cause's name where the labels of the two sides say that their numbers mean different things."""
-    if expected.distribution() == actual.distribution():
-        return None
-    if expected.logprobs_mode != actual.logprobs_mode:
-        return "raw_vs_processed"
-    one, other = expected.sampling, actual.sampling
-    if one.temperature != other.temperature:
-        return "temperature"
-    return "truncation" if (one.top_p, one.top_k, one.min_p) != (other.top_p, other.top_k, other.min_p) else "penalties"
-
-
-def _semantic_finding(cause: str, expected: Trace, actual: Trace, rows: Alignment) -> Finding:
-    evidence = f"{expected.distribution()} against {actual.distribution()}"
-    ratio, spread, positions = m.top_gap_ratio(expected, actual, rows)
-    if positions and np.isfinite(ratio):
-        evidence += (
-            f"; the gap between the two likeliest tokens is {ratio:.3f} +- {spread:.3f} times as wide in the golden"
-            f" ({positions} positions)"
+    if level == "noise" and not exact and difference.different is None:
+        return f"Not shown to be a regression: {difference.reason}"
+    count = 0 if clusters is None else clusters.count
+    if count < MIN_SEQUENCES and not (exact and evidence.setup != "compatible"):
+        return (
+            f"Not shown to be a regression, and not shown to be none: {count} distinct sequences speak for no other prompts, "
+            f"{MIN_SEQUENCES} are needed: record {MIN_SEQUENCES - count} more"
         )
-    return Finding("semantic", cause, evidence)
-
-
-def _hidden_temperature(expected: Trace, actual: Trace, rows: Alignment) -> Finding | None:
-    """Equal labels whose numbers are apart by the recorded temperature: one side is raw, whatever it is called."""
-    temperature = expected.sampling.temperature
-    if expected.sampling.greedy or abs(temperature - 1) < 0.02:
-        return None
-    ratio, spread, positions = m.top_gap_ratio(expected, actual, rows)
-    for scale, text in (
-        (1 / temperature, "applied to the golden and not to this run"),
-        (temperature, "applied to this run and not to the golden"),
-    ):
-        if abs(ratio / scale - 1) < 0.02 and spread < 0.05 * scale:
-            return Finding(
-                "semantic", "raw_vs_processed", f"temperature {temperature:g} was {text} ({positions} positions agree)"
-            )
-    return None
-
-
-def _judge_free_run(
-    free_run: FreeRun | None, expected: Trace, failed: list[Gate], *, same_setup: bool
-) -> tuple[str, Finding | None]:
-    """The headline where the free run decides, and its finding. Where logprobs differ, it is their consequence."""
-    if free_run is None or free_run.same or failed:
-        return "", None
-    if same_setup:
-        finding = Finding("sampling", "seed_stream", f"logprobs of the golden's tokens agree bit for bit, and {free_run}")
-        return f"The engine writes other tokens although its logprobs agree bit for bit: {free_run}", finding
-    if free_run.stops_changed:
-        finding = Finding("sampling", None, f"tokens agree, and {free_run}", ("engine_build", "seed_stream"))
-        return f"The engine stops elsewhere although it writes the same tokens: {free_run}", finding
-    far = [d for d in free_run.divergences if np.isfinite(d.gap) and not d.near_tie]
-    if expected.sampling.greedy and far:
-        finding = Finding("sampling", "seed_stream", f"greedy decoding left the likeliest token: {far[0]}")
-        return f"Greedy decoding no longer takes the likeliest token: {far[0]}", finding
-    return "", None
+    unsure = [g for g in gates if not g.sure]
+    if unsure:
+        gate = max(unsure, key=lambda g: (g.bound or 0) / g.limit if g.limit else float("inf"))
+        return (
+            f"Not shown to be a regression, and not shown to be none: {gate.name} is {gate.value:.3g} {gate.unit}, on other "
+            f"prompts it may be {gate.bound:.3g} ({gate.limit:.3g} allowed): record more sequences"
+        )
+    return ""
 
 
 def _policy_metrics(expected: Trace, policy_logprobs: Any, rows: Alignment) -> dict[str, float]:

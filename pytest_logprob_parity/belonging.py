@@ -1,0 +1,69 @@
+"""Whether a golden belongs to this check: its prompts, its model, its sampling. Known before any engine starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+from . import fingerprint
+from .errors import IncomparableError
+from .golden import Golden
+from .pool import Engine
+from .prompts import tokenize
+from .spec import Sampling
+from .trace import Trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a check is told by whoever runs it: where it belongs, what to show people, and standing settings."""
+
+    node_id: str = ""
+    name: str = ""
+    shown_path: str = ""
+    accept: str = "check_golden(..., update=True)"
+    tolerance_lines: tuple[str, ...] = ()
+    max_megabytes: float | None = None
+
+
+def check_belongs(
+    golden: Golden, engine: Engine | Trace, given: list[Any] | None, sampling: Sampling | None, context: Context
+) -> None:
+    """Everything that can be known before an engine starts. Raises IncomparableError."""
+    recorded = golden.trace.sampling
+    again = f"Record it again ({context.accept}), or restore the test"
+    if sampling is not None and sampling != recorded:
+        name = next(f.name for f in dataclasses.fields(Sampling) if getattr(sampling, f.name) != getattr(recorded, f.name))
+        raise IncomparableError(
+            f"{context.shown_path} was recorded with {name}={getattr(recorded, name)!r}, the test now samples with "
+            f"{name}={getattr(sampling, name)!r}. {again}"
+        )
+    if given is not None and fingerprint.digest_of(given) != golden.prompts_digest:
+        _check_prompt_tokens(golden.trace, engine, given, context, again)
+    if isinstance(engine, Engine) and golden.fingerprint:
+        now = engine.model_fingerprint()
+        for part in ("model", "tokenizer", "chat_template"):
+            if golden.fingerprint.get(part) != now[part]:
+                then = f"{golden.fingerprint.get('name')} ({golden.fingerprint.get(part)})"
+                raise IncomparableError(
+                    f"{context.shown_path} was recorded with another {part.replace('_', ' ')}: {then}, now {now['name']} "
+                    f"({now[part]}). {again}"
+                )
+
+
+def _check_prompt_tokens(trace: Trace, engine: Engine | Trace, given: list[Any], context: Context, again: str) -> None:
+    if isinstance(engine, Trace) and any(not isinstance(p, list) or not isinstance(p[0], int) for p in given):
+        return  # nobody here can tokenize; the alignment sees the prompts' tokens
+    tokenized = tokenize(given, None if isinstance(engine, Trace) else engine.tokenizer)
+    now = [p.token_ids for p in tokenized]
+    then = [tuple(trace.prompt_token_ids[a:b].tolist()) for a, b in itertools.pairwise(trace.prompt_offsets.tolist())]
+    if now == then:
+        return
+    if len(now) != len(then):
+        what = f"it has {len(then)}, the test {len(now)}"
+    else:
+        index = next(i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b)
+        text = "".join(trace.text(t) for t in then[index])
+        what = f"prompts[{index}] is {given[index]!r:.60}, the golden's is {text!r:.60}"
+    raise IncomparableError(f"{context.shown_path} belongs to other prompts: {what}. {again}")

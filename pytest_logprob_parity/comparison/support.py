@@ -1,0 +1,74 @@
+"""Support flips: golden tokens that truncation excludes on the other side. How many are allowed, and how deep they lay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..trace import Trace
+from .alignment import Alignment
+from .tolerance import Tolerance
+
+
+@dataclass(frozen=True)
+class SupportFlips:
+    """`count` tokens excluded on one side only, `allowed` of them by the golden's own rate, `deep` far from the edge."""
+
+    count: int
+    allowed: int
+    deep: int
+
+
+def support_flips(
+    expected: Trace, actual: Trace, rows: Alignment, flipped: npt.NDArray[np.bool_], limits: Tolerance
+) -> SupportFlips:
+    """Judge the flipped ones of the aligned tokens. Without truncation on either side none is allowed."""
+    count = int(np.count_nonzero(flipped))
+    truncates = expected.sampling.truncates or actual.sampling.truncates
+    allowed = int(np.ceil(limits.support_flips * rows.tokens)) if truncates else 0
+    if not count or not expected.sampling.truncates:
+        return SupportFlips(count, allowed, 0)
+    places = np.arange(expected.num_tokens)[rows.expected][flipped]
+    lost = places[np.isfinite(expected.logprobs[places])]
+    return SupportFlips(count, allowed, int(np.count_nonzero(depth(expected, lost, limits) > 1)))
+
+
+def depth(trace: Trace, places: npt.NDArray[Any], limits: Tolerance) -> npt.NDArray[np.float64]:
+    """How far inside the support these tokens of a truncated trace lay, as a multiple of what noise explains.
+
+    A token is excluded by crossing the nearest of the edges, so the nearest one counts. Top-p's edge is in probability
+    mass: p minus the mass of all likelier tokens (limit `support_depth`). The edges of top-k and min-p are in nats:
+    the token's logprob minus that of the last one kept, or of the threshold (limit `near_tie`).
+    """
+    sampling = trace.sampling
+    chosen = trace.logprobs[places].astype(np.float64)
+    top = trace.top_logprobs[places].astype(np.float64)
+    depths = [np.full(len(places), np.inf)]
+    if sampling.top_p < 1:
+        depths.append((sampling.top_p - _mass_above(trace, places, chosen, top)) / limits.support_depth)
+    if sampling.top_k > 0 and trace.top_k >= sampling.top_k:
+        depths.append((chosen - top[:, sampling.top_k - 1]) / limits.near_tie)
+    elif sampling.top_k > 0:
+        depths.append(np.zeros(len(places)))  # the edge was not recorded
+    if sampling.min_p > 0 and trace.top_k:
+        depths.append((chosen - top[:, 0] - np.log(sampling.min_p)) / limits.near_tie)
+    nearest: npt.NDArray[np.float64] = np.min(depths, axis=0)
+    return nearest
+
+
+def _mass_above(trace: Trace, places: npt.NDArray[Any], chosen: npt.NDArray[Any], top: npt.NDArray[Any]) -> Any:
+    """The mass (0 to 1, before truncation) of the tokens likelier than the chosen one; an upper bound where it is not known.
+
+    The recorded logprobs are of the truncated distribution; the mass that it kept is known where the trace has
+    logprobs without truncation too, and is otherwise taken for 1.
+    """
+    kept = np.ones(len(places))
+    if trace.untruncated_logprobs is not None:
+        kept = np.exp(np.minimum(trace.untruncated_logprobs[places].astype(np.float64) - chosen, 0))
+    likelier = top > chosen[:, None]
+    within = np.exp(np.where(likelier, top, -np.inf)).sum(axis=1)
+    outside_top_k = likelier.all(axis=1) if top.shape[1] else np.ones(len(places), bool)
+    return kept * np.where(outside_top_k, 1 - np.exp(chosen), within)

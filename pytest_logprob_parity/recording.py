@@ -1,0 +1,176 @@
+"""Record a golden: the run, its noise floor, and what a golden of this noise and size can show. Refuses what cannot pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from . import fingerprint
+from .belonging import Context, check_belongs
+from .comparison.intervals import MIN_SEQUENCES
+from .comparison.result import Comparison
+from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
+from .comparison.verdict import Evidence, compare, judge
+from .errors import EngineError, GoldenError, UsageError
+from .floor import NoiseFloor, Shapes
+from .golden import Golden
+from .pool import Engine
+from .spec import Sampling
+from .trace import FloatArray, Trace
+
+#: Sequences beyond this many are not counted on to make a golden pass.
+_MOST_SEQUENCES: Final = 100_000
+
+
+def record(
+    path: Path,
+    engine: Engine | Trace,
+    prompts: list[Any] | None,
+    sampling: Sampling | None,
+    replay: Sequence[str],
+    tolerance: Tolerance | Mapping[str, Any] | None,
+    repeats: int,
+    context: Context,
+) -> Comparison:
+    """Make a golden of what an engine writes, or of a trace, and say what it can show; nothing is written otherwise.
+
+    Raises UsageError for what no check could ever pass or make sense of, EngineError for an engine that does not agree
+    with itself beyond what its dtype explains.
+    """
+    if path.is_dir():
+        raise GoldenError(f"{context.shown_path}: a directory stands where the golden should be; move it away")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0 or repeats == 1:
+        raise UsageError(f"repeats={repeats!r}: a noise floor needs 2 repeats or more; 0 records none")
+    golden = Golden(engine) if isinstance(engine, Trace) else Golden(_generate(engine, prompts, sampling, replay))
+    golden = dataclasses.replace(golden, node_id=context.node_id, name=context.name, tolerance=_as_mapping(tolerance))
+    explicit = {**parse_tolerance(context.tolerance_lines, golden.trace.dtype, ("decode",)), **golden.tolerance}
+    notes: list[str] = []
+    if isinstance(engine, Trace):
+        check_belongs(golden, engine, prompts, sampling, context)
+    else:
+        digest = fingerprint.digest_of(prompts)
+        golden = dataclasses.replace(golden, fingerprint=engine.fingerprint(), prompts_digest=digest)
+    itself = compare(expected=golden.trace, actual=golden.trace)
+    if itself.verdict == "fail" or not itself.metrics["n_tokens"]:
+        raise UsageError(f"{context.shown_path}: not recorded: it could never pass: {itself.headline}")
+    if isinstance(engine, Engine) and repeats and engine.config.forcing in ("sampler", "native"):
+        began = time.monotonic()
+        own = engine.replay(golden.trace).logprobs
+        shapes = Shapes()
+        drawn = [engine.replay_in_drawn_shapes(golden.trace, shapes, number) for number in range(repeats)]
+        reproduces = np.array_equal(own[golden.trace.mask], golden.trace.logprobs[golden.trace.mask])
+        golden = dataclasses.replace(golden, floor=NoiseFloor(np.stack(drawn), shapes, reproduces))
+        notes.append(f"the noise floor took {time.monotonic() - began:.1f} s beside the recording pass")
+        _check_agrees_with_itself(golden, own, explicit, context)
+    comparison = _what_it_can_show(golden, explicit)
+    golden.save(path, context.max_megabytes)
+    written = Golden.load(path)
+    same = Evidence(written.floor, setup="same", policy_logprobs=golden.trace.untruncated_logprobs)
+    limits = make_tolerance(with_floor(default_tolerance(golden.trace.dtype), golden.floor), explicit)
+    proof = judge(written.trace, golden.trace, limits, "rl", same)
+    floor = "no noise floor: the defaults of its dtype stand in" if written.floor is None else written.floor.describe()
+    return dataclasses.replace(
+        proof, recorded=True, notes=(floor, *notes, *_gaps(golden, comparison, limits)), shows=comparison.shows
+    )
+
+
+def _generate(engine: Engine, prompts: list[Any] | None, sampling: Sampling | None, replay: Sequence[str]) -> Trace:
+    if prompts is None:
+        raise UsageError("recording needs prompts=")
+    sampling = sampling or Sampling()
+    _check_can_replay(engine, replay, sampling)
+    trace = engine.generate(prompts, sampling)
+    if trace.sampling.truncates and trace.logprobs_mode == "processed_logprobs" and "decode" in replay:
+        free = engine.replay(trace.with_(sampling=trace.sampling.untruncated()))
+        trace = trace.with_(untruncated_logprobs=free.logprobs)
+    return trace
+
+
+def _check_can_replay(engine: Engine, replay: Sequence[str], sampling: Sampling) -> None:
+    """Refuse to record what no replay could check later."""
+    forcing = engine.config.forcing
+    if "prefill" in replay and engine.config.logprobs_mode == "processed_logprobs" and not sampling.raw_is_processed:
+        raise UsageError(f"not recorded: replay 'prefill' gives raw logprobs, {sampling.processing()} other ones; use 'decode'")
+    if "window" in replay and (sampling.presence_penalty or sampling.frequency_penalty):
+        raise UsageError("not recorded: replay 'window' cannot follow presence and frequency penalties")
+    if "decode" in replay and forcing not in ("sampler", "native"):
+        raise EngineError(f"not recorded: its golden could not be replayed: {forcing}")
+
+
+def _check_agrees_with_itself(golden: Golden, own: FloatArray, explicit: Mapping[str, float], context: Context) -> None:
+    """Refuse a golden whose own engine would fail it, or whose noise leaves no room below a margin."""
+    trace, floor = golden.trace, golden.floor
+    assert floor is not None
+    where = f"{context.shown_path}: not recorded"
+    limits = default_tolerance(trace.dtype)
+    names = [
+        "on its own schedule",
+        *(f"in other batch shapes, repeat {n + 1} of {floor.repeats}" for n in range(floor.repeats)),
+    ]
+    for name, logprobs in zip(names, (own, *floor.logprobs), strict=True):
+        again = judge(trace, trace.with_(logprobs=logprobs), limits, "rl", Evidence())
+        if again.verdict == "fail":
+            raise EngineError(
+                f"{where}: this engine does not agree with itself beyond what {trace.dtype} explains: the same tokens {name}: "
+                f"{again.headline}"
+            )
+    limits = make_tolerance(limits, explicit)
+    shift = max(
+        abs(float(np.mean(row[floor.finite] - trace.logprobs[floor.finite], dtype=np.float64))) for row in floor.logprobs
+    )
+    for name, noise in (("rms_diff", floor.rms), ("mean_diff", shift)):
+        if noise > getattr(limits, name) / 2 and name not in explicit:
+            raise UsageError(
+                f"{where}: its noise ({name} {noise:.2g} nats) exceeds half the margin of {getattr(limits, name):g}: say what "
+                f"may pass, tolerance={{'{name}': ...}}"
+            )
+
+
+def _what_it_can_show(golden: Golden, explicit: Mapping[str, float]) -> Comparison:
+    """The comparison that a clean engine of another shape would get: that with the first repeat, or with itself."""
+    trace, floor = golden.trace, golden.floor
+    limits = make_tolerance(with_floor(default_tolerance(trace.dtype), floor), explicit)
+    clean = trace if floor is None else trace.with_(logprobs=floor.logprobs[0])
+    return judge(trace, clean, limits, "rl", Evidence(floor, setup="compatible"))
+
+
+def _gaps(golden: Golden, clean: Comparison, limits: Tolerance) -> list[str]:
+    """What this golden cannot show, and what it would need."""
+    gaps = []
+    if golden.trace.sampling.raw_is_processed:
+        gaps.append("cannot tell raw from processed logprobs: at T=1 without truncation and penalties they are the same")
+    missing = missing_sequences(clean, limits)
+    if missing:
+        gaps.append(
+            f"a clean engine of another version would be unverified: {missing:,} more sequences are needed"
+            if missing < _MOST_SEQUENCES
+            else "a clean engine of another version could pass with no number of sequences: the noise is too near the margins"
+        )
+    return gaps
+
+
+def missing_sequences(clean: Comparison, limits: Tolerance) -> int:
+    """How many sequences more a clean engine's comparison needs to pass; bounds shrink with the root of their number."""
+    if clean.clusters is None:
+        return MIN_SEQUENCES
+    have = clean.clusters.count
+    if clean.passed:
+        return 0
+    needed = max(have, MIN_SEQUENCES)
+    while needed < _MOST_SEQUENCES:
+        mean, rms = clean.clusters.mean(needed), clean.clusters.rms(needed)
+        if mean.upper <= limits.mean_diff and rms.upper <= limits.rms_diff:
+            break
+        needed = max(needed + 1, int(needed * 1.1))
+    return needed - have
+
+
+def _as_mapping(tolerance: Tolerance | Mapping[str, Any] | None) -> dict[str, float]:
+    if isinstance(tolerance, Tolerance):
+        return dataclasses.asdict(tolerance)
+    return dict(tolerance or {})
