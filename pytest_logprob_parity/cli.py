@@ -24,8 +24,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     diff.add_argument("--level", choices=("bitwise", "rl"), default="rl", help="what counts as a difference")
     for verb in (show, diff):
         verb.add_argument("--json", action="store_true", help="print JSON")
+    selftest = verbs.add_parser("selftest", help="plant faults in a real engine and see whether the verdicts find them")
+    selftest.add_argument("--model", default="models/tiny-arith", help="model folder or hub id (default: %(default)s)")
+    selftest.add_argument("--other-step", type=Path, help="a later checkpoint of it (default: MODEL-step2 where there is one)")
+    selftest.add_argument("--dtype", action="append", choices=("bfloat16", "float32"), help="default: both")
+    selftest.add_argument("--sequences", type=int, default=200, help="size of the goldens (default: %(default)s)")
+    selftest.add_argument("--tokens", type=int, default=64, help="tokens a sequence (default: %(default)s)")
+    selftest.add_argument("--only", default="", help="faults whose name or golden contains this text; several by commas")
+    selftest.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     given = parser.parse_args(arguments)
     try:
+        if given.verb == "selftest":
+            return _selftest(given)
         return (
             _show(given.golden, given.json)
             if given.verb == "show"
@@ -64,6 +74,34 @@ def _show(path: Path, as_json: bool) -> int:
     if trace.num_sequences > 8:
         print(f"  and {trace.num_sequences - 8} more sequences")
     return 0
+
+
+def _selftest(given: argparse.Namespace) -> int:
+    from .pool import Pool
+    from .selftest import table
+    from .selftest.catalogue import Fault
+    from .selftest.run import Selftest
+
+    other = given.other_step or Path(f"{given.model}-step2")
+    wanted = [part.strip() for part in given.only.split(",") if part.strip()]
+
+    def chosen(fault: Fault) -> bool:
+        return not wanted or any(part in fault.name for part in wanted)
+
+    def tell(text: str) -> None:
+        print(f"# {text}", file=sys.stderr, flush=True)
+
+    rows = []
+    with Pool(notify=tell) as pool:
+        selftest = Selftest(pool, given.model, other if other.is_dir() else None, given.sequences, given.tokens, tell)
+        print(table.header())
+        for row in selftest.run(given.dtype or ("bfloat16", "float32"), chosen):
+            rows.append(row)
+            print(table.line(row), flush=True)
+    print("\n".join(table.summary(rows)))
+    if given.json is not None:
+        given.json.write_text(json.dumps(table.to_json(rows), indent=1), "utf-8")
+    return 0 if rows and all(row.right for row in rows) else 1
 
 
 def _diff(expected_path: Path, actual_path: Path, level: str, as_json: bool) -> int:

@@ -85,6 +85,14 @@ class Engine:
 
         return self._guard(lambda backend: replay_in_drawn_shapes(backend, trace, shapes, number))
 
+    def on_worker(self, work: Callable[[Any], _T]) -> list[_T]:
+        """Run `work` on the worker of a vLLM that lives in this process. Raises UsageError for any other engine."""
+        run = getattr(self._pool.backend(self.spec), "on_worker", None)
+        if run is None:
+            raise UsageError(f"{self.spec} does not live in this process: nothing can be done to its worker")
+        results: list[_T] = run(work)
+        return results
+
     def fingerprint(self) -> dict[str, Any]:
         """What this engine is: model digests, versions, configuration and hardware as JSON values. Starts it."""
         config = self.config

@@ -56,15 +56,12 @@ def record(
         digest = fingerprint.digest_of(prompts)
         golden = dataclasses.replace(golden, fingerprint=engine.fingerprint(), prompts_digest=digest)
     itself = compare(expected=golden.trace, actual=golden.trace)
-    if itself.verdict == "fail" or not itself.metrics["n_tokens"]:
+    if not itself.passed:
         raise UsageError(f"{context.shown_path}: not recorded: it could never pass: {itself.headline}")
     if isinstance(engine, Engine) and repeats and engine.config.forcing in ("sampler", "native"):
         began = time.monotonic()
-        own = engine.replay(golden.trace).logprobs
-        shapes = Shapes()
-        drawn = [engine.replay_in_drawn_shapes(golden.trace, shapes, number) for number in range(repeats)]
-        reproduces = np.array_equal(own[golden.trace.mask], golden.trace.logprobs[golden.trace.mask])
-        golden = dataclasses.replace(golden, floor=NoiseFloor(np.stack(drawn), shapes, reproduces))
+        own, measured = measure_floor(engine, golden.trace, repeats)
+        golden = dataclasses.replace(golden, floor=measured)
         notes.append(f"the noise floor took {time.monotonic() - began:.1f} s beside the recording pass")
         _check_agrees_with_itself(golden, own, explicit, context)
     comparison = _what_it_can_show(golden, explicit)
@@ -77,6 +74,15 @@ def record(
     return dataclasses.replace(
         proof, recorded=True, notes=(floor, *notes, *_gaps(golden, comparison, limits)), shows=comparison.shows
     )
+
+
+def measure_floor(engine: Engine, trace: Trace, repeats: int) -> tuple[FloatArray, NoiseFloor]:
+    """Replay a trace on its own schedule (logprobs [N]), and `repeats` times with every block in a shape of its own."""
+    own = engine.replay(trace).logprobs
+    shapes = Shapes()
+    drawn = [engine.replay_in_drawn_shapes(trace, shapes, number) for number in range(repeats)]
+    reproduces = bool(np.array_equal(own[trace.mask], trace.logprobs[trace.mask]))
+    return own, NoiseFloor(np.stack(drawn), shapes, reproduces)
 
 
 def _generate(engine: Engine, prompts: list[Any] | None, sampling: Sampling | None, replay: Sequence[str]) -> Trace:
@@ -161,6 +167,8 @@ def missing_sequences(clean: Comparison, limits: Tolerance) -> int:
     have = clean.clusters.count
     if clean.passed:
         return 0
+    if have < 2:
+        return MIN_SEQUENCES - have
     needed = max(have, MIN_SEQUENCES)
     while needed < _MOST_SEQUENCES:
         mean, rms = clean.clusters.mean(needed), clean.clusters.rms(needed)

@@ -28,7 +28,7 @@ def support_flips(
     """Judge the flipped ones of the aligned tokens. Without truncation on either side none is allowed."""
     count = int(np.count_nonzero(flipped))
     truncates = expected.sampling.truncates or actual.sampling.truncates
-    allowed = int(np.ceil(limits.support_flips * rows.tokens)) if truncates else 0
+    allowed = int(np.ceil(limits.support_flips * rows.tokens - 1e-9)) if truncates else 0
     if not count or not expected.sampling.truncates:
         return SupportFlips(count, allowed, 0)
     places = np.arange(expected.num_tokens)[rows.expected][flipped]

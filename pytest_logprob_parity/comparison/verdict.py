@@ -159,7 +159,7 @@ def _numbers(
         "n_nan": float(np.count_nonzero(broken)),
         "n_missing": float(np.count_nonzero(np.isnan(e))),
         "n_excluded": float(excluded),
-        "n_changed": float(np.count_nonzero(e != a)),
+        "n_changed": float(np.count_nonzero(e != a) - np.count_nonzero(np.isnan(e) & np.isnan(a))),
         "support_flips": float(flips),
         "diverged_sequences": float(rows.diverged_sequences),
         "missing_sequences": float(rows.missing_sequences),
@@ -255,8 +255,10 @@ def _not_shown(
         )
     if level == "noise" and not exact and difference.different is None:
         return f"Not shown to be a regression: {difference.reason}"
+    if exact and evidence.setup != "compatible":
+        return ""
     count = 0 if clusters is None else clusters.count
-    if count < MIN_SEQUENCES and not (exact and evidence.setup != "compatible"):
+    if count < MIN_SEQUENCES:
         return (
             f"Not shown to be a regression, and not shown to be none: {count} distinct sequences speak for no other prompts, "
             f"{MIN_SEQUENCES} are needed: record {MIN_SEQUENCES - count} more"

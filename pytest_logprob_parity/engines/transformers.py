@@ -164,7 +164,7 @@ class TransformersBackend:
         import torch
 
         sampling = request.sampling
-        processed = _process(logits, sampling, request.prompt_token_ids, written, self._stop_ids)
+        processed = process(logits, sampling, request.prompt_token_ids, written, self._stop_ids)
         if request.forced_token_ids is not None:
             token = int(request.forced_token_ids[len(written)])
         elif sampling.greedy:
@@ -188,7 +188,7 @@ class TransformersBackend:
         return "length" if len(written) == sampling.max_tokens or full else ""
 
 
-def _process(logits: Any, sampling: Sampling, prompt: Sequence[int], written: list[int], stop_ids: frozenset[int]) -> Any:
+def process(logits: Any, sampling: Sampling, prompt: Sequence[int], written: list[int], stop_ids: frozenset[int]) -> Any:
     """Logits [V] after minimum length, penalties, temperature and truncation, in vLLM's order."""
     import torch
 

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -125,6 +125,11 @@ class VllmBackend:
                 engine.step()
             raise UsageError(f"vllm {_version()} refuses a request: {reason_of(error)}") from error
         return [_completion(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def on_worker(self, work: Callable[[Any], Any]) -> list[Any]:
+        """Run `work(worker)` on the workers, in this process."""
+        results: list[Any] = self._llm.collective_rpc(work)
+        return results
 
     def close(self) -> None:
         """See Backend.close."""

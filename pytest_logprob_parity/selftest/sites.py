@@ -1,0 +1,165 @@
+"""Where faults are planted: the model inside a started vLLM, or the float64 reference. The same operations on both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+State = Mapping[str, Any]  # checkpoint name -> tensor
+
+
+class Site(Protocol):
+    """A model that can be operated on, and restored by `undo`. Tensors are torch's, in the dtype of the model."""
+
+    def weights(self, change: Callable[[State], State]) -> None:
+        """Load other weights: `change` gets the whole checkpoint and returns the tensors that differ."""
+
+    def norm_epsilon(self, value: float) -> None:
+        """Set the epsilon of every RMS norm."""
+
+    def attention_scale(self, factor: float) -> None:
+        """Multiply the scale of every attention."""
+
+    def rope(self, change: Callable[[Any], Any]) -> None:
+        """Change the inverse frequencies [head size / 2] of the rotary embedding."""
+
+    def positions(self, change: Callable[[Any], Any]) -> None:
+        """Change the positions [tokens] that the rotary embedding sees."""
+
+    def keys_values(self, change: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
+        """Change what attention reads: `change(layer, positions [tokens], keys, values [tokens, heads, head size])`."""
+
+    def activation(self, function: Callable[[Any], Any]) -> None:
+        """Put `function` in place of the MLP's activation of the gate."""
+
+    def logits(self, change: Callable[[Any], Any]) -> None:
+        """Change the logits [rows, vocabulary] before anything is done with them."""
+
+    def distribution(self, change: Callable[[Any, Any], Any]) -> None:
+        """Change the reported logprobs: `change(scaled logits, logprobs)`, both [rows, vocabulary].
+
+        Scaled logits are after penalties and temperature, before truncation.
+        """
+
+
+class EngineSite:
+    """The model in the worker of a vLLM that runs in this process, eager."""
+
+    def __init__(self, worker: Any, checkpoint: State) -> None:
+        self._runner = worker.model_runner
+        self._model = self._runner.get_model()
+        self._layers = self._model.model.layers
+        self._checkpoint = checkpoint
+        self._undo: list[Callable[[], None]] = []
+
+    def undo(self) -> None:
+        """Take everything back, last first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def weights(self, change: Callable[[State], State]) -> None:
+        """See Site."""
+        self._load({**self._checkpoint, **change(self._checkpoint)})
+        self._undo.append(lambda: self._load(self._checkpoint))
+
+    def _load(self, state: State) -> None:
+        self._runner.reload_weights(weights_iterator=iter(state.items()))
+
+    def norm_epsilon(self, value: float) -> None:
+        """See Site."""
+        for module in self._model.modules():
+            if hasattr(module, "variance_epsilon"):
+                self._set(module, "variance_epsilon", value)
+
+    def attention_scale(self, factor: float) -> None:
+        """See Site."""
+        for layer in self._layers:
+            implementation = layer.self_attn.attn.impl
+            self._set(implementation, "scale", implementation.scale * factor)
+
+    def rope(self, change: Callable[[Any], Any]) -> None:
+        """See Site."""
+        import torch
+
+        for rotary in {id(layer.self_attn.rotary_emb): layer.self_attn.rotary_emb for layer in self._layers}.values():
+            cache = rotary.cos_sin_cache
+            frequencies = change(1.0 / rotary.base ** (torch.arange(0, rotary.rotary_dim, 2).double() / rotary.rotary_dim))
+            angles = torch.outer(torch.arange(len(cache)).double(), frequencies)
+            self._set(rotary, "cos_sin_cache", torch.cat([angles.cos(), angles.sin()], -1).to(cache))
+
+    def positions(self, change: Callable[[Any], Any]) -> None:
+        """See Site."""
+        for layer in self._layers:
+            self._before(layer.self_attn, lambda _, args, kwargs: (args, {**kwargs, "positions": change(kwargs["positions"])}))
+
+    def keys_values(self, change: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
+        """See Site."""
+        seen: dict[str, Any] = {}
+
+        def note(_: Any, args: Any, kwargs: Any) -> None:
+            seen["positions"] = kwargs["positions"]
+
+        for number, layer in enumerate(self._layers):
+            attention = layer.self_attn
+
+            def operate(_: Any, args: Any, kwargs: Any, number: int = number, attention: Any = attention) -> Any:
+                query, *rest = args
+                heads = [x.view(len(x), attention.num_kv_heads, attention.head_dim) for x in rest]
+                changed = change(number, seen["positions"], *heads)
+                return (query, *(c.to(x).reshape(x.shape) for c, x in zip(changed, rest, strict=True))), kwargs
+
+            self._before(attention, note)
+            self._before(attention.attn, operate)
+
+    def activation(self, function: Callable[[Any], Any]) -> None:
+        """See Site."""
+
+        def forward(both: Any) -> Any:
+            gate, up = both.chunk(2, -1)
+            return (function(gate.float()) * up.float()).to(both)
+
+        for layer in self._layers:
+            self._set(layer.mlp.act_fn, "forward", forward)
+
+    def logits(self, change: Callable[[Any], Any]) -> None:
+        """See Site."""
+        original = self._model.compute_logits
+        self._set(self._model, "compute_logits", lambda *args, **kwargs: change(original(*args, **kwargs)))
+
+    def distribution(self, change: Callable[[Any, Any], Any]) -> None:
+        """See Site."""
+        sampler = self._runner.sampler
+        original = sampler.sample
+
+        def sample(logits: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
+            scaled = logits.float() / metadata.temperature[: len(logits), None]
+            sampled, logprobs = original(logits, metadata, *args, **kwargs)
+            return sampled, change(scaled, logprobs)
+
+        self._set(sampler, "sample", sample)
+
+    def free_of_force(self, every: int) -> None:
+        """Let one request in `every` draw its own tokens although it was told what to decode."""
+        from ..engines.forced_decode import FORCED
+
+        sampler, runner = self._runner.sampler, self._runner
+        original = sampler.sample
+
+        def sample(*args: Any, **kwargs: Any) -> Any:
+            for row, name in enumerate(runner.input_batch.req_ids):
+                told = runner.requests[name].sampling_params.extra_args
+                if row % every == 0 and told:
+                    told.pop(FORCED, None)
+            return original(*args, **kwargs)
+
+        self._set(sampler, "sample", sample)
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute, and remember what stood there, or that nothing of its own did."""
+        own = name in vars(owner) or name in getattr(owner, "_buffers", {})
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        self._undo.append(lambda: setattr(owner, name, before) if own else delattr(owner, name))
+
+    def _before(self, module: Any, hook: Callable[..., Any]) -> None:
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
