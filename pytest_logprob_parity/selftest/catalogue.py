@@ -251,14 +251,6 @@ def _stale_block(first: int, count: int) -> Callable[..., tuple[Any, Any]]:
 def _model() -> Iterator[Fault]:
     import torch
 
-    def window(size: int) -> dict[str, Any]:
-        layers = {"use_sliding_window": True, "sliding_window": size, "max_window_layers": 0}
-
-        def reference(site: Any) -> None:
-            site.window = size
-
-        return {"settings": {"hf_overrides": layers}, "reference": reference}
-
     yield from _each("attention scale", {
         f"{p:+g} %": {"site": lambda s, p=p: s.attention_scale(1 + p / 100)} for p in (30, 3, 0.01)
     })  # fmt: skip
@@ -294,7 +286,7 @@ def _model() -> Iterator[Fault]:
         }
         for name, kind, sequences in (("e5m2", "e5m2", 0), ("e4m3", "e4m3", 0), ("e4m3, 2 sequences", "e4m3", 2))
     })  # fmt: skip
-    yield from _each("sliding window", {str(size): window(size) for size in (16, 96, 512)})
+    yield from _each("sliding window", {f"{n} tokens": {"site": lambda s, n=n: s.window(n)} for n in (16, 150, 512)})
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -482,6 +474,9 @@ def _free_runs() -> Iterator[Fault]:
     def sampled(**changes: Any) -> Callable[[Trace], Trace]:
         return lambda t: t.with_(sampling=dataclasses.replace(t.sampling, **changes))
 
+    def longer(by: int) -> Callable[[Trace], Trace]:
+        return lambda t: t.with_(sampling=dataclasses.replace(t.sampling, max_tokens=max(t.sampling.max_tokens + by, 1)))
+
     yield from _each("another seed stream", {
         name: {"free_run": seeds(share)} for name, share in (("all", 1.0), ("1 in 10", 0.1), ("1 in 100", 0.01))
     }, dtypes=("bfloat16",))  # fmt: skip
@@ -489,9 +484,7 @@ def _free_runs() -> Iterator[Fault]:
         name: {"free_run": sampled(temperature=t)} for name, t in (("T=0", 0.0), ("T=0.1", 0.1), ("T=0.6", 0.6))
     }, dtypes=("bfloat16",))  # fmt: skip
     yield from _each("stops elsewhere", {
-        f"max_tokens {n:+d}": {"free_run": lambda t, n=n: t.with_(
-            sampling=dataclasses.replace(t.sampling, max_tokens=t.sampling.max_tokens + n, min_tokens=0))}
-        for n in (-8, -1, 1)
+        f"max_tokens {by:+d}": {"free_run": longer(by)} for by in (-8, -1, 1)
     }, dtypes=("bfloat16",))  # fmt: skip
     yield from _each("a replay that did not force", {
         "all": {"unforced": 1}, "1 request in 10": {"unforced": 10}, "1 request in 200": {"unforced": 200},

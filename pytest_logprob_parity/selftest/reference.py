@@ -16,6 +16,13 @@ from .sites import State
 _ATTENTION: Final = "logprob_parity_float64"
 
 
+def load_checkpoint(folder: Path) -> State:
+    """All tensors of a checkpoint, by name."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
 class Reference:
     """A transformers model in float64: norms, rotary embedding and attention too, which transformers does in float32.
 
@@ -27,21 +34,18 @@ class Reference:
         import torch
         from transformers import AttentionInterface, AutoModelForCausalLM
 
-        AttentionInterface.register(_ATTENTION, self._attend)
+        attention = f"{_ATTENTION}_{id(self)}"
+        AttentionInterface.register(attention, self._attend)
         self._model = AutoModelForCausalLM.from_pretrained(
-            str(model), dtype=torch.float64, attn_implementation=_ATTENTION, local_files_only=True
+            str(model), dtype=torch.float64, attn_implementation=attention, local_files_only=True
         ).eval()
-        self.checkpoint: State = {
-            name: tensor.to(torch.bfloat16) for name, tensor in self._model.state_dict().items() if "rotary" not in name
-        }
+        self.checkpoint = load_checkpoint(model)
         for module in self._model.modules():
             if hasattr(module, "variance_epsilon"):
                 module.forward = _norm_forward(module)
         self._epsilon = {m: m.variance_epsilon for m in self._model.modules() if hasattr(m, "variance_epsilon")}
         self._rotary = self._model.model.rotary_emb
-        self._frequencies = self._rotary.inv_freq.double()
-        config = self._model.config
-        dimension, theta = 2 * len(self._frequencies), config.rope_parameters["rope_theta"]
+        dimension, theta = 2 * len(self._rotary.inv_freq), self._model.config.rope_parameters["rope_theta"]
         self._frequencies = 1.0 / theta ** (torch.arange(0, dimension, 2).double() / dimension)
         self._rotary.forward = self._rotate
         self._activation = [layer.mlp.act_fn for layer in self._model.model.layers]
@@ -58,11 +62,11 @@ class Reference:
         self._change_keys_values: Callable[..., Any] | None = None
         self._change_logits: Callable[[Any], Any] = lambda x: x
         self._change_distribution: Callable[[Any, Any], Any] | None = None
-        self.window: int | None = None
+        self._window: int | None = None
         for module, epsilon in self._epsilon.items():
             module.variance_epsilon = epsilon
-        for layer, activation in zip(self._model.model.layers, self._activation, strict=True):
-            layer.mlp.act_fn = activation
+        for activation in self._activation:
+            vars(activation).pop("forward", None)
         if self._loaded:
             self._model.load_state_dict({k: v.to(torch.float64) for k, v in self.checkpoint.items()}, strict=False)
             self._loaded = False
@@ -83,6 +87,10 @@ class Reference:
         """See Site."""
         self._scale = factor
 
+    def window(self, size: int) -> None:
+        """See Site."""
+        self._window = size
+
     def rope(self, change: Callable[[Any], Any]) -> None:
         """See Site."""
         self._change_frequencies = change
@@ -97,8 +105,8 @@ class Reference:
 
     def activation(self, function: Callable[[Any], Any]) -> None:
         """See Site."""
-        for layer in self._model.model.layers:
-            layer.mlp.act_fn = function
+        for activation in self._activation:
+            activation.forward = function
 
     def logits(self, change: Callable[[Any], Any]) -> None:
         """See Site."""
@@ -193,7 +201,7 @@ class Reference:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         weights = query @ key.transpose(2, 3) * (scaling * self._scale)
         ahead = torch.arange(total)[None] - torch.arange(total - asked, total)[:, None]
-        hidden = ahead > 0 if self.window is None else (ahead > 0) | (ahead <= -self.window)
+        hidden = ahead > 0 if self._window is None else (ahead > 0) | (ahead <= -self._window)
         output = weights.masked_fill(hidden, -torch.inf).softmax(-1) @ value
         return output.transpose(1, 2).contiguous(), None
 

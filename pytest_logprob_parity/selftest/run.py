@@ -19,11 +19,12 @@ from ..comparison.verdict import Evidence, judge
 from ..errors import EngineError, UsageError
 from ..pool import Engine, Pool
 from ..recording import measure_floor
+from ..replay import replay
 from ..spec import EngineSpec, Sampling
 from ..trace import Trace
 from .catalogue import GOLDENS, Fault, catalogue, sampling_of
 from .prompts import make_prompts
-from .reference import Reference
+from .reference import Reference, load_checkpoint
 from .sites import EngineSite
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Selftest:
             raise UsageError(f"selftest: sequences come in groups of {_SAMPLES}, so not {sequences}")
         self._prompts = make_prompts(pool.engine(EngineSpec(model)).tokenizer, sequences // _SAMPLES)
         vocabulary = len(self._reference.checkpoint["model.embed_tokens.weight"])
-        other = {} if other_step is None else Reference(other_step).checkpoint
+        other = {} if other_step is None else load_checkpoint(other_step)
         self.faults = catalogue(other, vocabulary)
         self._readings: dict[Any, Trace] = {}
         self._plain: Trace | None = None
@@ -98,7 +99,7 @@ class Selftest:
             base = EngineSpec(self._model, dtype=dtype)
             goldens = {name: self._record(base, name) for name in GOLDENS if any(f.golden == name for f in faults)}
             runs: dict[Any, Trace] = {}
-            for fault in sorted(faults, key=lambda f: str(sorted(f.settings.items()))):
+            for fault in sorted(faults, key=lambda f: (bool(f.settings), str(sorted(f.settings.items())))):
                 yield self._judge(fault, base.replace(**fault.settings), dtype, goldens[fault.golden], runs)
 
     def _record(self, spec: EngineSpec, name: str) -> _Golden:
@@ -132,7 +133,8 @@ class Selftest:
             evidence = dataclasses.replace(evidence, free_run=free)
             clean = self._engine_run(dataclasses.replace(fault, free_run=None), engine, golden, runs)
             result = judge(golden.trace, clean, golden.limits, "rl", evidence)
-            return Row(fault, dtype, math.inf, "by construction", result.verdict, result.headline)
+            effect, on = (0.0, "same tokens") if free.same else (math.inf, "other tokens")
+            return Row(fault, dtype, effect, on, result.verdict, result.headline)
         candidate = self._carried(fault, golden.trace, self._engine_run(fault, engine, golden, runs))
         result = judge(golden.trace, candidate, golden.limits, "rl", evidence)
         clean = self._truth(Fault(name="", size="", golden=fault.golden), golden)
@@ -164,10 +166,10 @@ class Selftest:
             site.undo()
 
     def _unforced(self, fault: Fault, engine: Engine, golden: _Golden) -> tuple[str, str]:
+        backend = self._pool.backend(engine.spec)  # an Engine would shut it down, as a check does
         try:
-            self._operated(engine, lambda site: site.free_of_force(fault.unforced), lambda: engine.replay(golden.trace))
+            self._operated(engine, lambda site: site.free_of_force(fault.unforced), lambda: replay(backend, golden.trace))
         except EngineError as error:
-            self._pool.discard(engine.spec)  # as a check leaves it
             return "error", str(error)
         return "pass", "tokens that were not forced went unnoticed"
 

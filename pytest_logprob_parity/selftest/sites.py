@@ -20,6 +20,9 @@ class Site(Protocol):
     def attention_scale(self, factor: float) -> None:
         """Multiply the scale of every attention."""
 
+    def window(self, size: int) -> None:
+        """Let every token attend to itself and the `size - 1` tokens before it only."""
+
     def rope(self, change: Callable[[Any], Any]) -> None:
         """Change the inverse frequencies [head size / 2] of the rotary embedding."""
 
@@ -33,7 +36,7 @@ class Site(Protocol):
         """Put `function` in place of the MLP's activation of the gate."""
 
     def logits(self, change: Callable[[Any], Any]) -> None:
-        """Change the logits [rows, vocabulary] before anything is done with them."""
+        """Change the logits [rows, vocabulary], in float32 or better, before anything is done with them."""
 
     def distribution(self, change: Callable[[Any, Any], Any]) -> None:
         """Change the reported logprobs: `change(scaled logits, logprobs)`, both [rows, vocabulary].
@@ -76,6 +79,11 @@ class EngineSite:
         for layer in self._layers:
             implementation = layer.self_attn.attn.impl
             self._set(implementation, "scale", implementation.scale * factor)
+
+    def window(self, size: int) -> None:
+        """See Site."""
+        for layer in self._layers:
+            self._set(layer.self_attn.attn.impl, "sliding_window", size)
 
     def rope(self, change: Callable[[Any], Any]) -> None:
         """See Site."""
@@ -124,7 +132,7 @@ class EngineSite:
     def logits(self, change: Callable[[Any], Any]) -> None:
         """See Site."""
         original = self._model.compute_logits
-        self._set(self._model, "compute_logits", lambda *args, **kwargs: change(original(*args, **kwargs)))
+        self._set(self._model, "compute_logits", lambda *args, **kwargs: change(original(*args, **kwargs).float()))
 
     def distribution(self, change: Callable[[Any, Any], Any]) -> None:
         """See Site."""
