@@ -1,4 +1,4 @@
-"""From numbers to a verdict: is it different, does it matter, is it shown; and which layer it belongs to."""
+"""Compare two traces: measure, ask whether they mean the same, whether it is different, and have it decided."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from ..spec import nearest
 from ..trace import FloatArray, Trace
 from . import metrics as m
 from .alignment import Alignment, align
+from .decision import Found, decide
 from .effects import gates_of, what_it_shows
 from .free_run import FreeRun, judge_free_run
-from .intervals import MIN_SEQUENCES, Clusters
 from .permutation import ALPHA, block_permutation_test
-from .result import Comparison, Difference, Finding, Gate, TokenDiff
+from .result import Comparison, Difference, Finding, TokenDiff
 from .semantics import bears_out, different_meaning, hidden_temperature, semantic_finding
 from .support import support_flips
 from .tolerance import Tolerance, default_tolerance, make_tolerance, with_floor
 
 #: What fails: any other bit; any difference beyond what other batch shapes do; an effect that matters to an RL update.
 LEVELS: Final = ("bitwise", "noise", "rl")
-#: Below this share of the golden's tokens compared, a comparison proves too little to pass.
-COVERAGE: Final = 0.95
 _WORST: Final = 8
 
 
@@ -120,8 +118,23 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
     difference = _is_different(expected, exact, bool(failed or findings or not len(d)), level, evidence)
     if level == "rl" and evidence.floor is None and not exact and len(d):
         notes.append(f"no noise floor: the limits for outliers and support flips are the defaults of {expected.dtype}")
-    verdict, headline = _verdict(
-        expected, actual, numbers, gates, failed, findings, rows, problem, difference, level, evidence, clusters, exact=exact
+    verdict, headline = decide(
+        Found(
+            expected=expected,
+            actual=actual,
+            rows=rows,
+            numbers=numbers,
+            gates=gates,
+            failed=failed,
+            findings=findings,
+            free_problem=problem,
+            difference=difference,
+            level=level,
+            setup=evidence.setup,
+            has_floor=evidence.floor is not None,
+            sequences=0 if clusters is None else clusters.count,
+            exact=exact,
+        )
     )
     if verdict == "pass" and not exact:
         findings.append(Finding("noise", "numerical_noise", f"RMS {numbers['rms_diff']:.2g} nats, within tolerance"))
@@ -201,76 +214,6 @@ def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evide
         return Difference(None, f"not bit for bit the same; too few sequences for {floor.shapes.blocks} blocks")
     beyond = test.p_value <= ALPHA
     return Difference(beyond, f"{'beyond' if beyond else 'within'} shape noise, {test}", test.p_value)
-
-
-def _verdict(
-    expected: Trace, actual: Trace, numbers: Mapping[str, float], gates: tuple[Gate, ...], failed: list[Gate],
-    findings: list[Finding], rows: Alignment, free_problem: str, difference: Difference, level: str, evidence: Evidence,
-    clusters: Clusters | None, *, exact: bool,
-) -> tuple[str, str]:  # fmt: skip
-    """The verdict and the one line that says why."""
-    if not rows.tokens:
-        return "unverified", "Nothing was compared: the two traces have no tokens in common"
-    if any(f.layer == "semantic" for f in findings):
-        return "fail", (
-            f"The logprobs do not mean the same: {expected.distribution()} in the golden, {actual.distribution()} now"
-            if different_meaning(expected, actual)
-            else f"The logprobs do not mean what their label says: {findings[0].evidence}"
-        )
-    if numbers["n_nan"]:
-        return "fail", f"{int(numbers['n_nan'])} of {rows.tokens} logprobs are NaN or +inf"
-    if failed:
-        worst = max(failed, key=lambda g: g.value / g.limit if g.limit else float("inf"))
-        return (
-            "fail",
-            f"Logprobs are not close: {worst.name} {worst.value:.3g} {worst.unit} ({worst.limit:.3g} allowed)",
-        )
-    if not numbers["n_tokens"]:
-        return "unverified", "Nothing was compared: no token has a finite logprob on both sides"
-    if free_problem:
-        return "fail", free_problem
-    if level == "bitwise" and not exact:
-        return "fail", f"{int(numbers['n_changed'])} of {rows.tokens} logprobs are not the same bit for bit"
-    if level == "noise" and difference.different:
-        return "fail", f"The logprobs differ beyond shape noise: {difference.reason}"
-    if reason := _not_shown(actual, numbers, gates, rows, difference, level, evidence, clusters, exact=exact):
-        return "unverified", reason
-    if exact:
-        return "pass", f"{int(numbers['n_tokens'])} logprobs agree bit for bit"
-    return "pass", f"{int(numbers['n_tokens'])} logprobs agree within tolerance" + (
-        "" if evidence.floor is not None else f" ({expected.dtype}'s defaults, no noise floor)"
-    )
-
-
-def _not_shown(
-    actual: Trace, numbers: Mapping[str, float], gates: tuple[Gate, ...], rows: Alignment, difference: Difference,
-    level: str, evidence: Evidence, clusters: Clusters | None, *, exact: bool,
-) -> str:  # fmt: skip
-    """Why a comparison in which nothing failed does not show that all is well; empty where it does."""
-    if numbers["coverage"] < COVERAGE and not actual.replay.startswith("window"):
-        return (
-            f"Only {numbers['coverage']:.1%} of the tokens could be compared ({COVERAGE:.0%} needed): "
-            f"{rows.diverged_sequences} sequences diverge, {rows.missing_sequences} are missing, "
-            f"{int(numbers['n_missing'])} tokens have no logprob in the golden"
-        )
-    if level == "noise" and not exact and difference.different is None:
-        return f"Not shown to be a regression: {difference.reason}"
-    if exact and evidence.setup != "compatible":
-        return ""
-    count = 0 if clusters is None else clusters.count
-    if count < MIN_SEQUENCES:
-        return (
-            f"Not shown to be a regression, and not shown to be none: {count} distinct sequences speak for no other prompts, "
-            f"{MIN_SEQUENCES} are needed: record {MIN_SEQUENCES - count} more"
-        )
-    unsure = [g for g in gates if not g.sure]
-    if unsure:
-        gate = max(unsure, key=lambda g: (g.bound or 0) / g.limit if g.limit else float("inf"))
-        return (
-            f"Not shown to be a regression, and not shown to be none: {gate.name} is {gate.value:.3g} {gate.unit}, on other "
-            f"prompts it may be {gate.bound:.3g} ({gate.limit:.3g} allowed): record more sequences"
-        )
-    return ""
 
 
 def _policy_metrics(expected: Trace, policy_logprobs: Any, rows: Alignment) -> dict[str, float]:
