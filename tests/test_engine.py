@@ -117,17 +117,17 @@ def test_decode_replay_forces_tokens_that_the_engine_would_never_write(engine, q
 
 def test_prefill_agrees_with_raw_decode_in_float32(pool, questions):
     engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
-    trace = engine.generate(questions(6), Sampling(max_tokens=40, seed=5))
+    trace = engine.generate(questions(8), Sampling(max_tokens=40, seed=5))
     result = compare(expected=trace, actual=engine.replay(trace, "prefill"))
     assert result.verdict == "pass"
     assert 0 < result.metrics["max_abs_diff"] < 1e-4
 
 
 def test_windows_replay_part_of_a_long_rollout(engine, questions):
-    trace = engine.generate(questions(4), Sampling(max_tokens=60, min_tokens=40, seed=5))
+    trace = engine.generate(questions(8), Sampling(max_tokens=60, min_tokens=40, seed=5))
     replayed = engine.replay(trace, "window", windows=3, width=8)
     covered = int(replayed.mask.sum())
-    assert covered == 4 * 3 * 8
+    assert covered == 8 * 3 * 8
     result = compare(expected=trace, actual=replayed)
     assert (result.verdict, result.metrics["n_tokens"]) == ("pass", covered)
 
@@ -176,7 +176,7 @@ def test_processed_logprobs_are_what_transformers_computes(pool, questions):
     vllm = pool.engine(EngineSpec(MODEL, dtype="float32"))
     reference = pool.engine(EngineSpec(MODEL, engine="transformers", dtype="float64"))
     sampling = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.1, n=2, max_tokens=30, seed=4)
-    trace = vllm.generate(questions(4), sampling)
+    trace = vllm.generate(questions(8), sampling)
     result = compare(expected=trace, actual=reference.replay(trace))
     assert result.verdict == "pass", result.headline
     assert result.metrics["max_abs_diff"] < 1e-4

@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pytest_logprob_parity import Golden, GoldenError, Trace
+from pytest_logprob_parity import Golden, GoldenError, MismatchError, Trace, check_golden
+from pytest_logprob_parity.floor import NoiseFloor, Shapes
 from pytest_logprob_parity.golden import golden_path, unused_goldens
+
+SCHEMA_1 = Path(__file__).parent / "data" / "schema-1.safetensors"  # recorded by commit e505dbf on vLLM 0.32.0, bfloat16
 
 
 def make_trace(tokens=50, seed=0):
@@ -71,6 +74,46 @@ def test_newer_schema(golden_file):
     assert data.count(rb"\"schema\":2") == 1
     golden_file.write_bytes(data.replace(rb"\"schema\":2", rb"\"schema\":7"))
     assert "written in schema 7, this version of pytest-logprob-parity reads up to 2; upgrade it" in one_line(golden_file)
+
+
+def test_older_schema_is_read_and_has_no_noise_floor(golden_file):
+    assert SCHEMA_1.read_bytes().count(rb"\"schema\":1") == 1
+    golden = Golden.load(SCHEMA_1)
+    assert (golden.floor, golden.tolerance) == (None, {})
+    assert (golden.trace.num_sequences, golden.trace.num_tokens, golden.trace.dtype) == (9, 54, "bfloat16")
+    assert golden.fingerprint["engine"] == {"kind": "vllm", "version": "0.32.0"}
+    golden.save(golden_file)  # and what is written is of today's schema
+    assert golden_file.read_bytes().count(rb"\"schema\":2") == 1
+    np.testing.assert_array_equal(Golden.load(golden_file).trace.logprobs, golden.trace.logprobs)
+
+
+def test_without_a_noise_floor_only_level_noise_shows_nothing():
+    trace = Trace.load(SCHEMA_1)
+    assert check_golden(SCHEMA_1, trace, level="noise").headline == "54 logprobs agree bit for bit"
+    near = trace.with_(logprobs=trace.logprobs - np.float32(1e-4))
+    result = check_golden(SCHEMA_1, near)
+    assert result.headline == "54 logprobs agree within tolerance (bfloat16's defaults, no noise floor)"
+    with pytest.raises(MismatchError, match="unverified: Not shown to be a regression: .* the golden has no noise floor"):
+        check_golden(SCHEMA_1, near, level="noise")
+
+
+def test_repeats_and_what_is_said_of_them_come_together(golden_file):
+    """A file that has one and not the other was not written by us."""
+    from pytest_logprob_parity import container
+
+    trace = make_trace()
+    floor = NoiseFloor(np.stack([trace.logprobs] * 2), Shapes(), reproduces=True)
+    Golden(trace, floor=floor).save(golden_file)
+    columns, metadata = container.read(golden_file)
+    assert columns["floor_logprobs"].shape == (2, 50)
+    header = {"trace": metadata["trace"], "golden": metadata["golden"]}
+    container.write(golden_file, {k: v for k, v in columns.items() if k != "floor_logprobs"}, header)
+    assert "parts are missing" in one_line(golden_file)
+    container.write(golden_file, columns, header | {"golden": metadata["golden"] | {"floor": None}})
+    assert "parts are missing" in one_line(golden_file)
+    wrong = metadata["golden"]["floor"] | {"shapes": {"blocks": 0}}
+    container.write(golden_file, columns, header | {"golden": metadata["golden"] | {"floor": wrong}})
+    assert "damaged: its golden header does not hold what it should" in one_line(golden_file)
 
 
 def test_git_lfs_pointer(golden_file):

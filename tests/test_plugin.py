@@ -18,7 +18,7 @@ TEST = f"""
 import pytest
 
 PROMPTS = ["Ada has 12 apples and buys 30 more. ", "Dan had 40 nuts and lost 7. "]
-SAMPLING = dict(temperature=0.7, top_p=0.9, max_tokens=24, n=4, seed=1)
+SAMPLING = dict(temperature=0.7, top_p=0.9, max_tokens=24, n=8, seed=1)
 
 @pytest.mark.logprob_parity(model={MODEL!r}, dtype="bfloat16")
 def test_rollouts(parity_engine, golden_trace):
@@ -29,7 +29,8 @@ def test_rollouts(parity_engine, golden_trace):
 
 @pytest.fixture
 def recorded(pytester, run_inner):
-    """A project whose one golden has been recorded; gives the golden's path."""
+    """A project whose one golden has been recorded, without a noise floor to be quick; gives the golden's path."""
+    pytester.makeini("[pytest]\nparity_repeats = 0")
     pytester.makepyfile(test_it=TEST)
     run_inner("--update-golden").assert_outcomes(passed=1)
     (golden,) = pytester.path.glob("golden/test_it/*.safetensors")
@@ -44,18 +45,33 @@ def summary(result):
 # -- record, check, fail, accept --------------------------------------------------------------------------------------
 
 
-def test_record_then_check(pytester, run_inner, recorded):
-    result = run_inner()
-    result.assert_outcomes(passed=1)
-    assert summary(result) == ["logprob-parity: 1 checked"]
-    assert recorded.name.startswith("test_rollouts-")
-
-
-def test_a_second_recording_gives_the_same_bytes(pytester, run_inner, recorded):
-    before = recorded.read_bytes()
-    result = run_inner("--parity-update=all")
-    assert summary(result) == ["logprob-parity: 1 recorded"]
-    assert recorded.read_bytes() == before
+def test_record_then_check(pytester, run_inner):
+    pytester.makepyfile(test_it=TEST)
+    first = run_inner("--update-golden")
+    assert summary(first) == ["logprob-parity: 1 recorded"]
+    first.stdout.fnmatch_lines(
+        [
+            "  recorded golden/test_it/test_rollouts-*.safetensors",
+            "    noise floor of 5 repeats: RMS * nats between two of them, max *% of the tokens move",
+            "    the noise floor took * s beside the recording pass",
+            "    shown (95% sure, * sequences): |mean d| up to *",
+            "    would have caught: a mean shift above 0.002 nats, *",
+        ]
+    )
+    (golden,) = pytester.path.glob("golden/test_it/*.safetensors")
+    before = golden.read_bytes()
+    second = run_inner()
+    second.assert_outcomes(passed=1)
+    assert summary(second) == ["logprob-parity: 1 checked"]
+    second.stdout.fnmatch_lines(
+        [
+            "  pass (same setup, level rl) golden/test_it/test_rollouts-*.safetensors: * logprobs agree bit for bit",
+            "    different? no: bit for bit the same",
+            "    shown (95% sure, * sequences): *",
+        ]
+    )
+    assert summary(run_inner("--parity-update=all")) == ["logprob-parity: 1 recorded"]
+    assert golden.read_bytes() == before
 
 
 def test_a_missing_golden_fails_writes_nothing_and_names_the_command(pytester, run_inner):
@@ -82,7 +98,7 @@ def test_raw_logprobs_against_an_rl_golden_fail_and_say_why(pytester, run_inner,
             "E*golden*golden/test_it/test_rollouts-*.safetensors",
             "E*sequence position*golden (rank)*now (rank)*token, after",
             "E*findings*semantic: raw_vs_processed*",
-            "E*free run*all 8 came back token for token*",
+            "E*free run*all 16 came back token for token*",
             "E*differs*config.logprobs_mode: 'processed_logprobs' in the golden, 'raw_logprobs' now",
             "E*to accept*pytest test_it.py::test_rollouts --update-golden --parity-set logprobs_mode=raw_logprobs",
         ]
@@ -100,7 +116,7 @@ def test_other_weights_fail_with_numbers_and_the_worst_tokens(pytester, run_inne
     result.stdout.fnmatch_lines(
         [
             "E*MismatchError: fail: Logprobs are not close: *allowed)",
-            "E*compared * tokens of 8 sequences*",
+            "E*compared * tokens of 16 sequences*",
             "E*greatest * nats at sequence * (prompt *, sample *), position *",
             "E*measured*allowed*",
             "E*RMS difference (winsorised)*<-- exceeds",
@@ -203,7 +219,7 @@ def test_a_golden_of_ones_own_rollouts_is_of_the_prompts_and_sampling_it_says(py
 
 def test_too_large_to_record(pytester, run_inner, recorded):
     before = recorded.read_bytes()
-    pytester.makeini("[pytest]\nparity_max_golden_mb = 0.001")
+    pytester.makeini("[pytest]\nparity_repeats = 0\nparity_max_golden_mb = 0.001")
     result = run_inner("--update-golden")
     result.stdout.fnmatch_lines(["E*GoldenError: *parity_max_golden_mb is 0.001*sample fewer prompts*"])
     assert recorded.read_bytes() == before
@@ -313,6 +329,7 @@ def test_settings_merge_and_the_nearest_place_wins(pytester, run_inner):
 def test_parametrised_engines_have_stable_ids_and_goldens_of_their_own(pytester, run_inner):
     parametrize = '@pytest.mark.parametrize("parity_engine", [{"dtype": "float32"}, {"seed": 5}], indirect=True)'
     test = TEST.replace("\ndef test", f"\n{parametrize}\ndef test").replace('dtype="bfloat16"', 'engine="transformers"')
+    pytester.makeini("[pytest]\nparity_repeats = 0")
     pytester.makepyfile(test_it=test)
     run_inner("--update-golden").assert_outcomes(passed=2)
     run_inner().assert_outcomes(passed=2)
@@ -322,6 +339,7 @@ def test_parametrised_engines_have_stable_ids_and_goldens_of_their_own(pytester,
 
 def test_several_checks_in_a_test_have_names(pytester, run_inner):
     check = "golden_trace.check(parity_engine, prompts=PROMPTS, sampling=SAMPLING"
+    pytester.makeini("[pytest]\nparity_repeats = 0")
     pytester.makepyfile(test_it=TEST + f"    {check}, name='again')\n")
     assert summary(run_inner("--update-golden")) == ["logprob-parity: 2 recorded"]
     assert summary(run_inner()) == ["logprob-parity: 2 checked"]
@@ -330,7 +348,7 @@ def test_several_checks_in_a_test_have_names(pytester, run_inner):
 
 
 def test_limits_from_the_ini_file_and_the_call(pytester, run_inner, recorded):
-    lax = "mean_diff=9, rms_diff=9, clip_share=1, outlier=99, sequence_rms=99, support_flips=1"
+    lax = "mean_diff=9, rms_diff=9, clip_share=1, outlier=99, sequence_rms=99, support_flips=1, support_depth=9"
     other = ("--parity-set", f"model={MODEL}-step2")
     pytester.makeini("[pytest]\nparity_tolerance =\n" + "\n".join(f"  bfloat16.{p}" for p in lax.split(", ")))
     pytester.makepyfile(test_it=TEST.replace(' and result.metrics["max_abs_diff"] == 0', ""))
@@ -341,6 +359,42 @@ def test_limits_from_the_ini_file_and_the_call(pytester, run_inner, recorded):
     bad = pytester.runpytest_subprocess()
     assert bad.ret == pytest.ExitCode.USAGE_ERROR
     bad.stderr.fnmatch_lines(["*tolerance has no limit 'rms_dif', did you mean 'rms_diff'?*"])
+
+
+def test_what_fails_is_said_by_the_call_the_option_and_the_ini_file_in_this_order(pytester, run_inner, recorded):
+    """Bits that a hair is missing from are a failure at level bitwise only."""
+    shifted = "golden_trace.check((t := Trace.load(golden_trace.path())).with_(logprobs=t.logprobs - np.float32(1e-5)), LEVEL)"
+    pytester.makepyfile(test_it="import numpy as np\nfrom pytest_logprob_parity import Trace\n"
+                        f"def test_rollouts(golden_trace): {shifted.replace(', LEVEL', '')}")  # fmt: skip
+    run_inner().assert_outcomes(passed=1)
+    result = run_inner("--parity-level=bitwise")
+    result.stdout.fnmatch_lines(
+        ["E*fail: * of * logprobs are not the same bit for bit", "E*level*bitwise: any other bit fails"]
+    )
+    pytester.makeini("[pytest]\nparity_level = bitwise")
+    run_inner().assert_outcomes(failed=1)
+    run_inner("--parity-level=rl").assert_outcomes(passed=1)
+    noise = run_inner("--parity-level=noise")
+    noise.stdout.fnmatch_lines(["E*unverified: Not shown to be a regression: *the golden has no noise floor*"])
+    assert summary(noise) == ["logprob-parity: 1 checked, 1 unverified"]
+    source = pytester.path / "test_it.py"
+    source.write_text(source.read_text().replace("1e-5))", "1e-5)), level='rl'"))
+    run_inner("--parity-level=bitwise").assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("parity_level = nose", "parity_level: 'nose' is not one of bitwise, noise, rl"),
+        ("parity_repeats = 1", "parity_repeats: '1' must be 2 or more, or 0 for no noise floor"),
+        ("parity_repeats = many", "parity_repeats: 'many' must be 2 or more, or 0 for no noise floor"),
+    ],
+)
+def test_ini_values_that_are_none(pytester, line, told):
+    pytester.makeini(f"[pytest]\n{line}")
+    bad = pytester.runpytest_subprocess()
+    assert bad.ret == pytest.ExitCode.USAGE_ERROR
+    bad.stderr.fnmatch_lines([f"*{told}*"])
 
 
 def test_ones_own_rollouts_are_source_and_candidate(pytester, run_inner):
@@ -405,7 +459,9 @@ def test_beside_a_conftest_that_defines_update_golden(pytester, run_inner, optio
     pytester.makeconftest(f"def pytest_addoption(parser):\n    {option}")
     pytester.makepyfile(test_it=TEST)
     if how == "addopts":
-        pytester.makeini("[pytest]\naddopts = --update-golden")
+        pytester.makeini("[pytest]\nparity_repeats = 0\naddopts = --update-golden")
+    else:
+        pytester.makeini("[pytest]\nparity_repeats = 0")
     result = run_inner(*(["--update-golden"] if how == "argument" else []))
     assert summary(result) == ["logprob-parity: 1 recorded"]
 
@@ -496,7 +552,7 @@ def test_two_workers_record_and_check_like_one(pytester, recorded):
 
 def test_ctrl_c_during_an_update_leaves_the_golden_and_no_process(pytester, recorded):
     before = recorded.read_bytes()
-    slow = TEST.replace("max_tokens=24, n=4", "max_tokens=900, min_tokens=900, n=64")
+    slow = TEST.replace("max_tokens=24, n=8", "max_tokens=900, min_tokens=900, n=64")
     pytester.makepyfile(test_it=slow)
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "--update-golden", "-s"],
@@ -542,7 +598,11 @@ def test_twenty_checks_start_as_many_engines_as_there_are_specs(pytester, run_in
         f"    golden_trace.check(parity_engine, prompts=[[5, 6, 7]], sampling=dict(max_tokens=4, temperature=0))"
         for i in range(20)
     )
+    pytester.makeini("[pytest]\nparity_repeats = 0")
     pytester.makepyfile("import pytest\n" + tests)
     run_inner("--update-golden").assert_outcomes(passed=20)
     assert len(pool.starts) - before == 3
+    result = run_inner()
+    result.assert_outcomes(passed=20)
+    result.stdout.fnmatch_lines(["  and 15 more; -v shows all"])
     assert Path(pytester.path / "golden").is_dir()
