@@ -93,7 +93,7 @@ def test_without_a_noise_floor_only_level_noise_shows_nothing():
     near = trace.with_(logprobs=trace.logprobs - np.float32(1e-4))
     result = check_golden(SCHEMA_1, near)
     assert result.headline == "54 logprobs agree within tolerance (bfloat16's defaults, no noise floor)"
-    with pytest.raises(MismatchError, match="unverified: Not shown to be a regression: .* the golden has no noise floor"):
+    with pytest.raises(MismatchError, match=r"unverified: Not shown to be a regression: .* the golden has no noise floor"):
         check_golden(SCHEMA_1, near, level="noise")
 
 

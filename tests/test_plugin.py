@@ -255,7 +255,7 @@ def test_bad_settings_get_one_clear_line_and_cost_nothing(pytester, run_inner, r
 def test_an_engine_that_dies_during_an_update_is_one_line_and_costs_nothing(pytester, run_inner, recorded):
     before = recorded.read_bytes()
     pytester.makepyfile(test_it=TEST.replace("PROMPTS = [", "PROMPTS = [list(range(10, 310))] * 8 + ["))
-    dying = ("--parity-set", "enable_chunked_prefill=true", "--parity-set", "max_num_batched_tokens=256")
+    dying = ("--parity-set", "enable_chunked_prefill=true", "--parity-set", "max_num_batched_tokens=400")
     result = run_inner("--update-golden", *dying)
     (line,) = [line for line in result.outlines if line.startswith("E ")]
     assert re.search(r"EngineError: vllm 0\.32\.0 died at work .*CPU Generator does not use offset", line)

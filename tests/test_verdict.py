@@ -1,0 +1,728 @@
+"""Verdicts: is it different, does it matter, is it shown. Made-up traces whose faults are planted, and clean ones beside."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from pytest_logprob_parity import GoldenError, Sampling, Trace, UsageError, check_golden, compare
+from pytest_logprob_parity.comparison.free_run import compare_free_run, judge_free_run, predicted_divergences
+from pytest_logprob_parity.comparison.intervals import Clusters
+from pytest_logprob_parity.comparison.permutation import block_permutation_test
+from pytest_logprob_parity.comparison.tolerance import default_tolerance, with_floor
+from pytest_logprob_parity.comparison.verdict import Evidence, judge
+from pytest_logprob_parity.floor import NoiseFloor, Shapes
+from pytest_logprob_parity.golden import Golden
+from pytest_logprob_parity.recording import missing_sequences
+
+#: What shape noise in bfloat16 looks like: RMS between two replays, in nats; most tokens never move.
+BFLOAT16_NOISE = 0.009
+
+
+def make_trace(sequences=50, tokens=40, *, dtype="bfloat16", seed=0, distinct=True, **columns):
+    """A trace of `sequences` completions of a prompt each; with `distinct=False` they are all one and the same."""
+    rng = np.random.default_rng(seed)
+    count = sequences * tokens
+    ids = rng.integers(0, 1000, count) if distinct else np.tile(rng.integers(0, 1000, tokens), sequences)
+    logprobs = -rng.exponential(0.7, count)
+    return Trace.from_arrays(
+        **{
+            "prompt_token_ids": np.arange(sequences) if distinct else np.zeros(1),
+            "prompt_offsets": np.arange(sequences + 1) if distinct else [0, 1],
+            "token_ids": ids,
+            "sequence_offsets": np.arange(sequences + 1) * tokens,
+            "logprobs": logprobs if distinct else np.tile(logprobs[:tokens], sequences),
+            "group": np.arange(sequences) if distinct else np.zeros(sequences),
+            "dtype": dtype,
+        }
+        | columns
+    )
+
+
+def moved(trace, change):
+    """The trace with `change` added to its logprobs."""
+    return trace.with_(logprobs=(trace.logprobs + change).astype(np.float32))
+
+
+def noise(trace, rms, seed=0):
+    """Independent noise [N] of this RMS on a fifth of the tokens, none on the others."""
+    rng = np.random.default_rng(seed)
+    moves = rng.random(trace.num_tokens) < 0.2
+    return np.where(moves, rng.normal(0, rms / math.sqrt(0.2), trace.num_tokens), 0)
+
+
+class ShapeNoise:
+    """An engine whose noise is a function of the batch shape: the same shape gives the same bits again.
+
+    `replay(number)` draws a shape for each of 8 blocks, as recording does; 5 of them make a noise floor.
+    """
+
+    def __init__(self, trace, rms=BFLOAT16_NOISE, seed=0):
+        self.trace, self.seed = trace, seed
+        between_two = rms / math.sqrt(2)
+        self.shapes = np.stack([noise(trace, between_two, seed=[seed, shape]) for shape in range(40)])
+        self.blocks = np.repeat(np.arange(trace.num_sequences) % 8, np.diff(trace.sequence_offsets))
+
+    def replay(self, number):
+        rng = np.random.default_rng([self.seed, 99, number])
+        drawn = rng.integers(0, len(self.shapes), 8)
+        change = self.shapes[drawn[self.blocks], np.arange(self.trace.num_tokens)]
+        return (self.trace.logprobs + change).astype(np.float32)
+
+    def floor(self, repeats=5, *, reproduces=True):
+        return NoiseFloor(np.stack([self.replay(n) for n in range(repeats)]), Shapes(), reproduces)
+
+
+def judged(trace, actual, *, level="rl", floor=None, draw=None, setup="compatible", **more):
+    """The verdict of a check with this evidence, under the limits that a check would take."""
+    limits = with_floor(default_tolerance(trace.dtype), floor)
+    return judge(trace, actual, limits, level, Evidence(floor, draw, setup, **more))
+
+
+def gate(comparison, name):
+    return next(g for g in comparison.gates if g.name.startswith(name))
+
+
+# -- does it matter: fail, pass, unverified ---------------------------------------------------------------------------
+
+
+def test_an_effect_above_its_margin_fails():
+    trace = make_trace()
+    shifted, spread = moved(trace, 0.004), moved(trace, np.random.default_rng(1).normal(0, 0.063, 2000))
+    assert "|mean difference| 0.004 nats (0.002 allowed)" in compare(expected=trace, actual=shifted).headline
+    result = compare(expected=trace, actual=spread)
+    assert (result.verdict, gate(result, "RMS").ok) == ("fail", False)
+
+
+def test_within_all_margins_and_shown_to_be_passes():
+    trace = make_trace()
+    result = compare(expected=trace, actual=moved(trace, noise(trace, BFLOAT16_NOISE)))
+    assert (result.verdict, all(g.sure for g in result.gates)) == ("pass", True)
+    assert result.headline == "2000 logprobs agree within tolerance (bfloat16's defaults, no noise floor)"
+
+
+def test_an_estimate_below_with_a_bound_above_the_margin_is_unverified():
+    trace = make_trace(sequences=10)
+    change = np.repeat(np.random.default_rng(5).normal(0, 1, 10), 40)
+    change = 0.0015 + 0.0015 * (change - change.mean()) / change.std()  # the mean is inside, how far it may be is not
+    result = compare(expected=trace, actual=moved(trace, change))
+    mean = gate(result, "|mean")
+    assert (result.verdict, mean.ok, mean.sure) == ("unverified", True, False)
+    assert mean.value == pytest.approx(0.0015, rel=1e-3)
+    assert mean.bound > mean.limit
+    assert "on other prompts it may be" in result.headline
+
+
+def test_under_95_percent_of_the_tokens_is_unverified_and_a_failure_in_the_rest_still_fails():
+    trace = make_trace()
+    mask = np.arange(2000) < 1899
+    assert compare(expected=trace, actual=trace.with_(mask=mask)).verdict == "unverified"
+    assert compare(expected=trace, actual=trace.with_(mask=np.arange(2000) < 1901)).verdict == "pass"
+    assert compare(expected=trace, actual=moved(trace, 0.1).with_(mask=mask)).verdict == "fail"
+
+
+def test_fewer_than_8_sequences_speak_for_no_others():
+    for sequences, verdict in ((7, "unverified"), (8, "pass")):
+        trace = make_trace(sequences)
+        result = compare(expected=trace, actual=moved(trace, noise(trace, 1e-3)))
+        assert result.verdict == verdict, result.headline
+    trace = make_trace(5)
+    assert "5 distinct sequences" in compare(expected=trace, actual=moved(trace, 1e-6)).headline
+    assert compare(expected=trace, actual=moved(trace, 0.1)).verdict == "fail"  # what is seen is seen
+
+
+def test_bits_that_came_back_on_the_same_setup_need_no_other_sequences():
+    trace = make_trace(3)
+    assert judged(trace, trace, setup="same").verdict == "pass"
+    assert judged(trace, trace, setup="compatible").verdict == "unverified"
+
+
+def test_identical_sequences_count_once():
+    trace = make_trace(50, distinct=False)
+    result = compare(expected=trace, actual=moved(trace, np.tile(noise(make_trace(1), 1e-3), 50)))
+    assert result.verdict == "unverified"
+    assert "1 distinct sequences" in result.headline
+    assert result.clusters.count == 1
+    apart = make_trace(50)
+    tokens = np.where(np.arange(2000) % 40 == 0, np.arange(2000) // 40, 7)  # one prompt, one other token each
+    same_prompt = trace.with_(token_ids=tokens.astype(np.int32))
+    assert compare(expected=same_prompt, actual=moved(same_prompt, noise(apart, 1e-3))).verdict == "pass"
+
+
+def test_one_nan_fails_whatever_else_is_seen():
+    trace = make_trace()
+    for level in ("bitwise", "noise", "rl"):
+        result = judged(trace, moved(trace, np.where(np.arange(2000) == 77, np.nan, 0)), level=level)
+        assert (result.verdict, result.headline) == ("fail", "1 of 2000 logprobs are NaN or +inf")
+
+
+def test_a_fault_below_every_margin_passes_and_the_pass_says_what_it_would_have_caught():
+    trace = make_trace(200, 64)
+    result = compare(expected=trace, actual=moved(trace, 5e-4))
+    assert result.verdict == "pass"
+    shown, caught = result.shows
+    assert shown.startswith("shown (95% sure, 200 sequences): |mean d| up to 0.0005 of 0.002 nats, RMS up to 0.0005 of 0.045")
+    assert "up to 1.5% of sequences off by an RMS above 0.1" in shown  # statistics.md: 0 bad of 200 prove their share
+    assert "a mean shift above 0.002 nats, an RMS above 0.045, 4 tokens off by 0.5, 2 sequences" in caught
+    assert "90% sure where it hits 1.9% of rollouts" in caught
+
+
+@pytest.mark.parametrize("rms", [0.009, 0.063])
+def test_error_rates_at_50_sequences_of_64_tokens(rms):
+    """The table of statistics.md: clean noise always passes, 1.4 times the margin always fails."""
+    trace = make_trace(50, 64)
+    rng = np.random.default_rng(8)
+    verdicts = [compare(expected=trace, actual=moved(trace, rng.normal(0, rms, 3200))).verdict for _ in range(40)]
+    assert set(verdicts) == {"pass" if rms < 0.045 else "fail"}
+
+
+# -- how sure: bounds clustered by sequence ---------------------------------------------------------------------------
+
+
+def heavy_tailed(rng, sequences, tokens=32):
+    """Noise of a scale of its own for each sequence; one token in 200 is 10 times further off."""
+    scale = 0.02 * np.exp(rng.normal(0, 0.5, (sequences, 1)))
+    return rng.normal(0, 1, (sequences, tokens)) * scale * np.where(rng.random((sequences, tokens)) < 0.005, 10, 1)
+
+
+@pytest.mark.parametrize(("sequences", "least"), [(8, 0.8), (50, 0.87), (200, 0.89)])
+def test_bounds_cover_the_truth_with_heavy_tails(sequences, least):
+    """0.95 is nominal. The mean comes close; the spread falls short where most goldens hold no outlier to learn from."""
+    rng = np.random.default_rng(sequences)
+    cut = 0.25
+    truth = math.sqrt(np.mean(np.clip(heavy_tailed(rng, 100_000), -cut, cut) ** 2))
+    numbers, spread, mean = np.arange(sequences), [], []
+    for _ in range(400):
+        d = 0.01 + heavy_tailed(rng, sequences)
+        centred = Clusters.of((d - 0.01).ravel(), np.repeat(numbers, 32), numbers, cut)
+        spread.append(centred.rms().upper >= truth)
+        mean.append(Clusters.of(d.ravel(), np.repeat(numbers, 32), numbers, cut).mean().upper >= 0.01)
+    assert least <= np.mean(spread) <= 0.99
+    assert 0.92 <= np.mean(mean) <= 0.99
+
+
+def test_tokens_of_one_sequence_are_no_independent_witnesses():
+    """The negative control: bounds over tokens would be far too narrow where sequences move as a whole."""
+    rng = np.random.default_rng(0)
+    d = np.repeat(rng.normal(0, 0.01, 20), 64)
+    by_sequence = Clusters.of(d, np.repeat(np.arange(20), 64), np.arange(20), 0.25).mean()
+    by_token = Clusters.of(d, np.arange(len(d)), np.arange(len(d)), 0.25).mean()
+    assert by_sequence.upper - by_sequence.estimate > 6 * (by_token.upper - by_token.estimate)
+
+
+def test_recording_knows_how_many_sequences_are_missing():
+    """As many as it says are enough, a third of them is not."""
+    clean = [np.random.default_rng(9).normal(0, 0.03 * math.exp(s), 64) for s in np.random.default_rng(2).normal(0, 0.3, 9)]
+    trace = make_trace(9, 64)
+    comparison = compare(expected=trace, actual=moved(trace, np.concatenate(clean)))
+    limits = default_tolerance("bfloat16")
+    assert comparison.verdict == "unverified"
+    missing = missing_sequences(comparison, limits)
+    assert missing > 0
+    for count, enough in ((9 + missing, True), (9 + missing // 3, False)):
+        mean, rms = comparison.clusters.mean(count), comparison.clusters.rms(count)
+        assert (mean.upper <= limits.mean_diff and rms.upper <= limits.rms_diff) == enough
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 7])
+def test_what_is_missing_to_8_sequences(sequences):
+    trace = make_trace(sequences)
+    comparison = judged(trace, trace, setup="compatible")
+    assert missing_sequences(comparison, default_tolerance("bfloat16")) == 8 - sequences
+
+
+# -- heavy tails ------------------------------------------------------------------------------------------------------
+
+
+def test_one_token_464_nats_off_is_an_outlier_and_no_spread():
+    trace = make_trace(200, 64)
+    change = np.zeros(12_800)
+    change[4321] = -464
+    result = compare(expected=trace, actual=moved(trace, change), tolerance={"mean_diff": 1})
+    assert result.verdict == "pass"
+    assert result.metrics["max_abs_diff"] == pytest.approx(464)
+    assert gate(result, "RMS").value == pytest.approx(0.25 / math.sqrt(12_800))  # cut off at 0.25
+    assert (gate(result, "tokens off").value, gate(result, "tokens off").limit) == (1, 3)
+
+
+def test_more_outlier_tokens_than_the_budget_fail():
+    trace = make_trace(200, 64)
+    for count, verdict in ((3, "pass"), (4, "fail")):
+        change = np.zeros(12_800)
+        change[np.arange(count)] = [0.6, -0.6, 0.6, -0.6][:count]  # in one sequence: that one is within its budget
+        assert compare(expected=trace, actual=moved(trace, change)).verdict == verdict
+
+
+def test_15_percent_of_sequences_100_times_worse_fail():
+    trace = make_trace(200, 64)
+    scale = np.where(np.arange(200) % 20 < 3, 0.3, 0.003)
+    change = np.random.default_rng(0).normal(0, 1, 12_800) * np.repeat(scale, 64)
+    result = compare(expected=trace, actual=moved(trace, change))
+    assert (result.verdict, gate(result, "sequences of RMS").value) == ("fail", 30)
+
+
+def test_4_of_200_sequences_gone_wrong_fail_although_every_average_is_small():
+    trace = make_trace(200, 64)
+    change = np.random.default_rng(0).normal(0, 0.15, 12_800) * np.repeat(np.arange(200) % 50 == 7, 64)
+    result = compare(expected=trace, actual=moved(trace, change))
+    assert (gate(result, "RMS").sure, gate(result, "|mean").sure) == (True, True)
+    assert result.headline == "Logprobs are not close: sequences of RMS above 0.1 4 sequences (1 allowed)"
+
+
+def test_what_is_an_outlier_grows_with_the_floor_and_what_matters_does_not():
+    trace = make_trace()
+    plain = default_tolerance("bfloat16")
+    quiet, loud = (with_floor(plain, ShapeNoise(trace, rms).floor()) for rms in (0.005, 0.04))
+    assert (quiet.outlier, quiet.sequence_rms) == (plain.outlier, plain.sequence_rms)
+    assert loud.outlier == pytest.approx(30 * 0.04, rel=0.1)
+    assert loud.sequence_rms == pytest.approx(5 * 0.04, rel=0.1)
+    for name in ("mean_diff", "rms_diff", "winsorize", "clip_share"):
+        assert getattr(loud, name) == getattr(plain, name)
+    change = np.where(np.arange(2000) < 40, np.random.default_rng(0).normal(0, 0.15, 2000), 0)
+    assert judged(trace, moved(trace, change)).verdict == "fail"
+    assert judged(trace, moved(trace, change), floor=ShapeNoise(trace, 0.04).floor()).verdict == "pass"
+
+
+# -- levels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "verdicts"),
+    [
+        ("none", ("pass", "pass", "pass")),
+        ("shape noise", ("fail", "pass", "pass")),
+        ("a shift of half a margin", ("fail", "fail", "pass")),
+        ("a shift of twice a margin", ("fail", "fail", "fail")),
+    ],
+)
+def test_a_level_says_what_fails(change, verdicts):
+    engine = ShapeNoise(make_trace())
+    shift = {"a shift of half a margin": 1e-3, "a shift of twice a margin": 4e-3}.get(change, 0)
+    now = engine.trace if change == "none" else engine.trace.with_(logprobs=engine.replay(77))
+    for level, verdict in zip(("bitwise", "noise", "rl"), verdicts, strict=True):
+        result = judged(
+            engine.trace, moved(now, shift), level=level, floor=engine.floor(), draw=lambda: engine.replay(5) + shift
+        )
+        assert result.verdict == verdict, (level, result.headline)
+
+
+def test_a_level_that_is_none():
+    with pytest.raises(UsageError, match="level='nose': known are bitwise, noise, rl, did you mean 'noise'"):
+        compare(expected=make_trace(), actual=make_trace(), level="nose")
+
+
+def test_any_other_bit_is_a_difference_where_recording_got_every_bit_back():
+    engine = ShapeNoise(make_trace())
+    change = np.where(np.arange(2000) == 5, 1e-6, 0)
+    now = moved(engine.trace, change)
+    result = judged(engine.trace, now, floor=engine.floor(), setup="same", draw=lambda: engine.replay(5))
+    assert (result.verdict, result.difference.different) == ("pass", True)  # different, and it does not matter
+    assert math.isnan(result.difference.p_value)  # and that needs no p-value
+    result = judged(engine.trace, now, floor=engine.floor(reproduces=False), setup="same", draw=lambda: engine.replay(5))
+    assert (result.verdict, result.difference.different) == ("pass", False)
+    assert "within shape noise, p = " in result.difference.reason
+
+
+def test_noise_cannot_be_told_from_a_difference_without_a_floor_or_an_engine():
+    engine = ShapeNoise(make_trace())
+    now = engine.trace.with_(logprobs=engine.replay(0))
+    without = judged(engine.trace, now, level="noise")
+    assert without.verdict == "unverified"
+    assert "the golden has no noise floor" in without.headline
+    alone = judged(engine.trace, now, level="noise", floor=engine.floor())
+    assert alone.verdict == "unverified"
+    assert "only an engine can be asked again" in alone.headline
+    assert judged(engine.trace, engine.trace, level="noise").verdict == "pass"  # bit for bit needs neither
+
+
+def test_at_level_rl_the_defaults_stand_in_for_a_missing_floor_and_the_verdict_says_so():
+    trace = make_trace()
+    result = judged(trace, moved(trace, noise(trace, 0.005)))
+    assert result.verdict == "pass"
+    assert "no noise floor" in result.headline
+    assert result.notes == ("no noise floor: the limits for outliers and support flips are the defaults of bfloat16",)
+    with_one = judged(trace, moved(trace, noise(trace, 0.005)), floor=ShapeNoise(trace).floor())
+    assert (with_one.headline, with_one.notes) == ("2000 logprobs agree within tolerance", ())
+
+
+# -- is it different: the block permutation test ----------------------------------------------------------------------
+
+
+def p_value(engine, candidate, repeats=5, draws=999):
+    return block_permutation_test(engine.floor(repeats).logprobs, candidate, engine.blocks, draws=draws).p_value
+
+
+def test_nulls_are_rejected_as_often_as_they_should_be():
+    """300 engines that did not change: at 0.05 no more rejections than chance explains once in 1,000 times."""
+    from scipy.stats import binom
+
+    trace = make_trace(24, 16)
+    p = np.array([p_value(e := ShapeNoise(trace, seed=n), e.replay(5)) for n in range(300)])
+    assert np.sum(p <= 0.05) <= binom.ppf(0.999, 300, 0.05)
+    assert np.sum(p <= 0.01) <= binom.ppf(0.999, 300, 0.01)
+    assert np.sum(p <= 0.5) >= binom.ppf(0.001, 300, 0.3)  # and it is no test that never rejects
+
+
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [("bias", "p_bias"), ("spread", "p_spread"), ("spread", "p_rank")],
+)
+def test_faults_of_the_floors_own_size_are_found(name, which):
+    engine = ShapeNoise(make_trace())
+    planted = 0.3 * BFLOAT16_NOISE if name == "bias" else noise(engine.trace, 2 * BFLOAT16_NOISE, seed=4)
+    test = block_permutation_test(engine.floor().logprobs, engine.replay(5) + planted, engine.blocks)
+    assert test.p_value <= 0.01
+    assert getattr(test, which) <= 0.01
+    assert str(test).startswith("p = ")
+
+
+def test_a_bias_is_found_in_both_directions_and_a_calmer_engine_is_no_fault():
+    engine = ShapeNoise(make_trace())
+    for sign in (-1, 1):
+        assert p_value(engine, engine.replay(5) + sign * 0.3 * BFLOAT16_NOISE) <= 0.01
+    calm = engine.floor().logprobs.mean(axis=0)
+    assert p_value(engine, calm) > 0.01
+
+
+def test_the_generating_run_is_neither_repeat_nor_centre():
+    """Its tokens were chosen by its own noise: it looks like another engine, and every clean check would fail."""
+    engine = ShapeNoise(make_trace(200, 16))
+    generating = engine.trace.with_(logprobs=engine.replay(50) + np.float32(1e-3))
+    assert p_value(engine, generating.logprobs) <= 0.01
+    result = judged(
+        generating, generating.with_(logprobs=engine.replay(60)), level="noise", floor=engine.floor(),
+        draw=lambda: engine.replay(5),
+    )  # fmt: skip
+    assert (result.verdict, result.difference.different) == ("pass", False)
+
+
+def test_without_any_noise_equal_is_equal_and_different_is_certain():
+    trace = make_trace()
+    floor = NoiseFloor(np.stack([trace.logprobs] * 5), Shapes(), reproduces=True)
+    blocks = ShapeNoise(trace).blocks
+    test = block_permutation_test(floor.logprobs, trace.logprobs, blocks)
+    assert (test.p_value, test.p_bias, test.p_spread, test.p_rank) == (1, 1, 1, 1)
+    test = block_permutation_test(floor.logprobs, trace.logprobs + np.float32(1e-4), blocks)
+    assert test.p_value == 1 / 10_000
+    assert (floor.rms, floor.changed) == (0, 0)
+    now = moved(trace, 1e-4)
+    for level, verdict in (("noise", "fail"), ("rl", "pass")):
+        assert judged(trace, now, level=level, floor=floor, draw=lambda: now.logprobs).verdict == verdict
+
+
+def test_ties_count():
+    """Thousands of tokens whose logprob is exactly 0 in every replay: no evidence, and no alarm."""
+    trace = make_trace(logprobs=np.where(np.arange(2000) % 100 == 0, -0.5, 0))
+    engine = ShapeNoise(trace)
+    engine.shapes[:, trace.logprobs == 0] = 0
+    p = [p_value(engine, engine.replay(n)) for n in range(5, 45)]
+    assert np.mean(np.array(p) <= 0.05) < 0.2
+    assert p_value(engine, engine.floor().logprobs[0]) > 0.05
+
+
+def test_fewer_than_8_blocks_allow_no_test():
+    engine = ShapeNoise(make_trace(7))
+    assert block_permutation_test(engine.floor().logprobs, engine.replay(5), engine.blocks) is None
+    now = engine.trace.with_(logprobs=engine.replay(5))
+    result = judged(engine.trace, now, level="noise", floor=engine.floor(), draw=lambda: now.logprobs)
+    assert result.verdict == "unverified"
+    assert "too few sequences for 8 blocks" in result.headline
+
+
+# -- support flips ----------------------------------------------------------------------------------------------------
+
+#: Probabilities at every position, and how they are truncated; the golden's token is the `rank`th of them.
+TRUNCATED = {
+    "top-p": ([0.5, 0.25, 0.12, 0.06, 0.04, 0.03], 4, {"top_p": 0.9}),  # mass before: 0, 0.5, 0.75, 0.87
+    "top-k": ([0.5, 0.26, 0.24], 3, {"top_k": 3}),  # nats above the last one kept: 0.73, 0.08, 0
+    "min-p": ([0.5, 0.26, 0.16, 0.08], 3, {"min_p": 0.3}),  # nats above the threshold: 1.2, 0.55, 0.065
+}
+
+
+def truncated_trace(how, rank, sequences=50, tokens=40):
+    """A golden in which every token is the `rank`th (from 1) of TRUNCATED[how]."""
+    probabilities, kept, sampling = TRUNCATED[how]
+    count = sequences * tokens
+    renormalised = np.log(probabilities[:kept]) - math.log(sum(probabilities[:kept]))
+    top = np.full((count, 5), -np.inf)
+    top[:, :kept] = renormalised
+    return make_trace(
+        sequences,
+        tokens,
+        logprobs=np.full(count, renormalised[rank - 1]),
+        top_logprobs=top,
+        top_token_ids=np.tile(np.arange(5), (count, 1)),
+        untruncated_logprobs=np.full(count, math.log(probabilities[rank - 1])),
+        sampling=Sampling(**sampling),
+    )
+
+
+def excluded(trace, count):
+    return moved(trace, np.where(np.arange(trace.num_tokens) < count, -np.inf, 0))
+
+
+@pytest.mark.parametrize(
+    ("how", "rank", "verdict"),
+    [
+        ("top-p", 4, "pass"), ("top-p", 3, "fail"), ("top-p", 1, "fail"),
+        ("top-k", 3, "pass"), ("top-k", 2, "pass"), ("top-k", 1, "fail"),
+        ("min-p", 3, "pass"), ("min-p", 2, "fail"), ("min-p", 1, "fail"),
+    ],
+)  # fmt: skip
+def test_an_excluded_token_passes_near_the_edge_and_fails_deep_inside(how, rank, verdict):
+    trace = truncated_trace(how, rank)
+    result = judged(trace, excluded(trace, 1))
+    assert (result.verdict, gate(result, "support flips deep").value) == (verdict, float(verdict == "fail"))
+    if verdict == "fail":
+        assert result.headline == "Logprobs are not close: support flips deep inside 1 tokens (0 allowed)"
+
+
+def test_the_nearest_edge_counts():
+    """A token deep inside the nucleus of top-p may be the last one that top-k keeps."""
+    trace = truncated_trace("top-k", 3)
+    both = trace.with_(sampling=Sampling(top_k=3, top_p=0.999))
+    assert judged(both, excluded(both, 1)).verdict == "pass"
+
+
+def test_flips_near_the_edge_are_allowed_at_the_goldens_own_rate():
+    trace = truncated_trace("top-p", 4)
+
+    def floor(flips):
+        repeats = np.stack([trace.logprobs] * 5)
+        for number in range(5):
+            repeats[number, np.arange(flips) + 50 * number] = -np.inf
+        return NoiseFloor(repeats, Shapes(), reproduces=True)
+
+    assert (floor(0).flips, floor(4).flips) == (0, 4)
+    for own, now, verdict in ((0, 4, "pass"), (0, 6, "fail"), (4, 25, "pass"), (4, 40, "fail"), (40, 150, "pass")):
+        result = judged(trace, excluded(trace, now), floor=floor(own))
+        assert result.verdict == verdict, (own, now, result.headline)
+
+
+def test_the_allowed_number_of_flips_is_a_whole_one():
+    """As many as the limit says, whatever rounding does to number / tokens * tokens."""
+    for tokens, flips in ((41, 7), (27, 29), (41, 28)):
+        trace = make_trace(10, tokens, sampling=Sampling(top_p=0.9))
+        result = compare(expected=trace, actual=trace, tolerance={"support_flips": flips / trace.num_tokens})
+        assert gate(result, "support flips").limit == flips
+
+
+def test_a_token_that_appears_in_the_support_is_a_flip_and_never_deep():
+    trace = truncated_trace("top-p", 1)
+    result = judged(excluded(trace, 2), trace)
+    assert (result.metrics["support_flips"], gate(result, "support flips deep").value) == (2, 0)
+    assert result.verdict == "pass"
+
+
+def test_without_truncation_every_flip_fails():
+    trace = make_trace()
+    assert judged(trace, excluded(trace, 1)).verdict == "fail"
+
+
+# -- the free run -----------------------------------------------------------------------------------------------------
+
+
+def free_run(trace, tokens=None, near_tie=0.1, **changes):
+    """The free run of a trace: its own tokens where `tokens` does not replace them."""
+    again = trace.with_(token_ids=trace.token_ids if tokens is None else np.asarray(tokens, np.int32), **changes)
+    return compare_free_run(trace, again, near_tie)
+
+
+def verdict_on(trace, run, *, exact=False, same_stream=False, mean_abs_diff=0.003):
+    headline, finding = judge_free_run(run, trace, exact=exact, same_stream=same_stream, mean_abs_diff=mean_abs_diff)
+    return headline, finding.cause if finding else None
+
+
+def greedy_trace(gap):
+    """A greedy golden whose two likeliest tokens are `gap` nats apart."""
+    top = np.tile([-0.3, -0.3 - gap], (2000, 1))
+    return make_trace(
+        sampling=Sampling(temperature=0), top_logprobs=top, top_token_ids=np.tile([1, 2], (2000, 1)), logprobs=top[:, 0]
+    )
+
+
+def other_tokens(trace, sequences):
+    """Its tokens, with other ones from the middle of the first `sequences` on."""
+    tokens = trace.token_ids.copy()
+    for sequence in range(sequences):
+        tokens[sequence * 40 + 20 : sequence * 40 + 40] += 1000
+    return tokens
+
+
+def test_greedy_may_take_either_of_two_near_ties_and_nothing_else():
+    for gap, problem in ((0.05, ""), (0.5, "Greedy decoding no longer takes the likeliest token")):
+        trace = greedy_trace(gap)
+        headline, cause = verdict_on(trace, free_run(trace, other_tokens(trace, 3)))
+        assert headline.startswith(problem)
+        assert bool(headline) == bool(problem)
+        assert cause == ("seed_stream" if problem else None)
+
+
+def test_sampled_flips_are_held_against_the_rate_that_the_noise_predicts():
+    """About half of E|d| a token; a near tie of the logprobs says nothing of a sampled token."""
+    trace = make_trace(sampling=Sampling(temperature=1.0))
+    predicted = predicted_divergences(trace, 0.003)
+    assert predicted == pytest.approx(50 * (1 - (1 - 0.0015) ** 40))
+    for flips, problem in ((4, False), (30, True)):
+        headline, cause = verdict_on(trace, free_run(trace, other_tokens(trace, flips)), same_stream=True)
+        assert bool(headline) == problem
+        assert cause == ("seed_stream" if problem else None)
+    assert not verdict_on(trace, free_run(trace, other_tokens(trace, 30)))[0]  # another stream: fresh draws
+
+
+def test_bits_of_the_logprobs_without_those_of_the_tokens_are_another_seed_stream():
+    trace = make_trace(sampling=Sampling(temperature=1.0))
+    headline, cause = verdict_on(trace, free_run(trace, other_tokens(trace, 1)), exact=True)
+    assert headline.startswith("The engine writes other tokens although its logprobs agree bit for bit: 1 of 50")
+    assert cause == "seed_stream"
+
+
+def test_greedy_in_place_of_sampled_writes_likelier_tokens():
+    trace = make_trace(sampling=Sampling(temperature=1.0))
+    likelier = np.where(np.arange(2000) % 40 >= 20, -0.05, trace.logprobs).astype(np.float32)
+    headline, _ = verdict_on(trace, free_run(trace, other_tokens(trace, 50), logprobs=likelier))
+    assert headline.startswith("The engine does not draw as it reports: its own tokens are +")
+    fresh = make_trace(seed=5).logprobs  # the negative control: another draw from the same distribution
+    assert not verdict_on(trace, free_run(trace, other_tokens(trace, 50), logprobs=fresh))[0]
+
+
+def test_one_seed_for_all_writes_fewer_completions():
+    columns = {"prompt_token_ids": [1], "prompt_offsets": [0, 1], "group": np.zeros(50), "sampling": Sampling()}
+    trace = make_trace(**columns)
+    headline, _ = verdict_on(trace, free_run(trace, np.tile(trace.token_ids[:40], 50)))
+    assert "1 distinct completions where the golden has 50" in headline
+
+
+def test_stops_are_judged_where_the_tokens_came_back():
+    trace = make_trace(finish_reasons=np.ones(50))
+    run = free_run(trace, finish_reasons=np.full(50, 2, np.uint8))
+    assert (run.diverged, run.stops_changed) == (0, 50)
+    headline, cause = verdict_on(trace, run)
+    assert headline.startswith("The engine stops elsewhere although it writes the same tokens: 0 of 50 wrote other tokens")
+    assert cause is None
+    assert free_run(trace).same
+
+
+def test_a_free_run_decides_only_where_the_logprobs_agree():
+    trace = make_trace(sampling=Sampling(temperature=1.0))
+    run = free_run(trace, other_tokens(trace, 40))
+    same = judged(trace, trace, setup="same", free_run=run)
+    assert (same.verdict, same.findings[-1].cause) == ("fail", "seed_stream")
+    worse = judged(trace, moved(trace, 0.1), setup="same", free_run=run)
+    assert worse.headline.startswith("Logprobs are not close")
+    assert not [f for f in worse.findings if f.layer == "sampling"]
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_single_sequence_is_compared_bit_for_bit_and_shows_no_more(tmp_path):
+    trace = make_trace(1)
+    assert compare(expected=trace, actual=trace).verdict == "pass"
+    result = compare(expected=trace, actual=moved(trace, 1e-6))
+    assert result.verdict == "unverified"
+    assert "1 distinct sequences speak for no other prompts, 8 are needed: record 7 more" in result.headline
+    recorded = check_golden(tmp_path / "g.safetensors", trace, update=True)
+    assert "a clean engine of another version would be unverified: 7 more sequences are needed" in recorded.notes
+    assert check_golden(tmp_path / "g.safetensors", trace).verdict == "pass"
+
+
+def test_one_token():
+    trace = make_trace(1, 1)
+    assert compare(expected=trace, actual=trace).verdict == "pass"
+    assert compare(expected=trace, actual=moved(trace, 1e-6)).verdict == "unverified"
+    assert compare(expected=trace, actual=moved(trace, 1)).verdict == "fail"
+    eight = make_trace(8, 1)
+    assert compare(expected=eight, actual=moved(eight, 1e-6)).verdict == "pass"
+
+
+def test_repeats_that_contain_nan_are_damage(tmp_path):
+    trace = make_trace(mask=np.arange(2000) % 40 > 0)
+    repeats = np.stack([trace.logprobs] * 3)
+    repeats[:, ~trace.mask] = np.nan  # masked tokens have none
+    path = tmp_path / "g.safetensors"
+    Golden(trace, floor=NoiseFloor(repeats, Shapes(), reproduces=True)).save(path)
+    assert Golden.load(path).floor.rms == 0
+    repeats[1, 7] = np.nan
+    Golden(trace, floor=NoiseFloor(repeats, Shapes(), reproduces=True)).save(path)
+    with pytest.raises(GoldenError, match=r"damaged: .*its noise floor contains NaN"):
+        Golden.load(path)
+
+
+@pytest.mark.parametrize(
+    "repeats", [np.zeros((1, 5), np.float32), np.zeros((3, 5)), np.zeros(5, np.float32)], ids=["one", "float64", "flat"]
+)
+def test_a_floor_that_is_none(repeats):
+    with pytest.raises(UsageError, match=r"a noise floor is float32 \[2 or more repeats, tokens\]"):
+        NoiseFloor(repeats, Shapes(), reproduces=True)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"weights": (0.5, 0.6, 0, 0)}, {"batch_sizes": (0, 1, 2, 3)}, {"blocks": 0}, {"fillers": -1}]
+)
+def test_a_distribution_of_shapes_that_is_none(wrong):
+    with pytest.raises(UsageError, match="Shapes: "):
+        Shapes(**wrong)
+    assert Shapes.from_json(Shapes().to_json()) == Shapes()
+
+
+def test_a_floor_of_other_tokens_is_damage(tmp_path):
+    trace = make_trace()
+    floor = ShapeNoise(make_trace(51)).floor()
+    Golden(trace, floor=floor).save(tmp_path / "g.safetensors")
+    with pytest.raises(GoldenError, match=r"its noise floor is \[5, 2040\], its tokens are 2000"):
+        Golden.load(tmp_path / "g.safetensors")
+
+
+def test_a_floor_comes_back_whole(tmp_path):
+    trace = make_trace()
+    floor = ShapeNoise(trace).floor()
+    Golden(trace, floor=floor, tolerance={"rms_diff": 0.1}).save(tmp_path / "g.safetensors")
+    golden = Golden.load(tmp_path / "g.safetensors")
+    np.testing.assert_array_equal(golden.floor.logprobs, floor.logprobs)
+    assert (golden.floor.shapes, golden.floor.reproduces, golden.tolerance) == (Shapes(), True, {"rms_diff": 0.1})
+
+
+def test_thousands_of_tokens_with_exactly_equal_logprobs(recwarn):
+    trace = make_trace(200, 64, logprobs=np.full(12_800, -0.6931472))
+    assert compare(expected=trace, actual=trace).verdict == "pass"
+    assert compare(expected=trace, actual=moved(trace, np.where(np.arange(12_800) == 9, 1e-3, 0))).verdict == "pass"
+    assert compare(expected=trace, actual=moved(trace, 0.01)).verdict == "fail"
+    assert not recwarn.list
+
+
+def test_tokens_excluded_on_both_sides_agree_and_are_compared(recwarn):
+    trace = excluded(make_trace(sampling=Sampling(top_p=0.9)), 300)
+    result = compare(expected=trace, actual=trace)
+    assert (result.verdict, result.metrics["n_excluded"], result.metrics["coverage"]) == ("pass", 300, 1)
+    assert compare(expected=trace, actual=moved(trace, 0.1)).verdict == "fail"
+    assert not recwarn.list
+
+
+def test_nothing_but_excluded_tokens_is_never_green(tmp_path):
+    trace = excluded(make_trace(sampling=Sampling(top_p=0.9)), 2000)
+    result = compare(expected=trace, actual=trace)
+    assert (result.verdict, result.headline) == (
+        "unverified",
+        "Nothing was compared: no token has a finite logprob on both sides",
+    )
+    with pytest.raises(UsageError, match="not recorded: it could never pass"):
+        check_golden(tmp_path / "g.safetensors", trace, update=True)
+
+
+def test_a_golden_with_too_many_holes_could_never_pass_and_is_not_recorded(tmp_path):
+    trace = moved(make_trace(), np.where(np.arange(2000) < 200, np.nan, 0))
+    with pytest.raises(UsageError, match=r"not recorded: it could never pass: Only 90\.0% of the tokens"):
+        check_golden(tmp_path / "g.safetensors", trace, update=True)
+    few = moved(make_trace(2), np.where(np.arange(80) == 0, np.nan, 0))  # a hole on both sides is no difference
+    assert check_golden(tmp_path / "g.safetensors", few, update=True).recorded
+    assert check_golden(tmp_path / "g.safetensors", few).verdict == "pass"
+
+
+def test_a_comparison_is_json_whatever_it_holds():
+    trace = make_trace()
+    for actual in (trace, moved(trace, 0.1), moved(trace, np.nan)):
+        told = compare(expected=trace, actual=actual).to_json()
+        json.dumps(told, allow_nan=False)
+        assert {"level", "setup", "difference", "shows", "gates"} <= set(told)
