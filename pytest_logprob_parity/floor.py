@@ -23,14 +23,16 @@ class Shapes:
     """The distribution from which every block of every repeat draws its shape, and any later replay draws its own.
 
     The sequences form `blocks` fixed blocks (sequence number modulo `blocks`). In each repeat each block is shuffled and
-    cut into batches, each of a size drawn from `batch_sizes` with `weights`; beside each batch run 0 to `fillers`
-    requests of other blocks, the number drawn uniformly, their answers thrown away. `seed` starts the random numbers.
+    cut into batches, each of a size drawn from `batch_sizes` with `weights`. A share `alone` of the batches has no company;
+    beside the others run 1 to `fillers` requests of other blocks, their answers thrown away. `seed` starts the random
+    numbers.
 
     Raises UsageError for a distribution that is none.
     """
 
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
     weights: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
+    alone: float = 0.5
     fillers: int = 8
     blocks: int = 8
     seed: int = 0
@@ -38,8 +40,10 @@ class Shapes:
     def __post_init__(self) -> None:
         if len(self.batch_sizes) != len(self.weights) or min(self.batch_sizes, default=0) < 1:
             raise UsageError("Shapes: batch_sizes are 1 or more, each with its weight")
-        if min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-9 or self.fillers < 0 or self.blocks < 1:
-            raise UsageError("Shapes: weights add up to 1, fillers are 0 or more, blocks 1 or more")
+        if min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-9 or self.fillers < 1 or self.blocks < 1:
+            raise UsageError("Shapes: weights add up to 1, fillers and blocks are 1 or more")
+        if not 0 <= self.alone <= 1:
+            raise UsageError("Shapes: alone is a share from 0 to 1")
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""

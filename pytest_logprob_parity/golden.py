@@ -96,8 +96,8 @@ class Golden:
         if drawn is not None:
             if repeats.shape[1:] != (trace.num_tokens,):
                 raise ValueError(f"its noise floor is {list(repeats.shape)}, its tokens are {trace.num_tokens}")
-            if np.isnan(repeats[:, trace.mask]).any():
-                raise ValueError("its noise floor contains NaN")
+            if not (np.isfinite(kept := repeats[:, trace.mask]) | np.isneginf(kept)).all():
+                raise ValueError("its noise floor contains NaN or +inf")
             floor = NoiseFloor(repeats, Shapes.from_json(drawn["shapes"]), bool(drawn["reproduces"]))
         return cls(trace, prints, **texts, floor=floor, tolerance=tolerance)
 

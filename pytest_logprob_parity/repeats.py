@@ -30,12 +30,13 @@ def replay_in_drawn_shapes(backend: Backend, trace: Trace, shapes: Shapes, numbe
             while waiting:
                 size = int(rng.choice(shapes.batch_sizes, p=shapes.weights))
                 batch, waiting = waiting[:size], waiting[size:]
-                _run_batch(backend, trace, segments, batch, _some(others, shapes.fillers, rng), logprobs, rng)
+                _run_batch(backend, trace, segments, batch, _some(others, shapes, rng), logprobs, rng)
     return logprobs
 
 
-def _some(others: Sequence[int], most: int, rng: np.random.Generator) -> list[int]:
-    count = min(int(rng.integers(0, most + 1)), len(others))
+def _some(others: Sequence[int], shapes: Shapes, rng: np.random.Generator) -> list[int]:
+    wanted = 0 if rng.random() < shapes.alone else int(rng.integers(1, shapes.fillers + 1))
+    count = min(wanted, len(others))
     return [others[i] for i in rng.choice(len(others), count, replace=False)] if count else []
 
 

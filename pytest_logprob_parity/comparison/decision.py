@@ -87,7 +87,7 @@ def _not_shown(found: Found) -> str:
         )
     if found.level == "noise" and not found.exact and found.difference.different is None:
         return f"Not shown to be a regression: {found.difference.reason}"
-    if found.exact and found.setup != "compatible":
+    if found.exact and (found.setup != "compatible" or found.level == "bitwise"):
         return ""  # there is no effect whose size could be unsure; another engine has to show it on enough sequences
     if found.sequences < MIN_SEQUENCES:
         return (

@@ -35,7 +35,8 @@ def gates_of(
     else:
         clusters = Clusters.of(d, sequences, names, limits.winsorize)
         outliers = int(np.count_nonzero(np.abs(d) > limits.outlier))
-        bad = int(np.count_nonzero(m.sequence_rms(d, sequences) > limits.sequence_rms))
+        cut = max(limits.winsorize, 2 * limits.sequence_rms)  # a single wild token makes no bad sequence
+        bad = int(np.count_nonzero(m.sequence_rms(d, sequences, cut) > limits.sequence_rms))
     mean, rms = clusters.mean(), clusters.rms()
     gates += [
         Gate("|mean difference|", mean.estimate, limits.mean_diff, "nats", mean.upper),
@@ -54,6 +55,8 @@ def gates_of(
 
 def what_it_shows(clusters: Clusters, gates: Sequence[Gate], limits: Tolerance, tokens: int, sequences: int) -> tuple[str, ...]:
     """What this comparison has shown, and what it would have caught, in words."""
+    if clusters.count < 2:
+        return ()
     mean, rms = clusters.mean(), clusters.rms()
     bad = next((int(g.value) for g in gates if g.name.startswith("sequences of RMS")), 0)
     budget, outliers = limits.sequence_budget(sequences), limits.outlier_budget(tokens)

@@ -12,6 +12,8 @@ from .result import Finding
 
 #: A free run that nothing but chance explains less often than this is another way of drawing.
 _ALPHA: Final = 1e-4
+#: So many tokens that are not the likeliest do not all go away by chance.
+_SURPRISES: Final = 20
 #: A flip rate is predicted from differences of the chosen tokens alone; all others move as well.
 _FLIP_MARGIN: Final = 2.0
 
@@ -41,7 +43,8 @@ class FreeRun:
 
     `likelihood_shift` is how much likelier its tokens are than the golden's, in nats a token on average over turns, and
     `shift_p` how often chance alone does that (paired t): both runs are draws from one distribution, whatever the seeds.
-    `distinct` counts the different completions, in the golden and now.
+    `distinct` counts the different completions, `not_likeliest` the tokens that were not the likeliest, in the golden and
+    now.
     """
 
     turns: int
@@ -51,6 +54,7 @@ class FreeRun:
     likelihood_shift: float = 0.0
     shift_p: float = 1.0
     distinct: tuple[int, int] = (0, 0)
+    not_likeliest: tuple[int, int] = (0, 0)
 
     @property
     def same(self) -> bool:
@@ -67,6 +71,7 @@ class FreeRun:
             "likelihood_shift": self.likelihood_shift,
             "shift_p": self.shift_p,
             "distinct": list(self.distinct),
+            "not_likeliest": list(self.not_likeliest),
         }
 
     def __str__(self) -> str:
@@ -121,7 +126,11 @@ def compare_free_run(golden: Trace, regenerated: Trace, near_tie: float) -> Free
         len({golden.token_ids[s.start : s.stop].tobytes() for s in segments}),
         len({regenerated.token_ids[start:stop].tobytes() for start, stop in now}),
     )
-    return FreeRun(len(segments), len(divergences), stops, tuple(divergences), shift, p, distinct)
+    surprises = (
+        sum(int(np.count_nonzero(golden.ranks[s.start : s.stop] > 1)) for s in segments),
+        int(np.count_nonzero(regenerated.ranks > 1)),
+    )
+    return FreeRun(len(segments), len(divergences), stops, tuple(divergences), shift, p, distinct, surprises)
 
 
 def judge_free_run(
@@ -148,11 +157,13 @@ def judge_free_run(
             return "", None
         finding = Finding("sampling", "seed_stream", f"greedy decoding left the likeliest token: {far[0]}")
         return f"Greedy decoding no longer takes the likeliest token: {far[0]}", finding
-    before, now = free_run.distinct
-    if free_run.shift_p < _ALPHA or (before >= 8 and now < before / 2):
+    (before, now), (surprises, surprises_now) = free_run.distinct, free_run.not_likeliest
+    collapsed = (before >= 8 and now < before / 2) or (surprises >= _SURPRISES and not surprises_now)
+    if collapsed or free_run.shift_p < _ALPHA:
         text = (
-            f"its own tokens are {free_run.likelihood_shift:+.3g} nats a token likelier than the golden's "
-            f"(chance does that in {free_run.shift_p:.1g} of cases), {now} distinct completions where the golden has {before}"
+            f"its own tokens are {free_run.likelihood_shift:+.3g} nats a token likelier than the golden's (chance does that in "
+            f"{free_run.shift_p:.1g} of cases), {now} distinct completions where the golden has {before}, {surprises_now} "
+            f"tokens that are not the likeliest where it has {surprises}"
         )
         return f"The engine does not draw as it reports: {text}", Finding("sampling", None, text, ("seed_stream",))
     predicted = predicted_divergences(golden, mean_abs_diff)

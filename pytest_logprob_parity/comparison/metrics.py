@@ -69,10 +69,11 @@ def winsorized_rms(d: Doubles, limit: float) -> float:
     return float(np.sqrt(np.dot(cut, cut) / len(cut)))
 
 
-def sequence_rms(d: Doubles, sequences: npt.NDArray[np.int64]) -> Doubles:
-    """RMS of d for each sequence that has tokens among `sequences` (the sequence number of each d)."""
+def sequence_rms(d: Doubles, sequences: npt.NDArray[np.int64], limit: float) -> Doubles:
+    """RMS of d for each sequence that has tokens among `sequences` (the number of each d), every |d| cut off at `limit`."""
+    cut = np.clip(d, -limit, limit)
     counts = np.bincount(sequences)
-    sums = np.bincount(sequences, weights=d * d)
+    sums = np.bincount(sequences, weights=cut * cut)
     return np.sqrt(sums[counts > 0] / counts[counts > 0])
 
 

@@ -19,12 +19,13 @@ from .intervals import poisson_quantile
 class Tolerance:
     """Limits on d = actual - expected, in nats unless said otherwise.
 
-    - `mean_diff`: |mean d|. A third of GSPO's sequence clip of 3e-4 in float32; NeMo-RL's gen_kl limit in bfloat16.
+    - `mean_diff`: |mean d|, each d cut off at `winsorize`. A third of GSPO's sequence clip of 3e-4 in float32; NeMo-RL's
+      gen_kl limit in bfloat16.
     - `rms_diff`: root mean square of d, each d cut off at `winsorize`. k3 is about its square over 2: in bfloat16 twice
       prime-rl's nightly limit; in float32 60 times what was seen across versions of vLLM.
     - `clip_share`: share of tokens (0 to 1) whose policy ratio exp(d) is outside 1 +- 0.2, PPO's clip.
     - `outlier`: a token further off than this is an outlier; one is allowed, and one more for every 5,000 tokens.
-    - `sequence_rms`: a sequence with a larger RMS is an outlier; one is allowed for every 200 sequences.
+    - `sequence_rms`: a sequence with a larger RMS, each d cut off, is an outlier; one is allowed for every 200 sequences.
     - `support_flips`: share of tokens (0 to 1) that truncation may exclude on the other side; none without truncation.
     - `support_depth`: no excluded token may have been further inside the nucleus (probability mass, 0 to 1) than this.
     - `near_tie`: a top-2 gap up to this makes a greedy divergence a near tie; the same for the edges of top-k and min-p.
@@ -99,7 +100,7 @@ def with_floor(limits: Tolerance, floor: NoiseFloor | None) -> Tolerance:
     """
     if floor is None or not np.isfinite(floor.rms):
         return limits
-    tokens = int(floor.finite.size)
+    tokens = int(np.count_nonzero(~np.isnan(floor.logprobs).all(axis=0)))  # masked ones are NaN in all
     flips = poisson_quantile(0.999, _FLIP_FACTOR * (floor.flips + 1 / floor.repeats))
     return dataclasses.replace(
         limits,

@@ -233,12 +233,15 @@ def true_effect(clean: Trace, faulty: Trace, limits: Tolerance) -> tuple[float, 
     both = np.isfinite(faulty.logprobs) & np.isfinite(clean.logprobs)
     d = faulty.logprobs[both].astype(np.float64) - clean.logprobs[both]
     sequences = np.repeat(np.arange(clean.num_sequences), np.diff(clean.sequence_offsets))[both]
-    per_sequence = [math.sqrt(float(np.mean(d[sequences == s] ** 2))) for s in np.unique(sequences)]
+    cut = np.clip(d, -limits.winsorize, limits.winsorize)
+    limit = max(limits.winsorize, 2 * limits.sequence_rms)
+    in_sequence = np.clip(d, -limit, limit)
+    per_sequence = [math.sqrt(float(np.mean(in_sequence[sequences == s] ** 2))) for s in np.unique(sequences)]
     tokens = len(clean.token_ids)
     deep = bool(lost.any()) and bool((depth(clean, np.flatnonzero(lost), limits) > MUST_FAIL).any())
     effects = {
-        "mean": abs(d.mean()) / limits.mean_diff,
-        "RMS": math.sqrt(np.mean(np.minimum(np.abs(d), limits.winsorize) ** 2)) / limits.rms_diff,
+        "mean": abs(cut.mean()) / limits.mean_diff,
+        "RMS": math.sqrt(np.mean(cut**2)) / limits.rms_diff,
         "clip share": float(np.mean(np.abs(np.expm1(np.minimum(d, 300))) > 0.2)) / limits.clip_share,
         "outlier tokens": int(np.sum(np.abs(d) > limits.outlier)) / (1 + len(d) // 5000),
         "outlier sequences": _ratio(sum(rms > limits.sequence_rms for rms in per_sequence), clean.num_sequences // 200),
