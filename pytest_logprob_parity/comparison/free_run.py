@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from ..trace import FINISH_REASONS, Segment, Trace
-from .result import Finding
+from .result import Divergence, Finding, FreeRun
 
 #: A free run that nothing but chance explains less often than this is another way of drawing.
 _ALPHA: Final = 1e-4
@@ -16,71 +15,6 @@ _ALPHA: Final = 1e-4
 _SURPRISES: Final = 20
 #: A flip rate is predicted from differences of the chosen tokens alone; all others move as well.
 _FLIP_MARGIN: Final = 2.0
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Where a free run first leaves the golden. `gap` is the golden's top-2 gap there (nats; NaN without a top-2)."""
-
-    sequence: int
-    turn: int
-    position: int
-    golden: str
-    now: str
-    gap: float
-    near_tie: bool
-
-    def __str__(self) -> str:
-        gap = f"top-2 gap {self.gap:.3g} nats" if np.isfinite(self.gap) else "top-2 gap not recorded"
-        return f"sequence {self.sequence}, position {self.position}: {self.golden} became {self.now} ({gap}" + (
-            ", a near tie)" if self.near_tie else ")"
-        )
-
-
-@dataclass(frozen=True)
-class FreeRun:
-    """How many turns were written again, how many of them diverged, and how many only ended elsewhere.
-
-    `likelihood_shift` is how much likelier its tokens are than the golden's, in nats a token on average over turns, and
-    `shift_p` how often chance alone does that (paired t): both runs are draws from one distribution, whatever the seeds.
-    `distinct` counts the different completions, `not_likeliest` the tokens that were not the likeliest, in the golden and
-    now.
-    """
-
-    turns: int
-    diverged: int
-    stops_changed: int
-    divergences: tuple[Divergence, ...]
-    likelihood_shift: float = 0.0
-    shift_p: float = 1.0
-    distinct: tuple[int, int] = (0, 0)
-    not_likeliest: tuple[int, int] = (0, 0)
-
-    @property
-    def same(self) -> bool:
-        """Whether every turn came back as it was, its end included."""
-        return self.diverged == 0 and self.stops_changed == 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The counts and the first divergences, as JSON values."""
-        return {
-            "turns": self.turns,
-            "diverged": self.diverged,
-            "stops_changed": self.stops_changed,
-            "first": [str(d) for d in self.divergences[:10]],
-            "likelihood_shift": self.likelihood_shift,
-            "shift_p": self.shift_p,
-            "distinct": list(self.distinct),
-            "not_likeliest": list(self.not_likeliest),
-        }
-
-    def __str__(self) -> str:
-        if self.same:
-            return f"all {self.turns} came back token for token and stopped where they stopped"
-        text = f"{self.diverged} of {self.turns} wrote other tokens"
-        if self.stops_changed:
-            text += f", {self.stops_changed} stopped elsewhere"
-        return text + (f"; first at {self.divergences[0]}" if self.divergences else "")
 
 
 def compare_free_run(golden: Trace, regenerated: Trace, near_tie: float) -> FreeRun:

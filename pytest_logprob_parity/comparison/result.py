@@ -1,7 +1,8 @@
-"""What a comparison says: Comparison, Finding, Gate, and where the worst tokens are. Data only."""
+"""What a comparison says: Comparison, Finding, Gate, FreeRun, and where the worst tokens are. Data only."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -10,7 +11,6 @@ from ..errors import ParityError
 
 if TYPE_CHECKING:
     from ..trace import Trace
-    from .free_run import FreeRun
     from .intervals import Clusters
 
 #: After the order in which to rule things out.
@@ -89,6 +89,71 @@ class TokenDiff:
     def diff(self) -> float:
         """actual - expected."""
         return self.actual - self.expected
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where a free run first leaves the golden. `gap` is the golden's top-2 gap there (nats; NaN without a top-2)."""
+
+    sequence: int
+    turn: int
+    position: int
+    golden: str
+    now: str
+    gap: float
+    near_tie: bool
+
+    def __str__(self) -> str:
+        gap = f"top-2 gap {self.gap:.3g} nats" if math.isfinite(self.gap) else "top-2 gap not recorded"
+        return f"sequence {self.sequence}, position {self.position}: {self.golden} became {self.now} ({gap}" + (
+            ", a near tie)" if self.near_tie else ")"
+        )
+
+
+@dataclass(frozen=True)
+class FreeRun:
+    """How many turns were written again, how many of them diverged, and how many only ended elsewhere.
+
+    `likelihood_shift` is how much likelier its tokens are than the golden's, in nats a token on average over turns, and
+    `shift_p` how often chance alone does that (paired t): both runs are draws from one distribution, whatever the seeds.
+    `distinct` counts the different completions, `not_likeliest` the tokens that were not the likeliest, in the golden and
+    now.
+    """
+
+    turns: int
+    diverged: int
+    stops_changed: int
+    divergences: tuple[Divergence, ...]
+    likelihood_shift: float = 0.0
+    shift_p: float = 1.0
+    distinct: tuple[int, int] = (0, 0)
+    not_likeliest: tuple[int, int] = (0, 0)
+
+    @property
+    def same(self) -> bool:
+        """Whether every turn came back as it was, its end included."""
+        return self.diverged == 0 and self.stops_changed == 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts and the first divergences, as JSON values."""
+        return {
+            "turns": self.turns,
+            "diverged": self.diverged,
+            "stops_changed": self.stops_changed,
+            "first": [str(d) for d in self.divergences[:10]],
+            "likelihood_shift": self.likelihood_shift,
+            "shift_p": self.shift_p,
+            "distinct": list(self.distinct),
+            "not_likeliest": list(self.not_likeliest),
+        }
+
+    def __str__(self) -> str:
+        if self.same:
+            return f"all {self.turns} came back token for token and stopped where they stopped"
+        text = f"{self.diverged} of {self.turns} wrote other tokens"
+        if self.stops_changed:
+            text += f", {self.stops_changed} stopped elsewhere"
+        return text + (f"; first at {self.divergences[0]}" if self.divergences else "")
 
 
 @dataclass(frozen=True)

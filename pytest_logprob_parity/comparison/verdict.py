@@ -16,9 +16,9 @@ from . import metrics as m
 from .alignment import Alignment, align
 from .decision import Found, decide
 from .effects import gates_of, what_it_shows
-from .free_run import FreeRun, judge_free_run
+from .free_run import judge_free_run
 from .permutation import ALPHA, block_permutation_test
-from .result import Comparison, Difference, Finding, TokenDiff
+from .result import Comparison, Difference, Finding, FreeRun, TokenDiff
 from .semantics import bears_out, different_meaning, hidden_temperature, semantic_finding
 from .support import support_flips
 from .tolerance import Tolerance, default_tolerance, make_tolerance, with_floor
