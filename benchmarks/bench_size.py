@@ -13,8 +13,10 @@ from pytest_logprob_parity.pool import open_engine
 
 
 def report_size(name: str, path: Path) -> None:
-    trace, size = Golden.load(path).trace, path.stat().st_size
+    golden, size = Golden.load(path), path.stat().st_size
+    trace = golden.trace
     raw = sum(column.nbytes for column in trace.to_columns().values())
+    raw += 0 if golden.floor is None else golden.floor.logprobs.nbytes
     per_token = f"{size / trace.num_tokens:.2f} against {raw / trace.num_tokens:.2f} bytes a token"
     detail = f"{per_token}, {size - raw:,} bytes of header, {trace.num_tokens:,} tokens, top-{trace.top_k}"
     report_number(f"size on disk / raw columns, {name}", size / raw, 1.03, detail)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import statistics
 import sys
@@ -19,7 +20,7 @@ from pytest_logprob_parity.trace import Trace, offsets_of
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "models"))
 
-from arith import make_problem  # noqa: E402
+from arith import make_messages, make_problem  # noqa: E402
 
 SPEC = EngineSpec("models/tiny-arith", dtype="bfloat16")
 SAMPLING = Sampling(temperature=0.7, max_tokens=64, n=4, seed=1, logprobs=5)
@@ -29,6 +30,28 @@ def arith_prompts(count: int = 16) -> list[list[dict[str, str]]]:
     """Word problems for the tiny models, as message lists."""
     rng = random.Random(0)
     return [[{"role": "user", "content": make_problem(rng).question}] for _ in range(count)]
+
+
+def long_prompts(tokenizer: Any, count: int, length: int) -> list[list[int]]:
+    """Conversations of several word problems, cut to their last `length` token ids: long enough that shapes move numbers."""
+    rng = random.Random(0)
+    prompts = []
+    for _ in range(count):
+        messages = make_messages(rng, 8)[:-1]  # the last answer is the engine's to write
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompts.append(tokenizer.encode(text, add_special_tokens=False)[-length:])
+    assert {len(prompt) for prompt in prompts} == {length}
+    return prompts
+
+
+def share_the_machine() -> None:
+    """Let threads that wait for each other sleep, unless told otherwise: on cores with other work, spinning costs tenfold.
+
+    Bits do not depend on it. Has to come before anything imports torch, which reads these.
+    """
+    for name, value in (("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "0"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 2)))
 
 
 def time_in_turns(

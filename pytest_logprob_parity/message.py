@@ -50,7 +50,7 @@ def failure_message(
             ("findings", [str(f) for f in comparison.findings]),
             ("different?", [str(comparison.difference)]),
             ("free run", [] if comparison.free_run is None else [str(comparison.free_run)]),
-            ("differs", _difference_lines(differences)),
+            ("differs", _difference_lines(differences) if differences or comparison.setup == "same" else []),
             ("note", list(comparison.notes)),
         ),
         _fields(("to accept", [accept])),
