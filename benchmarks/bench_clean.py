@@ -1,7 +1,7 @@
 """200 clean runs at level `rl`: one engine and its golden under variations that move bits and mean nothing. None may fail.
 
 For each dtype a golden of 200 x 64 tokens with its noise floor, then 100 variations: other engines (batch limits, block
-size, prefix cache, scheduling, threads, another instruction set, compilation, tensor parallel 2) are held against it by
+size, prefix cache, threads, another instruction set, compilation, tensor parallel 2) are held against it by
 `check_golden`, free run included; on each of them the tokens are replayed in shapes that the floor never draws and judged.
 One engine at a time for each dtype; what hangs on the environment or spoils its process has a process of its own.
 
@@ -65,7 +65,7 @@ VARIATIONS = (
     Variation("max_num_seqs 3", {"max_num_seqs": 3}, 0),  # 67 batches for every replay
     Variation("max_num_seqs 9, 1,024 tokens a step", {"max_num_seqs": 9, "max_num_batched_tokens": 1024}, 5),
     Variation("2,048 tokens a step, blocks of 32", {"max_num_batched_tokens": 2048, "block_size": 32}, 9),
-    Variation("prefix cache, async scheduling", {"enable_prefix_caching": True, "async_scheduling": True}, 11),
+    Variation("prefix cache", {"enable_prefix_caching": True}, 11),
     Variation("one thread", {}, 9, {"OMP_NUM_THREADS": "1"}),
     Variation("AVX2 in place of AVX-512", {}, 9, {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}),
     Variation("compiled", {"enforce_eager": False}, 9, apart=True),
