@@ -25,7 +25,7 @@ from pytest_logprob_parity.spec import Sampling
 SEQUENCES, TOKENS, GROUP, PROMPT_LENGTH = 200, 64, 8, 160
 SIGMA = 0.005
 BAR_SECONDS = 2.0
-ROUNDS, ENGINE_ROUNDS = 15, 2
+ROUNDS, ENGINE_ROUNDS = 15, 3
 
 
 def seconds(times: Sequence[float]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import fingerprint
 from .belonging import Context, check_belongs
-from .comparison.intervals import MIN_SEQUENCES
+from .comparison.intervals import CONFIDENCE, MIN_SEQUENCES, POWER, t_quantile
 from .comparison.result import Comparison
 from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
 from .comparison.verdict import Evidence, compare, judge
@@ -162,9 +162,9 @@ def _gaps(golden: Golden, clean: Comparison, limits: Tolerance) -> list[str]:
 
 
 def missing_sequences(clean: Comparison, limits: Tolerance) -> int:
-    """How many sequences more a clean engine's comparison needs to pass; bounds shrink with the root of their number.
+    """How many sequences more it takes for a clean engine to pass with probability POWER.
 
-    So does the mean of a clean engine, which is nothing but noise.
+    Its mean is nothing but noise, its spread that of `clean`; errors shrink with the root of the number of sequences.
     """
     if clean.clusters is None:
         return MIN_SEQUENCES
@@ -176,8 +176,11 @@ def missing_sequences(clean: Comparison, limits: Tolerance) -> int:
     needed = max(have, MIN_SEQUENCES)
     while needed < _MOST_SEQUENCES:
         mean, rms = clean.clusters.mean(needed), clean.clusters.rms(needed)
-        upper = mean.upper - mean.estimate * (1 - (have / needed) ** 0.5)
-        if upper <= limits.mean_diff and rms.upper <= limits.rms_diff:
+        degrees = needed - 1
+        room = 1 + t_quantile(POWER, degrees) / t_quantile(CONFIDENCE, degrees)
+        shift = (mean.upper - mean.estimate) * room
+        spread = rms.estimate * (rms.upper / rms.estimate) ** room if rms.estimate else 0.0
+        if shift <= limits.mean_diff and spread <= limits.rms_diff:
             break
         needed = max(needed + 1, int(needed * 1.1))
     return needed - have

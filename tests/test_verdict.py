@@ -212,17 +212,20 @@ def test_tokens_of_one_sequence_are_no_independent_witnesses():
 
 
 def test_recording_knows_how_many_sequences_are_missing():
-    """As many as it says are enough, a third of them is not."""
-    clean = [np.random.default_rng(9).normal(0, 0.03 * math.exp(s), 64) for s in np.random.default_rng(2).normal(0, 0.3, 9)]
-    trace = make_trace(9, 64)
-    comparison = compare(expected=trace, actual=moved(trace, np.concatenate(clean)))
-    limits = default_tolerance("bfloat16")
-    assert comparison.verdict == "unverified"
-    missing = missing_sequences(comparison, limits)
+    """With as many as it says most clean engines pass, with the few there are most do not."""
+
+    def clean(sequences, seed):
+        rng = np.random.default_rng(seed)
+        noise = [rng.normal(0, 0.03 * math.exp(scale), 64) for scale in rng.normal(0, 0.3, sequences)]
+        trace = make_trace(sequences, 64)
+        return compare(expected=trace, actual=moved(trace, np.concatenate(noise)))
+
+    few = [clean(9, seed) for seed in range(10)]
+    assert sum(c.passed for c in few) < 5
+    unsure = next(c for c in few if c.verdict == "unverified")
+    missing = missing_sequences(unsure, default_tolerance("bfloat16"))
     assert missing > 0
-    for count, enough in ((9 + missing, True), (9 + missing // 3, False)):
-        mean, rms = comparison.clusters.mean(count), comparison.clusters.rms(count)
-        assert (mean.upper <= limits.mean_diff and rms.upper <= limits.rms_diff) == enough
+    assert sum(clean(9 + missing, seed).passed for seed in range(10)) > 5
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 7])
