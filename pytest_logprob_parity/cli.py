@@ -1,4 +1,4 @@
-"""The command line: `logprob-parity show GOLDEN`, `logprob-parity diff EXPECTED ACTUAL`. No engine is needed."""
+"""The command line: `show` and `diff` need no engine, `selftest` plants faults in a real one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import ParityError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit status as diff(1): 0 no difference beyond tolerance, 1 a difference, 2 trouble."""
+    """Run one verb. Exit status as diff(1): 0 no difference beyond tolerance, or no wrong verdict; 1 one; 2 trouble."""
     parser = argparse.ArgumentParser(prog="logprob-parity", description="Look at golden traces and compare them.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     show = verbs.add_parser("show", help="what a golden holds and what it was recorded from")
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     selftest.add_argument("--dtype", action="append", choices=("bfloat16", "float32"), help="default: both")
     selftest.add_argument("--sequences", type=int, default=200, help="size of the goldens (default: %(default)s)")
     selftest.add_argument("--tokens", type=int, default=64, help="tokens a sequence (default: %(default)s)")
-    selftest.add_argument("--only", default="", help="faults whose name or golden contains this text; several by commas")
+    selftest.add_argument("--only", default="", help="faults whose name contains this text; several by commas")
     selftest.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     given = parser.parse_args(arguments)
     try:

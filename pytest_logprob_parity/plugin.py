@@ -18,6 +18,8 @@ __all__ = ["golden_trace", "parity_engine", "parity_engine_factory", "parity_eng
 
 MARKER: Final = "logprob_parity"
 UPDATES: Final = ("all", "missing", "failed")
+#: Those of comparison/verdict.py, which is not imported here.
+LEVELS: Final = ("bitwise", "noise", "rl")
 #: How many checks that passed the summary tells of, without -v.
 _SHOWN: Final = 5
 
@@ -42,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--parity-level",
-        choices=("bitwise", "noise", "rl"),
+        choices=LEVELS,
         default=None,
         help="what fails: any other bit, any difference beyond what other batch shapes do, or (default) what matters to RL",
     )
@@ -81,8 +83,8 @@ def pytest_configure(config: pytest.Config) -> None:
         if not float(config.getini("parity_max_golden_mb")) > 0:
             raise ValueError
         level = config.getoption("--parity-level") or str(config.getini("parity_level"))
-        if level not in ("bitwise", "noise", "rl"):
-            raise UsageError(f"parity_level: {level!r} is not one of bitwise, noise, rl")
+        if level not in LEVELS:
+            raise UsageError(f"parity_level: {level!r} is not one of {', '.join(LEVELS)}")
         repeats = str(config.getini("parity_repeats"))
         if not repeats.isdecimal() or repeats == "1":
             raise UsageError(f"parity_repeats: {repeats!r} must be 2 or more, or 0 for no noise floor")

@@ -65,11 +65,11 @@ def record(
         golden = dataclasses.replace(golden, floor=measured)
         notes.append(f"the noise floor took {time.monotonic() - began:.1f} s beside the recording pass")
         _check_agrees_with_itself(golden, own, explicit, context)
-    comparison = _what_it_can_show(golden, explicit)
+    limits = make_tolerance(with_floor(default_tolerance(golden.trace.dtype), golden.floor), explicit)
+    comparison = _what_it_can_show(golden, limits)
     golden.save(path, context.max_megabytes)
     written = Golden.load(path)
     same = Evidence(written.floor, setup="same", policy_logprobs=golden.trace.untruncated_logprobs)
-    limits = make_tolerance(with_floor(default_tolerance(golden.trace.dtype), golden.floor), explicit)
     proof = judge(written.trace, golden.trace, limits, "rl", same)
     floor = "no noise floor: the defaults of its dtype stand in" if written.floor is None else written.floor.describe()
     return dataclasses.replace(
@@ -92,10 +92,15 @@ def _generate(engine: Engine, prompts: list[Any] | None, sampling: Sampling | No
     sampling = sampling or Sampling()
     _check_can_replay(engine, replay, sampling)
     trace = engine.generate(prompts, sampling)
-    if trace.sampling.truncates and trace.logprobs_mode == "processed_logprobs" and "decode" in replay:
-        free = engine.replay(trace.with_(sampling=trace.sampling.untruncated()))
-        trace = trace.with_(untruncated_logprobs=free.logprobs)
-    return trace
+    return with_untruncated(engine, trace) if "decode" in replay else trace
+
+
+def with_untruncated(engine: Engine, trace: Trace) -> Trace:
+    """The trace with its logprobs without truncation beside the processed ones, where it truncates: one more replay."""
+    if not trace.sampling.truncates or trace.logprobs_mode != "processed_logprobs":
+        return trace
+    free = engine.replay(trace.with_(sampling=trace.sampling.untruncated()))
+    return trace.with_(untruncated_logprobs=free.logprobs)
 
 
 def _check_can_replay(engine: Engine, replay: Sequence[str], sampling: Sampling) -> None:
@@ -135,10 +140,9 @@ def _check_agrees_with_itself(golden: Golden, own: FloatArray, explicit: Mapping
         )
 
 
-def _what_it_can_show(golden: Golden, explicit: Mapping[str, float]) -> Comparison:
+def _what_it_can_show(golden: Golden, limits: Tolerance) -> Comparison:
     """The comparison that a clean engine of another shape would get: that with the worst repeat, or with itself."""
     trace, floor = golden.trace, golden.floor
-    limits = make_tolerance(with_floor(default_tolerance(trace.dtype), floor), explicit)
     repeats = [trace.logprobs] if floor is None else floor.logprobs
     comparisons = [
         judge(trace, trace.with_(logprobs=logprobs), limits, "rl", Evidence(floor, setup="compatible")) for logprobs in repeats

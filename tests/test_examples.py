@@ -17,6 +17,11 @@ def test_the_quickstart_checks_its_committed_golden(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "logprob-parity: 1 checked" in done.stdout
+    printed = {_shape(line) for line in done.stdout.splitlines()}
+    quoted = (ROOT / "README.md").read_text().partition("    logprob-parity: 1 checked\n")[2].partition("\n\n")[0].splitlines()
+    assert len(quoted) == 4
+    for line in quoted:
+        assert _shape(line) in printed, line
 
 
 def test_the_readme_runs(tmp_path):

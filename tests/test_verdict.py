@@ -729,3 +729,14 @@ def test_a_comparison_is_json_whatever_it_holds():
         told = compare(expected=trace, actual=actual).to_json()
         json.dumps(told, allow_nan=False)
         assert {"level", "setup", "difference", "shows", "gates"} <= set(told)
+
+
+def test_where_nothing_was_compared_nothing_is_said_to_differ():
+    trace = make_trace()
+    gone = trace.with_(logprobs=np.full_like(trace.logprobs, -np.inf))
+    result = compare(expected=gone, actual=gone)
+    assert (result.verdict, result.difference.different, result.difference.reason) == (
+        "unverified",
+        None,
+        "nothing was compared",
+    )

@@ -115,7 +115,10 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
         findings.append(finding)
     elif evidence.free_run is not None and not evidence.free_run.same:
         notes.append(f"free run: {evidence.free_run}")
-    difference = _is_different(expected, exact, bool(failed or findings or not len(d)), level, evidence)
+    if len(d) or failed or findings:
+        difference = _is_different(expected, exact, bool(failed or findings), level, evidence)
+    else:
+        difference = Difference(None, "nothing was compared")
     if level == "rl" and evidence.floor is None and not exact and len(d):
         notes.append(f"no noise floor: the limits for outliers and support flips are the defaults of {expected.dtype}")
     verdict, headline = decide(

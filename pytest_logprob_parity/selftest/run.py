@@ -18,7 +18,7 @@ from ..comparison.tolerance import Tolerance, default_tolerance, with_floor
 from ..comparison.verdict import Evidence, judge
 from ..errors import EngineError, UsageError
 from ..pool import Engine, Pool
-from ..recording import measure_floor
+from ..recording import measure_floor, with_untruncated
 from ..replay import replay
 from ..spec import EngineSpec, Sampling
 from ..trace import Trace
@@ -112,9 +112,7 @@ class Selftest:
             trace = engine.generate(self._prompts, sampling)
         if name == "plain":
             self._plain = trace
-        if sampling.truncates:
-            free = engine.replay(trace.with_(sampling=sampling.untruncated()))
-            trace = trace.with_(untruncated_logprobs=free.logprobs)
+        trace = with_untruncated(engine, trace)
         _, floor = measure_floor(engine, trace, _REPEATS)
         self._notify(f"golden {name}, {spec.dtype}: {trace.num_sequences} sequences, {trace.num_tokens:,} tokens; "
                      + floor.describe())  # fmt: skip
