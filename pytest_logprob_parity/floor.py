@@ -126,9 +126,12 @@ class NoiseFloor:
 
     def describe(self) -> str:
         """The floor in a line, for people."""
-        text = (
-            f"noise floor of {self.repeats} repeats: RMS {self.rms:.2g} nats between two of them, max {self.max_abs:.2g}, "
-            f"{self.changed:.1%} of the tokens move"
-        )
+        text = f"noise floor of {self.repeats} repeats: "
+        if self.changed == 0:
+            text += "no other batch shape moved a bit, so it says nothing of other builds"
+        else:
+            text += (
+                f"RMS {self.rms:.2g} nats between two of them, max {self.max_abs:.2g}, {self.changed:.1%} of the tokens move"
+            )
         text += f", {self.flips:.1f} support flips a replay" if self.flips else ""
         return text + ("" if self.reproduces else "; its own schedule does not reproduce bit for bit")

@@ -19,7 +19,7 @@ from pytest_logprob_parity import (
     check_golden,
 )
 from pytest_logprob_parity.engines.base import Completion, ResolvedConfig
-from pytest_logprob_parity.floor import Shapes
+from pytest_logprob_parity.floor import NoiseFloor, Shapes
 from pytest_logprob_parity.repeats import replay_in_drawn_shapes
 
 SAMPLING = Sampling(temperature=0.7, max_tokens=24, n=3, seed=1, logprobs=2)
@@ -240,6 +240,13 @@ def test_a_golden_too_small_for_a_clean_engine_says_what_is_missing(engine, ques
     missing = 8 - told.clusters.count
     assert f"a clean engine of another version would be unverified: {missing} more sequences are needed" in told.notes
     assert Golden.load(tmp_path / "g.safetensors").floor.repeats == 2
+
+
+def test_a_floor_that_no_shape_moved_says_nothing_of_other_builds():
+    still = NoiseFloor(np.zeros((3, 4), np.float32), Shapes(), reproduces=True)
+    assert still.describe() == "noise floor of 3 repeats: no other batch shape moved a bit, so it says nothing of other builds"
+    moved = NoiseFloor(np.float32([[0, 0], [0, 0.5]]), Shapes(), reproduces=True)
+    assert "RMS 0.35 nats between two of them, max 0.5, 50.0% of the tokens move" in moved.describe()
 
 
 def test_what_a_golden_cannot_show(engine, tmp_path):

@@ -256,17 +256,17 @@ def _model() -> Iterator[Fault]:
     })  # fmt: skip
     yield from _each("norm epsilon", {f"{v:g}": {"site": lambda s, v=v: s.norm_epsilon(v)} for v in (0.5, 1e-2, 2e-6)})
     yield from _each("rope base", {
-        f"x {f:g}": {"site": lambda s, f=f: s.rope(lambda x, f=f: x * f ** (-2 * torch.arange(len(x)) / (2 * len(x))))}
+        f"x {f:.7g}": {"site": lambda s, f=f: s.rope(lambda x, f=f: x * f ** (-2 * torch.arange(len(x)) / (2 * len(x))))}
         for f in (10, 1.1, 1.00001)
     })  # fmt: skip
     yield from _each(
-        "rope scaling", {f"/ {f:g}": {"site": lambda s, f=f: s.rope(lambda x: x / f)} for f in (4, 1.05, 1.000001)}
+        "rope scaling", {f"/ {f:.7g}": {"site": lambda s, f=f: s.rope(lambda x: x / f)} for f in (4, 1.05, 1.000001)}
     )
     yield from _each(
         "all positions moved", {f"by {n}": {"site": lambda s, n=n: s.positions(lambda p: p + n)} for n in (1, 16, 300)}
     )
     yield from _each("activation", {
-        f"gate x {b:g}": {"site": lambda s, b=b: s.activation(lambda x: x * (b * x).sigmoid())} for b in (1.702, 1.05, 1.000001)
+        f"gate x {b:.7g}": {"site": lambda s, b=b: s.activation(lambda x: x * (b * x).sigmoid())} for b in (1.702, 1.05, 1.000001)
     })  # fmt: skip
     yield from _each("keys and values in few bits", {
         f"{bits}": {"site": lambda s, b=bits: s.keys_values(_in_few_bits(b))} for bits in (3, 6, 16)
@@ -426,7 +426,7 @@ def _weights() -> Iterator[Fault]:
     yield from _each("last MLP's gain", sizes(_scaled, {f"x {f:g}": ("layers.3.mlp.down", f) for f in (0.5, 0.97, 1.0001)}))
     yield from _each("query norm gain", sizes(_scaled, {f"x {f:g}": ("q_norm.weight", f) for f in (0.5, 0.97, 1.0001)}))
     yield from _each("adapter scale", sizes(_adapter, {f"{s:g}": (s,) for s in (0.3, 0.03, 1e-5)}))
-    yield from _each("weights pruned", sizes(_pruned, {f"{s:.2%}": (s,) for s in (0.3, 0.05, 1e-5)}))
+    yield from _each("weights pruned", sizes(_pruned, {f"{100 * s:g} %": (s,) for s in (0.3, 0.05, 1e-5)}))
     yield from _each("KV heads in another order", sizes(_heads_swapped, {f"{a:g}": (a,) for a in (1, 0.05, 1e-5)}))
     yield from _each("head rows noised", sizes(_rows_noised, {
         f"{r:g}": ("lm_head.weight", slice(0, 40), r) for r in (1, 0.1, 1e-5)
