@@ -266,7 +266,8 @@ def _model() -> Iterator[Fault]:
         "all positions moved", {f"by {n}": {"site": lambda s, n=n: s.positions(lambda p: p + n)} for n in (1, 16, 300)}
     )
     yield from _each("activation", {
-        f"gate x {b:.7g}": {"site": lambda s, b=b: s.activation(lambda x: x * (b * x).sigmoid())} for b in (1.702, 1.05, 1.000001)
+        f"gate x {b:.7g}": {"site": lambda s, b=b: s.activation(lambda x: x * (b * x).sigmoid())}
+        for b in (1.702, 1.05, 1.000001)
     })  # fmt: skip
     yield from _each("keys and values in few bits", {
         f"{bits}": {"site": lambda s, b=bits: s.keys_values(_in_few_bits(b))} for bits in (3, 6, 16)
