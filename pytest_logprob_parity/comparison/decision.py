@@ -14,6 +14,8 @@ from .semantics import different_meaning
 
 #: Below this share of the golden's tokens compared, a comparison proves too little to pass.
 COVERAGE: Final = 0.95
+#: Causes that make the two columns other quantities, not the same one off by something.
+_OTHER_MEANING: Final = frozenset({"raw_vs_processed", "temperature", "truncation", "penalties", "shifted_positions"})
 _NOT_SHOWN: Final = "Not shown to be a regression, and not shown to be none"
 
 
@@ -55,11 +57,12 @@ def decide(found: Found) -> tuple[str, str]:
 def _failure(found: Found) -> str:
     """Why it fails; empty where it does not."""
     numbers, tokens = found.numbers, found.rows.tokens
-    if any(f.layer == "semantic" for f in found.findings):
+    if any(f.cause in _OTHER_MEANING for f in found.findings):
         if different_meaning(found.expected, found.actual):
             now = found.actual.distribution()
             return f"The logprobs do not mean the same: {found.expected.distribution()} in the golden, {now} now"
-        return f"The logprobs do not mean what their label says: {found.findings[0].evidence}"
+        why = next(f.evidence for f in found.findings if f.cause in _OTHER_MEANING)
+        return f"The logprobs do not mean what their label says: {why}"
     if numbers["n_nan"]:
         return f"{int(numbers['n_nan'])} of {tokens} logprobs are NaN or +inf"
     if found.failed:

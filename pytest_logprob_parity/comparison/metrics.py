@@ -111,25 +111,3 @@ def _entropy(top: npt.NDArray[np.float32]) -> tuple[float, float]:
         p *= part
         total -= float(np.sum(p, dtype=np.float64))
     return total / len(top), mass / len(top)
-
-
-def top_gap_ratio(expected: Trace, actual: Trace, rows: Alignment) -> tuple[float, float, int]:
-    """How the gap between the two likeliest tokens scales from `actual` to `expected`: median, spread, positions.
-
-    A temperature T applied on one side only scales every gap by 1/T and leaves the normaliser out of it. Only positions
-    where both sides name the same two tokens, with a gap of 0.1 nats or more, are used; the spread is half the distance
-    between the quartiles.
-    """
-    if min(expected.top_k, actual.top_k) < 2 or not rows.tokens:
-        return float("nan"), float("nan"), 0
-    ids_e, ids_a = expected.top_token_ids[rows.expected, :2], actual.top_token_ids[rows.actual, :2]
-    top_e, top_a = expected.top_logprobs[rows.expected, :2], actual.top_logprobs[rows.actual, :2]
-    usable = np.all(ids_e == ids_a, axis=1) & np.all(np.isfinite(top_e) & np.isfinite(top_a), axis=1)
-    gap_e = (top_e[:, 0] - top_e[:, 1])[usable].astype(np.float64)
-    gap_a = (top_a[:, 0] - top_a[:, 1])[usable].astype(np.float64)
-    large = (gap_a >= 0.1) & (gap_e >= 0.1)
-    if np.count_nonzero(large) < 10:
-        return float("nan"), float("nan"), int(np.count_nonzero(large))
-    ratios = gap_e[large] / gap_a[large]
-    low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-    return float(median), float(high - low) / 2, len(ratios)

@@ -13,8 +13,21 @@ if TYPE_CHECKING:
     from ..trace import Trace
     from .intervals import Clusters
 
-#: After the order in which to rule things out.
-LAYERS: Final = ("semantic", "path", "head", "weights", "sampling", "noise")
+#: Layers, in the order in which to rule them out, and the causes of each.
+CAUSES: Final[Mapping[str, tuple[str, ...]]] = {
+    "semantic": (
+        "raw_vs_processed", "temperature", "truncation", "penalties", "shifted_positions", "wrong_token", "wrong_values",
+    ),
+    "path": (
+        "prefix_cache", "async_scheduling", "chunked_prefill", "batch_shape", "compilation", "attention_backend",
+        "kv_cache_dtype", "parallelism", "speculative_decoding", "expert_routing", "engine_build",
+    ),
+    "head": ("head_precision",),
+    "weights": ("weights_differ", "weight_dtype", "quantization", "adapter", "stale_weights", "stale_kv_cache"),
+    "sampling": ("seed_stream",),
+    "noise": ("numerical_noise",),
+}  # fmt: skip
+LAYERS: Final = tuple(CAUSES)
 
 
 @dataclass(frozen=True)

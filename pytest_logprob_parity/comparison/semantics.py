@@ -1,13 +1,43 @@
-"""Do both columns mean the same? What the labels claim, and what the numbers bear out."""
+"""Do both columns mean the same? What the labels claim, what the numbers bear out, and what they say instead."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
 import numpy as np
 
+from ..spec import Sampling
 from ..trace import Trace
+from . import truncation
 from .alignment import Alignment
-from .metrics import top_gap_ratio
+from .penalties import Penalty, find_penalty
+from .positions import Positions, positions_of
+from .reporting import Misreport, find_shift, misreport
 from .result import Finding
+from .scale import ENOUGH, NO_SCALE, Scale, fit_scale
+
+_GOLDEN: Final = "applied to the golden and not to this run"
+_NOW: Final = "applied to this run and not to the golden"
+#: Kept sets differ where they do at this share of the positions and more; noise alone moves a few.
+_OTHER_SETS: Final = 0.03
+_ONE_WAY: Final = 0.9
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One step of processing that one side has and the other has not. `on_golden` says which, `recorded` whether it is
+    what the recorded sampling asks for; `finding` says it in words.
+    """
+
+    finding: Finding
+    on_golden: bool
+    recorded: bool
+
+
+# -- what the labels say -----------------------------------------------------------------------------------------------
 
 
 def different_meaning(expected: Trace, actual: Trace) -> str | None:
@@ -24,41 +54,244 @@ def different_meaning(expected: Trace, actual: Trace) -> str | None:
 
 def bears_out(expected: Trace, actual: Trace, rows: Alignment) -> bool:
     """Whether the top-k show that the two sides are apart by the temperatures that their labels name, however small."""
-    scale = _applied_temperature(actual) / _applied_temperature(expected)
-    ratio, spread, positions = top_gap_ratio(expected, actual, rows)
-    return bool(positions and abs(scale - 1) > 4 * spread / np.sqrt(positions) and abs(ratio - scale) < abs(scale - 1) / 4)
+    slope = _applied_temperature(expected) / _applied_temperature(actual)
+    if slope == 1:
+        return False
+    scale = _scale(positions_of(expected, actual, rows))
+    return (
+        scale.positions >= ENOUGH and abs(scale.slope - 1) > 4 * scale.error and abs(scale.slope - slope) < abs(slope - 1) / 4
+    )
 
 
-def semantic_finding(cause: str, expected: Trace, actual: Trace, rows: Alignment) -> Finding:
-    """The finding for labels that differ, with what the top-k say of it."""
-    evidence = f"{expected.distribution()} against {actual.distribution()}"
-    ratio, spread, positions = top_gap_ratio(expected, actual, rows)
-    if positions and np.isfinite(ratio):
-        evidence += (
-            f"; the gap between the two likeliest tokens is {ratio:.3f} +- {spread:.3f} times as wide in the golden"
-            f" ({positions} positions)"
+def label_findings(cause: str, expected: Trace, actual: Trace, rows: Alignment) -> list[Finding]:
+    """The findings for labels that differ: what they claim, and step by step what the numbers say of it."""
+    claim = f"{expected.distribution()} against {actual.distribution()}"
+    stages = [stage.finding for stage in _stages(positions_of(expected, actual, rows))]
+    same = [finding for finding in stages if finding.cause == cause]
+    if same:
+        claim += f"; {same[0].evidence}"
+    return [Finding("semantic", cause, claim), *(finding for finding in stages if finding.cause != cause)]
+
+
+# -- what the numbers say ----------------------------------------------------------------------------------------------
+
+
+def semantic_findings(expected: Trace, actual: Trace, rows: Alignment, off: Sequence[int] | None = None) -> list[Finding]:
+    """Semantic causes that equal labels hide, from the arithmetic that each leaves behind; nothing where there is none.
+
+    `off` are the sequences that are far off, where those are the smaller part: what cannot be seen over all sequences is
+    looked for in these.
+    """
+    for sequences in (None, off) if off is not None and len(off) else (None,):
+        positions = positions_of(expected, actual, rows, sequences)
+        found = [*_reported(positions)]
+        if not found:
+            stages = list(_stages(positions))
+            found = [*_whole(stages, positions), *(stage.finding for stage in stages)]
+        if found:
+            where = "" if sequences is None else f"in {len(sequences)} of {expected.num_sequences} sequences: "
+            return [Finding(f.layer, f.cause, where + f.evidence, f.candidates) for f in found]
+    return []
+
+
+def _reported(positions: Positions) -> Iterator[Finding]:
+    """Numbers that were reported wrongly."""
+    told: list[Misreport | None] = [misreport(positions, golden=False), misreport(positions, golden=True)]
+    if told == [None, None]:
+        told = [find_shift(positions)]
+    for report in told:
+        if report is not None:
+            yield Finding("semantic", report.cause, report.text)
+
+
+def _whole(stages: Sequence[_Stage], positions: Positions) -> Iterator[Finding]:
+    """Raw for processed: all that the recorded sampling asks for is on one side only."""
+    asked = _recorded(positions.golden.sampling)
+    for on_golden, text in ((True, "the golden's logprobs are processed, these are raw"),
+                            (False, "these logprobs are processed, the golden's are raw")):  # fmt: skip
+        found = {stage.finding.cause for stage in stages if stage.on_golden == on_golden and stage.recorded}
+        if asked and found == asked:
+            steps = ", ".join(s.finding.evidence.partition(":")[0].partition(" (")[0] for s in stages if s.recorded)
+            yield Finding("semantic", "raw_vs_processed", f"{text}: {steps}")
+
+
+def _recorded(sampling: Sampling) -> set[str]:
+    """The causes that the steps of this sampling can bring about."""
+    steps = (
+        ("temperature", not sampling.greedy and abs(sampling.temperature - 1) > 1e-6),
+        ("truncation", sampling.truncates),
+        ("penalties", sampling.penalizes),
+    )
+    return {name for name, there in steps if there}
+
+
+def _stages(positions: Positions) -> Iterator[_Stage]:
+    """Temperature, then penalties, then truncation: each is looked for in what the ones before leave unexplained."""
+    scale = _scale(positions)
+    sampling = positions.golden.sampling
+    golden_temperature = _applied_temperature(positions.golden)
+    slope = 1.0
+    if scale.claimed:
+        slope = scale.slope
+        yield _temperature_stage(scale, sampling, golden_temperature)
+    penalty = find_penalty(positions, slope, golden_temperature / slope)
+    if penalty is not None:
+        yield _penalty_stage(penalty, sampling)
+    yield from _truncation_stages(positions, slope, alone=slope == 1 and penalty is None, penalised=penalty is not None)
+
+
+def _scale(positions: Positions) -> Scale:
+    """The slope of what no penalty moves; where too little of that is left, of tokens that one penalty moves alike."""
+    unseen = fit_scale(positions.expected, positions.actual, positions.common & ~positions.seen)
+    if unseen.positions >= ENOUGH:
+        return unseen
+    if positions.ids.shape[1] < 2:
+        return NO_SCALE
+    alike = np.where(positions.seen, 1 + np.minimum(positions.counts, 3), 0)
+    line = fit_scale(positions.expected, positions.actual, positions.common, alike)
+    repetition = positions.golden.sampling.repetition_penalty
+    temperature = positions.golden.sampling.temperature or 1.0
+    for slope in (temperature, 1 / temperature, 1.0):  # a recorded repetition penalty explains the rest of the slope
+        if repetition != 1 and any(line.is_(slope * r) for r in (repetition, 1 / repetition)):
+            return Scale(slope, line.error, line.positions, line.removed)
+    return line
+
+
+def _temperature_stage(scale: Scale, sampling: Sampling, golden_temperature: float) -> _Stage:
+    fitted = f"(fitted {{}} +- {{:.1g}} from {scale.positions:,} positions)"
+    recorded = sampling.temperature if not sampling.greedy else 1.0
+    if recorded != 1 and scale.is_(recorded):
+        how = fitted.format(f"{scale.slope:.4f}", scale.error)
+        return _Stage(Finding("semantic", "temperature", f"temperature {recorded:g} was {_GOLDEN} {how}"), True, True)
+    if recorded != 1 and scale.is_(1 / recorded):
+        how = fitted.format(f"{1 / scale.slope:.4f}", scale.error / scale.slope**2)
+        text = f"temperature {recorded:g} was {_NOW}, or twice to this run {how}"
+        return _Stage(Finding("semantic", "temperature", text), False, True)
+    now = golden_temperature / scale.slope
+    text = (
+        f"the logits are {scale.slope:.4f} +- {scale.error:.1g} times the golden's ({scale.positions:,} positions): "
+        f"temperature {now:.3f} in place of {golden_temperature:g}, or another scale of the logits (final norm, head); "
+        "the logprobs alone do not tell these apart"
+    )
+    return _Stage(Finding("semantic", None, text, ("temperature", "weights_differ", "head_precision")), scale.slope < 1, False)
+
+
+def _penalty_stage(penalty: Penalty, sampling: Sampling) -> _Stage:
+    asked = getattr(sampling, penalty.name)
+    neutral = 1.0 if penalty.name == "repetition_penalty" else 0.0
+    recorded = asked != neutral and abs(penalty.value - asked) <= max(0.02 * abs(asked), 5 * penalty.error)
+    value = asked if recorded else round(penalty.value, 3)
+    words = penalty.name.replace("_", " ")
+    text = f"{words} {value:g} was {_GOLDEN if penalty.on_golden else _NOW}"
+    text += f" (fitted {penalty.value:.3f} +- {penalty.error:.1g} from {penalty.positions:,} positions)"
+    if penalty.alike:
+        text += f"; a {penalty.alike.replace('_', ' ')} would look the same here"
+    return _Stage(Finding("semantic", "penalties", text), penalty.on_golden, recorded)
+
+
+# -- truncation --------------------------------------------------------------------------------------------------------
+
+
+def _truncation_stages(positions: Positions, slope: float, *, alone: bool, penalised: bool) -> Iterator[_Stage]:
+    """`alone` where nothing else is different: else kept sets differ for that reason. `penalised` where a penalty is."""
+    golden, now = truncation.kept(positions, golden=True), truncation.kept(positions, golden=False)
+    if golden.truncates and now.truncates:
+        yield from _both_truncate(positions, golden, now, alone=alone)
+    elif golden.truncates:
+        yield _one_truncates(positions, golden, slope, on_golden=True, penalised=penalised)
+    elif now.truncates:
+        yield _one_truncates(positions, now, slope, on_golden=False, penalised=penalised)
+
+
+def _one_truncates(
+    positions: Positions, kept: truncation.Kept, slope: float, *, on_golden: bool, penalised: bool
+) -> _Stage:  # fmt: skip
+    truncated, free = (positions.expected, positions.actual) if on_golden else (positions.actual, positions.expected)
+    power = 1 / slope if on_golden else slope
+    rows = kept.complete & np.isfinite(free).any(axis=1)
+    inside = np.isfinite(truncated[rows])
+    limits = truncation.fit_limits(inside, *truncation.before_truncation(free[rows], power))
+    if penalised:  # masses after a penalty are not known
+        limits = dataclasses.replace(limits, top_p=None, min_p=None)
+    sampling = positions.golden.sampling
+    names = _families(limits)
+    recorded = _is_recorded(limits, sampling)
+    name = _asked(sampling) if recorded else " or ".join(names) or "a truncation"
+    text = (
+        f"{name} was {_GOLDEN if on_golden else _NOW}: kept mass {limits.mass:.2f} on average ({limits.positions:,} positions"
+    )
+    text += f"; they allow {', '.join(names)})" if names else "; no single limit explains them)"
+    if not kept.renormalised:
+        text += f"; what was kept adds up to {np.mean(kept.total[kept.complete]):.3f}, not to 1"
+    return _Stage(Finding("semantic", "truncation", text), on_golden, recorded)
+
+
+def _both_truncate(
+    positions: Positions, golden: truncation.Kept, now: truncation.Kept, *, alone: bool
+) -> Iterator[_Stage]:  # fmt: skip
+    fewer, more = np.mean(now.counts < golden.counts), np.mean(now.counts > golden.counts)
+    one_way = max(fewer, more) > _ONE_WAY * (fewer + more)  # noise moves as many tokens in as out
+    if alone and one_way and fewer + more > _OTHER_SETS:
+        less = fewer > more
+        counts = golden.counts.mean(), now.counts.mean()
+        text = (
+            f"{_asked(positions.golden.sampling)} was recorded, and {'fewer' if less else 'more'} tokens are left in this run: "
+            f"{counts[1]:.2f} on average in place of {counts[0]:.2f}, other sets at {fewer + more:.0%} of positions"
         )
-    return Finding("semantic", cause, evidence)
+        common = np.unique(now.counts[now.complete])
+        if len(common) == 1:
+            text += f"; always {int(common[0])}, as top-k {int(common[0])} would leave"
+        yield _Stage(Finding("semantic", "truncation", text), bool(not less), False)
+    elif golden.renormalised != now.renormalised:
+        side, kept = ("the golden", golden) if now.renormalised else ("this run", now)
+        text = (
+            f"{_asked(positions.golden.sampling)} was not followed by a normalisation in {side}: what was kept adds up to "
+            f"{np.mean(kept.total[kept.complete]):.3f} on average, not to 1 ({int(kept.complete.sum()):,} positions)"
+        )
+        yield _Stage(Finding("semantic", "truncation", text), False, False)
 
 
-def hidden_temperature(expected: Trace, actual: Trace, rows: Alignment) -> Finding | None:
-    """Equal labels whose numbers are apart by the recorded temperature: one side is raw, whatever it is called."""
-    temperature = expected.sampling.temperature
-    if expected.sampling.greedy or abs(temperature - 1) < 0.02:
-        return None
-    ratio, spread, positions = top_gap_ratio(expected, actual, rows)
-    for scale, text in (
-        (1 / temperature, "applied to the golden and not to this run"),
-        (temperature, "applied to this run and not to the golden"),
-    ):
-        if abs(ratio / scale - 1) < 0.02 and spread < 0.05 * scale:
-            return Finding(
-                "semantic", "raw_vs_processed", f"temperature {temperature:g} was {text} ({positions} positions agree)"
-            )
-    return None
+def _families(limits: truncation.Limits) -> list[str]:
+    """The limits that the kept sets allow, in words."""
+    names = [] if limits.top_k is None else [f"top-k {limits.top_k}"]
+    for name, interval in (("top-p", limits.top_p), ("min-p", limits.min_p)):
+        if interval is not None:
+            names.append(f"{name} in [{interval[0]:.4g}, {interval[1]:.4g}]")
+    return names
+
+
+def _is_recorded(limits: truncation.Limits, sampling: Sampling) -> bool:
+    """Whether the recorded truncation is among the limits that the kept sets allow, within 1 %."""
+    if not sampling.truncates:
+        return False
+    top_k = sampling.top_k == 0 or limits.top_k is None or limits.top_k <= sampling.top_k
+    top_p = sampling.top_p == 1 or limits.top_p is None or limits.top_p[0] - 0.01 <= sampling.top_p <= limits.top_p[1] + 0.01
+    min_p = sampling.min_p == 0 or limits.min_p is None or limits.min_p[0] * 0.9 <= sampling.min_p <= limits.min_p[1] * 1.1
+    combined = sum((sampling.top_k > 0, sampling.top_p < 1, sampling.min_p > 0)) > 1
+    return combined or (top_k and top_p and min_p)
+
+
+def _asked(sampling: Sampling) -> str:
+    """The truncation of a sampling, in words."""
+    parts = ((f"top-k {sampling.top_k}", sampling.top_k > 0), (f"top-p {sampling.top_p:g}", sampling.top_p < 1),
+             (f"min-p {sampling.min_p:g}", sampling.min_p > 0))  # fmt: skip
+    return " and ".join(text for text, there in parts if there) or "no truncation"
 
 
 def _applied_temperature(trace: Trace) -> float:
     """What the logits of a trace's logprobs were divided by, as its labels say."""
     applies = trace.logprobs_mode == "processed_logprobs" and not trace.sampling.greedy
-    return trace.sampling.temperature if applies else 1.0
+    return trace.sampling.temperature if applies and trace.sampling.temperature else 1.0
+
+
+def unsure_of(expected: Trace, actual: Trace, rows: Alignment) -> str:
+    """What these two traces cannot tell apart, for want of tokens that both sides name; empty where they can."""
+    usable = int(np.count_nonzero(positions_of(expected, actual, rows).common.sum(axis=1) >= 2))
+    if usable >= ENOUGH:
+        return ""
+    k = min(expected.top_k, actual.top_k)
+    more = "record logprobs=5" if k < 5 else f"record {ENOUGH - usable} more positions"
+    return (
+        f"top-{k}: both sides name two tokens at {usable} positions, {ENOUGH} are needed to tell a temperature, a truncation, "
+        f"a penalty and other weights apart: {more}"
+    )

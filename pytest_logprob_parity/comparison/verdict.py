@@ -17,9 +17,11 @@ from .alignment import Alignment, align
 from .decision import Found, decide
 from .effects import gates_of, what_it_shows
 from .free_run import judge_free_run
+from .head import head_finding
 from .permutation import ALPHA, block_permutation_test
+from .positions import positions_of
 from .result import Comparison, Difference, Finding, FreeRun, TokenDiff
-from .semantics import bears_out, different_meaning, hidden_temperature, semantic_finding
+from .semantics import bears_out, different_meaning, label_findings, semantic_findings, unsure_of
 from .support import support_flips
 from .tolerance import Tolerance, default_tolerance, make_tolerance, with_floor
 
@@ -95,8 +97,11 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
     findings, notes = _meanings(expected, actual, rows, numbers, bool(failed) or not len(d))
     if findings:
         gates = ()
-    elif failed and (hidden := hidden_temperature(expected, actual, rows)) is not None:
-        findings.append(hidden)
+    elif failed:
+        findings += semantic_findings(expected, actual, rows, _far_off(d, sequences if every else sequences[finite], limits))
+        if not any(finding.cause for finding in findings) and (head := head_finding(positions_of(expected, actual, rows))):
+            findings.append(head)
+        notes += [unsure] if (unsure := unsure_of(expected, actual, rows)) else []
     if numbers["n_nan"]:
         evidence_of = f"{int(numbers['n_nan'])} logprobs are NaN or +inf"
         findings.insert(0, Finding("path", None, evidence_of, ("engine_build", "kv_cache_dtype")))
@@ -193,9 +198,17 @@ def _meanings(
         return [], []
     if apart or bears_out(expected, actual, rows):
         numbers |= dict.fromkeys(m.DIFFERENCE_METRICS, float("nan"))  # differences of two meanings mean nothing
-        return [semantic_finding(claim, expected, actual, rows)], []
+        return label_findings(claim, expected, actual, rows), []
     labels = f"{expected.distribution()} against {actual.distribution()}"
     return [], [f"the labels say {labels}, the numbers agree: a label is wrong"]
+
+
+def _far_off(d: m.Doubles, sequences: Any, limits: Tolerance) -> list[int]:
+    """The sequences that are far off, where these are the smaller part; empty where they are not."""
+    names = np.unique(sequences)
+    cut = max(limits.winsorize, 2 * limits.sequence_rms)
+    off = names[m.sequence_rms(d, sequences, cut) > limits.sequence_rms] if len(d) else names
+    return [int(name) for name in off] if 0 < len(off) < len(names) / 2 else []
 
 
 def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evidence: Evidence) -> Difference:

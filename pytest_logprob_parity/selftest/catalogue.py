@@ -60,6 +60,67 @@ class Fault:
         return (inside, size, self.golden, str(sorted(self.settings.items())), str(sorted(self.sampling.items())))
 
 
+#: What a diagnosis has to come to, by fault: the first is the truth, others mean the same thing under another name. What the
+#: engine computes otherwise than the checkpoint says is its build; a request that saw other context, its cache or its batch.
+_BUILD: Final = ("engine_build", "attention_backend")
+_CONTEXT: Final = ("prefix_cache", "batch_shape", "chunked_prefill", "stale_kv_cache", "engine_build")
+CAUSES: Final[Mapping[str, tuple[str, ...]]] = {
+    "temperature": ("temperature",),
+    "temperature applied twice": ("temperature", "raw_vs_processed"),
+    "top-p another": ("truncation",),
+    "top-k another": ("truncation",),
+    "penalty left out": ("penalties", "raw_vs_processed"),
+    "presence penalty slipped in": ("penalties",),
+    "frequency penalty slipped in": ("penalties",),
+    "min-p slipped in": ("truncation",),
+    "top-k slipped in": ("truncation",),
+    "padding leaks in": _CONTEXT,
+    "prompt cut off": _CONTEXT,
+    "raw for processed, unlabelled": ("raw_vs_processed", "temperature"),
+    "raw for processed": ("raw_vs_processed",),
+    "positions shifted by one": ("shifted_positions",),
+    "another token's logprob (dict order)": ("wrong_token",),
+    "log2 in place of ln": ("wrong_values",),
+    "a neighbour's logprobs": ("wrong_token",),
+    "the sequence's mean for every token": ("wrong_values",),
+    "rounded logprobs": ("wrong_values",),
+    "rounded to decimals": ("wrong_values",),
+    "clipped logprobs": ("wrong_values",),
+    "log(p + epsilon)": ("wrong_values",),
+    "NaN": ("engine_build",),
+    "top-p not renormalised": ("truncation",),
+    "top-k not renormalised": ("truncation",),
+    "vocabulary padding in the normaliser": ("wrong_values", "engine_build"),
+    "logits rounded (head precision)": ("head_precision",),
+    "logits soft-capped": _BUILD,
+    "logit bias on a tenth of the vocabulary": _BUILD,
+    "head in float32": ("head_precision",),
+    "attention scale": _BUILD,
+    "norm epsilon": _BUILD,
+    "rope base": _BUILD,
+    "rope scaling": _BUILD,
+    "all positions moved": _BUILD,
+    "activation": _BUILD,
+    "keys and values in few bits": ("kv_cache_dtype", *_BUILD),
+    "a stale KV block": ("stale_kv_cache", *_BUILD),
+    "a stale KV block, few requests": _CONTEXT,
+    "KV cache in 8 bits": ("kv_cache_dtype",),
+    "sliding window": _BUILD,
+    "tokens corrupted": ("wrong_values",),
+    "sequences wrong": ("wrong_values",),
+    "one token wild": ("wrong_values",),
+    "a replica of another step": ("weights_differ",),
+    "another seed stream": ("seed_stream",),
+    "greedy for sampled": ("seed_stream",),
+    "stops elsewhere": ("seed_stream",),
+}
+
+
+def causes_of(fault: Fault) -> tuple[str, ...]:
+    """What a diagnosis of this fault may name; faults planted in the weights are of another checkpoint."""
+    return CAUSES.get(fault.name, ("weights_differ",))
+
+
 def catalogue(other_step: State, vocabulary: int) -> list[Fault]:
     """All faults. `other_step` is a later checkpoint of the same training (or {}: those faults are left out)."""
     faults = [*_sampling(), *_reporting(), *_distribution(vocabulary), *_model(), *_weights(), *_outliers(), *_free_runs()]

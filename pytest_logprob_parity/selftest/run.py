@@ -5,24 +5,29 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from .. import fingerprint
 from ..comparison.free_run import compare_free_run
+from ..comparison.result import CAUSES as LAYER_CAUSES
+from ..comparison.result import Comparison, Finding
 from ..comparison.support import depth
 from ..comparison.tolerance import Tolerance, default_tolerance, with_floor
 from ..comparison.verdict import Evidence, judge
+from ..diagnosis.reading import read_against, weigh
 from ..errors import EngineError, UsageError
 from ..pool import Engine, Pool
 from ..recording import measure_floor, with_untruncated
 from ..replay import replay
 from ..spec import EngineSpec, Sampling
+from ..suspects import suspects
 from ..trace import Trace
-from .catalogue import GOLDENS, Fault, catalogue, sampling_of
+from .catalogue import GOLDENS, Fault, catalogue, causes_of, sampling_of
 from .prompts import make_prompts
 from .reference import Reference, load_checkpoint
 from .sites import EngineSite
@@ -47,6 +52,7 @@ class Row:
     on: str
     verdict: str
     said: str
+    findings: tuple[Finding, ...] = ()
 
     @property
     def expected(self) -> str:
@@ -61,9 +67,32 @@ class Row:
         failed = self.verdict in ("fail", "error")
         return not self.expected or failed == (self.expected == "fail")
 
+    @property
+    def diagnosed(self) -> bool:
+        """Whether there is a diagnosis to score: a fault that has to fail, and did."""
+        return self.expected == "fail" and self.verdict == "fail"
+
+    @property
+    def named(self) -> str:
+        """The cause that comes out first: named, or the first candidate."""
+        first = self.findings[0] if self.findings else None
+        return "" if first is None else first.cause or (first.candidates[0] if first.candidates else "")
+
+    @property
+    def right_cause(self) -> bool:
+        """Whether the cause that comes out first is the fault's."""
+        return self.named in causes_of(self.fault)
+
+    @property
+    def right_layer(self) -> bool:
+        """Whether the layer that comes out first is the fault's."""
+        layers = {layer for layer, causes in LAYER_CAUSES.items() if set(causes) & set(causes_of(self.fault))}
+        return bool(self.findings) and self.findings[0].layer in layers
+
 
 @dataclass(frozen=True)
 class _Golden:
+    fingerprint: Mapping[str, Any]
     trace: Trace
     floor: NoiseFloor
     limits: Tolerance
@@ -116,7 +145,7 @@ class Selftest:
         _, floor = measure_floor(engine, trace, _REPEATS)
         self._notify(f"golden {name}, {spec.dtype}: {trace.num_sequences} sequences, {trace.num_tokens:,} tokens; "
                      + floor.describe())  # fmt: skip
-        return _Golden(trace, floor, with_floor(default_tolerance(spec.dtype), floor))
+        return _Golden(engine.fingerprint(), trace, floor, with_floor(default_tolerance(spec.dtype), floor))
 
     # -- one fault -----------------------------------------------------------------------------------------------------
 
@@ -132,13 +161,28 @@ class Selftest:
             clean = self._engine_run(dataclasses.replace(fault, free_run=None), engine, golden, runs)
             result = judge(golden.trace, clean, golden.limits, "rl", evidence)
             effect, on = (0.0, "same tokens") if free.same else (math.inf, "other tokens")
-            return Row(fault, dtype, effect, on, result.verdict, result.headline)
+            return Row(fault, dtype, effect, on, result.verdict, result.headline, result.findings)
         candidate = self._carried(fault, golden.trace, self._engine_run(fault, engine, golden, runs))
         result = judge(golden.trace, candidate, golden.limits, "rl", evidence)
         clean = self._truth(Fault(name="", size="", golden=fault.golden), golden)
         faulty = self._carried(fault, clean, self._truth(fault, golden))
         effect, on = true_effect(clean, faulty, golden.limits)
-        return Row(fault, dtype, effect, on, result.verdict, result.headline)
+        apart = fingerprint.differences(golden.fingerprint, engine.fingerprint())
+        checkpoint = faulty if "weights_differ" in causes_of(fault) else clean
+        findings = self._diagnosis(result, apart, checkpoint, golden.limits.outlier)
+        return Row(fault, dtype, effect, on, result.verdict, result.headline, findings)
+
+    @staticmethod
+    def _diagnosis(result: Comparison, apart: Any, checkpoint: Trace, outlier: float) -> tuple[Finding, ...]:
+        """What a diagnosis comes to: the comparison's findings, the fingerprints', and a reading of the checkpoint as it is
+        now, which for faults planted in the weights is the faulty one.
+        """
+        findings = list(result.findings)
+        if result.verdict != "fail":
+            return tuple(findings)
+        if not findings and apart:
+            findings = suspects(apart)
+        return tuple(weigh(findings, read_against(result.expected, result.actual, checkpoint, outlier)))
 
     def _engine_run(self, fault: Fault, engine: Engine, golden: _Golden, runs: dict[Any, Trace]) -> Trace:
         """The engine's logprobs of the golden's tokens with the fault planted, under the golden's labels."""

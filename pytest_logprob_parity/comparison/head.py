@@ -1,0 +1,62 @@
+"""In which precision the head gave its logits: a half-precision head leaves them on a grid."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from ..trace import Trace
+from .positions import Positions
+from .result import Finding
+
+#: Grids from 8 down to 1/256: bfloat16 logits of 8 to 16 lie on one of 1/16, e4m3 ones on one of 1.
+_STEPS: Final = tuple(2.0**-n for n in range(-3, 9))
+#: A difference is on the grid when it is so near to it (nats): float32 logprobs round at this size.
+_NEAR: Final = 3e-5
+_MOST: Final = 0.9
+_ENOUGH: Final = 50
+
+
+def head_finding(positions: Positions) -> Finding | None:
+    """`head_precision` where the two sides' logits lie on different grids, or one side's on none, in engines of one dtype."""
+    if positions.golden.dtype != positions.now.dtype:
+        return None
+    golden, now = logit_step(positions, golden=True), logit_step(positions, golden=False)
+    if golden is None or now is None or 0 < golden < 4 * now < 16 * golden or golden == now:
+        return None  # grids as near as these come of logits of another size
+    return Finding("head", "head_precision", f"the golden's logits {_words(golden)}, those of this run {_words(now)}")
+
+
+def logit_step(positions: Positions, *, golden: bool) -> float | None:
+    """The grid that one side's likeliest logits lie on: its step, 0 for none, or None where that cannot be told.
+
+    From differences between the two likeliest tokens of a position, times the temperature: the normaliser is not in them.
+    Penalties would move them off the grid.
+    """
+    trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
+    if trace.top_k < 2 or trace.sampling.penalizes:
+        return None
+    top = trace.top_logprobs[rows, :2].astype(np.float64)
+    usable = np.isfinite(top).all(axis=1)
+    if np.count_nonzero(usable) < _ENOUGH:
+        return None
+    gaps = (top[usable, 0] - top[usable, 1]) * _temperature(trace)
+    gaps = gaps[gaps > 4 * _NEAR]
+    if len(gaps) < _ENOUGH:
+        return None
+    for step in _STEPS:
+        if np.mean(np.abs(gaps - np.round(gaps / step) * step) <= _NEAR) >= _MOST:
+            return step
+    return 0.0
+
+
+def _temperature(trace: Trace) -> float:
+    applies = trace.logprobs_mode == "processed_logprobs" and not trace.sampling.greedy
+    return trace.sampling.temperature if applies and trace.sampling.temperature else 1.0
+
+
+def _words(step: float) -> str:
+    if not step:
+        return "lie on no grid, as those of a head in float32"
+    return f"lie on a grid of {f'1/{round(1 / step)}' if step < 1 else f'{step:g}'}, as those of a head in fewer bits"

@@ -1,0 +1,121 @@
+"""What both sides say of the same tokens at the same position: the table that signatures are read from."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..trace import Trace
+from .alignment import Alignment
+
+Doubles = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+#: More positions than this make no fit better; of longer comparisons, sequences are taken at even distances.
+MOST: Final = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """n positions, m tokens each: the chosen one, then the golden's top-k without it.
+
+    `ids` int64 [n, m], -1 where there is no token. `expected` and `actual` float64 [n, m]: logprobs in nats, -inf where
+    truncation excluded the token, NaN where a side does not say. `rows` and `others` [n] are the tokens' places in the
+    two traces, `sequences` [n] their sequences.
+    """
+
+    golden: Trace
+    now: Trace
+    rows: npt.NDArray[np.int64]
+    others: npt.NDArray[np.int64]
+    sequences: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int64]
+    expected: Doubles
+    actual: Doubles
+
+    @functools.cached_property
+    def common(self) -> Bools:
+        """Tokens [n, m] that both sides give a finite logprob."""
+        return np.asarray(np.isfinite(self.expected) & np.isfinite(self.actual))
+
+    def off_line(self, slope: float) -> Doubles:
+        """What is left [n, m] of now - slope x golden; NaN where a side has no finite number."""
+        golden, now = np.where(self.common, self.expected, np.nan), np.where(self.common, self.actual, np.nan)
+        return np.asarray(now - slope * golden)
+
+    @functools.cached_property
+    def _seen(self) -> tuple[Bools, npt.NDArray[np.int64]]:
+        seen, counts = np.zeros(self.ids.shape, bool), np.zeros(self.ids.shape, np.int64)
+        order = {int(row): n for n, row in enumerate(self.rows)}
+        for start, stop, history in _written(self.golden, set(self.sequences.tolist())):
+            known, written = set(history), Counter[int]()
+            for row in range(start, stop):
+                n = order.get(row)
+                if n is not None:
+                    ids = self.ids[n].tolist()
+                    counts[n] = [written[token] for token in ids]
+                    seen[n] = [token in known or token in written for token in ids]
+                written[int(self.golden.token_ids[row])] += 1
+        return seen, counts
+
+    @property
+    def seen(self) -> Bools:
+        """Tokens [n, m] that stand in the prompt or before the position: what a repetition penalty moves."""
+        return self._seen[0]
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """How often [n, m] each token was written before: what presence and frequency penalties go by."""
+        return self._seen[1]
+
+    def of(self, chosen: Any) -> Positions:
+        """These positions only (a mask or an index over n)."""
+        return Positions(
+            self.golden, self.now, self.rows[chosen], self.others[chosen], self.sequences[chosen], self.ids[chosen],
+            self.expected[chosen], self.actual[chosen],
+        )  # fmt: skip
+
+
+def positions_of(expected: Trace, actual: Trace, rows: Alignment, sequences: Any = None) -> Positions:
+    """The table over the aligned tokens, of `sequences` alone where they are given, thinned out to `MOST`."""
+    here, there = np.arange(expected.num_tokens)[rows.expected], np.arange(actual.num_tokens)[rows.actual]
+    owner = np.searchsorted(expected.sequence_offsets, here, side="right") - 1
+    if sequences is not None:
+        taken = np.isin(owner, sequences)
+        here, there, owner = here[taken], there[taken], owner[taken]
+    if len(here) > MOST:
+        names = np.unique(owner)
+        kept = names[np.linspace(0, len(names) - 1, max(int(len(names) * MOST / len(here)), 1)).astype(np.int64)]
+        taken = np.isin(owner, kept)
+        here, there, owner = here[taken][:MOST], there[taken][:MOST], owner[taken][:MOST]
+    chosen = expected.token_ids[here].astype(np.int64)[:, None]
+    top = expected.top_token_ids[here].astype(np.int64)
+    top = np.where(top == chosen, -1, top)
+    ids = np.concatenate([chosen, top], axis=1)
+    golden = np.concatenate([expected.logprobs[here][:, None], expected.top_logprobs[here]], axis=1).astype(np.float64)
+    golden[ids < 0] = np.nan
+    other_ids, other = actual.top_token_ids[there].astype(np.int64), actual.top_logprobs[there].astype(np.float64)
+    now = np.full(ids.shape, np.nan)
+    for column in range(other_ids.shape[1]):
+        same = (ids == other_ids[:, column : column + 1]) & (ids >= 0)
+        now = np.where(same, other[:, column : column + 1], now)
+    now[:, 0] = actual.logprobs[there]
+    return Positions(expected, actual, here, there, owner, ids, golden, now)
+
+
+def _written(trace: Trace, sequences: set[int]) -> Iterator[tuple[int, int, list[int]]]:
+    """Each run of tokens that one request wrote, and what stood before it."""
+    for segment in trace.segments():
+        if segment.sequence in sequences:
+            start, _ = trace.bounds(segment.sequence)
+            yield (
+                segment.start,
+                segment.stop,
+                [*trace.prompt(segment.sequence), *trace.token_ids[start : segment.start].tolist()],
+            )

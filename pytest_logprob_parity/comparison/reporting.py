@@ -1,0 +1,118 @@
+"""Was the right number reported? What a side says of the chosen token, held against what its own top-k says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from ..trace import Trace
+from .positions import Doubles, Positions
+
+#: A chosen logprob and the same token's entry in the top-k are one number; float32 may round it on the way.
+_SAME: Final = 1e-4
+#: So many of the tokens must fit an explanation.
+_MOST: Final = 0.9
+_ENOUGH: Final = 20
+#: Neighbours nearer to each other than this (nats) do not tell a shift from noise.
+_TELLING: Final = 0.05
+
+
+@dataclass(frozen=True)
+class Misreport:
+    """A side whose chosen logprobs are not those of its own top-k. `kind` names how, `text` says it with its numbers."""
+
+    cause: str
+    text: str
+
+
+def misreport(positions: Positions, *, golden: bool) -> Misreport | None:
+    """How one side's chosen logprobs contradict its own top-k; None where they do not, or where it has none."""
+    trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
+    if not trace.top_k:
+        return None
+    side = "the golden" if golden else "this run"
+    mine = trace.top_token_ids[rows] == trace.token_ids[rows][:, None]
+    listed = np.where(mine, trace.top_logprobs[rows], np.nan).astype(np.float64)
+    own = np.where(mine.any(axis=1), np.nanmax(np.where(mine, listed, -np.inf), axis=1), np.nan)
+    said = trace.logprobs[rows].astype(np.float64)
+    known = np.isfinite(own) & np.isfinite(said)
+    with np.errstate(invalid="ignore"):
+        wrong = known & (np.abs(said - own) > _SAME * np.maximum(1, np.abs(own)))
+    count, of = int(np.count_nonzero(wrong)), int(np.count_nonzero(known))
+    if not count:
+        return None
+    cause, how = _explain(trace, rows, said, own, known)
+    return Misreport(cause, f"{side} reports for {count:,} of {of:,} chosen tokens another number than its own top-k: {how}")
+
+
+def find_shift(positions: Positions) -> Misreport | None:
+    """Numbers that stand one position from where they belong: both sides agree once one of them is moved.
+
+    Over chosen logprobs alone, so that it is seen without a top-k.
+    """
+    finite = positions.common[:, 0]
+    golden, now = (np.where(finite, side[:, 0], np.nan) for side in (positions.expected, positions.actual))
+    owner = positions.sequences
+    apart = np.abs(now - golden)
+    for name, shift in (("before", 1), ("after", -1)):
+        moved = np.roll(golden, shift)
+        inside = (np.roll(owner, shift) == owner) & np.isfinite(moved) & finite
+        telling = inside & (np.abs(moved - golden) > _TELLING)
+        if np.count_nonzero(telling) < _ENOUGH:
+            continue
+        fits = np.abs(now - moved)[telling] <= 0.1 * np.abs(moved - golden)[telling]
+        if np.mean(fits) >= _MOST and np.median(apart[telling]) > _TELLING:
+            text = (
+                f"each number is that which the golden has for the token {name} ({int(np.count_nonzero(telling)):,} positions)"
+            )
+            return Misreport("shifted_positions", text)
+    return None
+
+
+def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -> tuple[str, str]:
+    first = trace.top_logprobs[rows, 0].astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        wrong = known & (np.abs(said - own) > _SAME * np.maximum(1, np.abs(own)))
+    if np.count_nonzero(wrong) < _ENOUGH:
+        return "wrong_values", f"off by {np.median(np.abs(said - own)[wrong]):.3g} nats in the middle"
+
+    def fits(values: Any, where: Any = None, slack: float = 1e-3) -> bool:
+        of = wrong if where is None else wrong & where
+        with np.errstate(invalid="ignore"):
+            near = np.abs(said - values) <= slack * np.maximum(1, np.abs(said))
+        return bool(np.count_nonzero(of) >= _ENOUGH and np.mean(near[of]) >= _MOST)
+
+    if fits(first):
+        return "wrong_token", "that of the likeliest token (a dict read in its order)"
+    for name, shift in (("the token before", 1), ("the token after", -1)):
+        moved = np.roll(own, shift)
+        if fits(moved, np.isfinite(moved)):
+            return "shifted_positions", f"that of {name}"
+    ratio = np.median(said[wrong] / np.where(own == 0, np.nan, own)[wrong])
+    if fits(own / np.log(2)):
+        return "wrong_values", "log2 in place of the natural logarithm"
+    if np.isfinite(ratio) and fits(own * ratio):
+        return "wrong_values", f"{ratio:.3f} times it"
+    floor = said.min()
+    if fits(np.maximum(own, floor)):
+        return "wrong_values", f"clipped at {floor:.3g}"
+    return _by_sequence(trace, rows, said, own, wrong)
+
+
+def _by_sequence(trace: Trace, rows: Any, said: Doubles, own: Doubles, wrong: Any) -> tuple[str, str]:
+    """What a whole sequence gives away: one value for all tokens, or those of another sequence; else only that it differs."""
+    owner = np.searchsorted(trace.sequence_offsets, rows, side="right") - 1
+    of = np.unique(owner[wrong])
+    constant = [np.ptp(said[owner == s]) < 1e-6 for s in of]
+    if np.mean(constant) > _MOST:
+        return "wrong_values", "one value for all tokens of a sequence"
+    ordered = np.sort(own[np.isfinite(own)])
+    values = said[wrong]
+    near = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    gap = np.minimum(np.abs(ordered[near] - values), np.abs(ordered[np.maximum(near - 1, 0)] - values))
+    if np.mean(gap <= 1e-5 * np.maximum(1, np.abs(values))) > _MOST and np.corrcoef(said[wrong], own[wrong])[0, 1] < 0.9:
+        return "wrong_token", "those of other tokens, which stand elsewhere in the trace"
+    spread = np.abs(said - own)[wrong]
+    return "wrong_values", f"off by {np.median(spread):.3g} nats in the middle"

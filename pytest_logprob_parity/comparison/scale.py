@@ -1,0 +1,100 @@
+"""How differences between logprobs of one position scale from the golden to the other side: a temperature, or its like."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from .positions import Doubles
+
+#: Fewer usable positions than this prove no slope.
+ENOUGH: Final = 50
+#: No slope closer to 1 than this is claimed: bfloat16 tells no finer.
+FINEST: Final = 0.005
+_SURE: Final = 4.0
+_TRIM: Final = 4.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """now = `slope` x golden + a constant for each position, over `positions` of them.
+
+    `error` is the slope's standard error, clustered by position; `removed` the share (0 to 1) of the mismatch between
+    tokens of one position that the slope removes.
+    """
+
+    slope: float
+    error: float
+    positions: int
+    removed: float
+
+    @property
+    def claimed(self) -> bool:
+        """Whether this is a slope at all: enough positions, away from 1, and at least half of the mismatch goes with it."""
+        apart = abs(self.slope - 1) > max(FINEST, _SURE * self.error)
+        return self.positions >= ENOUGH and apart and self.removed >= 0.5
+
+    def is_(self, slope: float) -> bool:
+        """Whether the slope is this one, within what can be told."""
+        return abs(self.slope - slope) <= max(FINEST * slope, _SURE * self.error)
+
+
+NO_SCALE: Final = Scale(1.0, math.inf, 0, 0.0)
+
+
+def fit_scale(golden: Doubles, now: Doubles, used: Any, classes: Any = None) -> Scale:
+    """One slope for all positions by Deming regression with equal errors on both sides.
+
+    `golden`, `now` float64 [n, m], `used` bool [n, m]. Least squares would take the golden's noise for a slope below 1
+    (errors in variables). Each position has a constant of its own, for normalisers and truncation; with `classes` int
+    [n, m] each class of a position has one. Positions that are far off the line are left out of it.
+    """
+    if classes is not None:
+        used = np.concatenate([used & (classes == c) for c in np.unique(classes[used])] or [used[:0]])
+        repeat = len(used) // max(len(golden), 1)
+        golden, now = np.tile(golden, (repeat, 1)), np.tile(now, (repeat, 1))
+    counts = used.sum(axis=1)
+    rows = counts >= 2
+    if np.count_nonzero(rows) < 3:
+        return NO_SCALE
+    used, counts = used[rows], counts[rows]
+    x, y = _centred(golden[rows], used, counts), _centred(now[rows], used, counts)
+    kept = (x**2).sum(axis=1) > 1e-6
+    slope = _median_slope(x[kept], y[kept]) if kept.any() else 1.0
+    for _ in range(3):
+        off = np.sqrt(((y - slope * x) ** 2).sum(axis=1) / (counts - 1))
+        near = off <= _TRIM * 1.4826 * np.median(off[kept]) + 1e-6 if kept.any() else kept
+        slope = _deming(x[near], y[near])
+        if not math.isfinite(slope):
+            return NO_SCALE
+    if np.count_nonzero(near) < len(near) / 2:
+        return NO_SCALE
+    x, y = x[near], y[near]
+    before, after = float(((y - x) ** 2).sum()), float(((y - slope * x) ** 2).sum())
+    pull = (x * (y - slope * x)).sum(axis=1)
+    error = float(np.sqrt((pull**2).sum())) / float((x**2).sum())
+    return Scale(slope, error, len(x), 1 - after / before if before else 0.0)
+
+
+def _centred(values: Doubles, used: Any, counts: Any) -> Doubles:
+    """Values less their position's mean; 0 where they are not used."""
+    filled = np.where(used, values, 0.0)
+    return np.where(used, filled - (filled.sum(axis=1) / counts)[:, None], 0.0)
+
+
+def _median_slope(x: Doubles, y: Doubles) -> float:
+    """The median of the positions' slopes, weighted by how much each says."""
+    weights = (x**2).sum(axis=1)
+    slopes = (x * y).sum(axis=1) / weights
+    order = np.argsort(slopes)
+    return float(slopes[order][np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)])
+
+
+def _deming(x: Doubles, y: Doubles) -> float:
+    xx, yy, xy = float((x * x).sum()), float((y * y).sum()), float((x * y).sum())
+    if xy == 0:
+        return math.nan
+    return (yy - xx + math.sqrt((yy - xx) ** 2 + 4 * xy**2)) / (2 * xy)

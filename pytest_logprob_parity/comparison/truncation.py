@@ -1,0 +1,111 @@
+"""Kept sets: which tokens top-p, top-k or min-p left on each side, with what mass, and which limits that allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from .positions import Bools, Doubles, Positions
+
+#: Fewer positions than this prove no limit.
+ENOUGH: Final = 20
+#: This share of positions may contradict a limit: kernels' noise moves tokens across it.
+_STRAY: Final = 0.01
+_VOCABULARY: Final = 200_000
+#: A kept set whose probabilities add up to less than this was not made a distribution again.
+_WHOLE: Final = 0.99
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """One side's kept sets. `complete` bool [n]: truncation excluded something, and what it left is all listed.
+
+    `counts` [n] tokens are left, with `total` [n] probability among them.
+    """
+
+    complete: Bools
+    counts: Any
+    total: Doubles
+
+    @property
+    def truncates(self) -> bool:
+        """Whether this side excluded tokens at all."""
+        return int(np.count_nonzero(self.complete)) >= ENOUGH
+
+    @property
+    def renormalised(self) -> bool:
+        """Whether what was left was made a distribution again."""
+        return bool(np.median(self.total[self.complete]) > _WHOLE)
+
+
+def kept(positions: Positions, *, golden: bool) -> Kept:
+    """The kept sets of the golden or of the other side, from its own top-k."""
+    trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
+    ids, top, chosen = trace.top_token_ids[rows], trace.top_logprobs[rows].astype(np.float64), trace.logprobs[rows]
+    left = np.isfinite(top) & (ids >= 0)
+    listed = (ids == trace.token_ids[rows][:, None]).any(axis=1)
+    apart = np.isfinite(chosen) & ~listed
+    counts = left.sum(axis=1) + apart
+    total = np.exp(np.where(left, top, -np.inf)).sum(axis=1) + np.where(apart, np.exp(chosen), 0)
+    complete = ~left.all(axis=1) & (counts > 0) & ~apart if top.shape[1] else np.zeros(len(rows), bool)
+    return Kept(np.asarray(complete), counts, np.asarray(total, np.float64))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which limits the kept sets allow: `top_k`, or an interval each for `top_p` and `min_p`; None where they allow none.
+
+    `mass` is the mean mass kept, over `positions`.
+    """
+
+    positions: int
+    mass: float
+    top_k: int | None
+    top_p: tuple[float, float] | None
+    min_p: tuple[float, float] | None
+
+
+def before_truncation(logprobs: Doubles, power: float) -> tuple[Doubles, Doubles]:
+    """Probabilities [n, m] under p^power of tokens whose logprobs without truncation are known, NaN where they are not.
+
+    The tail that is not listed is only bounded, so these are the least they can be; the second result [n] is by what factor
+    they may be larger. With mass t below the last listed p, the sum of p^power over the tail is at most t p^(power - 1) for
+    powers of 1 or more, and at most t^power V^(1 - power) for smaller ones (Hoelder), V the size of the vocabulary.
+    """
+    known = np.isfinite(logprobs)
+    rest = np.maximum(1 - np.exp(np.where(known, logprobs, -np.inf)).sum(axis=1), 0)
+    last = np.where(known, logprobs, np.inf).min(axis=1)
+    scaled = np.exp(np.where(known, power * logprobs, -np.inf))
+    tail = rest * np.exp((power - 1) * last) if power >= 1 else rest**power * _VOCABULARY ** (1 - power)
+    listed = scaled.sum(axis=1)
+    stretch = np.ones(len(listed)) if power == 1 else (listed + tail) / listed
+    return np.where(known, scaled / (listed + tail)[:, None], np.nan), stretch
+
+
+def fit_limits(inside: Bools, listed: Doubles, stretch: Doubles) -> Limits:
+    """From kept sets, and what `before_truncation` says of the tokens.
+
+    `inside` bool [n, m]: the token is kept. Bounds, not point estimates, for a kept mass says only that p lies between it
+    and the mass before the last token. A share of 1 % of the positions may stray.
+    """
+    known = np.isfinite(listed)
+    listed = np.where(known, listed, 0.0)
+    mass = np.where(inside, listed, 0.0).sum(axis=1)
+    least = np.where(inside & known, listed, np.inf).min(axis=1)
+    outside = np.maximum(np.where(~inside & known, listed, 0.0).max(axis=1), 0.0)
+    most = np.where(inside, listed, 0.0).max(axis=1)
+    counts = inside.sum(axis=1)
+    low, high = np.quantile(mass - least, 1 - _STRAY), np.quantile(np.minimum(mass * stretch, 1), _STRAY)
+    values, how_often = np.unique(counts, return_counts=True)
+    common = int(values[how_often.argmax()])
+    by_count = how_often.max() >= (1 - _STRAY) * len(counts)
+    reached, floor = np.quantile(outside / most, 1 - _STRAY), np.quantile(least / most, _STRAY)
+    return Limits(
+        len(mass),
+        float(mass.mean()),
+        common if by_count else None,
+        (float(low), float(high)) if low <= high else None,
+        (float(reached), float(floor)) if reached <= floor else None,
+    )

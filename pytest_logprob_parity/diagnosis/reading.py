@@ -1,0 +1,84 @@
+"""A third opinion: what an independent implementation reads of the golden's tokens says which of two sides has changed.
+
+It knows the weights as the checkpoint holds them now. Where it agrees with the golden, the weights are the golden's and the
+engine under test computes something else from them; where it agrees with the engine, the checkpoint is another one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..comparison.alignment import align
+from ..comparison.result import Finding
+from ..trace import Trace
+
+#: A side is off when it is so many times as far from the reading as the other side.
+_FURTHER: Final = 2.0
+#: Fewer sequences than this share carry the difference: a cache, a batch or a replica, not the arithmetic of all.
+_FEW: Final = 0.5
+_OF_ALL: Final = ("engine_build", "attention_backend", "kv_cache_dtype", "compilation")
+_OF_FEW: Final = ("prefix_cache", "batch_shape", "parallelism", "engine_build")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How far, in RMS over the tokens that differ most between golden and now (nats), each side is from the reading.
+
+    `share` is the share of sequences (0 to 1) that carry the difference.
+    """
+
+    golden: float
+    now: float
+    share: float
+
+    def __str__(self) -> str:
+        return f"RMS to an independent reading of the checkpoint: golden {self.golden:.2g}, now {self.now:.2g} nats"
+
+
+def read_against(expected: Trace, actual: Trace, reading: Trace, outlier: float) -> Reading:
+    """Hold both sides against a reading of the same tokens.
+
+    Over the tokens that are more than `outlier` (nats) apart, where there are some, for the rest is noise: it would drown
+    what a few tokens say.
+    """
+    rows = align(expected, actual)
+    places, others = np.arange(expected.num_tokens)[rows.expected], np.arange(actual.num_tokens)[rows.actual]
+    columns = (expected.logprobs[places], actual.logprobs[others], reading.logprobs[places])
+    golden, now, truth = (np.maximum(column.astype(np.float64), -50) for column in columns)  # excluded: far off
+    known = np.isfinite(golden) & np.isfinite(now) & np.isfinite(truth)
+    apart = np.abs(now - golden)
+    cut = min(outlier, float(np.quantile(apart[known], 0.9))) if known.any() else outlier
+    telling = known & (apart >= cut) & (apart > 0)
+    owner = np.searchsorted(expected.sequence_offsets, places, side="right") - 1
+    off = np.unique(owner[known & (apart > outlier)])
+    share = len(off) / len(np.unique(owner)) if len(off) else 1.0
+    return Reading(_rms((golden - truth)[telling]), _rms((now - truth)[telling]), share)
+
+
+def _rms(d: npt.NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(d**2))) if len(d) else 0.0
+
+
+def weigh(findings: list[Finding], reading: Reading) -> list[Finding]:
+    """The findings with what a reading adds: the layer where nothing was named, the ranking where candidates were."""
+    if any(finding.cause for finding in findings if finding.layer in ("semantic", "head")):
+        return findings
+    if reading.now > _FURTHER * reading.golden:
+        candidates = _OF_ALL if reading.share > _FEW else _OF_FEW
+        text = f"this run computes something else from the weights of the checkpoint, as the golden did not; {reading}"
+        if reading.share <= _FEW:
+            text += f"; {reading.share:.0%} of the sequences carry it"
+        path = Finding("path", None, text, candidates)
+        stale = Finding("weights", None, "an engine whose weights or cache in memory are not those of the checkpoint would "
+                        "look the same; load them anew to rule that out", ("stale_kv_cache", "stale_weights"))  # fmt: skip
+        kept = [f for f in findings if f.layer == "semantic"]
+        named = [f for f in findings if f.layer == "path" and f.cause]
+        return [*kept, *(named or [path]), stale]
+    if reading.golden > _FURTHER * reading.now:
+        text = f"the checkpoint of now gives the numbers of this run, and not the golden's; {reading}"
+        return [Finding("weights", "weights_differ", text), *(f for f in findings if f.layer == "semantic")]
+    return findings

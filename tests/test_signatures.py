@@ -1,0 +1,279 @@
+"""Causes read off two traces, without an engine: each leaves its arithmetic behind, and kernel noise leaves none of it."""
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+
+from pytest_logprob_parity import Sampling, Trace, compare
+
+VOCABULARY, SEQUENCES, LENGTH, PROMPT = 512, 100, 20, 12
+
+
+def processed(logits, sampling, prompt, written):
+    """Logprobs [V] of one position as vLLM processes them: penalties, temperature, truncation; in float64, by definition."""
+    x = logits.copy()
+    counts = np.bincount(written, minlength=VOCABULARY)
+    seen = (counts > 0) | np.isin(np.arange(VOCABULARY), prompt)
+    r = sampling.repetition_penalty
+    x[seen] = np.where(x[seen] > 0, x[seen] / r, x[seen] * r)
+    x -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
+    x /= sampling.temperature
+    p = np.exp(x - x.max())
+    p /= p.sum()
+    order = np.argsort(-p)
+    before = np.cumsum(p[order]) - p[order]
+    keep = before < sampling.top_p
+    if sampling.top_k:
+        keep &= np.arange(VOCABULARY) < sampling.top_k
+    keep &= p[order] >= sampling.min_p * p[order][0]
+    logprobs = np.full(VOCABULARY, -np.inf)
+    logprobs[order[keep]] = np.log(p[order[keep]] / p[order[keep]].sum())
+    return logprobs
+
+
+class Policy:
+    """Logits for every position, and traces of what an engine with this or that processing would report of its rollouts."""
+
+    def __init__(self, sampling, seed=0, scale=2.5):
+        self.sampling = sampling
+        rng = np.random.default_rng(seed)
+        self.logits = rng.normal(0, scale, (SEQUENCES, LENGTH, VOCABULARY)) + 2
+        self.prompts = rng.integers(0, VOCABULARY, (SEQUENCES, PROMPT))
+        self.tokens = np.zeros((SEQUENCES, LENGTH), np.int64)
+        for s in range(SEQUENCES):
+            for i in range(LENGTH):
+                self._repeat_some(rng, s, i)
+                p = np.exp(processed(self.logits[s, i], sampling, self.prompts[s], self.tokens[s, :i]))
+                self.tokens[s, i] = rng.choice(VOCABULARY, p=p / p.sum())
+
+    def _repeat_some(self, rng, s, i):
+        """Raise a few tokens that stood before, so that positions have seen tokens among the likeliest."""
+        known = np.concatenate([self.prompts[s], self.tokens[s, :i]])
+        self.logits[s, i, rng.choice(known, 4)] += 5
+
+    def trace(self, applied=None, *, k=5, noise=0.0, mode="processed_logprobs", change=None, dtype="float32", seed=1):
+        """What an engine reports that applies `applied` (None: what was asked; "raw": nothing) to the policy's rollouts."""
+        applied = self.sampling if applied is None else Sampling() if applied == "raw" else applied
+        rng = np.random.default_rng(seed)
+        logits = self.logits + noise * rng.normal(size=self.logits.shape)
+        table = np.array([
+            [processed(logits[s, i], applied, self.prompts[s], self.tokens[s, :i]) for i in range(LENGTH)]
+            for s in range(SEQUENCES)
+        ]).reshape(-1, VOCABULARY)  # fmt: skip
+        if change is not None:
+            table = change(table)
+        tokens = self.tokens.ravel()
+        order = np.argsort(-table, axis=1, kind="stable")[:, :k]
+        return Trace.from_arrays(
+            prompt_token_ids=self.prompts.ravel(), prompt_offsets=np.arange(SEQUENCES + 1) * PROMPT, token_ids=tokens,
+            sequence_offsets=np.arange(SEQUENCES + 1) * LENGTH, logprobs=table[np.arange(len(tokens)), tokens],
+            top_token_ids=order, top_logprobs=np.take_along_axis(table, order, 1), sampling=self.sampling,
+            logprobs_mode=mode, dtype=dtype, engine="made up", engine_version="1",
+        )  # fmt: skip
+
+
+_POLICIES = {}
+
+
+def policy(**sampling):
+    """The policy of a sampling, made once."""
+    key = tuple(sorted(sampling.items()))
+    if key not in _POLICIES:
+        _POLICIES[key] = Policy(Sampling(**sampling))
+    return _POLICIES[key]
+
+
+def causes(comparison):
+    """The semantic causes, named or first among the candidates."""
+    return [f.cause or f.candidates[0] for f in comparison.findings if f.layer == "semantic"]
+
+
+RECIPES = [
+    {"temperature": 0.7},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 4},
+    {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1},
+    {"temperature": 1.3},
+    {"top_p": 0.9},
+    {"repetition_penalty": 1.2},
+    {"presence_penalty": 0.8},
+    {"frequency_penalty": 0.6},
+]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_raw_for_processed_under_one_label_names_every_step_that_is_missing(recipe, noise):
+    rollouts = policy(**recipe)
+    result = compare(expected=rollouts.trace(k=8), actual=rollouts.trace("raw", noise=noise, k=8))
+    steps = {"temperature": "temperature" in recipe, "truncation": {"top_p", "top_k"} & set(recipe),
+             "penalties": any("penalty" in name for name in recipe)}  # fmt: skip
+    assert result.verdict == "fail"
+    assert causes(result)[0] == "raw_vs_processed", [str(f) for f in result.findings]
+    assert set(causes(result)[1:]) == {name for name, there in steps.items() if there}, [str(f) for f in result.findings]
+    other = compare(expected=rollouts.trace("raw", noise=noise, k=8), actual=rollouts.trace(k=8))
+    assert causes(other)[0] == "raw_vs_processed", [str(f) for f in other.findings]
+
+
+def one_less(recipe, *names):
+    return Sampling(**{name: value for name, value in recipe.items() if name not in names})
+
+
+@pytest.mark.parametrize(
+    ("left_out", "told"),
+    [
+        (("temperature",), ["temperature"]),
+        (("top_p",), ["truncation"]),
+        (("repetition_penalty",), ["penalties"]),
+        (("temperature", "top_p"), ["temperature", "truncation"]),
+        (("temperature", "repetition_penalty"), ["temperature", "penalties"]),
+        (("top_p", "repetition_penalty"), ["penalties", "truncation"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_several_causes_come_out_as_several(left_out, told, noise):
+    recipe = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+    rollouts = policy(**recipe)
+    actual = rollouts.trace(one_less(recipe, *left_out), noise=noise, k=8)
+    result = compare(expected=rollouts.trace(k=8), actual=actual)
+    assert causes(result) == told, [str(f) for f in result.findings]
+
+
+def finding(result, cause):
+    (found,) = [f for f in result.findings if cause in (f.cause, *f.candidates[:1])]
+    return found
+
+
+def test_a_temperature_is_named_with_its_value_and_uncertainty():
+    rollouts = policy(temperature=0.7)
+    result = compare(expected=rollouts.trace(), actual=rollouts.trace("raw"))
+    text = "temperature 0.7 was applied to the golden and not to this run (fitted 0.7000 +- "
+    assert text in str(finding(result, "temperature"))
+    assert result.headline.startswith("The logprobs do not mean what their label says")
+    twice = compare(expected=rollouts.trace(), actual=rollouts.trace(Sampling(temperature=0.49)))
+    assert "applied to this run and not to the golden, or twice to this run" in str(finding(twice, "temperature"))
+
+
+def test_a_temperature_that_nobody_recorded_is_a_candidate_beside_other_scales_of_the_logits():
+    rollouts = policy(temperature=0.7)
+    found = finding(compare(expected=rollouts.trace(), actual=rollouts.trace(Sampling(temperature=0.9))), "temperature")
+    assert (found.cause, found.candidates[:2]) == (None, ("temperature", "weights_differ"))
+    assert "temperature 0.900 in place of 0.7" in found.evidence
+
+
+def test_top_p_is_bounded_by_kept_sets_and_not_guessed():
+    rollouts = policy(top_p=0.9)
+    found = finding(compare(expected=rollouts.trace(k=20), actual=rollouts.trace("raw", k=20)), "truncation")
+    assert "top-p 0.9 was applied to the golden and not to this run: kept mass 0.9" in found.evidence
+    low, high = map(float, found.evidence.partition("top-p in [")[2].partition("]")[0].split(","))
+    assert 0.85 < low <= 0.9 <= high < 0.93
+
+
+def test_a_kept_set_that_was_not_made_a_distribution_again():
+    rollouts = policy(temperature=0.7, top_p=0.9)
+
+    def lost(table):
+        untruncated = rollouts.trace(Sampling(temperature=0.7), k=VOCABULARY)
+        whole = np.empty_like(table)
+        np.put_along_axis(whole, untruncated.top_token_ids.astype(int), untruncated.top_logprobs.astype(float), 1)
+        return np.where(np.isfinite(table), whole, -np.inf)
+
+    result = compare(expected=rollouts.trace(k=8), actual=rollouts.trace(k=8, change=lost))
+    assert "was not followed by a normalisation in this run" in str(finding(result, "truncation"))
+
+
+@pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+@pytest.mark.parametrize("on_golden", [True, False])
+def test_a_penalty_is_named_with_its_value(penalty, on_golden):
+    value = 1.2 if penalty == "repetition_penalty" else 0.7
+    rollouts = policy(temperature=0.7)
+    other = rollouts.trace(dataclasses.replace(rollouts.sampling, **{penalty: value}), k=10)
+    sides = (other, rollouts.trace(k=10)) if on_golden else (rollouts.trace(k=10), other)
+    found = finding(compare(expected=sides[0], actual=sides[1]), "penalties")
+    assert f"{penalty.replace('_', ' ')} {value} was applied to {'the golden' if on_golden else 'this run'}" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause", "how"),
+    [
+        (lambda t: t.with_(logprobs=t.top_logprobs[:, 0]), "wrong_token", "likeliest token"),
+        (lambda t: t.with_(logprobs=np.roll(t.logprobs, 1)), "shifted_positions", "the token before"),
+        (lambda t: t.with_(logprobs=np.roll(t.logprobs, -1)), "shifted_positions", "the token after"),
+        (lambda t: t.with_(logprobs=np.float32(t.logprobs / np.log(2))), "wrong_values", "log2"),
+        (lambda t: t.with_(logprobs=np.maximum(t.logprobs, np.float32(-1.0))), "wrong_values", "clipped at -1"),
+        (lambda t: t.with_(logprobs=np.repeat(t.logprobs.reshape(SEQUENCES, -1).mean(1), LENGTH)), "wrong_values", "one value"),
+        (lambda t: t.with_(logprobs=t.logprobs.reshape(SEQUENCES, -1)[::-1].ravel()), "wrong_token", "other tokens"),
+    ],
+    ids=["dict order", "shift", "shift back", "log2", "clipped", "mean", "neighbour"],
+)
+def test_a_number_that_its_own_top_k_contradicts_was_reported_wrongly(fault, cause, how):
+    trace = policy(temperature=0.7).trace(k=VOCABULARY // 8)
+    found = compare(expected=trace, actual=fault(trace)).findings[0]
+    assert (found.layer, found.cause) == ("semantic", cause)
+    assert how in found.evidence
+
+
+def test_a_shift_is_seen_without_a_top_k_and_nothing_else_is():
+    rollouts = policy(temperature=0.7)
+    alone = without_top_k(rollouts.trace())
+    shifted = compare(expected=alone, actual=alone.with_(logprobs=np.roll(alone.logprobs, 1)))
+    assert shifted.findings[0].cause == "shifted_positions"
+    raw = compare(expected=alone, actual=without_top_k(rollouts.trace("raw")))
+    assert not causes(raw)
+    assert any("top-0: both sides name two tokens at 0 positions, 50 are needed to tell" in note for note in raw.notes)
+
+
+def test_a_top_k_of_one_serves_where_another_token_was_chosen():
+    rollouts = policy(temperature=0.7)
+    assert causes(compare(expected=rollouts.trace(k=1), actual=rollouts.trace("raw", k=1)))[0] == "raw_vs_processed"
+
+
+def without_top_k(trace):
+    return trace.with_(top_token_ids=trace.top_token_ids[:, :0], top_logprobs=trace.top_logprobs[:, :0])
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.3])
+@pytest.mark.parametrize("recipe", RECIPES[:5], ids=str)
+def test_noise_is_given_no_semantic_cause(recipe, noise):
+    """Least squares would make a temperature of 1.007 of logit noise 0.3."""
+    rollouts = policy(**recipe)
+    result = compare(expected=rollouts.trace(k=8, noise=noise, seed=2), actual=rollouts.trace(k=8, noise=noise))
+    assert not causes(result), [str(f) for f in result.findings]
+
+
+def test_a_cause_in_a_few_sequences_is_found_there():
+    rollouts = policy(temperature=0.7)
+    golden, raw = rollouts.trace(), rollouts.trace("raw")
+    few = np.arange(golden.num_tokens) < 10 * LENGTH
+    mixed = golden.with_(
+        logprobs=np.where(few, raw.logprobs, golden.logprobs),
+        top_logprobs=np.where(few[:, None], raw.top_logprobs, golden.top_logprobs),
+    )
+    found = finding(compare(expected=golden, actual=mixed), "temperature")
+    assert "of 100 sequences: temperature 0.7 was applied to the golden" in found.evidence
+
+
+def test_ten_thousand_tokens_take_less_than_a_second():
+    rollouts = policy(**RECIPES[3])
+    golden, raw = rollouts.trace(k=20), rollouts.trace("raw", k=20)
+    many = [np.tile(getattr(golden, name), 5) for name in ("token_ids", "logprobs")]
+    assert len(many[0]) == 10_000
+
+    def five_times(trace):
+        return trace.with_(
+            prompt_token_ids=np.tile(trace.prompt_token_ids, 5), prompt_offsets=np.arange(5 * SEQUENCES + 1) * PROMPT,
+            token_ids=np.tile(trace.token_ids, 5), sequence_offsets=np.arange(5 * SEQUENCES + 1) * LENGTH,
+            logprobs=np.tile(trace.logprobs, 5), ranks=np.tile(trace.ranks, 5), mask=np.tile(trace.mask, 5),
+            top_token_ids=np.tile(trace.top_token_ids, (5, 1)), top_logprobs=np.tile(trace.top_logprobs, (5, 1)),
+            **{name: np.arange(5 * SEQUENCES, dtype=getattr(trace, name).dtype) for name in ("group", "episode")},
+            **{name: np.tile(getattr(trace, name), 5) for name in ("finish_reasons", "sample", "turn", "seeds")},
+        )  # fmt: skip
+
+    expected, actual = five_times(golden), five_times(raw)
+    began = time.perf_counter()
+    result = compare(expected=expected, actual=actual)
+    assert time.perf_counter() - began < 1
+    assert causes(result)[0] == "raw_vs_processed"
