@@ -21,6 +21,8 @@ def install(worker: Any) -> str:
     """
     runner = getattr(worker, "model_runner", None)
     sampler = getattr(runner, "sampler", None)
+    if type(runner).__module__.startswith("vllm.worker."):
+        return _install_v0()
     if runner is None or not hasattr(sampler, "sample") or not hasattr(runner, "input_batch"):
         return f"{type(runner).__name__} has no sampler that can be wrapped"
     assert sampler is not None
@@ -31,7 +33,8 @@ def install(worker: Any) -> str:
         setattr(sampler, _MARK, original)
 
         def sample(logits: Any, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
-            sampled, logprobs = original(logits, sampling_metadata, *args, **kwargs)
+            result = original(logits, sampling_metadata, *args, **kwargs)
+            sampled = result[0] if isinstance(result, tuple) else result  # up to 0.10 the tokens alone
             rows: list[int] = []
             tokens: list[int] = []
             for row, request_id in enumerate(runner.input_batch.req_ids):
@@ -41,12 +44,34 @@ def install(worker: Any) -> str:
                     rows.append(row)
                     tokens.append(forced[position])
             if len(rows) == len(sampled):
-                return sampled.new_tensor(tokens), logprobs
-            if rows:
+                sampled = sampled.new_tensor(tokens)
+            elif rows:
                 sampled[rows] = sampled.new_tensor(tokens)
-            return sampled, logprobs
+            return (sampled, *result[1:]) if isinstance(result, tuple) else sampled
 
         sampler.sample = sample
+    return "sampler"
+
+
+def _install_v0() -> str:
+    """The same for the V0 engine (up to 0.10), whose sampler looks the drawn tokens' logprobs up after drawing them."""
+    from vllm.model_executor.layers import sampler as module
+
+    if not hasattr(module, _MARK):
+        original = module._sample
+        setattr(module, _MARK, original)
+
+        def sample(probs: Any, logprobs: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
+            drawn, tensor = original(probs, logprobs, metadata, *args, **kwargs)
+            for place, group in enumerate(metadata.seq_groups):
+                forced = (group.sampling_params.extra_args or {}).get(FORCED)
+                if forced is not None and group.do_sample:
+                    position = group.seq_data[group.seq_ids[0]].get_output_len()
+                    if position < len(forced):
+                        drawn[place] = ([forced[position]], drawn[place][1])
+            return drawn, tensor
+
+        module._sample = sample
     return "sampler"
 
 

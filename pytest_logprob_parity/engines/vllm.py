@@ -51,7 +51,7 @@ class VllmBackend:
     def __init__(self, llm: Any, *, asked: Mapping[str, Any], owned: bool) -> None:
         self._llm = llm
         self._owned = owned
-        values = _read_config(llm.llm_engine.vllm_config, asked)
+        values = _by_nature(llm, asked) | _read_config(llm.llm_engine.vllm_config, asked)
         name = f"vllm {_version()}"
         unverified = check_readback(asked, values, name)
         self.config = ResolvedConfig(
@@ -91,7 +91,7 @@ class VllmBackend:
                 "disable_log_stats": True,
                 **({"use_tqdm_on_load": False} if "use_tqdm_on_load" in vllm_engine_arguments() else {}),
                 **({"revision": spec.revision} if spec.revision else {}),
-                **asked,
+                **{name: value for name, value in asked.items() if name not in _before_its_time(asked)},
             }
             llm = None
             try:
@@ -153,6 +153,8 @@ class VllmBackend:
                 "max_tokens", "min_tokens", "ignore_eos", "logprobs",
             )
         }  # fmt: skip
+        if not sampling.top_k:
+            parameters["top_k"] = -1  # no top-k, as all versions write it
         parameters |= {"seed": request.seed, "detokenize": bool(sampling.stop), **_flat()}
         stop_token_ids = list(sampling.stop_token_ids)
         if request.forced_token_ids is None:
@@ -255,7 +257,6 @@ def _read_config(config: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
         "attention_backend": getattr(getattr(config, "attention_config", None), "backend", None),
         "compilation_mode": getattr(compilation, "mode", getattr(compilation, "level", None)),
         "cudagraph_mode": getattr(compilation, "cudagraph_mode", None),
-        "model_runner": "v2" if getattr(config, "use_v2_model_runner", False) else "v1",
     }
     parts = [model, cache, scheduler, config.parallel_config, getattr(config, "load_config", None), compilation]
     parts += [getattr(config, "lora_config", None), getattr(config, "attention_config", None), config]
@@ -271,6 +272,26 @@ def _read_config(config: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
             for k in overrides
         }
     return values
+
+
+def _before_its_time(asked: Mapping[str, Any]) -> set[str]:
+    """Pinned defaults that this vLLM is too old to have as arguments."""
+    known = vllm_engine_arguments()
+    return {name for name in ("logprobs_mode", "async_scheduling") if name in asked and known and name not in known}
+
+
+def _by_nature(llm: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a started engine does because of what it is: the V0 engine reports processed logprobs, a V1 before the argument
+    existed raw ones.
+    """
+    first = type(llm.llm_engine).__module__.startswith("vllm.engine.")
+    config = llm.llm_engine.vllm_config
+    nature = {
+        "logprobs_mode": "processed_logprobs" if first else "raw_logprobs",
+        "async_scheduling": False,
+    }
+    runner = "v0" if first else "v2" if getattr(config, "use_v2_model_runner", False) else "v1"
+    return {"model_runner": runner} | {name: nature[name] for name in _before_its_time(asked or nature)}
 
 
 def _flat() -> dict[str, bool]:
