@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from . import fingerprint
+from .answers import Answers, ask
 from .belonging import Context, check_belongs
 from .comparison.free_run import compare_free_run
 from .comparison.result import Comparison, MismatchError
@@ -23,7 +24,7 @@ from .recording import record
 from .replay import REPLAYS, can_regenerate
 from .spec import Sampling
 from .suspects import suspects
-from .trace import FloatArray, Trace
+from .trace import Trace
 
 DEFAULT_REPLAY: Final = ("decode", "regenerate")
 
@@ -105,47 +106,37 @@ def _compare_engine(
             f"replay 'prefill' gives raw logprobs, this golden's are {trace.distribution()}: they cannot be compared."
             " Use 'decode'"
         )
-    paths = [p for p in replay if p != "regenerate" or can_regenerate(trace)]
-    if not paths:
+    if not [p for p in replay if p != "regenerate" or can_regenerate(trace)]:
         raise UsageError("replay 'regenerate' alone: the golden does not know its seeds; use 'decode'")
-    replayed = engine.replay_all(trace, paths)
-    differences = fingerprint.differences(golden.fingerprint, engine.fingerprint()) if golden.fingerprint else []
+    return judge_answers(golden, ask(engine, golden, replay), tolerance, level, context)
+
+
+def judge_answers(
+    golden: Golden, answers: Answers, tolerance: Any, level: str, context: Context
+) -> tuple[Comparison, list[tuple[str, Any, Any]]]:
+    """The verdict on what an engine answered, the worst of its paths, and where its fingerprint is not the golden's."""
+    trace, replays = golden.trace, answers.replays
+    differences = fingerprint.differences(golden.fingerprint, answers.fingerprint) if golden.fingerprint else []
     setup = fingerprint.setup_class(golden.fingerprint, differences)
-    limits = {p: _limits(golden, t.path, tolerance, context) for p, t in replayed.items()}
+    limits = {p: _limits(golden, t.path, tolerance, context) for p, t in replays.items()}
     free = None
-    if "regenerate" in replayed:
-        free = compare_free_run(trace, replayed["regenerate"], limits["regenerate"].near_tie)
+    if "regenerate" in replays:
+        free = compare_free_run(trace, replays["regenerate"], limits["regenerate"].near_tie)
     judged = []
-    for path in [p for p in paths if p != "regenerate"] or ["regenerate"]:
+    for path in [p for p in replays if p != "regenerate"] or ["regenerate"]:
         evidence = Evidence(
             floor=golden.floor,
-            draw=_drawn(golden, engine) if path == "decode" else None,
+            draw=answers.draw if path == "decode" else None,
             setup=setup,
             same_stream=bool(golden.fingerprint) and not any(fingerprint.moves_the_stream(name) for name, _, _ in differences),
             free_run=free,
-            policy_logprobs=_policy_replay(trace, engine) if path == "decode" else None,
+            policy_logprobs=answers.policy_logprobs if path == "decode" else None,
         )
-        comparison = judge(trace, replayed[path], limits[path], level, evidence)
+        comparison = judge(trace, replays[path], limits[path], level, evidence)
         if comparison.verdict == "fail" and not comparison.findings:
             comparison = dataclasses.replace(comparison, findings=tuple(suspects(differences)))
         judged.append(comparison)
     return min(judged, key=lambda c: ("fail", "unverified", "pass").index(c.verdict)), differences
-
-
-def _drawn(golden: Golden, engine: Engine) -> Callable[[], FloatArray] | None:
-    """How to ask the engine once more, in the shapes of the golden's floor: the draw after those of its repeats."""
-    floor = golden.floor
-    if floor is None:
-        return None
-    return lambda: engine.replay_in_drawn_shapes(golden.trace, floor.shapes, floor.repeats)
-
-
-def _policy_replay(trace: Trace, engine: Engine) -> Any:
-    """The engine's logprobs of the golden's tokens without truncation, where the golden has its own."""
-    comparable = engine.config.logprobs_mode == trace.logprobs_mode
-    if trace.untruncated_logprobs is None or not comparable:
-        return None
-    return engine.replay(trace.with_(sampling=trace.sampling.untruncated())).logprobs
 
 
 def _limits(golden: Golden, path: str, tolerance: Any, context: Context) -> Tolerance:

@@ -28,6 +28,9 @@ _SHOWN: Final = (
     "enable_lora", "max_logprobs", "model_runner",
 )  # fmt: skip
 
+#: Arguments that profiles pin and that early versions do not have: they do one thing, by nature.
+_BY_NATURE: Final = ("logprobs_mode", "async_scheduling")
+
 #: Environment variables that decide what a started engine is, and how they are set while it starts.
 _IN_PROCESS: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -37,7 +40,7 @@ def check_settings(spec: EngineSpec) -> None:
     """Raise UsageError for a setting that the installed vLLM does not have, with the nearest name."""
     known = vllm_engine_arguments()
     for name in spec.settings:
-        if known and name not in known:
+        if known and name not in known and name not in _BY_NATURE:
             fields = spec.field_names()
             raise UsageError(
                 f"{name!r} is neither a field of EngineSpec nor an engine argument of the installed vLLM"
@@ -277,7 +280,7 @@ def _read_config(config: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
 def _before_its_time(asked: Mapping[str, Any]) -> set[str]:
     """Pinned defaults that this vLLM is too old to have as arguments."""
     known = vllm_engine_arguments()
-    return {name for name in ("logprobs_mode", "async_scheduling") if name in asked and known and name not in known}
+    return {name for name in _BY_NATURE if name in asked and known and name not in known}
 
 
 def _by_nature(llm: Any, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""Virtual environments made from pins: on first use, kept, whole or not at all, and never the user's own."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from ..errors import EngineError
+from ..fingerprint import digest_of
+from .repairs import repair
+
+_READY: Final = "logprob-parity.json"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What an engine version is installed from.
+
+    Either `python`, an interpreter of the user's that is used as it is, or pins: `requirements` (files) and `packages`
+    are installed without their dependencies, `resolved` with them. `variables` are set for the engine's process.
+    """
+
+    name: str
+    requirements: tuple[Path, ...] = ()
+    packages: tuple[str, ...] = ()
+    resolved: tuple[str, ...] = ()
+    python: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of what it is made of."""
+        files = [path.read_text("utf-8") for path in self.requirements]
+        return digest_of([files, self.packages, self.resolved, list(sys.version_info[:2])])
+
+
+def default_home() -> Path:
+    """Where environments are kept unless told otherwise: LOGPROB_PARITY_ENVIRONMENTS, or the user's cache folder."""
+    named = os.environ.get("LOGPROB_PARITY_ENVIRONMENTS")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named) if named else cache / "logprob-parity" / "environments"
+
+
+def python_of(environment: Environment, home: Path, notify: Callable[[str], None]) -> Path:
+    """The interpreter of an environment, which is made first where there is none yet.
+
+    Raises EngineError, in one line, where it cannot be made; what was half-made is removed.
+    """
+    if environment.python:
+        given = shutil.which(environment.python)
+        if given is None:
+            raise EngineError(f"environment {environment.name}: there is no interpreter {environment.python}")
+        return Path(given)
+    folder = home / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', environment.name)}-{environment.digest[:8]}"
+    python = folder / "bin" / "python"
+    with _locked(folder):
+        if _is_whole(folder, environment):
+            return python
+        notify(f"making the environment {environment.name} (kept in {folder})")
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            _make(environment, folder, python)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                why = error.strerror or str(error)
+                raise EngineError(f"environment {environment.name} was not made: {why} ({folder})") from None
+            raise
+    return python
+
+
+def _is_whole(folder: Path, environment: Environment) -> bool:
+    try:
+        made = json.loads((folder / _READY).read_text("utf-8"))
+        return bool(made["digest"] == environment.digest) and (folder / "bin" / "python").exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One maker at a time; others wait, and find it made."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(folder.name + ".lock").open("w")
+    except OSError as error:
+        raise EngineError(f"environments cannot be kept in {folder.parent}: {error.strerror}") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make(environment: Environment, folder: Path, python: Path) -> None:
+    _run(environment, [sys.executable, "-m", "venv", str(folder)])
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "--no-input", "install"]
+    for path in environment.requirements:
+        _run(environment, [*pip, "--no-deps", "-r", str(path)])
+    if environment.packages:
+        _run(environment, [*pip, "--no-deps", *environment.packages])
+    if environment.resolved:
+        _run(environment, [*pip, *environment.resolved])
+    (site,) = folder.glob("lib/python*/site-packages")
+    repairs = repair(site)
+    text = json.dumps({"digest": environment.digest, "name": environment.name, "repairs": repairs})
+    (folder / f"{_READY}.part").write_text(text, "utf-8")
+    (folder / f"{_READY}.part").replace(folder / _READY)
+
+
+def _run(environment: Environment, command: Sequence[str]) -> None:
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise EngineError(f"environment {environment.name} was not made: {_last_error(done.stderr or done.stdout)}")
+
+
+def _last_error(output: str) -> str:
+    """The line of pip's output that says why."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR") or "Error" in line]
+    text = (errors or lines or ["pip failed without a word"])[-1]
+    return re.sub(r"^ERROR:\s*", "", text)[:300]
