@@ -16,6 +16,10 @@ ENOUGH: Final = 50
 FINEST: Final = 0.005
 _SURE: Final = 4.0
 _TRIM: Final = 4.0
+#: A line whose slopes for near and far tokens differ by more than this is none: something bends the logits.
+_BENT: Final = 0.02
+#: Squared correlation below which the two sides have no line in common.
+_ONE_LINE: Final = 0.9
 
 
 @dataclass(frozen=True)
@@ -23,19 +27,20 @@ class Scale:
     """now = `slope` x golden + a constant for each position, over `positions` of them.
 
     `error` is the slope's standard error, clustered by position; `removed` the share (0 to 1) of the mismatch between
-    tokens of one position that the slope removes.
+    tokens of one position that the slope removes; `uniform` says that it is one line, for near and far tokens alike.
     """
 
     slope: float
     error: float
     positions: int
     removed: float
+    uniform: bool = True
 
     @property
     def claimed(self) -> bool:
         """Whether this is a slope at all: enough positions, away from 1, and at least half of the mismatch goes with it."""
         apart = abs(self.slope - 1) > max(FINEST, _SURE * self.error)
-        return self.positions >= ENOUGH and apart and self.removed >= 0.5
+        return self.positions >= ENOUGH and apart and self.removed >= 0.5 and self.uniform
 
     def is_(self, slope: float) -> bool:
         """Whether the slope is this one, within what can be told."""
@@ -73,10 +78,19 @@ def fit_scale(golden: Doubles, now: Doubles, used: Any, classes: Any = None) -> 
     if np.count_nonzero(near) < len(near) / 2:
         return NO_SCALE
     x, y = x[near], y[near]
+    far = (x**2).sum(axis=1) > np.median((x**2).sum(axis=1))
+    halves = [(_deming(x[half], y[half]), _error(x[half], y[half], slope)) for half in (far, ~far)]
+    apart = abs(halves[0][0] - halves[1][0])
     before, after = float(((y - x) ** 2).sum()), float(((y - slope * x) ** 2).sum())
-    pull = (x * (y - slope * x)).sum(axis=1)
-    error = float(np.sqrt((pull**2).sum())) / float((x**2).sum())
-    return Scale(slope, error, len(x), 1 - after / before if before else 0.0)
+    together = float((x * y).sum()) ** 2 / (float((x**2).sum()) * float((y**2).sum()))
+    uniform = together >= _ONE_LINE and not apart > max(_BENT * slope, _SURE * math.hypot(halves[0][1], halves[1][1]))
+    return Scale(slope, _error(x, y, slope), len(x), 1 - after / before if before else 0.0, uniform)
+
+
+def _error(x: Doubles, y: Doubles, slope: float) -> float:
+    """The slope's standard error, clustered by position."""
+    pull, squares = (x * (y - slope * x)).sum(axis=1), float((x**2).sum())
+    return float(np.sqrt((pull**2).sum())) / squares if squares else math.inf
 
 
 def _centred(values: Doubles, used: Any, counts: Any) -> Doubles:

@@ -14,8 +14,8 @@ ENOUGH: Final = 20
 #: This share of positions may contradict a limit: kernels' noise moves tokens across it.
 _STRAY: Final = 0.01
 _VOCABULARY: Final = 200_000
-#: A kept set whose probabilities add up to less than this was not made a distribution again.
-_WHOLE: Final = 0.99
+#: Kept sets whose probabilities are further from 1 than this, on average, were not made a distribution again.
+_WHOLE: Final = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Kept:
     @property
     def renormalised(self) -> bool:
         """Whether what was left was made a distribution again."""
-        return bool(np.median(self.total[self.complete]) > _WHOLE)
+        return bool(np.mean(np.abs(1 - self.total[self.complete])) < _WHOLE)
 
 
 def kept(positions: Positions, *, golden: bool) -> Kept:

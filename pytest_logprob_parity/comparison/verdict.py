@@ -207,7 +207,10 @@ def _far_off(d: m.Doubles, sequences: Any, limits: Tolerance) -> list[int]:
     """The sequences that are far off, where these are the smaller part; empty where they are not."""
     names = np.unique(sequences)
     cut = max(limits.winsorize, 2 * limits.sequence_rms)
-    off = names[m.sequence_rms(d, sequences, cut) > limits.sequence_rms] if len(d) else names
+    if not len(d):
+        return []
+    rms = m.sequence_rms(d, sequences, cut)
+    off = names[rms > max(limits.sequence_rms / 5, 3 * float(np.median(rms)))]
     return [int(name) for name in off] if 0 < len(off) < len(names) / 2 else []
 
 

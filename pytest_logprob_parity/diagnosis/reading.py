@@ -20,6 +20,8 @@ from ..trace import Trace
 _FURTHER: Final = 2.0
 #: Fewer sequences than this share carry the difference: a cache, a batch or a replica, not the arithmetic of all.
 _FEW: Final = 0.5
+#: A sequence carries it with at least this share of the RMS that the worst one has, each token cut off at so many nats.
+_CARRIES, _CUT = 0.03, 3.0
 _OF_ALL: Final = ("engine_build", "attention_backend", "kv_cache_dtype", "compilation")
 _OF_FEW: Final = ("prefix_cache", "batch_shape", "parallelism", "engine_build")
 
@@ -54,9 +56,10 @@ def read_against(expected: Trace, actual: Trace, reading: Trace, outlier: float)
     cut = min(outlier, float(np.quantile(apart[known], 0.9))) if known.any() else outlier
     telling = known & (apart >= cut) & (apart > 0)
     owner = np.searchsorted(expected.sequence_offsets, places, side="right") - 1
-    off = np.unique(owner[known & (apart > outlier)])
-    share = len(off) / len(np.unique(owner)) if len(off) else 1.0
-    return Reading(_rms((golden - truth)[telling]), _rms((now - truth)[telling]), share)
+    squares = np.bincount(owner[known], np.minimum(apart[known], _CUT) ** 2)
+    sizes = np.sqrt(squares / np.maximum(np.bincount(owner[known]), 1))[np.unique(owner[known])]
+    carry = float(np.mean(sizes > _CARRIES * sizes.max())) if len(sizes) and sizes.max() > 0 else 1.0
+    return Reading(_rms((golden - truth)[telling]), _rms((now - truth)[telling]), carry)
 
 
 def _rms(d: npt.NDArray[np.float64]) -> float:

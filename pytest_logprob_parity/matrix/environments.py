@@ -26,12 +26,13 @@ _READY: Final = "logprob-parity.json"
 class Environment:
     """What an engine version is installed from.
 
-    Either `python`, an interpreter of the user's that is used as it is, or pins: `requirements` (files) and `packages`
-    are installed without their dependencies, `resolved` with them. `variables` are set for the engine's process.
+    Either `python`, an interpreter of the user's that is used as it is, or pins: `requirements` (texts of requirement
+    files) and `packages` are installed without their dependencies, `resolved` with them. `variables` are set for the
+    engine's process.
     """
 
     name: str
-    requirements: tuple[Path, ...] = ()
+    requirements: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     resolved: tuple[str, ...] = ()
     python: str = ""
@@ -40,8 +41,7 @@ class Environment:
     @property
     def digest(self) -> str:
         """16 hex digits of what it is made of."""
-        files = [path.read_text("utf-8") for path in self.requirements]
-        return digest_of([files, self.packages, self.resolved, list(sys.version_info[:2])])
+        return digest_of([self.requirements, self.packages, self.resolved, list(sys.version_info[:2])])
 
 
 def default_home() -> Path:
@@ -103,8 +103,10 @@ def _locked(folder: Path) -> Iterator[None]:
 def _make(environment: Environment, folder: Path, python: Path) -> None:
     _run(environment, [sys.executable, "-m", "venv", str(folder)])
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "--no-input", "install"]
-    for path in environment.requirements:
-        _run(environment, [*pip, "--no-deps", "-r", str(path)])
+    for text in environment.requirements:
+        pins = folder / "requirements.txt"
+        pins.write_text(text, "utf-8")
+        _run(environment, [*pip, "--no-deps", "-r", str(pins)])
     if environment.packages:
         _run(environment, [*pip, "--no-deps", *environment.packages])
     if environment.resolved:

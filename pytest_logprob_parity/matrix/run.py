@@ -1,0 +1,181 @@
+"""Run a matrix: record the reference cell's goldens where there are none yet, ask all cells, judge what they answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ..belonging import Context
+from ..check import judge_answers
+from ..comparison.result import Finding
+from ..errors import EngineError, ParityError
+from ..fingerprint import digest_of, find_model, find_tokenizer
+from ..golden import Golden
+from ..prompts import check_prompts, load_tokenizer, tokenize
+from .executors import Executor, Job
+from .plan import Cell, Matrix
+from .worker import load_answers
+
+#: Raised where the worker's answers change: results of older ones are then not taken for today's.
+_PROTOCOL: Final = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell, dtype and sampling: the verdict, or `not run` with the reason as the headline.
+
+    `metrics` are those of the comparison, `findings` name layer and cause; `version` is what the engine says of itself.
+    """
+
+    cell: str
+    dtype: str
+    sampling: str
+    verdict: str
+    headline: str
+    version: str = ""
+    distribution: str = ""
+    findings: tuple[Finding, ...] = ()
+    metrics: dict[str, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON values; numbers that are not finite are left out."""
+        findings = [
+            {"layer": f.layer, "cause": f.cause, "evidence": f.evidence, "candidates": list(f.candidates)}
+            for f in self.findings
+        ]
+        metrics = {k: v for k, v in (self.metrics or {}).items() if abs(v) < float("inf")}
+        return {**self.__dict__, "findings": findings, "metrics": metrics}
+
+
+def run_matrix(
+    matrix: Matrix, executor: Executor, out: Path, home: Path, notify: Callable[[str], None], *, update: bool = False
+) -> list[Row]:
+    """All rows, cell by cell. Answers that `out` has from an earlier run of the same jobs are taken from there.
+
+    `update` records the goldens anew. Raises ParityError where the reference cell gives none.
+    """
+    reference = next(cell for cell in matrix.cells if cell.name == matrix.reference)
+    prompts = _token_ids(matrix)
+    goldens = _goldens(matrix, reference, prompts, executor, out, home, notify, update=update)
+    jobs: dict[str, tuple[Job, Cell, str]] = {}
+    for cell in matrix.cells:
+        for dtype in matrix.dtypes:
+            files = {f"{_slug(name)}.golden.safetensors": goldens[dtype, name].read_bytes() for name in matrix.samplings}
+            job = _job(matrix, cell, dtype, "check", prompts, files)
+            jobs[job.name] = (job, cell, dtype)
+    whys = _ask(executor, [job for job, _, _ in jobs.values()], out, home, notify)
+    return [
+        row for name, (_, cell, dtype) in jobs.items() for row in _judged(matrix, cell, dtype, goldens, out / name, whys[name])
+    ]
+
+
+def _goldens(
+    matrix: Matrix, reference: Cell, prompts: list[list[int]], executor: Executor, out: Path, home: Path,
+    notify: Callable[[str], None], *, update: bool,
+) -> dict[tuple[str, str], Path]:  # fmt: skip
+    places = {
+        (dtype, name): matrix.goldens / f"{_slug(reference.name)}-{dtype}-{_slug(name)}.safetensors"
+        for dtype in matrix.dtypes
+        for name in matrix.samplings
+    }
+    missing = [dtype for dtype in matrix.dtypes if update or any(not places[dtype, n].exists() for n in matrix.samplings)]
+    jobs = {dtype: _job(matrix, reference, dtype, "record", prompts, {}) for dtype in missing}
+    whys = _ask(executor, list(jobs.values()), out, home, notify)
+    for dtype, job in jobs.items():
+        if whys[job.name]:
+            raise EngineError(f"the reference {reference.name} ({dtype}) recorded nothing: {whys[job.name]}")
+        for name in matrix.samplings:
+            Golden.load(out / job.name / f"{_slug(name)}.golden.safetensors").save(places[dtype, name])
+    for place in places.values():
+        Golden.load(place)  # a damaged one ends the run before any engine starts
+    return places
+
+
+def _job(matrix: Matrix, cell: Cell, dtype: str, kind: str, prompts: list[list[int]], files: dict[str, bytes]) -> Job:
+    names = list(matrix.samplings)
+    settings = dict(cell.settings)
+    told = {
+        "protocol": _PROTOCOL,
+        "root": str(matrix.root),
+        "model": matrix.model,
+        "spec": {"dtype": dtype, **settings},
+        "prompts": prompts if kind == "record" else [],
+        "repeats": matrix.repeats,
+        "record": {_slug(n): matrix.samplings[n].to_json() for n in names} if kind == "record" else {},
+        "check": [_slug(n) for n in names] if kind == "check" else [],
+        "goldens": digest_of([data.hex() for data in files.values()]),
+        "environment": [cell.environment.digest, cell.environment.python],
+        "variables": {**cell.environment.variables, **cell.variables},
+    }
+    files = {**files, "job.json": json.dumps(told, sort_keys=True).encode()}
+    name = f"{kind}-{_slug(cell.name)}-{dtype}"
+    return Job(name, cell.environment, files, cell.variables, cell.cpus, cell.gpus, cell.minutes)
+
+
+def _ask(
+    executor: Executor, jobs: Sequence[Job], out: Path, home: Path, notify: Callable[[str], None]
+) -> dict[str, str]:  # fmt: skip
+    """By job, an empty text or why it has no answers; those that were answered before are not asked again."""
+    waiting = []
+    for job in jobs:
+        folder = out / job.name
+        if (folder / "done.json").exists() and _same_job(folder, job):
+            notify(f"{job.name}: answered in an earlier run")
+            continue
+        for old in folder.glob("*") if folder.is_dir() else ():
+            old.unlink()
+        waiting.append(job)
+    whys = {job.name: "" for job in jobs}
+    for job, why in executor.run(waiting, out, home, notify) if waiting else ():
+        whys[job.name] = why
+        notify(f"{job.name}: {why or 'answered'}")
+    return whys
+
+
+def _same_job(folder: Path, job: Job) -> bool:
+    try:
+        return (folder / "job.json").read_bytes() == job.files["job.json"]
+    except OSError:
+        return False
+
+
+def _judged(
+    matrix: Matrix, cell: Cell, dtype: str, goldens: dict[tuple[str, str], Path], folder: Path, why: str
+) -> list[Row]:  # fmt: skip
+    rows = []
+    for name in matrix.samplings:
+        if why:
+            rows.append(Row(cell.name, dtype, name, "not run", why))
+            continue
+        try:
+            golden = Golden.load(goldens[dtype, name])
+            answers = load_answers(folder, _slug(name))
+            comparison, _ = judge_answers(golden, answers, None, "rl", Context())
+        except ParityError as error:
+            rows.append(Row(cell.name, dtype, name, "not run", str(error)))
+            continue
+        now = answers.replays["decode"]
+        rows.append(
+            Row(
+                cell.name, dtype, name, comparison.verdict, comparison.headline, now.engine_version, now.distribution(),
+                comparison.findings, dict(comparison.metrics),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _token_ids(matrix: Matrix) -> list[list[int]]:
+    """The prompts as token ids, so that every engine reads the same ones."""
+    prompts = check_prompts(matrix.prompts)
+    if all(isinstance(prompt, list) and isinstance(prompt[0], int) for prompt in prompts):
+        return [list(prompt) for prompt in prompts]
+    tokenizer = load_tokenizer(find_tokenizer(find_model(matrix.model, matrix.root)))
+    return [list(prompt.token_ids) for prompt in tokenize(prompts, tokenizer)]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")

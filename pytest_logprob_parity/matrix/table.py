@@ -1,0 +1,47 @@
+"""A matrix's rows as a page and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .run import Row
+
+
+def cause_of(row: Row) -> str:
+    """Layer and cause in a few words: what is named first, and what else is named with it."""
+    if row.verdict in ("pass", "not run"):
+        return ""
+    parts = []
+    for finding in row.findings:
+        name = finding.cause or "one of " + ", ".join(finding.candidates)
+        parts.append(f"{finding.layer}: {name}")
+    return "; ".join(parts)
+
+
+def page(rows: Sequence[Row], reference: str) -> list[str]:
+    """A Markdown table: one line for each cell and dtype, one column for each sampling."""
+    samplings = list(dict.fromkeys(row.sampling for row in rows))
+    lines = [f"Held against {reference}.", "", "| engine | dtype | " + " | ".join(samplings) + " |"]
+    lines.append("|---" * (2 + len(samplings)) + "|")
+    keys = list(dict.fromkeys((row.cell, row.dtype) for row in rows))
+    for cell, dtype in keys:
+        texts = [
+            _short(row) for name in samplings for row in rows if (row.cell, row.dtype, row.sampling) == (cell, dtype, name)
+        ]
+        lines.append(f"| {cell} | {dtype} | " + " | ".join(texts) + " |")
+    reasons = dict.fromkeys(
+        f"- {row.cell} ({row.dtype}) did not run: {row.headline}" for row in rows if row.verdict == "not run"
+    )
+    return [*lines, *(["", *reasons] if reasons else [])]
+
+
+def _short(row: Row) -> str:
+    if row.verdict == "not run":
+        return "not run"
+    cause = row.findings[0].cause or "one of " + ", ".join(row.findings[0].candidates) if row.findings else ""
+    more = [f.cause for f in row.findings[1:] if f.cause]
+    if row.verdict == "pass":
+        rms = (row.metrics or {}).get("rms_diff", 0.0)
+        return f"pass (RMS {rms:.1g})"
+    layer = row.findings[0].layer if row.findings else ""
+    return f"**{row.verdict}** {layer}: {cause}" + (f" ({', '.join(more)})" if more else "")

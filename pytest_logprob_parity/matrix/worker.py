@@ -1,0 +1,95 @@
+"""The far end: runs in a cell's own environment, which has an engine, numpy and safetensors, and nothing else of ours.
+
+python -m pytest_logprob_parity.matrix.worker JOB_FOLDER
+
+The folder has `job.json` and the goldens to check; the answers are written beside them, `done.json` last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..answers import Answers, ask
+from ..container import read, write
+from ..errors import ParityError
+from ..floor import NoiseFloor, Shapes
+from ..golden import Golden
+from ..pool import Engine, Pool
+from ..spec import EngineSpec, Sampling
+from ..trace import Trace
+
+_POLICY, _DRAWN = "policy_logprobs", "drawn_logprobs"
+
+
+def work(folder: Path) -> None:
+    """Do the job: record goldens, then answer for those that are there. Raises ParityError."""
+    job = json.loads((folder / "job.json").read_text("utf-8"))
+    spec = EngineSpec(job["model"], **job["spec"])
+    with Pool(Path(job["root"]), lambda line: print(line, flush=True)) as pool:
+        engine = pool.engine(spec)
+        for name, sampling in job["record"].items():
+            record(engine, job["prompts"], Sampling.of(sampling), job["repeats"]).save(folder / f"{name}.golden.safetensors")
+        for name in job["check"]:
+            golden = Golden.load(folder / f"{name}.golden.safetensors")
+            save_answers(folder, name, ask(engine, golden, ("decode", "regenerate")))
+        config = engine.config
+        told = {"engine": config.engine, "version": config.version, "config": dict(config.values)}
+    (folder / "done.json.part").write_text(json.dumps(told, default=str), "utf-8")
+    (folder / "done.json.part").replace(folder / "done.json")
+
+
+def record(engine: Engine, prompts: list[Any], sampling: Sampling, repeats: int) -> Golden:
+    """A golden with its noise floor; what it can show is for whoever reads it to say."""
+    trace = engine.generate(prompts, sampling)
+    if trace.sampling.truncates and trace.logprobs_mode == "processed_logprobs":
+        free = engine.replay(trace.with_(sampling=trace.sampling.untruncated()))
+        trace = trace.with_(untruncated_logprobs=free.logprobs)
+    golden = Golden(trace, engine.fingerprint())
+    if repeats < 2:
+        return golden
+    own, shapes = engine.replay(trace).logprobs, Shapes()
+    drawn = np.stack([engine.replay_in_drawn_shapes(trace, shapes, number) for number in range(repeats)])
+    reproduces = bool(np.array_equal(own[trace.mask], trace.logprobs[trace.mask]))
+    return dataclasses.replace(golden, floor=NoiseFloor(drawn, shapes, reproduces))
+
+
+def save_answers(folder: Path, name: str, answers: Answers) -> None:
+    """Write answers to files named after the sampling."""
+    for path, trace in answers.replays.items():
+        trace.save(folder / f"{name}.{path}.safetensors")
+    columns = {} if answers.policy_logprobs is None else {_POLICY: answers.policy_logprobs}
+    if answers.draw is not None:
+        columns[_DRAWN] = answers.draw()
+    write(folder / f"{name}.more.safetensors", columns, {"fingerprint": answers.fingerprint})
+
+
+def load_answers(folder: Path, name: str) -> Answers:
+    """The inverse of `save_answers`. Raises GoldenError for files that are missing or damaged."""
+    replays = {path: Trace.load(folder / f"{name}.{path}.safetensors") for path in ("decode", "regenerate")
+               if (folder / f"{name}.{path}.safetensors").exists()}  # fmt: skip
+    columns, metadata = read(folder / f"{name}.more.safetensors")
+    drawn = columns.get(_DRAWN)
+    return Answers(replays, metadata["fingerprint"], columns.get(_POLICY), None if drawn is None else lambda: drawn)
+
+
+def main() -> None:
+    """Run the job of the folder that is named; what goes wrong becomes `failed.json`, in one line."""
+    folder = Path(sys.argv[1])
+    # One CPU build refuses to start where this says nothing of an allocator that only makes it faster.
+    os.environ["LD_PRELOAD"] = ":".join([os.environ.get("LD_PRELOAD", ""), "libtcmalloc", "libiomp"])
+    try:
+        work(folder)
+    except ParityError as error:
+        (folder / "failed.json").write_text(json.dumps({"reason": str(error)}), "utf-8")
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
