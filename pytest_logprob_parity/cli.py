@@ -1,4 +1,4 @@
-"""The command line: `show` and `diff` need no engine, `selftest` plants faults in a real one."""
+"""The command line: `show` and `diff` need no engine, `selftest` plants faults in a real one, `matrix` runs many."""
 
 from __future__ import annotations
 
@@ -32,10 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     selftest.add_argument("--tokens", type=int, default=64, help="tokens a sequence (default: %(default)s)")
     selftest.add_argument("--only", default="", help="faults whose name contains this text; several by commas")
     selftest.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    matrix = verbs.add_parser("matrix", help="check goldens of one engine version in many others")
+    matrix.add_argument("plan", type=Path, help="matrix.toml: cells, environments, samplings, prompts")
+    matrix.add_argument("--out", type=Path, default=Path("parity-matrix"), help="answers and reports (default: %(default)s)")
+    matrix.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
+    matrix.add_argument("--executor", choices=("local", "ray"), default="local")
+    matrix.add_argument("--ray-address", help="of the Ray cluster (default: one of this machine)")
+    matrix.add_argument("--cores", type=int, help="how many to share among cells (default: all)")
+    matrix.add_argument("--update-golden", action="store_true", help="record the reference's goldens anew")
     given = parser.parse_args(arguments)
     try:
         if given.verb == "selftest":
             return _selftest(given)
+        if given.verb == "matrix":
+            return _matrix(given)
         return (
             _show(given.golden, given.json)
             if given.verb == "show"
@@ -76,6 +86,29 @@ def _show(path: Path, as_json: bool) -> int:
     return 0
 
 
+def _matrix(given: argparse.Namespace) -> int:
+    """Exit status 1 where a cell failed, is unverified or did not run."""
+    from .matrix.environments import default_home
+    from .matrix.executors import Executor, LocalExecutor, RayExecutor
+    from .matrix.plan import load_plan
+    from .matrix.run import run_matrix
+    from .matrix.table import page
+
+    plan = load_plan(given.plan)
+    executor: Executor = RayExecutor(given.ray_address) if given.executor == "ray" else LocalExecutor(given.cores)
+    home, out = given.environments or default_home(), given.out.absolute()
+    rows = run_matrix(plan, executor, out, home.absolute(), _tell, update=given.update_golden)
+    text = "\n".join(page(rows, plan.reference))
+    (out / "matrix.json").write_text(json.dumps([row.to_json() for row in rows], indent=1), "utf-8")
+    (out / "matrix.md").write_text(text + "\n", "utf-8")
+    print(text)
+    return 0 if rows and all(row.verdict == "pass" for row in rows) else 1
+
+
+def _tell(text: str) -> None:
+    print(f"# {text}", file=sys.stderr, flush=True)
+
+
 def _selftest(given: argparse.Namespace) -> int:
     from .pool import Pool
     from .selftest import table
@@ -88,12 +121,9 @@ def _selftest(given: argparse.Namespace) -> int:
     def chosen(fault: Fault) -> bool:
         return not wanted or any(part in fault.name for part in wanted)
 
-    def tell(text: str) -> None:
-        print(f"# {text}", file=sys.stderr, flush=True)
-
     rows = []
-    with Pool(notify=tell) as pool:
-        selftest = Selftest(pool, given.model, other if other.is_dir() else None, given.sequences, given.tokens, tell)
+    with Pool(notify=_tell) as pool:
+        selftest = Selftest(pool, given.model, other if other.is_dir() else None, given.sequences, given.tokens, _tell)
         print(table.header())
         for row in selftest.run(given.dtype or ("bfloat16", "float32"), chosen):
             rows.append(row)

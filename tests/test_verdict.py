@@ -607,6 +607,14 @@ def test_stops_are_judged_where_the_tokens_came_back():
     assert free_run(trace).same
 
 
+def test_an_end_token_at_the_last_allowed_place_has_two_finish_reasons_and_either_passes():
+    trace = make_trace(finish_reasons=np.ones(50), sampling=Sampling(max_tokens=40))
+    run = free_run(trace, finish_reasons=np.full(50, 2, np.uint8))
+    assert (run.stops_changed, run.relabelled, run.same) == (0, 50, False)
+    assert verdict_on(trace, run) == ("", None)
+    assert "50 name the other of two finish reasons that both hold" in str(run)
+
+
 def test_a_free_run_decides_only_where_the_logprobs_agree():
     trace = make_trace(sampling=Sampling(temperature=1.0))
     run = free_run(trace, other_tokens(trace, 40))

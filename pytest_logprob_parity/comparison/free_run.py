@@ -13,6 +13,8 @@ from .result import Divergence, Finding, FreeRun
 _ALPHA: Final = 1e-4
 #: So many tokens that are not the likeliest do not all go away by chance.
 _SURPRISES: Final = 20
+#: A completion whose last allowed token ends it ended for both reasons; versions of vLLM differ in which one they give.
+_AT_THE_LIMIT: Final = {FINISH_REASONS.index("stop"), FINISH_REASONS.index("length")}
 #: A flip rate is predicted from differences of the chosen tokens alone; all others move as well.
 _FLIP_MARGIN: Final = 2.0
 
@@ -23,7 +25,7 @@ def compare_free_run(golden: Trace, regenerated: Trace, near_tie: float) -> Free
     `near_tie` (nats): greedy decoding may take either of two tokens whose gap is no larger. Sampled tokens have no near
     ties: what decides there is the gap after the random numbers are added.
     """
-    divergences, stops = [], 0
+    divergences, stops, relabelled = [], 0, 0
     segments = list(golden.segments())
     last_turn = {segment.sequence: segment.turn for segment in segments}
     for index, segment in enumerate(segments):
@@ -35,7 +37,10 @@ def compare_free_run(golden: Trace, regenerated: Trace, near_tie: float) -> Free
         if len(differs) == 0:
             reason, reason_now = int(golden.finish_reasons[segment.sequence]), int(regenerated.finish_reasons[index])
             told = segment.turn == last_turn[segment.sequence] and FINISH_REASONS[reason] != "unknown"
-            stops += len(expected) != len(actual) or (told and reason != reason_now)
+            other = len(expected) != len(actual) or (told and reason != reason_now)
+            both_hold = len(expected) == len(actual) == golden.sampling.max_tokens and {reason, reason_now} == _AT_THE_LIMIT
+            stops += other and not both_hold
+            relabelled += other and both_hold
             continue
         place = int(differs[0])
         row = segment.start + place
@@ -64,7 +69,7 @@ def compare_free_run(golden: Trace, regenerated: Trace, near_tie: float) -> Free
         sum(int(np.count_nonzero(golden.ranks[s.start : s.stop] > 1)) for s in segments),
         int(np.count_nonzero(regenerated.ranks > 1)),
     )
-    return FreeRun(len(segments), len(divergences), stops, tuple(divergences), shift, p, distinct, surprises)
+    return FreeRun(len(segments), len(divergences), stops, tuple(divergences), shift, p, distinct, surprises, relabelled)
 
 
 def judge_free_run(

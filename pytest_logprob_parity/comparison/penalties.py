@@ -13,7 +13,7 @@ from .scale import ENOUGH, FINEST, fit_scale
 
 _SURE: Final = 5.0
 #: A penalty has to explain this share of what is off between seen and other tokens of one position.
-_REMOVED: Final = 0.5
+_REMOVED: Final = 0.8
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,12 @@ def _repetition(positions: Positions, off: Doubles, scale: float) -> Penalty | N
     """
     seen = positions.common & positions.seen
     line = fit_scale(positions.expected, positions.actual, seen)
+    unseen = fit_scale(positions.expected, positions.actual, positions.common & ~positions.seen)
+    if unseen.positions >= ENOUGH:
+        scale = unseen.slope
     steeper = line.slope / scale if scale else math.nan
-    if line.positions < ENOUGH or not abs(steeper - 1) > max(FINEST, _SURE * line.error / abs(scale)):
+    error = math.hypot(line.error, unseen.error if unseen.positions >= ENOUGH else 0.0) / abs(scale or 1)
+    if line.positions < ENOUGH or not line.uniform or not abs(steeper - 1) > max(FINEST, _SURE * error):
         return None
     if _left(positions, seen, line.slope) > (1 - _REMOVED) * _left(positions, seen, scale):
         return None
@@ -58,7 +62,7 @@ def _repetition(positions: Positions, off: Doubles, scale: float) -> Penalty | N
     lower = float(np.median(_mean(off, seen)[both] - _mean(off, others)[both])) if both.sum() >= ENOUGH else 0.0
     on_golden = lower > 0 if lower else steeper > 1
     value = max(steeper, 1 / steeper)
-    return Penalty("repetition_penalty", value, line.error / abs(scale) * value, on_golden, line.positions)
+    return Penalty("repetition_penalty", value, error * value, on_golden, line.positions)
 
 
 def _additive(positions: Positions, off: Doubles, scale: float, temperature: float) -> Penalty | None:

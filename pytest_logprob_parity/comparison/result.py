@@ -127,6 +127,7 @@ class Divergence:
 class FreeRun:
     """How many turns were written again, how many of them diverged, and how many only ended elsewhere.
 
+    `relabelled` counts those that end with an end token at the last allowed place, and have the other of both reasons.
     `likelihood_shift` is how much likelier its tokens are than the golden's, in nats a token on average over turns, and
     `shift_p` how often chance alone does that (paired t): both runs are draws from one distribution, whatever the seeds.
     `distinct` counts the different completions, `not_likeliest` the tokens that were not the likeliest, in the golden and
@@ -141,11 +142,12 @@ class FreeRun:
     shift_p: float = 1.0
     distinct: tuple[int, int] = (0, 0)
     not_likeliest: tuple[int, int] = (0, 0)
+    relabelled: int = 0
 
     @property
     def same(self) -> bool:
         """Whether every turn came back as it was, its end included."""
-        return self.diverged == 0 and self.stops_changed == 0
+        return self.diverged == 0 and self.stops_changed == 0 and self.relabelled == 0
 
     def to_json(self) -> dict[str, Any]:
         """The counts and the first divergences, as JSON values."""
@@ -153,6 +155,7 @@ class FreeRun:
             "turns": self.turns,
             "diverged": self.diverged,
             "stops_changed": self.stops_changed,
+            "relabelled": self.relabelled,
             "first": [str(d) for d in self.divergences[:10]],
             "likelihood_shift": self.likelihood_shift,
             "shift_p": self.shift_p,
@@ -166,6 +169,8 @@ class FreeRun:
         text = f"{self.diverged} of {self.turns} wrote other tokens"
         if self.stops_changed:
             text += f", {self.stops_changed} stopped elsewhere"
+        if self.relabelled:
+            text += f", {self.relabelled} name the other of two finish reasons that both hold"
         return text + (f"; first at {self.divergences[0]}" if self.divergences else "")
 
 

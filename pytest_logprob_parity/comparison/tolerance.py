@@ -29,6 +29,7 @@ class Tolerance:
     - `support_flips`: share of tokens (0 to 1) that truncation may exclude on the other side; none without truncation.
     - `support_depth`: no excluded token may have been further inside the nucleus (probability mass, 0 to 1) than this.
     - `near_tie`: a top-2 gap up to this makes a greedy divergence a near tie; the same for the edges of top-k and min-p.
+      In bfloat16 two steps of a logit between 16 and 32: builds that cut mantissas off where others round turn one.
     """
 
     mean_diff: float
@@ -56,7 +57,7 @@ _FLOAT32: Final = Tolerance(
 )  # fmt: skip
 _BFLOAT16: Final = Tolerance(
     mean_diff=2e-3, rms_diff=0.045, winsorize=0.25, clip_share=0.02, outlier=0.5, sequence_rms=0.1, support_flips=0.01,
-    support_depth=0.1, near_tie=0.1,
+    support_depth=0.1, near_tie=0.25,
 )  # fmt: skip
 # float16 rounds 8 times finer than bfloat16; half of that gain is kept as room for sums in other orders.
 _FLOAT16: Final = Tolerance(
