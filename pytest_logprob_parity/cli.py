@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ParityError
+from .errors import ParityError, UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,10 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     matrix.add_argument("--ray-address", help="of the Ray cluster (default: one of this machine)")
     matrix.add_argument("--cores", type=int, help="how many to share among cells (default: all)")
     matrix.add_argument("--update-golden", action="store_true", help="record the reference's goldens anew")
+    diagnose = verbs.add_parser("diagnose", help="which engine settings account for a mismatch with a golden")
+    diagnose.add_argument("golden", type=Path)
+    diagnose.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="the failing engine: EngineSpec fields, engine arguments"
+    )
+    diagnose.add_argument("--max-engines", type=int, default=12, help="engines to start at most (default: %(default)s)")
+    diagnose.add_argument("--max-minutes", type=float, default=10, help="minutes to take at most (default: %(default)g)")
+    diagnose.add_argument("--no-reading", action="store_true", help="no third opinion by transformers")
     given = parser.parse_args(arguments)
     try:
         if given.verb == "selftest":
             return _selftest(given)
+        if given.verb == "diagnose":
+            return _diagnose(given)
         if given.verb == "matrix":
             return _matrix(given)
         return (
@@ -84,6 +94,37 @@ def _show(path: Path, as_json: bool) -> int:
     if trace.num_sequences > 8:
         print(f"  and {trace.num_sequences - 8} more sequences")
     return 0
+
+
+def _diagnose(given: argparse.Namespace) -> int:
+    """Exit status 0 where the golden passes, 1 where it does not."""
+    from .belonging import Context
+    from .check import check_golden
+    from .comparison.result import MismatchError
+    from .diagnosis.ablation import Budget, ablate
+    from .golden import Golden
+    from .pool import Pool
+    from .settings import make_spec, parse_settings
+
+    golden = Golden.load(given.golden)
+    if not golden.fingerprint:
+        raise UsageError(f"{given.golden}: a trace of someone's own rollouts: no configuration to move towards")
+    known = {"model": golden.fingerprint["name"], "dtype": golden.fingerprint["dtype"]}
+    spec = make_spec({**known, **parse_settings(given.settings, "diagnose")})
+    assert spec is not None
+    with Pool(notify=_tell) as pool:
+        try:
+            comparison = check_golden(given.golden, pool.engine(spec), context=Context(accept="pytest --update-golden"))
+        except MismatchError as error:
+            comparison = error.comparison
+        print(f"{comparison.verdict}: {comparison.headline}")
+        for finding in comparison.findings:
+            print(f"  {finding}")
+        if comparison.passed:
+            return 0
+        budget = Budget(given.max_engines, given.max_minutes)
+        print("\n".join(ablate(golden, spec, pool, budget, _tell, read=not given.no_reading).describe()))
+    return 1
 
 
 def _matrix(given: argparse.Namespace) -> int:

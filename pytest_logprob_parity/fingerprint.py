@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -155,6 +156,9 @@ def _cpu_name() -> str:
 def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Where two fingerprints differ: (dotted name, the golden's value, the value now), None for an absent one."""
     flat_golden, flat_now = _flat(golden), _flat(now)
+    for flat in (flat_golden, flat_now):
+        if isinstance(flat.get("name"), str):
+            flat["name"] = re.sub(r"^(\.{1,2}/)+", "", flat["name"])  # one folder, named from where the caller stood
     names = sorted(set(flat_golden) | set(flat_now))
     return [(n, flat_golden.get(n), flat_now.get(n)) for n in names if flat_golden.get(n) != flat_now.get(n)]
 

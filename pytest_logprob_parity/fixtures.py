@@ -13,7 +13,7 @@ import pytest
 from .comparison.result import MismatchError
 from .errors import IncomparableError, ParityError, UsageError
 from .settings import make_spec
-from .state import ITEM, SESSION, note_outcome, pool_of
+from .state import ITEM, SESSION, note_outcome, pool_of, tell
 
 if TYPE_CHECKING:
     from .comparison.result import Comparison
@@ -132,6 +132,8 @@ class GoldenTrace:
                 repeats=self._session.repeats,
             )
         except ParityError as error:
+            if isinstance(error, MismatchError) and self._config.getoption("--parity-diagnose"):
+                error = self._diagnosed(error, path, engine_or_trace)
             verdict = error.comparison.verdict if isinstance(error, MismatchError) else ""
             outcome = "unverified" if verdict == "unverified" else error.kind
             found = error.comparison if isinstance(error, MismatchError) else None
@@ -172,6 +174,23 @@ class GoldenTrace:
             if update != "failed" or not replaceable:
                 raise
         return check_golden(path, engine, update=True, context=context, **arguments)
+
+    def _diagnosed(self, error: MismatchError, path: Path, engine: Engine | Trace) -> MismatchError:
+        """The error with what an ablation found; as it is where there is no engine to ask, or where it cannot be asked."""
+        from .diagnosis.ablation import Budget, ablate
+        from .golden import Golden
+        from .pool import Engine
+
+        if not isinstance(engine, Engine) or error.comparison.passed:
+            return error
+        try:
+            found = ablate(
+                Golden.load(path), engine.spec, pool_of(self._config), Budget(), lambda line: tell(self._config, line)
+            ).describe()
+        except ParityError as problem:
+            found = [f"not possible: {str(problem).splitlines()[0]}"]
+        lines = [f"{'diagnosis' if n == 0 else '':<13}{line}" for n, line in enumerate(found)]
+        return MismatchError("\n".join([str(error), "", *lines]), error.comparison)
 
     def _accept(self) -> str:
         settings = "".join(f" --parity-set {shlex.quote(s)}" for s in self._config.getoption("--parity-set"))

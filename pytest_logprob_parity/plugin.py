@@ -48,6 +48,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="what fails: any other bit, any difference beyond what other batch shapes do, or (default) what matters to RL",
     )
+    group.addoption(
+        "--parity-diagnose",
+        action="store_true",
+        default=False,
+        help="where a check fails, replay its golden with each setting as the golden had it, and say what accounts for it",
+    )
     parser.addini("parity_level", "what fails: bitwise, noise or rl", default="rl")
     parser.addini("parity_repeats", "how often recording replays its tokens, for the noise floor; 0: none", default="5")
     parser.addini("parity_golden_dir", "folder of the goldens, relative to the root", default="golden")

@@ -8,7 +8,7 @@ from typing import Any, Final
 from .comparison.result import LAYERS, Finding
 
 #: Part of a fingerprint -> (layer, cause) that it can bring about.
-_SUSPECTS: Final = {
+SUSPECTS: Final = {
     "config.logprobs_mode": ("semantic", "raw_vs_processed"),
     "config.generation_config": ("semantic", "truncation"),
     "config.enable_prefix_caching": ("path", "prefix_cache"),
@@ -53,8 +53,8 @@ def suspects(differences: Sequence[tuple[str, Any, Any]]) -> list[Finding]:
     """
     found: dict[str, dict[str, list[str]]] = {}
     for name, golden, now in differences:
-        if name in _SUSPECTS:
-            layer, cause = _SUSPECTS[name]
+        if name in SUSPECTS:
+            layer, cause = SUSPECTS[name]
             found.setdefault(layer, {}).setdefault(cause, []).append(f"{name} {golden!r} -> {now!r}")
     if not found:
         return [

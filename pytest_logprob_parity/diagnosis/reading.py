@@ -17,7 +17,7 @@ from ..comparison.result import Finding
 from ..trace import Trace
 
 #: A side is off when it is so many times as far from the reading as the other side.
-_FURTHER: Final = 2.0
+FURTHER: Final = 2.0
 #: Fewer sequences than this share carry the difference: a cache, a batch or a replica, not the arithmetic of all.
 _FEW: Final = 0.5
 #: A sequence carries it with at least this share of the RMS that the worst one has, each token cut off at so many nats.
@@ -70,7 +70,7 @@ def weigh(findings: list[Finding], reading: Reading) -> list[Finding]:
     """The findings with what a reading adds: the layer where nothing was named, the ranking where candidates were."""
     if any(finding.cause for finding in findings if finding.layer in ("semantic", "head")):
         return findings
-    if reading.now > _FURTHER * reading.golden:
+    if reading.now > FURTHER * reading.golden:
         candidates = _OF_ALL if reading.share > _FEW else _OF_FEW
         text = f"this run computes something else from the weights of the checkpoint, as the golden did not; {reading}"
         if reading.share <= _FEW:
@@ -81,7 +81,7 @@ def weigh(findings: list[Finding], reading: Reading) -> list[Finding]:
         kept = [f for f in findings if f.layer == "semantic"]
         named = [f for f in findings if f.layer == "path" and f.cause]
         return [*kept, *(named or [path]), stale]
-    if reading.golden > _FURTHER * reading.now:
+    if reading.golden > FURTHER * reading.now:
         text = f"the checkpoint of now gives the numbers of this run, and not the golden's; {reading}"
         return [Finding("weights", "weights_differ", text), *(f for f in findings if f.layer == "semantic")]
     return findings

@@ -1,0 +1,242 @@
+"""Which settings account for a mismatch: from the failing configuration towards the golden's, one step at a time."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from ..comparison.result import LAYERS
+from ..comparison.tolerance import default_tolerance, with_floor
+from ..errors import EngineError, ParityError
+from ..golden import Golden
+from ..pool import Pool
+from ..spec import EngineSpec
+from ..suspects import SUSPECTS
+from ..trace import Trace
+from .reading import FURTHER, Reading, read_against
+
+#: Engine arguments that can be moved one by one, as fingerprints name them; `head_dtype` goes by way of hf_overrides.
+MOVABLE: Final = (
+    "logprobs_mode", "enable_prefix_caching", "async_scheduling", "enable_chunked_prefill", "max_num_batched_tokens",
+    "max_num_seqs", "enforce_eager", "attention_backend", "block_size", "kv_cache_dtype", "dtype", "head_dtype",
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel", "quantization",
+)  # fmt: skip
+#: Differences are cut off here (nats): what truncation excludes on one side is far off, and not infinitely.
+_CUT: Final = 5.0
+#: A step that takes away less than this share of the mismatch accounts for nothing by itself.
+_ACCOUNTS: Final = 0.1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many engines may start and how long all may take."""
+
+    engines: int = 12
+    minutes: float = 10.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One engine on the way: the settings that were moved to the golden's values, and what is left of the mismatch.
+
+    `rms` (nats) is over the golden's tokens, each difference cut off at 5; NaN where the engine did not start, with the
+    reason in `problem`.
+    """
+
+    moved: tuple[str, ...]
+    rms: float
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """All steps, the first being the failing configuration itself.
+
+    `differs` are the settings that differ, setting -> (golden's value, value now); `reading` what an independent
+    implementation says of both sides, where one was asked; `left_out` says what the budget did not allow. `noise` (nats) is
+    an RMS that the golden's own noise explains.
+    """
+
+    steps: tuple[Step, ...]
+    differs: Mapping[str, tuple[Any, Any]]
+    noise: float
+    reading: Reading | None = None
+    left_out: str = ""
+
+    def share(self, step: Step) -> float:
+        """Share (0 to 1) of the mismatch, in squares, that a step takes away; below 0 where it adds to it."""
+        before = self.steps[0].rms
+        return 1 - (step.rms / before) ** 2 if before else 0.0
+
+    @property
+    def best(self) -> Step:
+        """The step that leaves least, of those the one that moves fewest settings."""
+        least = min((s.rms for s in self.steps if not s.problem), default=float("nan"))
+        near = [s for s in self.steps if not s.problem and s.rms <= max(least * 1.05, self.noise)]
+        return min(near, key=lambda s: (len(s.moved), s.rms))
+
+    def describe(self) -> list[str]:
+        """The table for people: in the order of suspicion, then what the settings explain together and what remains."""
+        singles = [s for s in self.steps[1:] if len(s.moved) == 1]
+        singles.sort(key=lambda s: (LAYERS.index(layer_of(s.moved[0])), 0.0 if s.problem else -self.share(s)))
+        several = [s for s in self.steps[1:] if len(s.moved) > 1]
+        return [
+            f"as it failed: RMS {self.steps[0].rms:.3g} nats over the golden's tokens (noise explains {self.noise:.2g})",
+            *(self._line(step) for step in [*singles, *several]),
+            self._conclusion(),
+            *([] if self.reading is None else [_third_opinion(self.reading)]),
+            *([self.left_out] if self.left_out else []),
+        ]
+
+    def _conclusion(self) -> str:
+        best = self.best
+        if not best.moved:
+            what = "accounts for the mismatch" if self.differs else "differs"
+            return f"no setting {what}: the weights, the build or the hardware are left"
+        verb = "accounts" if len(best.moved) == 1 else "account"
+        rest = "noise" if best.rms <= self.noise else "what no setting that was tried explains"
+        return (
+            f"{' and '.join(best.moved)} {verb} for {self.share(best):.0%} of the mismatch; what remains, RMS {best.rms:.2g} "
+            f"nats, is {rest}"
+        )
+
+    def _line(self, step: Step) -> str:
+        changes = ", ".join(f"{n} {self.differs[n][1]!r} -> {self.differs[n][0]!r}" for n in step.moved)
+        layer = layer_of(step.moved[0])
+        if step.problem:
+            return f"  {layer:<9} {changes}: {step.problem}"
+        share = self.share(step)
+        what = f"{share:.0%} of the mismatch" if share >= _ACCOUNTS else "accounts for nothing"
+        return f"  {layer:<9} {changes}: RMS {step.rms:.3g}, {what}"
+
+
+def _third_opinion(reading: Reading) -> str:
+    if reading.now > FURTHER * reading.golden:
+        return f"{reading}: the golden agrees with it, this run does not"
+    if reading.golden > FURTHER * reading.now:
+        return f"{reading}: this run agrees with it, the golden does not"
+    return f"{reading}: it sides with neither"
+
+
+def layer_of(setting: str) -> str:
+    """The layer that a setting belongs to."""
+    return SUSPECTS.get(setting, SUSPECTS.get(f"config.{setting}", ("path", "")))[0]
+
+
+def ablate(
+    golden: Golden, spec: EngineSpec, pool: Pool, budget: Budget, notify: Callable[[str], None], *, read: bool = True
+) -> Ablation:
+    """Replay a golden under the failing `spec`, then with each setting that differs moved to the golden's value, then with
+    what helped together and with pairs that only help together.
+
+    An engine that does not start is a step with its reason. Raises EngineError where the failing one itself does not.
+    """
+    began, started = time.monotonic(), 0
+    trace = golden.trace
+    limits = with_floor(default_tolerance(trace.dtype), golden.floor)
+    noise = max(4 * golden.floor.rms, 1e-6) if golden.floor is not None and golden.floor.rms == golden.floor.rms else 0.0
+    noise = noise or limits.rms_diff / 10
+    engine = pool.engine(spec)
+    now = engine.replay(trace)
+    config, then = engine.fingerprint()["config"], golden.fingerprint.get("config", {})
+    steps = [Step((), _rms(trace, now))]
+    differs = _differences(then, config, golden.fingerprint.get("dtype"), engine.config.dtype)
+    notify(f"as it fails: RMS {steps[0].rms:.3g} nats; settings that differ: {', '.join(differs) or 'none'}")
+
+    def measure(moved: tuple[str, ...]) -> Step | None:
+        nonlocal started
+        if any(step.moved == moved for step in steps):
+            return None
+        if started >= budget.engines or time.monotonic() - began > budget.minutes * 60:
+            return None
+        started += 1
+        try:
+            replayed = pool.engine(_moved(spec, moved, differs)).replay(trace)
+            step = Step(moved, _rms(trace, replayed))
+        except ParityError as error:
+            step = Step(moved, float("nan"), str(error).splitlines()[0])
+        steps.append(step)
+        notify(f"{' + '.join(moved)}: " + (step.problem or f"RMS {step.rms:.3g} nats"))
+        return step
+
+    planned = 0
+    for name in differs:
+        planned += 1
+        measure((name,))
+    helped = [s.moved[0] for s in steps[1:] if not s.problem and _takes_away(steps[0], s)]
+    rest = [name for name in differs if name not in helped]
+    if len(helped) > 1:
+        planned += 1
+        measure(tuple(helped))
+    if len(differs) > 1 and _least(steps) > noise:
+        together = tuple(differs)
+        planned += 1
+        whole = measure(together)
+        if whole is not None and not whole.problem and whole.rms < 0.9 * _least(steps[:-1]):
+            for pair in itertools.combinations(rest, 2):  # what helps only in company
+                planned += 1
+                measure((*helped, *pair))
+    left = planned - (len(steps) - 1)
+    reading = _reading(golden, now, spec, pool, limits.outlier, notify) if read else None
+    text = f"{left} more steps were left out: the budget is {budget.engines} engines and {budget.minutes:g} minutes"
+    return Ablation(tuple(steps), differs, noise, reading, text if left > 0 else "")
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], dtype: Any, dtype_now: str) -> dict[str, tuple[Any, Any]]:
+    """Settings that can be moved and differ, in the order of suspicion: (the golden's value, the value now)."""
+    names = [name for name in MOVABLE if name in then and then[name] != now.get(name)]
+    if dtype is not None and dtype != dtype_now and "dtype" not in names:
+        names.append("dtype")
+    if "dtype" in names and "head_dtype" in names:
+        names.remove("head_dtype")  # it follows the dtype
+    names.sort(key=lambda name: LAYERS.index(layer_of(name)))
+    return {name: (then.get(name, dtype), now.get(name, dtype_now)) for name in names}
+
+
+def _moved(spec: EngineSpec, moved: Sequence[str], differs: Mapping[str, tuple[Any, Any]]) -> EngineSpec:
+    """The spec with these settings at the golden's values."""
+    changes = {name: differs[name][0] for name in moved if name != "head_dtype"}
+    if "head_dtype" in moved:
+        overrides = spec.settings.get("hf_overrides", {})
+        changes["hf_overrides"] = {**overrides, "head_dtype": differs["head_dtype"][0]}
+    return spec.replace(**changes)
+
+
+def _rms(golden: Trace, now: Trace) -> float:
+    rows = golden.mask & now.mask
+    e, a = golden.logprobs[rows].astype(np.float64), now.logprobs[rows].astype(np.float64)
+    both_excluded = np.isneginf(e) & np.isneginf(a)
+    with np.errstate(invalid="ignore"):
+        d = np.where(both_excluded, 0.0, np.clip(a - e, -_CUT, _CUT))
+    return float(np.sqrt(np.nanmean(d**2)))
+
+
+def _takes_away(first: Step, step: Step) -> bool:
+    return step.rms**2 <= (1 - _ACCOUNTS) * first.rms**2
+
+
+def _least(steps: Sequence[Step]) -> float:
+    return min((step.rms for step in steps if not step.problem), default=float("nan"))
+
+
+def _reading(
+    golden: Golden, now: Trace, spec: EngineSpec, pool: Pool, outlier: float, notify: Callable[[str], None]
+) -> Reading | None:
+    """An independent reading of the checkpoint, by transformers in float32; None where it cannot be had."""
+    mode = golden.trace.logprobs_mode
+    reader = EngineSpec(
+        spec.model, engine="transformers", dtype="float32", revision=spec.revision, tokenizer=spec.tokenizer, logprobs_mode=mode
+    )
+    try:
+        reading = pool.engine(reader).replay(golden.trace)
+    except EngineError as error:
+        notify(f"no independent reading: {str(error).splitlines()[0]}")
+        return None
+    found = read_against(golden.trace, now, reading, outlier)
+    notify(str(found))
+    return found
