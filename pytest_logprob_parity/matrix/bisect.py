@@ -1,0 +1,182 @@
+"""Which release changed the logprobs: a binary search over an index's releases, each in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ..belonging import Context
+from ..check import judge_answers
+from ..comparison.result import Comparison
+from ..errors import EngineError, GoldenError, UsageError
+from ..golden import Golden
+from .environments import Environment
+from .executors import Job, run_job
+from .worker import load_answers
+
+#: Nothing that text models need, and builds that want CUDA beside a CPU torch.
+_UNWANTED: Final = ("torchvision", "torchaudio", "torchcodec")
+_NAME: Final = "golden"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One release: what the golden's check came to there, or why it did not run."""
+
+    version: str
+    comparison: Comparison | None
+    problem: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """The verdict, or `not run`."""
+        return "not run" if self.comparison is None else self.comparison.verdict
+
+    def __str__(self) -> str:
+        if self.comparison is None:
+            return f"{self.version}: did not run: {self.problem}"
+        causes = ", ".join(dict.fromkeys(f.cause or "/".join(f.candidates) for f in self.comparison.findings))
+        return f"{self.version}: {self.verdict}" + (f" ({causes})" if causes and not self.comparison.passed else "")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Where the outcome changed: `before` has the older release's, `after` the newer's. All releases tried, in order.
+
+    `skipped` lists releases between the two that could not be run: the switch may be in one of them.
+    """
+
+    before: Tried
+    after: Tried
+    tried: tuple[Tried, ...]
+    skipped: tuple[str, ...]
+
+
+def releases_between(known: Sequence[str], one: str, other: str) -> list[str]:
+    """The releases from `one` to `other`, oldest first, both included. Of a release and its repackagings the first is taken.
+
+    Raises UsageError where one of the two does not exist.
+    """
+    ordered = sorted(known, key=_key)
+    for version in (one, other):
+        if version not in ordered:
+            raise UsageError(f"there is no release {version}; known are {', '.join(ordered) or 'none'}")
+    low, high = sorted((one, other), key=_key)
+    plain = {v for v in ordered if "post" not in v and "rc" not in v}
+    return [
+        v for v in ordered
+        if _key(low) <= _key(v) <= _key(high) and (v in (low, high) or v in plain)
+    ]  # fmt: skip
+
+
+def _key(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def known_releases(package: str) -> list[str]:
+    """The releases of a package on the configured index. Raises UsageError where it has none."""
+    done = _pip("index", "versions", package)
+    found = re.search(r"Available versions: (.*)", done.stdout)
+    if found is None:
+        raise UsageError(f"no releases of {package} are known to the configured package index")
+    return [version.strip() for version in found.group(1).split(",")]
+
+
+def environment_of(package: str, version: str) -> Environment:
+    """What a release is installed from: its own metadata's requirements, without the local version of torch's build.
+
+    Raises EngineError where the release cannot be had.
+    """
+    done = _pip("install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-", f"{package}=={version}")
+    try:
+        (entry,) = json.loads(done.stdout)["install"]
+        needs = entry["metadata"].get("requires_dist", [])
+    except (ValueError, KeyError):
+        why = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise EngineError(f"{package} {version} cannot be had: {(why or ['pip says nothing of it'])[-1]}") from None
+    kept = [need for need in needs if "extra ==" not in need and re.split(r"[^\w-]", need, maxsplit=1)[0] not in _UNWANTED]
+    relaxed = [re.sub(r"(==[\w.]+)\+cpu", r"\1", need) for need in kept]
+    return Environment(f"{package}-{version}", packages=(f"{package}=={version}",), resolved=tuple(relaxed))
+
+
+def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def try_release(
+    golden_path: Path, spec: Mapping[str, Any], root: Path, environment: Environment, version: str, out: Path, home: Path,
+    notify: Callable[[str], None],
+) -> Tried:  # fmt: skip
+    """Check a golden on one release; what was answered in an earlier run is taken from there."""
+    told = {
+        "protocol": 1, "root": str(root), "model": spec["model"], "spec": {k: v for k, v in spec.items() if k != "model"},
+        "prompts": [], "repeats": 0, "record": {}, "check": [_NAME], "environment": environment.digest,
+    }  # fmt: skip
+    files = {"job.json": json.dumps(told, sort_keys=True).encode(), f"{_NAME}.golden.safetensors": golden_path.read_bytes()}
+    folder = out / version
+    same = all((folder / name).exists() and (folder / name).read_bytes() == data for name, data in files.items())
+    if not same or not (folder / "done.json").exists():
+        for old in folder.glob("*") if folder.is_dir() else ():
+            old.unlink()
+        why = run_job(Job(version, environment, files, {}, cpus=2, gpus=0, minutes=20), folder, home, notify)
+        if why:
+            return Tried(version, None, why)
+    try:
+        answers = load_answers(folder, _NAME)
+        comparison, _ = judge_answers(Golden.load(golden_path), answers, None, "rl", Context())
+    except GoldenError as error:
+        return Tried(version, None, str(error))
+    return Tried(version, comparison)
+
+
+def bisect(versions: Sequence[str], attempt: Callable[[str], Tried], notify: Callable[[str], None]) -> Switch:
+    """The two neighbouring releases of `versions` (oldest first) between which the outcome changes.
+
+    The outcome is whether the golden passes. Releases that do not run are stepped around, nearest first. Raises UsageError
+    where both ends come to the same, EngineError where one of them does not run.
+    """
+    tried: dict[str, Tried] = {}
+
+    def ask(version: str) -> Tried:
+        if version not in tried:
+            tried[version] = attempt(version)
+            notify(str(tried[version]))
+        return tried[version]
+
+    ends = [ask(versions[0]), ask(versions[-1])]
+    for end in ends:
+        if end.comparison is None:
+            raise EngineError(f"the search needs both ends: {end}")
+    if _passes(ends[0]) == _passes(ends[1]):
+        raise UsageError(f"nothing to search for: {ends[0]}, and {ends[1]}")
+    low, high = 0, len(versions) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        for place in sorted(range(low + 1, high), key=lambda n: abs(n - middle)):
+            outcome = ask(versions[place])
+            if outcome.comparison is not None:
+                break
+        else:
+            break  # nothing between the two runs
+        if _passes(outcome) == _passes(ends[0]):
+            low = place
+        else:
+            high = place
+    order = {version: n for n, version in enumerate(versions)}
+    return Switch(
+        tried[versions[low]],
+        tried[versions[high]],
+        tuple(sorted(tried.values(), key=lambda t: order[t.version])),
+        tuple(versions[low + 1 : high]),
+    )
+
+
+def _passes(tried: Tried) -> bool:
+    return tried.comparison is not None and tried.comparison.passed
