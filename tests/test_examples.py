@@ -54,4 +54,4 @@ def test_the_readme_quotes_a_message_of_today(run_inner, pytester):
 
 
 def _shape(line):
-    return re.sub(r"\d+", "0", " ".join(line.split()))
+    return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "0", " ".join(line.split()))

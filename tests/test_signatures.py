@@ -172,6 +172,14 @@ def test_top_p_is_bounded_by_kept_sets_and_not_guessed():
     assert 0.85 < low <= 0.9 <= high < 0.93
 
 
+def test_a_truncation_wider_than_the_recorded_top_k_shows_in_the_tokens_that_it_excludes():
+    rollouts = policy(temperature=1.3)
+    actual = rollouts.trace(Sampling(temperature=1.3, top_k=12), k=5)
+    found = finding(compare(expected=rollouts.trace(k=5), actual=actual), "truncation")
+    assert "a truncation was applied to this run and not to the golden: it excludes " in found.evidence
+    assert "top-5 logprobs do not show how wide its kept sets are: record more" in found.evidence
+
+
 def test_a_kept_set_that_was_not_made_a_distribution_again():
     rollouts = policy(temperature=0.7, top_p=0.9)
 

@@ -14,7 +14,7 @@ from .positions import Doubles, Positions
 _SAME: Final = 1e-4
 #: So many of the tokens must fit an explanation.
 _MOST: Final = 0.9
-_ENOUGH: Final = 20
+_ENOUGH: Final = 5
 #: Neighbours nearer to each other than this (nats) do not tell a shift from noise.
 _TELLING: Final = 0.05
 

@@ -134,6 +134,8 @@ def _stages(positions: Positions) -> Iterator[_Stage]:
     if scale.claimed:
         slope = scale.slope
         yield _temperature_stage(scale, sampling, golden_temperature)
+    elif scale.positions < ENOUGH:  # nothing to fit: the labels have to do
+        slope = golden_temperature / _applied_temperature(positions.now)
     penalty = find_penalty(positions, slope, golden_temperature / slope)
     if penalty is not None:
         yield _penalty_stage(penalty, sampling)
@@ -201,6 +203,19 @@ def _truncation_stages(positions: Positions, slope: float, *, alone: bool, penal
         yield _one_truncates(positions, golden, slope, on_golden=True, penalised=penalised)
     elif now.truncates:
         yield _one_truncates(positions, now, slope, on_golden=False, penalised=penalised)
+    else:
+        yield from _only_chosen_excluded(positions)
+
+
+def _only_chosen_excluded(positions: Positions) -> Iterator[_Stage]:
+    """Tokens that one side excludes, where no kept set can be seen: it is wider than the top-k that was recorded."""
+    golden, now = np.isneginf(positions.expected[:, 0]), np.isneginf(positions.actual[:, 0])
+    for count, on_golden in ((int(np.count_nonzero(now & ~golden)), False), (int(np.count_nonzero(golden & ~now)), True)):
+        if count:
+            k = (positions.golden if on_golden else positions.now).top_k
+            text = f"a truncation was {_GOLDEN if on_golden else _NOW}: it excludes {count} of {len(now):,} tokens"
+            text += f"; top-{k} logprobs do not show how wide its kept sets are: record more"
+            yield _Stage(Finding("semantic", "truncation", text), on_golden, positions.golden.sampling.truncates)
 
 
 def _one_truncates(
