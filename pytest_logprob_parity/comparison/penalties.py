@@ -12,8 +12,10 @@ from .positions import Doubles, Positions
 from .scale import ENOUGH, FINEST, fit_scale
 
 _SURE: Final = 5.0
-#: A penalty has to explain this share of what is off between seen and other tokens of one position.
-_REMOVED: Final = 0.8
+#: A penalty has to explain this share of what is off between seen and other tokens of one position; less, where it comes
+#: out as the one that was recorded.
+_REMOVED, _REMOVED_BY_RECORD = 0.8, 0.5
+_ENOUGH_BY_RECORD: Final = 10
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,19 @@ def _repetition(positions: Positions, off: Doubles, scale: float) -> Penalty | N
         scale = unseen.slope
     steeper = line.slope / scale if scale else math.nan
     error = math.hypot(line.error, unseen.error if unseen.positions >= ENOUGH else 0.0) / abs(scale or 1)
-    if line.positions < ENOUGH or not line.uniform or not abs(steeper - 1) > max(FINEST, _SURE * error):
+    if not line.positions or not line.uniform or not abs(steeper - 1) > max(FINEST, _SURE * error):
         return None
-    if _left(positions, seen, line.slope) > (1 - _REMOVED) * _left(positions, seen, scale):
+    value = max(steeper, 1 / steeper)
+    recorded = abs(value - positions.golden.sampling.repetition_penalty) <= max(0.02 * value, 2 * error)
+    if line.positions < (_ENOUGH_BY_RECORD if recorded else ENOUGH):
+        return None
+    removed = _REMOVED_BY_RECORD if recorded else _REMOVED
+    if _left(positions, seen, line.slope) > (1 - removed) * _left(positions, seen, scale):
         return None
     others = positions.common & ~positions.seen
     both = seen.any(axis=1) & others.any(axis=1)
     lower = float(np.median(_mean(off, seen)[both] - _mean(off, others)[both])) if both.sum() >= ENOUGH else 0.0
     on_golden = lower > 0 if lower else steeper > 1
-    value = max(steeper, 1 / steeper)
     return Penalty("repetition_penalty", value, error * value, on_golden, line.positions)
 
 
@@ -86,6 +92,8 @@ def _additive(positions: Positions, off: Doubles, scale: float, temperature: flo
     applied = temperature * (scale if on_golden else 1.0)
     other = next(n for n in fits if n != name)
     alike = other if fits[other][2] <= 1.05 * left + 1e-12 else ""
+    if positions.golden.sampling.repetition_penalty != 1:
+        alike = "repetition_penalty"  # nearly the same for all that it moves, and too few pairs to see the difference
     return Penalty(name, abs(slope) * applied, error * applied, on_golden, len(rows), alike)
 
 
