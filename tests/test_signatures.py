@@ -284,3 +284,25 @@ def test_ten_thousand_tokens_take_less_than_a_second():
     result = compare(expected=expected, actual=actual)
     assert time.perf_counter() - began < 1
     assert causes(result)[0] == "raw_vs_processed"
+
+
+def rounded_logits(rollouts, bits):
+    """What an engine reports whose head gives its logits in so many bits of mantissa: 8 is bfloat16."""
+    mantissa, exponent = np.frexp(rollouts.logits)
+    copy = object.__new__(Policy)
+    copy.__dict__ = {**rollouts.__dict__, "logits": np.ldexp(np.round(mantissa * 2**bits) / 2**bits, exponent)}
+    return copy.trace(dtype="bfloat16")
+
+
+def test_the_heads_precision_is_read_off_the_grid_that_logits_lie_on():
+    rollouts = policy(temperature=0.7)
+    fine, coarse = rollouts.trace(dtype="bfloat16"), rounded_logits(rollouts, 4)
+    for sides, told in (
+        ((coarse, fine), "the golden's logits lie on a grid of"),
+        ((fine, coarse), "those of this run lie on a"),
+    ):
+        found = compare(expected=sides[0], actual=sides[1]).findings
+        assert [(f.layer, f.cause) for f in found] == [("head", "head_precision")]
+        assert told in found[0].evidence
+    bent = rollouts.trace(dtype="bfloat16", change=lambda table: table - 0.05 * np.arange(VOCABULARY) % 3)
+    assert not [f for f in compare(expected=rounded_logits(rollouts, 8), actual=bent).findings if f.layer == "head"]

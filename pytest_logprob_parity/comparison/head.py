@@ -25,7 +25,19 @@ def head_finding(positions: Positions) -> Finding | None:
     golden, now = logit_step(positions, golden=True), logit_step(positions, golden=False)
     if golden is None or now is None or 0 < golden < 4 * now < 16 * golden or golden == now:
         return None  # grids as near as these come of logits of another size
+    if not _within(positions, 2 * max(golden, now)):
+        return None  # rounding moves no logit by more than a step: something else did
     return Finding("head", "head_precision", f"the golden's logits {_words(golden)}, those of this run {_words(now)}")
+
+
+def _within(positions: Positions, most: float) -> bool:
+    """Whether the gaps between tokens, in logits, differ between the sides by no more than this at most positions."""
+    scale = [_temperature(trace) for trace in (positions.golden, positions.now)]
+    two = positions.of(positions.common.sum(axis=1) >= 2)
+    apart = np.where(two.common, two.actual * scale[1] - two.expected * scale[0], np.nan)
+    if not len(apart):
+        return False
+    return bool(np.median(np.nanmax(apart, axis=1) - np.nanmin(apart, axis=1)) <= most)
 
 
 def logit_step(positions: Positions, *, golden: bool) -> float | None:

