@@ -12,7 +12,7 @@ from common import REPO, SPEC, long_prompts, report_number, share_the_machine, s
 
 from pytest_logprob_parity.check import check_golden
 from pytest_logprob_parity.comparison.alignment import align
-from pytest_logprob_parity.comparison.semantics import semantic_findings
+from pytest_logprob_parity.comparison.signatures.semantics import semantic_findings
 from pytest_logprob_parity.diagnosis.ablation import Budget, ablate
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.pool import Pool

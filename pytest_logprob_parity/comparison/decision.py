@@ -10,7 +10,7 @@ from ..trace import Trace
 from .alignment import Alignment
 from .intervals import MIN_SEQUENCES
 from .result import Difference, Finding, Gate
-from .semantics import different_meaning
+from .signatures.semantics import different_meaning
 
 #: Below this share of the golden's tokens compared, a comparison proves too little to pass.
 COVERAGE: Final = 0.95

@@ -17,11 +17,11 @@ from .alignment import Alignment, align
 from .decision import Found, decide
 from .effects import gates_of, what_it_shows
 from .free_run import judge_free_run
-from .head import head_finding
 from .permutation import ALPHA, block_permutation_test
-from .positions import positions_of
 from .result import Comparison, Difference, Finding, FreeRun, TokenDiff
-from .semantics import bears_out, different_meaning, label_findings, semantic_findings, unsure_of
+from .signatures.head import head_finding
+from .signatures.positions import positions_of
+from .signatures.semantics import bears_out, different_meaning, label_findings, semantic_findings, unsure_of
 from .support import support_flips
 from .tolerance import Tolerance, default_tolerance, make_tolerance, with_floor
 

@@ -6,9 +6,9 @@ from typing import Final
 
 import numpy as np
 
-from ..trace import Trace
+from ...trace import Trace
+from ..result import Finding
 from .positions import Positions
-from .result import Finding
 
 #: Grids from 8 down to 1/256: bfloat16 logits of 8 to 16 lie on one of 1/16, e4m3 ones on one of 1.
 _STEPS: Final = tuple(2.0**-n for n in range(-3, 9))

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..trace import Trace
+from ...trace import Trace
 from .positions import Doubles, Positions
 
 #: A chosen logprob and the same token's entry in the top-k are one number; float32 may round it on the way.

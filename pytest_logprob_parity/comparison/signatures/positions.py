@@ -11,8 +11,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from ..trace import Trace
-from .alignment import Alignment
+from ...trace import Trace
+from ..alignment import Alignment
 
 Doubles = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

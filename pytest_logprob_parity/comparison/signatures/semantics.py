@@ -9,14 +9,14 @@ from typing import Final
 
 import numpy as np
 
-from ..spec import Sampling
-from ..trace import Trace
+from ...spec import Sampling
+from ...trace import Trace
+from ..alignment import Alignment
+from ..result import Finding
 from . import truncation
-from .alignment import Alignment
 from .penalties import Penalty, find_penalty
 from .positions import Positions, positions_of
 from .reporting import Misreport, find_shift, misreport
-from .result import Finding
 from .scale import ENOUGH, NO_SCALE, Scale, fit_scale
 
 _GOLDEN: Final = "applied to the golden and not to this run"
