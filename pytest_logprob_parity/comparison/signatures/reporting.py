@@ -112,7 +112,8 @@ def _by_sequence(trace: Trace, rows: Any, said: Doubles, own: Doubles, wrong: An
     values = said[wrong]
     near = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
     gap = np.minimum(np.abs(ordered[near] - values), np.abs(ordered[np.maximum(near - 1, 0)] - values))
-    if np.mean(gap <= 1e-5 * np.maximum(1, np.abs(values))) > _MOST and np.corrcoef(said[wrong], own[wrong])[0, 1] < 0.9:
+    elsewhere = bool(np.mean(gap <= 1e-5 * np.maximum(1, np.abs(values))) > _MOST)
+    if elsewhere and values.std() and own[wrong].std() and np.corrcoef(values, own[wrong])[0, 1] < 0.9:
         return "wrong_token", "those of other tokens, which stand elsewhere in the trace"
     spread = np.abs(said - own)[wrong]
     return "wrong_values", f"off by {np.median(spread):.3g} nats in the middle"
