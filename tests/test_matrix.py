@@ -3,6 +3,7 @@ transformers, which starts in seconds; tests/test_migration.py has what real ver
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -180,6 +181,20 @@ def test_an_environment_is_made_once_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_the_users_own_environment_is_not_touched(tmp_path):
     python = python_of(Environment("empty", requirements=("",)), tmp_path, lambda _: None)
     assert os.path.commonpath([python, sys.prefix]) != sys.prefix
+
+
+def test_the_worker_needs_numpy_and_safetensors_and_an_engine():
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("scipy", "pytest", "pluggy", "torch", "vllm", "transformers", "ray"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+import pytest_logprob_parity.matrix.worker, pytest_logprob_parity.engines.vllm
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 # -- executors ---------------------------------------------------------------------------------------------------------
