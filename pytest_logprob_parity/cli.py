@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ParityError, UsageError
+from .errors import IncomparableError, ParityError, UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -225,6 +225,7 @@ def _selftest(given: argparse.Namespace) -> int:
 
 
 def _diff(expected_path: Path, actual_path: Path, level: str, as_json: bool) -> int:
+    from .comparison.alignment import align
     from .comparison.tolerance import default_tolerance, make_tolerance, with_floor
     from .comparison.verdict import Evidence, judge
     from .fingerprint import differences, setup_class
@@ -233,8 +234,12 @@ def _diff(expected_path: Path, actual_path: Path, level: str, as_json: bool) -> 
 
     expected, actual = Golden.load(expected_path), Golden.load(actual_path)
     limits = with_floor(default_tolerance(expected.trace.dtype, (expected.trace.path, actual.trace.path)), expected.floor)
+    if align(expected.trace, actual.trace).missing_sequences == expected.trace.num_sequences:
+        raise IncomparableError(f"{actual_path} belongs to other prompts than {expected_path}: they have none in common")
     both = expected.fingerprint and actual.fingerprint
     apart = differences(expected.fingerprint, actual.fingerprint) if both else []
+    if expected.trace.sampling != actual.trace.sampling:
+        apart.append(("sampling", expected.trace.sampling.processing(), actual.trace.sampling.processing()))
     evidence = Evidence(expected.floor, setup=setup_class(expected.fingerprint if both else {}, apart))
     comparison = judge(expected.trace, actual.trace, make_tolerance(limits, expected.tolerance), level, evidence)
     if as_json:

@@ -60,7 +60,8 @@ def failure_message(
 
 def _side(trace: Trace) -> str:
     return (
-        f"{trace.engine} {trace.engine_version}, {trace.dtype}, {trace.distribution()} logprobs by {trace.replay or trace.path}"
+        f"{trace.engine} {trace.engine_version}, {trace.dtype}, {trace.logprobs_mode.replace('_', ' ')} by "
+        f"{trace.replay or trace.path}"
     )
 
 

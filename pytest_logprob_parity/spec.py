@@ -207,7 +207,7 @@ class Sampling:
             (self.logprobs >= 1, f"logprobs={self.logprobs}: must be 1 or more; they are what is compared"),
         ):
             if not ok:
-                raise UsageError(f"Sampling({what}")
+                raise UsageError(f"Sampling({what})")
 
     @classmethod
     def of(cls, value: Any) -> Sampling:

@@ -26,6 +26,11 @@ PATHS: Final = ("decode", "prefill")
 #: Why a sequence ended, as coded in the column `finish_reasons`.
 FINISH_REASONS: Final = ("unknown", "stop", "length", "abort")
 
+_DTYPE_NAMES: Final = {
+    "fp64": "float64", "double": "float64", "fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16",
+    "half": "float16",
+}  # fmt: skip
+
 #: In the column `seeds`: the sequence cannot be sampled again, for nobody knows its seed.
 NO_SEED: Final = -1
 
@@ -114,6 +119,7 @@ class Trace:
     token_texts: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name, value, known in (("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES), ("path", self.path, PATHS)):
             if value not in known:
                 raise UsageError(f"Trace({name}={value!r}): known are {', '.join(known)}")
@@ -182,22 +188,30 @@ class Trace:
         parts: dict[str, list[Any]] = {
             name: [] for name in ("token_ids", "logprobs", "ranks", "mask", "untruncated_logprobs", "weight_versions")
         }
-        tops: list[Mapping[int, float]] = []
+        tops: list[dict[int, float]] = []
         counts: dict[int, int] = {}
         for index, sequence in enumerate(sequences):
             where = f"Trace.from_sequences: sequence {index}"
+            if not isinstance(sequence, Mapping):
+                raise UsageError(f"{where} is no mapping but {type(sequence).__name__}")
             unknown = sorted(set(sequence) - known)
             if unknown:
                 raise UsageError(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
             for name in ("prompt_token_ids", "token_ids", "logprobs"):
                 if sequence.get(name) is None:
                     raise UsageError(f"{where} lacks {name}")
+            for name in ("token_ids", "logprobs", "top_logprobs", "ranks", "mask", "untruncated_logprobs", "weight_versions"):
+                if sequence.get(name) is not None and not hasattr(sequence[name], "__len__"):
+                    raise UsageError(f"{where}: {name} has one entry for each token, so it is not {sequence[name]!r:.40}")
             length = len(sequence["token_ids"])
             for name in ("logprobs", "top_logprobs", "ranks", "mask", "untruncated_logprobs", "weight_versions"):
                 column = sequence.get(name)
                 if column is not None and len(column) != length:
                     raise UsageError(f"{where} has {length} token_ids but {len(column)} {name}")
-            prompt = tuple(int(t) for t in sequence["prompt_token_ids"])
+            try:
+                prompt = tuple(_column("prompt_token_ids", sequence["prompt_token_ids"]).tolist())
+            except UsageError as error:
+                raise UsageError(f"{where}: {error}") from None
             key = (sequence["group"], prompt) if "group" in sequence else prompt
             if key not in prompts:
                 prompts[key] = len(prompt_ids)
@@ -224,14 +238,16 @@ class Trace:
                 if sequence.get(name) is not None:
                     parts[name].append(np.asarray(sequence[name]))
             given = sequence.get("top_logprobs")
-            tops.extend([{}] * length if given is None else given)
+            try:
+                tops.extend([{}] * length if given is None else [_top(top) for top in given])
+            except (TypeError, ValueError, AttributeError):
+                raise UsageError(f"{where}: top_logprobs has one {{token id: logprob}} for each token, or None") from None
         k = max((len(top) for top in tops), default=0)
         top_ids = np.full((len(tops), k), -1, np.int32)
         top_logprobs = np.full((len(tops), k), -np.inf, np.float32)
         for i, top in enumerate(tops):
             if top:
-                values = {t: float(getattr(v, "logprob", v)) for t, v in top.items()}  # vLLM's Logprob objects too
-                order = sorted(values.items(), key=lambda item: -item[1])
+                order = sorted(top.items(), key=lambda item: -item[1])
                 top_ids[i, : len(top)] = [t for t, _ in order]
                 top_logprobs[i, : len(top)] = [value for _, value in order]
         for name in ("untruncated_logprobs", "weight_versions"):
@@ -447,13 +463,25 @@ def _column(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
     dtype = np.dtype(COLUMNS[name][0])
     try:
         given = np.asarray(values)
-        column = np.asarray(given, dtype)
+        with np.errstate(over="ignore"):  # beyond float32 is -inf
+            column = np.asarray(given, dtype)
         exact = dtype.kind == "f" or not given.size or (given.dtype.kind in "iufb" and bool(np.all(column == given)))
     except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"Trace column {name} is not {dtype}: {error}") from None
     if not exact:
         raise UsageError(f"Trace column {name} is not {dtype}: its values are {given.dtype} and do not fit")
     return column
+
+
+def dtype_name(name: str) -> str:
+    """A dtype's name as we write it: `torch.float32`, `fp32` and `FLOAT32` are `float32`."""
+    short = str(name).lower().removeprefix("torch.")
+    return _DTYPE_NAMES.get(short, short)
+
+
+def _top(top: Any) -> dict[int, float]:
+    """One position's top logprobs; vLLM's Logprob objects count as numbers."""
+    return {int(token): float(getattr(value, "logprob", value)) for token, value in (top or {}).items()}
 
 
 def offsets_of(rows: Sequence[Sequence[Any] | npt.NDArray[Any]]) -> LongArray:

@@ -133,3 +133,29 @@ def test_labels_are_checked():
         Trace.from_sequences(SEQUENCES[:1], logprobs_mode="raw")
     with pytest.raises(UsageError, match="no sequences"):
         Trace.from_sequences([])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"top_logprobs": [{2: None}]}, "top_logprobs has one {token id: logprob} for each token, or None"),
+        ({"top_logprobs": [[-1.0]]}, "top_logprobs has one {token id: logprob} for each token, or None"),
+        ({"logprobs": -0.5}, "logprobs has one entry for each token, so it is not -0.5"),
+        ({"prompt_token_ids": "hi"}, "Trace column prompt_token_ids is not int32"),
+        ({"prompt_token_ids": [2**40]}, "Trace column prompt_token_ids is not int32"),
+        ({"prompt_token_ids": [1.7]}, "Trace column prompt_token_ids is not int32"),
+    ],
+    ids=str,
+)
+def test_sequences_that_do_not_fit_are_named(change, told):
+    with pytest.raises(UsageError) as error:
+        Trace.from_sequences([{"prompt_token_ids": [1], "token_ids": [2], "logprobs": [-0.5], **change}])
+    assert str(error.value).startswith("Trace.from_sequences: sequence 0")
+    assert told in str(error.value)
+
+
+def test_a_position_without_top_logprobs_is_fine():
+    sequence = {"prompt_token_ids": [1], "token_ids": [2, 3], "logprobs": [-0.5, -1], "top_logprobs": [None, {3: -1.0}]}
+    assert Trace.from_sequences([sequence]).top_token_ids.tolist() == [[-1], [3]]
+    with pytest.raises(UsageError, match="sequence 0 is no mapping but int"):
+        Trace.from_sequences([5])

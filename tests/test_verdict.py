@@ -615,6 +615,52 @@ def test_an_end_token_at_the_last_allowed_place_has_two_finish_reasons_and_eithe
     assert "50 name the other of two finish reasons that both hold" in str(run)
 
 
+@pytest.mark.parametrize("by", [-1000.0, -9999.0, 1000.0])
+def test_numbers_whose_ratios_under_or_overflow_fail_and_do_not_crash(by):
+    trace = make_trace()
+    result = compare(expected=trace, actual=trace.with_(logprobs=trace.logprobs + np.float32(by)))
+    assert (result.verdict, result.metrics["ess"] <= 1) == ("fail", True)
+
+
+def test_tokens_that_did_not_come_back_are_told_and_fail_at_level_bitwise():
+    trace = make_trace()
+    other = trace.token_ids.copy()
+    other[-40:] += 1
+    fewer = trace.with_(token_ids=other)
+    told = compare(expected=trace, actual=fewer)
+    assert told.passed
+    assert "40 of the golden's 2,000 tokens were not compared: 0 sequences are missing, 1 go on with other tokens" in told.notes
+    result = compare(expected=trace, actual=fewer, level="bitwise")
+    assert (result.verdict, result.headline.partition(",")[0]) == ("fail", "40 of the golden's 2000 tokens did not come back")
+
+
+@pytest.mark.parametrize("name", ["torch.float32", "FLOAT32", "fp32"])
+def test_a_dtype_is_known_by_its_other_names(name):
+    assert make_trace(dtype=name).dtype == "float32"
+
+
+def test_limits_for_a_dtype_that_nobody_knows_are_bfloat16s_and_say_so():
+    trace = make_trace(dtype="unknown")
+    result = compare(expected=trace, actual=trace.with_(logprobs=trace.logprobs + np.float32(1e-4)))
+    assert any("the defaults of bfloat16, for 'unknown' is no dtype we know" in note for note in result.notes)
+
+
+def test_mostly_excluded_tokens_show_nothing():
+    trace = make_trace()
+    excluded = np.where(np.arange(2000) % 40 < 30, -np.inf, trace.logprobs).astype(np.float32)
+    result = compare(expected=trace.with_(logprobs=excluded), actual=trace.with_(logprobs=excluded + np.float32(1e-4)))
+    assert (result.verdict, result.headline[:30]) == ("unverified", "Most tokens, 1500, are exclude")
+
+
+def test_an_exclusion_that_the_runs_own_top_k_contradicts_was_reported_wrongly():
+    trace = make_trace()
+    top = trace.with_(top_token_ids=trace.token_ids[:, None], top_logprobs=trace.logprobs[:, None])
+    lost = trace.logprobs.copy()
+    lost[7] = -np.inf
+    found = compare(expected=top, actual=top.with_(logprobs=lost)).findings[0]
+    assert (found.cause, "-inf for 1 that its top-k keeps" in found.evidence) == ("wrong_values", True)
+
+
 def test_a_free_run_decides_only_where_the_logprobs_agree():
     trace = make_trace(sampling=Sampling(temperature=1.0))
     run = free_run(trace, other_tokens(trace, 40))

@@ -70,6 +70,9 @@ def _failure(found: Found) -> str:
         return f"Logprobs are not close: {worst.name} {worst.value:.3g} {worst.unit} ({worst.limit:.3g} allowed)"
     if found.free_problem:
         return found.free_problem
+    missing = found.rows.wanted - tokens
+    if found.level == "bitwise" and missing and not found.actual.replay.startswith("window"):
+        return f"{missing} of the golden's {found.rows.wanted} tokens did not come back, so they are not the same bit for bit"
     if numbers["n_tokens"] and found.level == "bitwise" and not found.exact:
         return f"{int(numbers['n_changed'])} of {tokens} logprobs are not the same bit for bit"
     if numbers["n_tokens"] and found.level == "noise" and found.difference.different:
@@ -82,6 +85,8 @@ def _not_shown(found: Found) -> str:
     numbers = found.numbers
     if not numbers["n_tokens"]:
         return "Nothing was compared: no token has a finite logprob on both sides"
+    if numbers["n_excluded"] > numbers["n_tokens"]:
+        return f"Most tokens, {int(numbers['n_excluded'])}, are excluded on both sides: {_NOT_SHOWN.lower()}"
     if numbers["coverage"] < COVERAGE and not found.actual.replay.startswith("window"):
         return (
             f"Only {numbers['coverage']:.1%} of the tokens could be compared ({COVERAGE:.0%} needed): "

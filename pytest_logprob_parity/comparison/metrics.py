@@ -56,7 +56,7 @@ def difference_metrics(d: Doubles) -> dict[str, float]:
         mean_ratio,
         float(ratio.max()),
         float(np.count_nonzero(np.abs(ratio - 1) > CLIP)) / len(d),
-        mean_ratio**2 / mean_square_ratio,
+        mean_ratio**2 / mean_square_ratio if mean_square_ratio else 0.0,  # every ratio underflows
     )
     return dict(zip(names, values, strict=True))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,12 +18,12 @@ from .decision import Found, decide
 from .effects import gates_of, what_it_shows
 from .free_run import judge_free_run
 from .permutation import ALPHA, block_permutation_test
-from .result import Comparison, Difference, Finding, FreeRun, TokenDiff
+from .result import Comparison, Difference, Finding, FreeRun, Gate, TokenDiff
 from .signatures.head import head_finding
 from .signatures.positions import positions_of
 from .signatures.semantics import bears_out, different_meaning, label_findings, semantic_findings, unsure_of
 from .support import support_flips
-from .tolerance import Tolerance, default_tolerance, make_tolerance, with_floor
+from .tolerance import DEFAULTS, Tolerance, default_tolerance, make_tolerance, with_floor
 
 #: What fails: any other bit; any difference beyond what other batch shapes do; an effect that matters to an RL update.
 LEVELS: Final = ("bitwise", "noise", "rl")
@@ -94,6 +94,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
     gates, clusters = gates_of(expected, d, sequences if every else sequences[finite], numbers, flips, limits)
     failed = [g for g in gates if not g.ok]
     exact = bool(len(d)) and not numbers["n_changed"]
+    notes_of_tokens = _uncompared(expected, actual, rows, numbers)
     findings, notes = _meanings(expected, actual, rows, numbers, bool(failed) or not len(d))
     if findings:
         gates = ()
@@ -124,8 +125,10 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
         difference = _is_different(expected, exact, bool(failed or findings), level, evidence)
     else:
         difference = Difference(None, "nothing was compared")
+    notes += notes_of_tokens
     if level == "rl" and evidence.floor is None and not exact and len(d):
-        notes.append(f"no noise floor: the limits for outliers and support flips are the defaults of {expected.dtype}")
+        known = expected.dtype if expected.dtype in DEFAULTS else f"bfloat16, for {expected.dtype!r} is no dtype we know"
+        notes.append(f"no noise floor: the limits for outliers and support flips are the defaults of {known}")
     verdict, headline = decide(
         Found(
             expected=expected,
@@ -145,7 +148,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
         )
     )
     if verdict == "pass" and not exact:
-        findings.append(Finding("noise", "numerical_noise", f"RMS {numbers['rms_diff']:.2g} nats, within tolerance"))
+        findings.append(_noise(numbers, gates))
     return Comparison(
         verdict=verdict,
         headline=headline,
@@ -180,7 +183,7 @@ def _numbers(
         "n_nan": float(np.count_nonzero(broken)),
         "n_missing": float(np.count_nonzero(np.isnan(e))),
         "n_excluded": float(excluded),
-        "n_changed": float(np.count_nonzero(e != a) - np.count_nonzero(np.isnan(e) & np.isnan(a))),
+        "n_changed": float(np.count_nonzero((e != a) & ~np.isnan(e))),
         "support_flips": float(flips),
         "diverged_sequences": float(rows.diverged_sequences),
         "missing_sequences": float(rows.missing_sequences),
@@ -189,12 +192,35 @@ def _numbers(
     }
 
 
+def _uncompared(expected: Trace, actual: Trace, rows: Alignment, numbers: Mapping[str, float]) -> list[str]:
+    """What was not compared although the golden has it, in words."""
+    notes = []
+    if rows.tokens < rows.wanted and not actual.replay.startswith("window"):
+        notes.append(
+            f"{rows.wanted - rows.tokens:,} of the golden's {rows.wanted:,} tokens were not compared: {rows.missing_sequences} "
+            f"sequences are missing, {rows.diverged_sequences} go on with other tokens"
+        )
+    if numbers["n_missing"]:
+        notes.append(f"{int(numbers['n_missing']):,} tokens have no logprob in the golden")
+    if numbers["n_excluded"]:
+        notes.append(f"{int(numbers['n_excluded']):,} tokens are excluded on both sides: equal, and no number to compare")
+    return notes
+
+
+def _noise(numbers: Mapping[str, float], gates: Sequence[Gate]) -> Finding:
+    """What passes and is not bit for bit the same: its size as the gates measure it, and the tokens that are far off."""
+    rms = next((g.value for g in gates if g.name.startswith("RMS")), numbers["rms_diff"])
+    off = next((g for g in gates if g.name.startswith("tokens off") and g.value), None)
+    beside = "" if off is None else f", beside {off.value:.0f} {off.name} (largest {numbers['max_abs_diff']:.3g})"
+    return Finding("noise", "numerical_noise", f"RMS {rms:.2g} nats{beside}, within tolerance")
+
+
 def _meanings(
     expected: Trace, actual: Trace, rows: Alignment, numbers: dict[str, float], apart: bool
 ) -> tuple[list[Finding], list[str]]:  # fmt: skip
     """What labels that differ come to: a finding where the numbers bear them out, else a note; no finding where equal."""
     claim = different_meaning(expected, actual)
-    if claim is None:
+    if claim is None or not rows.tokens:
         return [], []
     if apart or bears_out(expected, actual, rows):
         numbers |= dict.fromkeys(m.DIFFERENCE_METRICS, float("nan"))  # differences of two meanings mean nothing
@@ -219,6 +245,8 @@ def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evide
     floor = evidence.floor
     if exact:
         return Difference(False, "bit for bit the same")
+    if level == "bitwise":
+        return Difference(True, "not bit for bit the same")
     if decided:
         return Difference(True, "see the headline")
     if evidence.setup == "same" and floor is not None and floor.reproduces and level != "noise":

@@ -37,7 +37,7 @@ def misreport(positions: Positions, *, golden: bool) -> Misreport | None:
     listed = np.where(mine, trace.top_logprobs[rows], np.nan).astype(np.float64)
     own = np.where(mine.any(axis=1), np.nanmax(np.where(mine, listed, -np.inf), axis=1), np.nan)
     said = trace.logprobs[rows].astype(np.float64)
-    known = np.isfinite(own) & np.isfinite(said)
+    known = np.isfinite(own) & ~np.isnan(said)
     with np.errstate(invalid="ignore"):
         wrong = known & (np.abs(said - own) > _SAME * np.maximum(1, np.abs(own)))
     count, of = int(np.count_nonzero(wrong)), int(np.count_nonzero(known))
@@ -72,6 +72,9 @@ def find_shift(positions: Positions) -> Misreport | None:
 
 
 def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -> tuple[str, str]:
+    excluded = known & np.isneginf(said)
+    if excluded.any():
+        return "wrong_values", f"-inf for {int(np.count_nonzero(excluded)):,} that its top-k keeps"
     first = trace.top_logprobs[rows, 0].astype(np.float64)
     with np.errstate(invalid="ignore"):
         wrong = known & (np.abs(said - own) > _SAME * np.maximum(1, np.abs(own)))

@@ -210,6 +210,8 @@ def _truncation_stages(positions: Positions, slope: float, *, alone: bool, penal
 def _only_chosen_excluded(positions: Positions) -> Iterator[_Stage]:
     """Tokens that one side excludes, where no kept set can be seen: it is wider than the top-k that was recorded."""
     golden, now = np.isneginf(positions.expected[:, 0]), np.isneginf(positions.actual[:, 0])
+    if (now & ~golden).any() and (golden & ~now).any():
+        return  # no truncation does both
     for count, on_golden in ((int(np.count_nonzero(now & ~golden)), False), (int(np.count_nonzero(golden & ~now)), True)):
         if count:
             k = (positions.golden if on_golden else positions.now).top_k

@@ -49,7 +49,10 @@ def kept(positions: Positions, *, golden: bool) -> Kept:
     apart = np.isfinite(chosen) & ~listed
     counts = left.sum(axis=1) + apart
     total = np.exp(np.where(left, top, -np.inf)).sum(axis=1) + np.where(apart, np.exp(chosen), 0)
-    complete = ~left.all(axis=1) & (counts > 0) & ~apart if top.shape[1] else np.zeros(len(rows), bool)
+    listed_out = (np.isneginf(top) & (ids >= 0)).any(axis=1)
+    # A place that is not used says less: some engines give the chosen token a place of its own only where it needs one.
+    whole = (ids < 0).any(axis=1) & (total > 1 - _WHOLE)
+    complete = (listed_out | whole) & (counts > 0) & ~apart if top.shape[1] else np.zeros(len(rows), bool)
     return Kept(np.asarray(complete), counts, np.asarray(total, np.float64))
 
 
