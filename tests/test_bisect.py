@@ -1,11 +1,14 @@
 """`logprob-parity bisect`: the release between two where a golden's check comes out otherwise. docs/diagnosis.md has a real
 search; here releases answer what the test says, so that every way through the search is taken."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from pytest_logprob_parity import EngineError, Trace, UsageError, compare
 from pytest_logprob_parity.cli import main
+from pytest_logprob_parity.comparison.result import Finding
 from pytest_logprob_parity.matrix.bisect import Tried, bisect, environment_of, releases_between
 
 RELEASES = ["0.10.0", "0.10.1", "0.10.1.1", "0.10.2", "0.11.0", "0.12.0", "0.12.0.post2", "0.13.0", "0.14.0rc1", "0.14.0"]
@@ -49,6 +52,18 @@ def test_releases_that_do_not_run_are_stepped_around_and_named_where_they_may_be
     switch, _ = search(versions, "0.11.0", broken=("0.10.2", "0.11.0"))
     assert (switch.before.version, switch.after.version) == ("0.10.1.1", "0.12.0")
     assert switch.skipped == ("0.10.2", "0.11.0")
+
+
+def test_a_cause_can_be_searched_for_whatever_else_fails_on_the_way():
+    def attempt(version):
+        failing = answer(False)
+        if version in ("1", "2"):
+            failing = dataclasses.replace(failing, findings=(Finding("semantic", "temperature", "as it was"),))
+        return Tried(version, answer(True) if version == "5" else failing)
+
+    switch = bisect(["1", "2", "3", "4", "5"], attempt, lambda _: None, cause="temperature")
+    assert (switch.before.version, switch.after.version) == ("2", "3")
+    assert bisect(["1", "2", "3", "4", "5"], attempt, lambda _: None).after.version == "5"
 
 
 def test_the_two_ends_may_be_given_in_either_order_and_repackagings_are_left_out():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -138,12 +139,16 @@ def try_release(
     return Tried(version, comparison)
 
 
-def bisect(versions: Sequence[str], attempt: Callable[[str], Tried], notify: Callable[[str], None]) -> Switch:
+def bisect(
+    versions: Sequence[str], attempt: Callable[[str], Tried], notify: Callable[[str], None], cause: str = ""
+) -> Switch:  # fmt: skip
     """The two neighbouring releases of `versions` (oldest first) between which the outcome changes.
 
-    The outcome is whether the golden passes. Releases that do not run are stepped around, nearest first. Raises UsageError
-    where both ends come to the same, EngineError where one of them does not run.
+    The outcome is whether the golden passes, or with `cause` whether that is among its findings. Releases that do not run
+    are stepped around, nearest first. Raises UsageError where both ends come to the same, EngineError where one of them
+    does not run.
     """
+    outcome_of = functools.partial(_has, cause=cause) if cause else _passes
     tried: dict[str, Tried] = {}
 
     def ask(version: str) -> Tried:
@@ -156,7 +161,7 @@ def bisect(versions: Sequence[str], attempt: Callable[[str], Tried], notify: Cal
     for end in ends:
         if end.comparison is None:
             raise EngineError(f"the search needs both ends: {end}")
-    if _passes(ends[0]) == _passes(ends[1]):
+    if outcome_of(ends[0]) == outcome_of(ends[1]):
         raise UsageError(f"nothing to search for: {ends[0]}, and {ends[1]}")
     low, high = 0, len(versions) - 1
     while high - low > 1:
@@ -167,7 +172,7 @@ def bisect(versions: Sequence[str], attempt: Callable[[str], Tried], notify: Cal
                 break
         else:
             break  # nothing between the two runs
-        if _passes(outcome) == _passes(ends[0]):
+        if outcome_of(outcome) == outcome_of(ends[0]):
             low = place
         else:
             high = place
@@ -178,6 +183,10 @@ def bisect(versions: Sequence[str], attempt: Callable[[str], Tried], notify: Cal
         tuple(sorted(tried.values(), key=lambda t: order[t.version])),
         tuple(versions[low + 1 : high]),
     )
+
+
+def _has(tried: Tried, cause: str) -> bool:
+    return tried.comparison is not None and any(finding.cause == cause for finding in tried.comparison.findings)
 
 
 def _passes(tried: Tried) -> bool:
