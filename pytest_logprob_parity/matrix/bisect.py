@@ -24,6 +24,7 @@ from .worker import load_answers
 #: Nothing that text models need, and builds that want CUDA beside a CPU torch.
 _UNWANTED: Final = ("torchvision", "torchaudio", "torchcodec")
 _NAME: Final = "golden"
+_FULL: Final = "No space left on device"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def bisect(
 
     The outcome is whether the golden passes, or with `cause` whether that is among its findings. Releases that do not run
     are stepped around, nearest first. Raises UsageError where both ends come to the same, EngineError where one of them
-    does not run.
+    does not run, and where there is no disk left.
     """
     outcome_of = functools.partial(_has, cause=cause) if cause else _passes
     tried: dict[str, Tried] = {}
@@ -155,6 +156,8 @@ def bisect(
         if version not in tried:
             tried[version] = attempt(version)
             notify(str(tried[version]))
+            if _FULL in tried[version].problem:  # says nothing of the release, and nothing of the next one
+                raise EngineError(f"the search ends at {tried[version]}")
         return tried[version]
 
     ends = [ask(versions[0]), ask(versions[-1])]
