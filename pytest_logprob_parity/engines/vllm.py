@@ -269,6 +269,8 @@ def _read_config(config: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
                 if part is not None and hasattr(part, name):
                     values[name] = getattr(part, name)
                     break
+    if "logprobs_mode" in values:  # an enum in some versions, whose members are written in capitals
+        values["logprobs_mode"] = getattr(values["logprobs_mode"], "value", values["logprobs_mode"])
     if isinstance(overrides := asked.get("hf_overrides"), dict):
         values["hf_overrides"] = {
             k: getattr(model, k) if k == "head_dtype" and hasattr(model, k) else getattr(model.hf_config, k, None)

@@ -21,8 +21,9 @@ from .environments import Environment
 from .executors import Job, run_job
 from .worker import load_answers
 
-#: Nothing that text models need, and builds that want CUDA beside a CPU torch.
-_UNWANTED: Final = ("torchvision", "torchaudio", "torchcodec")
+#: Nothing that text models need, and builds that want CUDA beside a CPU torch; and triton, whose version torch decides: the
+#: one that CPU releases pin does not go with the build of torch that an index may have in place of theirs.
+_UNWANTED: Final = ("torchvision", "torchaudio", "torchcodec", "triton")
 _NAME: Final = "golden"
 _FULL: Final = "No space left on device"
 
