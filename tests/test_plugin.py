@@ -52,7 +52,7 @@ def test_record_then_check(pytester, run_inner):
     first.stdout.fnmatch_lines(
         [
             "  recorded golden/test_it/test_rollouts-*.safetensors",
-            "    noise floor of 5 repeats: RMS * nats between two of them, max *% of the tokens move",
+            "    noise floor of 5 repeats: *",
             "    the noise floor took * s beside the recording pass",
             "    shown (95% sure, * sequences): |mean d| up to *",
             "    would have caught: a mean shift above 0.002 nats, *",
