@@ -64,10 +64,12 @@ def tell(config: pytest.Config, line: str) -> None:
         return
     if capture is None:
         terminal.write_line(f"logprob-parity: {line}")
+        terminal.flush()
         return
     with capture.global_and_fixture_disabled():
         terminal.ensure_newline()
         terminal.write_line(f"logprob-parity: {line}")
+        terminal.flush()  # into a pipe, too: it is progress
 
 
 def note_outcome(item: pytest.Item, record: dict[str, Any]) -> None:

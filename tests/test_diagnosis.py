@@ -33,7 +33,8 @@ def test_the_settings_that_account_for_it_are_named_with_their_share(golden, poo
     found = ablated(golden, pool, failing)
     assert set(found.differs) >= {"logprobs_mode", "max_num_seqs", "kv_cache_dtype"}
     shares = {step.moved: found.share(step) for step in found.steps[1:]}
-    assert shares["logprobs_mode",] > 0.8
+    assert shares["logprobs_mode",] > 0.2
+    assert shares["kv_cache_dtype",] > 0.2
     assert abs(shares["max_num_seqs",]) < 0.05
     assert set(found.best.moved) >= {"logprobs_mode", "kv_cache_dtype"}
     told = found.describe()

@@ -20,6 +20,9 @@ def test_the_quickstart_checks_its_committed_golden(tmp_path):
     printed = {_shape(line) for line in done.stdout.splitlines()}
     quoted = (ROOT / "README.md").read_text().partition("    logprob-parity: 1 checked\n")[2].partition("\n\n")[0].splitlines()
     assert len(quoted) == 4
+    if "(same setup" not in done.stdout:  # another processor than the golden's: judged by statistics
+        assert "(compatible setup, level rl)" in done.stdout
+        quoted = []
     for line in quoted:
         assert _shape(line) in printed, line
 

@@ -48,7 +48,8 @@ def kept(positions: Positions, *, golden: bool) -> Kept:
     listed = (ids == trace.token_ids[rows][:, None]).any(axis=1)
     apart = np.isfinite(chosen) & ~listed
     counts = left.sum(axis=1) + apart
-    total = np.exp(np.where(left, top, -np.inf)).sum(axis=1) + np.where(apart, np.exp(chosen), 0)
+    total = np.exp(np.where(left, np.minimum(top, 0), -np.inf)).sum(axis=1)
+    total += np.where(apart, np.exp(np.minimum(chosen, 0)), 0)
     listed_out = (np.isneginf(top) & (ids >= 0)).any(axis=1)
     # A place that is not used says less: some engines give the chosen token a place of its own only where it needs one.
     whole = (ids < 0).any(axis=1) & (total > 1 - _WHOLE)
