@@ -50,9 +50,10 @@ def read_against(expected: Trace, actual: Trace, reading: Trace, outlier: float)
     rows = align(expected, actual)
     places, others = np.arange(expected.num_tokens)[rows.expected], np.arange(actual.num_tokens)[rows.actual]
     columns = (expected.logprobs[places], actual.logprobs[others], reading.logprobs[places])
-    golden, now, truth = (np.maximum(column.astype(np.float64), -50) for column in columns)  # excluded: far off
+    golden, now, truth = (column.astype(np.float64) for column in columns)
     known = np.isfinite(golden) & np.isfinite(now) & np.isfinite(truth)
-    apart = np.abs(now - golden)
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(now - golden)
     cut = min(outlier, float(np.quantile(apart[known], 0.9))) if known.any() else outlier
     telling = known & (apart >= cut) & (apart > 0)
     owner = np.searchsorted(expected.sequence_offsets, places, side="right") - 1
