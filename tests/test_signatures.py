@@ -172,12 +172,33 @@ def test_top_p_is_bounded_by_kept_sets_and_not_guessed():
     assert 0.85 < low <= 0.9 <= high < 0.93
 
 
-def test_a_truncation_wider_than_the_recorded_top_k_shows_in_the_tokens_that_it_excludes():
+def test_a_truncation_wider_than_the_recorded_top_k_shows_in_the_tokens_that_it_excludes_and_in_those_that_it_raises():
     rollouts = policy(temperature=1.3)
     actual = rollouts.trace(Sampling(temperature=1.3, top_k=12), k=5)
     found = finding(compare(expected=rollouts.trace(k=5), actual=actual), "truncation")
-    assert "a truncation was applied to this run and not to the golden: it excludes " in found.evidence
+    assert "a truncation was applied to this run and not to the golden: it raises all tokens of a position" in found.evidence
+    assert " and it excludes " in found.evidence
     assert "top-5 logprobs do not show how wide its kept sets are: record more" in found.evidence
+
+
+def test_a_truncation_that_excludes_no_token_in_hand_shows_in_the_mass_that_it_cuts_away():
+    rollouts = policy(temperature=0.7)
+    actual = rollouts.trace(Sampling(temperature=0.7, min_p=1e-4), k=5)
+    kept = np.isfinite(actual.logprobs)
+    expected, actual = (t.with_(mask=kept) for t in (rollouts.trace(k=5), actual))
+    found = finding(compare(expected=expected, actual=actual), "truncation")
+    assert "it raises all tokens of a position by one constant" in found.evidence
+    assert "excludes" not in found.evidence
+
+
+def test_a_constant_that_no_truncation_can_add_is_none():
+    rollouts = policy(temperature=0.7)
+    golden = rollouts.trace(k=5)
+    for constant in (-0.1, 0.3):  # lowered; and raised by more than the mass that is not listed
+        moved = golden.with_(logprobs=golden.logprobs + np.float32(constant),
+                             top_logprobs=golden.top_logprobs + np.float32(constant))  # fmt: skip
+        result = compare(expected=golden, actual=moved)
+        assert (result.verdict, causes(result)) == ("fail", [])
 
 
 def test_a_kept_set_that_was_not_made_a_distribution_again():

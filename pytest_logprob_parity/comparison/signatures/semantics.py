@@ -204,20 +204,35 @@ def _truncation_stages(positions: Positions, slope: float, *, alone: bool, penal
     elif now.truncates:
         yield _one_truncates(positions, now, slope, on_golden=False, penalised=penalised)
     else:
-        yield from _only_chosen_excluded(positions)
+        yield from _wider_than_listed(positions, alone=alone)
 
 
-def _only_chosen_excluded(positions: Positions) -> Iterator[_Stage]:
-    """Tokens that one side excludes, where no kept set can be seen: it is wider than the top-k that was recorded."""
+def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[_Stage]:
+    """A truncation whose kept sets are wider than the top-k that was recorded: what it excludes among the chosen tokens, and,
+    where nothing else is different, by how much it raises what is listed.
+    """
     golden, now = np.isneginf(positions.expected[:, 0]), np.isneginf(positions.actual[:, 0])
-    if (now & ~golden).any() and (golden & ~now).any():
+    sides = {False: now & ~golden, True: golden & ~now}
+    if all(excluded.any() for excluded in sides.values()):
         return  # no truncation does both
-    for count, on_golden in ((int(np.count_nonzero(now & ~golden)), False), (int(np.count_nonzero(golden & ~now)), True)):
-        if count:
+    recorded = positions.golden.sampling.truncates
+    for on_golden, excluded in sides.items():
+        lift, what = None, []
+        if alone and (recorded or not on_golden):
+            free, cut = (positions.actual, positions.expected) if on_golden else (positions.expected, positions.actual)
+            lift = truncation.lifted(free, cut)
+        if lift is not None:
+            what.append(
+                f"it raises all tokens of a position by one constant ({lift.positions:,} positions, kept mass {lift.mass:.4f} "
+                "on average)"
+            )
+        if count := int(np.count_nonzero(excluded)):
+            what.append(f"it excludes {count} of {len(now):,} tokens")
+        if what:
             k = (positions.golden if on_golden else positions.now).top_k
-            text = f"a truncation was {_GOLDEN if on_golden else _NOW}: it excludes {count} of {len(now):,} tokens"
+            text = f"a truncation was {_GOLDEN if on_golden else _NOW}: {' and '.join(what)}"
             text += f"; top-{k} logprobs do not show how wide its kept sets are: record more"
-            yield _Stage(Finding("semantic", "truncation", text), on_golden, positions.golden.sampling.truncates)
+            yield _Stage(Finding("semantic", "truncation", text), on_golden, recorded)
 
 
 def _one_truncates(

@@ -16,6 +16,8 @@ _STRAY: Final = 0.01
 _VOCABULARY: Final = 200_000
 #: Kept sets whose probabilities are further from 1 than this, on average, were not made a distribution again.
 _WHOLE: Final = 1e-3
+#: A constant of a position stands out when it is so many times as large as what is left between its tokens (nats).
+_STANDS_OUT, _LEAST = 20, 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,3 +115,38 @@ def fit_limits(inside: Bools, listed: Doubles, stretch: Doubles) -> Limits:
         (float(low), float(high)) if low <= high else None,
         (float(reached), float(floor)) if reached <= floor else None,
     )
+
+
+@dataclass(frozen=True)
+class Lift:
+    """All tokens of a position are likelier by one constant: mass that is not listed was cut away. At `positions` positions
+    the constant stands out; `mass` is what is kept there, on average.
+    """
+
+    positions: int
+    mass: float
+
+
+def lifted(free: Doubles, truncated: Doubles) -> Lift | None:
+    """Whether `truncated` [n, m] is `free` [n, m] after a truncation that is wider than the tokens that are listed.
+
+    It then excludes none of them, and raises all of a position by -log of the mass that it keeps: by no more than the mass
+    that is not listed allows, and nowhere are they lowered. Noise does neither. None where that is not so.
+    """
+    common = np.isfinite(free) & np.isfinite(truncated)
+    two = common.sum(axis=1) >= 2
+    if not two.any():
+        return None
+    used = common[two]
+    d = np.where(used, truncated[two], 0.0) - np.where(used, free[two], 0.0)
+    constant = d.sum(axis=1) / used.sum(axis=1)
+    spread = np.where(used, d, -np.inf).max(axis=1) - np.where(used, d, np.inf).min(axis=1)
+    telling = np.abs(constant) > _STANDS_OUT * max(float(np.quantile(spread, 0.9)), _LEAST)
+    if np.count_nonzero(telling) < ENOUGH:
+        return None
+    unlisted = 1 - np.exp(np.where(np.isfinite(free), free, -np.inf)[two]).sum(axis=1)
+    cut = -np.expm1(-constant)
+    fits = (constant > 0) & (cut <= unlisted + _STANDS_OUT * _LEAST)
+    if np.mean(fits[telling]) < 1 - _STRAY:
+        return None
+    return Lift(int(np.count_nonzero(telling)), float(np.mean(1 - cut[telling])))
