@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
-from .comparison.result import Comparison, TokenDiff
+from .comparison.result import SIDES, Comparison, TokenDiff, in_words
 from .trace import Trace
 
 _LABEL: Final = 13
@@ -35,13 +35,14 @@ def failure_message(
     """The whole message, complete without -vv.
 
     `golden` names the file, `about` describes it, `differences` are those of the fingerprints, `accept` is the command
-    that makes the new numbers the golden.
+    that makes the new numbers the golden; empty where there is none.
     """
+    sides = comparison.sides
     blocks = [
         _fields(
-            ("golden", [golden, *about]),
-            ("now", [_side(comparison.actual)]),
-            ("setup", [_SETUPS[comparison.setup]]),
+            (sides[0], [golden, *about]),
+            (sides[1], [_side(comparison.actual)]),
+            ("setup", [_SETUPS[comparison.setup]] if sides == SIDES else []),
             ("level", [_LEVELS[comparison.level]]),
         ),
         "\n".join(_numbers(comparison)),
@@ -50,10 +51,10 @@ def failure_message(
             ("findings", [str(f) for f in comparison.findings]),
             ("different?", [str(comparison.difference)]),
             ("free run", [] if comparison.free_run is None else [str(comparison.free_run)]),
-            ("differs", _difference_lines(differences) if differences or comparison.setup == "same" else []),
+            ("differs", _difference_lines(differences, sides) if differences or comparison.setup == "same" else []),
             ("note", list(comparison.notes)),
         ),
-        _fields(("to accept", [accept])),
+        _fields(("to accept", [accept] if accept else [])),
     ]
     return "\n\n".join([f"{comparison.verdict}: {comparison.headline}", *filter(None, blocks)])
 
@@ -131,8 +132,8 @@ def _shown(label: str, numbers: Any) -> str:
 def _worst_tokens(comparison: Comparison) -> list[str]:
     if not comparison.worst:
         return []
-    subtracted = not _not_subtracted(comparison)
-    head = f"{'sequence':>8} {'position':>8}  {'golden (rank)':>16} {'now (rank)':>16}"
+    subtracted, sides = not _not_subtracted(comparison), comparison.sides
+    head = f"{'sequence':>8} {'position':>8}  {f'{sides[0]} (rank)':>16} {f'{sides[1]} (rank)':>16}"
     lines = [head + (f" {'d':>9}" if subtracted else "") + "  token, after"]
     for token in comparison.worst:
         golden = f"{token.expected:.4f} ({token.expected_rank or '?'})"
@@ -151,8 +152,9 @@ def _before(trace: Trace, token: TokenDiff) -> str:
     return text if len(text) <= _SHOWN_TEXT else "..." + text[-_SHOWN_TEXT:]
 
 
-def _difference_lines(differences: Sequence[tuple[str, Any, Any]]) -> list[str]:
-    lines = [f"{name}: {golden!r} in the golden, {now!r} now" for name, golden, now in differences[:_SHOWN_DIFFERENCES]]
+def _difference_lines(differences: Sequence[tuple[str, Any, Any]], sides: tuple[str, str]) -> list[str]:
+    here, there = (in_words(side) for side in sides)
+    lines = [f"{name}: {golden!r} {here}, {now!r} {there}" for name, golden, now in differences[:_SHOWN_DIFFERENCES]]
     if len(differences) > _SHOWN_DIFFERENCES:
         lines.append(f"and {len(differences) - _SHOWN_DIFFERENCES} more")
     return lines or ["nothing in the fingerprints: same engine, version, configuration, hardware and libraries"]

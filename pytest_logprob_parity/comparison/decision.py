@@ -9,7 +9,7 @@ from typing import Final
 from ..trace import Trace
 from .alignment import Alignment
 from .intervals import MIN_SEQUENCES
-from .result import Difference, Finding, Gate
+from .result import Difference, Finding, Gate, in_words
 from .signatures.semantics import different_meaning
 
 #: Below this share of the golden's tokens compared, a comparison proves too little to pass.
@@ -37,6 +37,7 @@ class Found:
     has_floor: bool
     sequences: int
     exact: bool
+    sides: tuple[str, str]
 
 
 def decide(found: Found) -> tuple[str, str]:
@@ -59,8 +60,9 @@ def _failure(found: Found) -> str:
     numbers, tokens = found.numbers, found.rows.tokens
     if any(f.cause in _OTHER_MEANING for f in found.findings):
         if different_meaning(found.expected, found.actual):
-            now = found.actual.distribution()
-            return f"The logprobs do not mean the same: {found.expected.distribution()} in the golden, {now} now"
+            here, there = (in_words(side) for side in found.sides)
+            claim = f"{found.expected.distribution()} {here}, {found.actual.distribution()} {there}"
+            return f"The logprobs do not mean the same: {claim}"
         why = next(f.evidence for f in found.findings if f.cause in _OTHER_MEANING)
         return f"The logprobs do not mean what their label says: {why}"
     if numbers["n_nan"]:

@@ -29,6 +29,14 @@ CAUSES: Final[Mapping[str, tuple[str, ...]]] = {
 }  # fmt: skip
 LAYERS: Final = tuple(CAUSES)
 
+#: What the two sides of a comparison are called, unless they are others: a rollout and a trainer, say.
+SIDES: Final = ("golden", "now")
+
+
+def in_words(side: str) -> str:
+    """Where a number is, in a sentence: `in the golden`, `now`."""
+    return side if side == SIDES[1] else f"in the {side}"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -182,7 +190,8 @@ class Comparison:
     compared; `policy_metrics` are the same without truncation, where the sampling truncates and both sides have them.
     `level` is what was asked (`bitwise`, `noise`, `rl`), `setup` how the two sides' fingerprints compare (`same`,
     `compatible`, or `unknown` for traces in hand), `difference` the answer to "is it different", `shows` what the comparison
-    has shown and would have caught, in words, and `clusters` the sums by sequence that its bounds rest on.
+    has shown and would have caught, in words, `clusters` the sums by sequence that its bounds rest on, and `sides` what the
+    two are called.
     """
 
     verdict: str
@@ -202,6 +211,7 @@ class Comparison:
     difference: Difference = Difference(None, "not asked")
     shows: tuple[str, ...] = ()
     clusters: Clusters | None = None
+    sides: tuple[str, str] = SIDES
 
     @property
     def passed(self) -> bool:

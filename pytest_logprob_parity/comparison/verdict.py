@@ -18,7 +18,7 @@ from .decision import Found, decide
 from .effects import gates_of, what_it_shows
 from .free_run import judge_free_run
 from .permutation import ALPHA, block_permutation_test
-from .result import Comparison, Difference, Finding, FreeRun, Gate, TokenDiff
+from .result import SIDES, Comparison, Difference, Finding, FreeRun, Gate, TokenDiff
 from .signatures.head import head_finding
 from .signatures.positions import positions_of
 from .signatures.semantics import bears_out, different_meaning, label_findings, semantic_findings, unsure_of
@@ -36,7 +36,7 @@ class Evidence:
 
     `floor` is the golden's; `draw` asks the engine for its logprobs [N] in shapes drawn as the floor's were; `setup` says
     how the fingerprints compare (`same`, `compatible`, `unknown`); `same_stream` that nothing which random numbers come
-    from has changed; `policy_logprobs` [N] are the engine's without truncation.
+    from has changed; `policy_logprobs` [N] are the engine's without truncation; `sides` is what the two are called.
     """
 
     floor: NoiseFloor | None = None
@@ -45,6 +45,7 @@ class Evidence:
     same_stream: bool = False
     free_run: FreeRun | None = None
     policy_logprobs: Any = None
+    sides: tuple[str, str] = SIDES
 
 
 def compare(
@@ -126,7 +127,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
     else:
         difference = Difference(None, "nothing was compared")
     notes += notes_of_tokens
-    if level == "rl" and evidence.floor is None and not exact and len(d):
+    if level == "rl" and evidence.floor is None and not exact and len(d) and evidence.sides == SIDES:
         known = expected.dtype if expected.dtype in DEFAULTS else f"bfloat16, for {expected.dtype!r} is no dtype we know"
         notes.append(f"no noise floor: the limits for outliers and support flips are the defaults of {known}")
     verdict, headline = decide(
@@ -145,6 +146,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
             has_floor=evidence.floor is not None,
             sequences=0 if clusters is None else clusters.count,
             exact=exact,
+            sides=evidence.sides,
         )
     )
     if verdict == "pass" and not exact:
@@ -165,6 +167,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
         setup=evidence.setup,
         difference=difference,
         clusters=clusters,
+        sides=evidence.sides,
         shows=()
         if clusters is None or not gates
         else what_it_shows(clusters, gates, limits, int(numbers["n_tokens"]), int(numbers["n_sequences"])),

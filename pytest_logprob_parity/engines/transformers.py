@@ -12,6 +12,8 @@ from .. import fingerprint
 from ..errors import EngineError, UsageError
 from ..spec import EngineSpec, Sampling, nearest
 from .base import Completion, Request, ResolvedConfig, check_readback, reason_of
+from .float64 import compute_in_float64
+from .head import Head
 
 #: Engine arguments that this engine knows besides the fields of EngineSpec.
 SETTINGS: Final = ("logprobs_mode", "max_model_len", "attn_implementation", "head_dtype", "max_num_seqs")
@@ -29,8 +31,6 @@ class TransformersBackend:
     """A transformers model in this process."""
 
     def __init__(self, model: Any, tokenizer: Any, spec: EngineSpec) -> None:
-        import torch
-
         self._model = model
         self._stop_ids = _stop_ids(model, tokenizer)
         self._tokenizer = tokenizer
@@ -45,7 +45,7 @@ class TransformersBackend:
             "max_num_seqs": asked.get("max_num_seqs", 64),
         }
         self._batch = int(str(values["max_num_seqs"]))
-        self._head_dtype = getattr(torch, str(values["head_dtype"]))
+        self._head = Head(model, str(values["head_dtype"]))
         version = fingerprint.installed_version("transformers") or "unknown"
         self.config = ResolvedConfig(
             engine="transformers",
@@ -77,6 +77,8 @@ class TransformersBackend:
             loaded = AutoModelForCausalLM.from_pretrained(str(model), torch_dtype=dtype, local_files_only=True, **attention)
         except Exception as error:
             raise EngineError(f"transformers did not load {spec.model}: {reason_of(error)}") from error
+        if loaded.dtype == torch.float64:
+            compute_in_float64(loaded)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(loaded.eval().to(device), load_tokenizer(tokenizer), spec)
 
@@ -103,14 +105,10 @@ class TransformersBackend:
             return self._decode(requests)
 
     def _logits(self, hidden: Any) -> Any:
-        """Logits of hidden states, the head in its own precision; float32 at least, as samplers have them."""
+        """Logits of hidden states; float32 at least, as samplers have them."""
         import torch
 
-        head = self._model.get_output_embeddings()
-        if self._head_dtype == hidden.dtype:
-            logits = head(hidden)
-        else:
-            logits = torch.nn.functional.linear(hidden.to(self._head_dtype), head.weight.to(self._head_dtype))
+        logits = self._head.logits(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _score(self, request: Request) -> Completion:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ..engines.float64 import inverse_frequencies, norm_forward
 from ..engines.transformers import process
 from ..spec import Sampling
 from ..trace import Trace
@@ -42,11 +43,10 @@ class Reference:
         self.checkpoint = load_checkpoint(model)
         for module in self._model.modules():
             if hasattr(module, "variance_epsilon"):
-                module.forward = _norm_forward(module)
+                module.forward = norm_forward(module)
         self._epsilon = {m: m.variance_epsilon for m in self._model.modules() if hasattr(m, "variance_epsilon")}
         self._rotary = self._model.model.rotary_emb
-        dimension, theta = 2 * len(self._rotary.inv_freq), self._model.config.rope_parameters["rope_theta"]
-        self._frequencies = 1.0 / theta ** (torch.arange(0, dimension, 2).double() / dimension)
+        self._frequencies = inverse_frequencies(self._model.config, 2 * len(self._rotary.inv_freq))
         self._rotary.forward = self._rotate
         self._activation = [layer.mlp.act_fn for layer in self._model.model.layers]
         self._loaded = False
@@ -204,11 +204,3 @@ class Reference:
         hidden = ahead > 0 if self._window is None else (ahead > 0) | (ahead <= -self._window)
         output = weights.masked_fill(hidden, -torch.inf).softmax(-1) @ value
         return output.transpose(1, 2).contiguous(), None
-
-
-def _norm_forward(module: Any) -> Callable[[Any], Any]:
-    def forward(hidden: Any) -> Any:
-        variance = hidden.pow(2).mean(-1, keepdim=True)
-        return module.weight * hidden * (variance + module.variance_epsilon) ** -0.5
-
-    return forward

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ...trace import Trace
 from .positions import Bools, Doubles, Positions
 
 #: Fewer positions than this prove no limit.
@@ -16,6 +17,8 @@ _STRAY: Final = 0.01
 _VOCABULARY: Final = 200_000
 #: Kept sets whose probabilities are further from 1 than this, on average, were not made a distribution again.
 _WHOLE: Final = 1e-3
+#: Mass that may be missing where what is listed is taken for all: it moves a logprob by as much.
+_ALL: Final = 1e-5
 #: A constant of a position stands out when it is so many times as large as what is left between its tokens (nats).
 _STANDS_OUT, _LEAST = 20, 1e-6
 
@@ -44,7 +47,17 @@ class Kept:
 
 def kept(positions: Positions, *, golden: bool) -> Kept:
     """The kept sets of the golden or of the other side, from its own top-k."""
-    trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
+    return kept_of(*((positions.golden, positions.rows) if golden else (positions.now, positions.others)))
+
+
+def listed_whole(trace: Trace) -> Bools:
+    """Tokens [N] whose kept set the top-k lists whole: something it lists is excluded, or what it lists adds up to 1."""
+    sets = kept_of(trace, np.arange(trace.num_tokens))
+    return np.asarray(sets.complete | (sets.total > 1 - _ALL))
+
+
+def kept_of(trace: Trace, rows: Any) -> Kept:
+    """The kept sets of these tokens of a trace, from its top-k."""
     ids, top, chosen = trace.top_token_ids[rows], trace.top_logprobs[rows].astype(np.float64), trace.logprobs[rows]
     left = np.isfinite(top) & (ids >= 0)
     listed = (ids == trace.token_ids[rows][:, None]).any(axis=1)

@@ -1,0 +1,151 @@
+"""Does the trainer agree with the engine? Its logprobs of the rollouts' tokens, held against those that came with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ..comparison.alignment import align
+from ..comparison.result import Comparison, Finding, MismatchError
+from ..comparison.signatures.head import logit_step
+from ..comparison.signatures.positions import positions_of
+from ..comparison.tolerance import DEFAULTS, Tolerance, default_tolerance, make_tolerance
+from ..comparison.verdict import Evidence, judge
+from ..errors import UsageError
+from ..golden import Golden
+from ..message import failure_message
+from ..trace import Trace
+from .scoring import Scorer, score
+
+#: From the finest to the coarsest; a comparison has the limits of the coarser side.
+_COARSER: Final = ("float64", "float32", "float16", "bfloat16")
+
+
+def assert_trainer_parity(
+    rollouts: Trace | Golden,
+    scorer: Scorer,
+    tolerance: Tolerance | Mapping[str, Any] | str | None = None,
+    *,
+    batch_size: int = 16,
+    metrics: str | None = None,
+) -> Comparison:
+    """Assert that a trainer's logprobs of the tokens of `rollouts` are those that came with them; returns the comparison.
+
+    d = trainer - rollout, in nats, so that exp(d) is the policy ratio of an on-policy step. `scorer` is asked as a trainer
+    asks its model: token ids, attention mask, and the temperature of the rollouts. `tolerance` changes limits, or names a
+    framework whose thresholds they become (`"verl"`); `metrics` names one whose metric names are reported with it.
+
+    Rollouts of a truncated distribution are compared without truncation where the trace has `untruncated_logprobs`, over
+    their kept sets where it lists them and the scorer can do that, and are else refused with the reason, as those sampled
+    under a penalty are.
+
+    Raises MismatchError for the verdicts `fail` and `unverified`, UsageError for what cannot be compared.
+    """
+    __tracebackhide__ = True
+    comparison = compare_with_trainer(rollouts, scorer, tolerance, batch_size=batch_size, metrics=metrics)
+    if not comparison.passed:
+        raise MismatchError(trainer_message(comparison), comparison)
+    return comparison
+
+
+def compare_with_trainer(
+    rollouts: Trace | Golden,
+    scorer: Scorer,
+    tolerance: Tolerance | Mapping[str, Any] | str | None = None,
+    *,
+    batch_size: int = 16,
+    metrics: str | None = None,
+) -> Comparison:
+    """What `assert_trainer_parity` asserts, whatever its verdict."""
+    if not isinstance(rollouts, (Trace, Golden)):
+        raise UsageError(f"rollouts are a Trace or a Golden, not {type(rollouts).__name__}")
+    trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
+    scored = score(trace, scorer, batch_size=batch_size)
+    expected = _as_the_trainer_sees_it(trace, scored)
+    limits = trainer_tolerance(trace.dtype, scored.dtype, tolerance)
+    comparison = judge(expected, scored, limits, "rl", Evidence(sides=("rollout", "trainer")))
+    findings, notes = list(comparison.findings), list(comparison.notes)
+    head = _head_finding(trace, scorer)
+    if head is not None and not any(f.layer == "semantic" and f.cause for f in findings):
+        if comparison.verdict == "fail":
+            findings.append(head)
+        else:
+            notes.append(f"head precision: {head.evidence}")
+    if comparison.verdict == "fail" and not findings:
+        findings.append(_candidates(trace, scored))
+    if expected.replay != trace.replay:
+        notes.append(expected.replay)
+    if metrics is not None or isinstance(tolerance, str):
+        from .frameworks import framework
+
+        chosen = framework(metrics or str(tolerance))
+        notes.append(chosen.name + ": " + chosen.report(expected, scored))
+    return dataclasses.replace(comparison, findings=tuple(findings), notes=tuple(notes))
+
+
+def trainer_tolerance(
+    rollout_dtype: str, trainer_dtype: str, tolerance: Tolerance | Mapping[str, Any] | str | None = None
+) -> Tolerance:
+    """The limits between an engine and a trainer: those of the coarser dtype for decode against prefill, changed by
+    `tolerance`; a name means the thresholds of that framework.
+    """
+    known = [dtype for dtype in (rollout_dtype, trainer_dtype) if dtype in DEFAULTS]
+    coarser = max(known, key=_COARSER.index) if len(known) == 2 else "unknown"
+    limits = default_tolerance(coarser, ("decode", "prefill"))
+    if isinstance(tolerance, str):
+        from .frameworks import framework
+
+        tolerance = framework(tolerance).tolerance
+    return make_tolerance(limits, tolerance)
+
+
+def _as_the_trainer_sees_it(trace: Trace, scored: Trace) -> Trace:
+    """The rollouts' logprobs that the trainer's are of the same distribution as: without truncation, where it has none."""
+    if scored.sampling == trace.sampling or trace.untruncated_logprobs is None:
+        return trace
+    return trace.with_(
+        logprobs=trace.untruncated_logprobs,
+        sampling=trace.sampling.untruncated(),
+        top_logprobs=trace.top_logprobs[:, :0],
+        top_token_ids=trace.top_token_ids[:, :0],
+        replay="compared without truncation: the rollouts' second replay, and the trainer's distribution over all tokens",
+    )
+
+
+def _head_finding(trace: Trace, scorer: Any) -> Finding | None:
+    """`head_precision` where the rollouts' logits lie on the grid of one precision and the trainer declares another."""
+    declared = getattr(scorer, "head_dtype", "")
+    if declared not in DEFAULTS:
+        return None
+    step = logit_step(positions_of(trace, trace, align(trace, trace)), golden=True)
+    if step is None or (step == 0) == (declared in ("float32", "float64")):
+        return None
+    if step:
+        text = (
+            f"the rollouts' logits lie on a grid of {step:g}, as those of a head in half precision; the trainer's head is in "
+        )
+        return Finding("head", "head_precision", text + f"{declared}: one side alone makes it worse, not better")
+    text = f"the rollouts' logits lie on no grid, as those of a head in float32; the trainer's head is in {declared}"
+    return Finding("head", "head_precision", text)
+
+
+def _candidates(trace: Trace, scored: Trace) -> Finding:
+    """What is left where nothing is named: another model than the engine's, or another precision."""
+    if trace.dtype != scored.dtype:
+        text = f"{trace.dtype} rollouts, a {scored.dtype} trainer; or the two do not have the same weights"
+        return Finding("weights", None, text, ("weight_dtype", "weights_differ", "stale_weights"))
+    text = "the same distribution by its labels, and no arithmetic that tells more: other weights on the two sides come first"
+    return Finding("weights", None, text, ("weights_differ", "stale_weights", "adapter"))
+
+
+def trainer_message(comparison: Comparison) -> str:
+    """The failure message: rollout against trainer."""
+    trace = comparison.expected
+    about = (
+        f"{trace.engine} {trace.engine_version}, {trace.dtype}, {trace.logprobs_mode.replace('_', ' ')} by {trace.path}; "
+        f"{trace.sampling.processing()}"
+    )
+    sizes = f"{trace.num_sequences} sequences of {trace.num_prompts} prompts, {int(trace.mask.sum()):,} tokens to compare"
+    differences = [("dtype", trace.dtype, comparison.actual.dtype)] if trace.dtype != comparison.actual.dtype else []
+    return failure_message(comparison, golden=about, about=[sizes], differences=differences, accept="")

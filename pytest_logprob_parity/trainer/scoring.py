@@ -1,0 +1,202 @@
+"""A scorer is what a trainer computes; scoring a trace is asking it for its logprobs of the rollouts' own tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, Protocol, TypeVar
+
+import numpy as np
+
+from ..comparison.signatures.truncation import listed_whole
+from ..errors import UsageError
+from ..spec import Sampling
+from ..trace import FloatArray, Trace
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+#: Where a scorer divides by the temperature: the logits as the head gave them, or after they were made float32.
+DIVISIONS: Final = ("logits", "float32")
+
+
+class Scorer(Protocol):
+    """`(token_ids [B, L], attention_mask [B, L], temperature) -> logprobs` of the given tokens, in nats.
+
+    Token ids and mask are int64 torch tensors, padded on the right (mask 0). What comes back is [B, L - 1], of the tokens
+    from the second one on, or [B, L], whose first column is not looked at; a torch tensor or an array. A plain function is
+    a scorer too; what it is can be declared with `scorer(...)`, and is otherwise taken for bfloat16.
+
+    - `dtype`, `head_dtype`: precision of the model and of its head
+    - `divides`: where it divides by the temperature, one of DIVISIONS
+    - `name`: what reports call it
+    - `renormalises`: it takes `kept_token_ids` [B, L - 1, K] (-1: none) and `kept_mask` [B, L - 1] besides, and makes its
+      distribution one over the kept set where the mask is set
+    - `vocabulary`: how many token ids it knows; `tokenizer`: a transformers tokenizer, to be held against the rollouts' texts
+    """
+
+    def __call__(self, token_ids: Any, attention_mask: Any, temperature: float, /) -> Any:
+        """Logprobs of the given tokens."""
+        ...
+
+
+def scorer(*, dtype: str, head_dtype: str = "", divides: str = "float32", name: str = "") -> Callable[[_F], _F]:
+    """Declare what a scoring function is: `@scorer(dtype="bfloat16", head_dtype="float32", divides="logits")`.
+
+    Raises UsageError for a place of division that is none.
+    """
+    if divides not in DIVISIONS:
+        raise UsageError(f"scorer(divides={divides!r}): known are {', '.join(DIVISIONS)}")
+
+    def declare(function: _F) -> _F:
+        @functools.wraps(function)
+        def declared(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        vars(declared).update(dtype=dtype, head_dtype=head_dtype or dtype, divides=divides, name=name or function.__name__)
+        return declared  # type: ignore[return-value]
+
+    return declare
+
+
+def score(trace: Trace, scorer: Scorer, *, batch_size: int = 16) -> Trace:
+    """The scorer's logprobs of the tokens of `trace`, as a trace of its own: path `prefill`, no top-k.
+
+    Masked tokens are context and get no logprob. Where the rollouts were truncated the scorer's numbers are over the kept
+    sets, if it can do that and the trace lists them whole; else over all tokens, to go with `untruncated_logprobs`.
+
+    Raises UsageError for rollouts that no trainer can be held against, with the reason.
+    """
+    _check_can_score(trace, scorer)
+    kept = _kept_sets(trace, scorer)
+    temperature = temperature_of(trace.sampling)
+    logprobs = np.full(trace.num_tokens, np.nan, np.float32)
+    for batch in _batches(trace, batch_size):
+        for sequence, values in zip(batch, _score_batch(trace, scorer, batch, temperature, kept), strict=True):
+            start, stop = trace.bounds(sequence)
+            logprobs[start:stop] = values
+    return trace.with_(
+        logprobs=np.where(trace.mask, logprobs, np.nan).astype(np.float32),
+        ranks=np.zeros(trace.num_tokens, np.int32),
+        top_token_ids=np.empty((trace.num_tokens, 0), np.int32),
+        top_logprobs=np.empty((trace.num_tokens, 0), np.float32),
+        untruncated_logprobs=None,
+        weight_versions=None,
+        path="prefill",
+        logprobs_mode="processed_logprobs",
+        sampling=trace.sampling if kept is not None else trace.sampling.untruncated(),
+        engine=name_of(scorer),
+        engine_version="",
+        dtype=getattr(scorer, "dtype", "unknown"),
+        replay="scorer",
+    )
+
+
+def name_of(scorer: Any) -> str:
+    """What reports call a scorer."""
+    return str(getattr(scorer, "name", "") or getattr(scorer, "__name__", type(scorer).__name__))
+
+
+def _check_can_score(trace: Trace, scorer: Any) -> None:
+    if not callable(scorer):
+        raise UsageError(f"a scorer is a callable (token ids, attention mask, temperature) -> logprobs, not {scorer!r:.60}")
+    if not trace.mask.any():
+        raise UsageError("every token of these rollouts is masked: there is nothing for a trainer to score")
+    if np.isnan(trace.logprobs[trace.mask]).all():
+        raise UsageError("these rollouts have no logprobs: ask the engine for them (SamplingParams(logprobs=0) or more)")
+    if trace.sampling.penalizes:
+        raise UsageError(
+            f"these rollouts were sampled with {trace.sampling.processing()}: a trainer applies no penalty, so its "
+            "logprobs are of another distribution; sample without, or compare an engine's raw logprobs"
+        )
+    vocabulary = getattr(scorer, "vocabulary", None)
+    largest = int(max(trace.token_ids.max(initial=0), trace.prompt_token_ids.max(initial=0)))
+    if vocabulary is not None and largest >= vocabulary:
+        raise UsageError(f"token id {largest} is beyond the {vocabulary:,} of {name_of(scorer)}: another tokenizer or model")
+    _check_tokenizer(trace, scorer)
+
+
+def _check_tokenizer(trace: Trace, scorer: Any) -> None:
+    tokenizer = getattr(scorer, "tokenizer", None)
+    if tokenizer is None or not trace.token_texts:
+        return
+    ids = [int(i) for i in np.unique(trace.token_ids) if int(i) in trace.token_texts]
+    for token, text in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True):
+        if text != trace.text(token):
+            raise UsageError(
+                f"{name_of(scorer)} has another tokenizer than the rollouts: token {token} is {text!r} there and "
+                f"{trace.text(token)!r} in the rollouts"
+            )
+
+
+def _kept_sets(trace: Trace, scorer: Any) -> Any:
+    """The kept sets [N, K] that the scorer has to make its distribution over; None where it need not."""
+    if not trace.sampling.truncates or trace.distribution() == "raw" or trace.untruncated_logprobs is not None:
+        return None
+    asked = trace.sampling.processing()
+    if not getattr(scorer, "renormalises", False):
+        raise UsageError(
+            f"these rollouts are of a truncated distribution ({asked}), and {name_of(scorer)} computes one over all tokens: "
+            "give untruncated_logprobs (an engine's replay without truncation; goldens have them), or a scorer that takes kept "
+            "sets"
+        )
+    complete = listed_whole(trace) | ~trace.mask
+    if not complete.all():
+        raise UsageError(
+            f"these rollouts are of a truncated distribution ({asked}), and their top-{trace.top_k} logprobs do not list the "
+            f"kept set of {int(np.count_nonzero(~complete))} of {int(trace.mask.sum())} tokens: record more of them, or give "
+            "untruncated_logprobs"
+        )
+    return np.where(np.isfinite(trace.top_logprobs), trace.top_token_ids, -1)
+
+
+def _batches(trace: Trace, size: int) -> Iterator[list[int]]:
+    """Sequences of like lengths together, longest first."""
+    if size < 1:
+        raise UsageError(f"batch_size={size}: must be 1 or more")
+    lengths = np.diff(trace.prompt_offsets)[trace.group] + np.diff(trace.sequence_offsets)
+    order = np.argsort(-lengths, kind="stable").tolist()
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _score_batch(
+    trace: Trace, scorer: Any, batch: Sequence[int], temperature: float, kept: Any
+) -> Iterator[FloatArray]:  # fmt: skip
+    import torch
+
+    rows = [[*trace.prompt(i), *trace.completion(i)] for i in batch]
+    width = max(map(len, rows))
+    ids, mask = torch.zeros((len(rows), width), dtype=torch.long), torch.zeros((len(rows), width), dtype=torch.long)
+    for n, row in enumerate(rows):
+        ids[n, : len(row)] = torch.tensor(row)
+        mask[n, : len(row)] = 1
+    more = {} if kept is None else _padded_kept(trace, kept, batch, rows, width)
+    answer = scorer(ids, mask, temperature, **more)
+    values = answer.detach().float().cpu().numpy() if hasattr(answer, "detach") else np.asarray(answer, np.float32)
+    if values.shape not in {(len(rows), width - 1), (len(rows), width)}:
+        raise UsageError(
+            f"{name_of(scorer)} gave logprobs of shape {list(values.shape)} for token ids of shape {[len(rows), width]}: "
+            f"expected {[len(rows), width - 1]}, of the tokens from the second one on, or {[len(rows), width]}"
+        )
+    values = values[:, values.shape[1] - (width - 1) :]
+    for n, sequence in enumerate(batch):
+        stop, length = len(rows[n]) - 1, len(trace.completion(sequence))
+        yield values[n, stop - length : stop]
+
+
+def _padded_kept(trace: Trace, kept: Any, batch: Sequence[int], rows: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
+    import torch
+
+    ids = torch.full((len(rows), width - 1, kept.shape[1]), -1, dtype=torch.long)
+    used = torch.zeros((len(rows), width - 1), dtype=torch.bool)
+    for n, sequence in enumerate(batch):
+        start, stop = trace.bounds(sequence)
+        place = slice(len(rows[n]) - 1 - (stop - start), len(rows[n]) - 1)
+        ids[n, place] = torch.tensor(kept[start:stop], dtype=torch.long)
+        used[n, place] = torch.tensor(trace.mask[start:stop])
+    return {"kept_token_ids": ids, "kept_mask": used}
+
+
+def temperature_of(sampling: Sampling) -> float:
+    """What a trainer divides its logits by for rollouts of this sampling: greedy ones are of the logits as they are."""
+    return 1.0 if sampling.greedy else sampling.temperature

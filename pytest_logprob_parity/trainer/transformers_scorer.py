@@ -1,0 +1,167 @@
+"""The trainer that most are made of: a transformers model, a forward pass, a gather; chunked over tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import EngineError, UsageError
+from ..spec import DTYPES, nearest
+from .scoring import DIVISIONS
+
+#: Tokens whose logits over the whole vocabulary are in memory at once.
+CHUNK: Final = 1024
+
+
+class TransformersScorer:
+    """Logprobs of given tokens by a causal transformers model (see Scorer).
+
+    `model` is a folder (nothing is fetched) or a loaded model; `dtype` its precision (`float64` to `bfloat16`), `head_dtype`
+    that of its head (by default the model's), `divides` where the temperature goes: `logits`, in the head's precision, as
+    TRL and veRL do, or `float32`. `packed` puts a batch's sequences one after another in one row, with positions that begin
+    anew, as trainers without padding do. `chunk_tokens` rows of logits [tokens, vocabulary] are in memory at once; logprobs
+    do not depend on it. Runs where the model is: on a GPU if there is one, for a folder.
+
+    Raises UsageError for a folder or settings that do not exist, EngineError where the model does not load.
+    """
+
+    renormalises: Final = True
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        dtype: str = "float32",
+        head_dtype: str | None = None,
+        divides: str = "float32",
+        packed: bool = False,
+        chunk_tokens: int = CHUNK,
+        device: str | None = None,
+    ) -> None:
+        from ..engines.float64 import compute_in_float64
+        from ..engines.head import Head
+
+        for name, value, known in (
+            ("dtype", dtype, DTYPES), ("head_dtype", head_dtype or dtype, DTYPES), ("divides", divides, DIVISIONS),
+        ):  # fmt: skip
+            if value not in known:
+                hint = f"known are {', '.join(known)}{nearest(str(value), known)}"
+                raise UsageError(f"TransformersScorer({name}={value!r}): {hint}")
+        if chunk_tokens < 1:
+            raise UsageError(f"TransformersScorer(chunk_tokens={chunk_tokens}): must be 1 or more")
+        self.tokenizer: Any = None
+        if isinstance(model, (str, Path)):
+            model, self.tokenizer = _load(Path(model), dtype, device)
+        self.model = model.eval()
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        if self.dtype == "float64":
+            compute_in_float64(model)
+        self._head = Head(model, head_dtype)
+        self.head_dtype = self._head.dtype
+        self.divides = divides
+        self.packed = packed
+        self.chunk_tokens = chunk_tokens
+        self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        head = "" if self.head_dtype == self.dtype else f", {self.head_dtype} head"
+        self.name = f"transformers {self.dtype}{head}{', packed' if packed else ''}"
+
+    def __call__(
+        self,
+        token_ids: Any,
+        attention_mask: Any,
+        temperature: float = 1.0,
+        *,
+        kept_token_ids: Any = None,
+        kept_mask: Any = None,
+    ) -> Any:
+        """Logprobs [B, L - 1] (nats; float64 for a float64 head, else float32) of the tokens from the second one on.
+
+        `token_ids`, `attention_mask` int [B, L], padded on either side; the logprob of a padded token is 0. With
+        `kept_token_ids` [B, L - 1, K] (-1: none) the distribution is one over those where `kept_mask` [B, L - 1] is set.
+        """
+        import torch
+
+        with torch.no_grad():
+            device = self.model.device
+            ids, mask = token_ids.to(device), attention_mask.to(device).bool()
+            hidden = self._hidden(ids, mask)
+            wanted = mask[:, 1:] & mask[:, :-1]
+            targets = ids[:, 1:][wanted]
+            rows = hidden[:, :-1][wanted]
+            kept = None
+            if kept_token_ids is not None:
+                kept = (kept_token_ids.to(device)[wanted], kept_mask.to(device)[wanted])
+            exact = torch.float64 if self.head_dtype == "float64" else torch.float32
+            result = torch.zeros(wanted.shape, dtype=exact, device=device)
+            result[wanted] = self._gather(rows, targets, temperature, kept, exact)
+            return result
+
+    def logits(self, token_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
+        """All logits [B, L - 1, V], in the head's precision, and the tokens [B, L - 1] that they predict: unchunked."""
+        import torch
+
+        with torch.no_grad():
+            ids, mask = token_ids.to(self.model.device), attention_mask.to(self.model.device).bool()
+            return self._head.logits(self._hidden(ids, mask)[:, :-1]), ids[:, 1:]
+
+    def _hidden(self, ids: Any, mask: Any) -> Any:
+        """Last hidden states [B, L, H]; 0 where the mask is."""
+        import torch
+
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if not self.packed:
+            out = self.model.base_model(
+                input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
+            )  # fmt: skip
+            return out.last_hidden_state
+        row = self.model.base_model(
+            input_ids=ids[mask][None], position_ids=positions[mask][None], use_cache=False
+        ).last_hidden_state[0]  # fmt: skip
+        hidden = torch.zeros((*ids.shape, row.shape[-1]), dtype=row.dtype, device=row.device)
+        hidden[mask] = row
+        return hidden
+
+    def _gather(self, rows: Any, targets: Any, temperature: float, kept: Any, exact: Any) -> Any:
+        import torch
+
+        pieces = []
+        for start in range(0, len(rows), self.chunk_tokens):
+            chunk = slice(start, start + self.chunk_tokens)
+            logits = self._head.logits(rows[chunk])
+            if self.divides == "logits":
+                logits = (logits / temperature if temperature != 1 else logits).to(exact)
+            else:
+                logits = logits.to(exact)
+                logits = logits / temperature if temperature != 1 else logits
+            total = logits.logsumexp(-1)
+            if kept is not None:
+                ids, used = kept[0][chunk], kept[1][chunk]
+                inside = logits.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf).logsumexp(-1)
+                total = torch.where(used, inside, total)
+            pieces.append(logits.gather(-1, targets[chunk][:, None])[:, 0] - total)
+        return torch.cat(pieces) if pieces else rows.new_zeros(0, dtype=exact)
+
+
+def _load(folder: Path, dtype: str, device: str | None) -> tuple[Any, Any]:
+    from .. import fingerprint
+    from ..engines.base import reason_of
+
+    found = fingerprint.find_model(str(folder), Path.cwd())
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise EngineError(f"transformers cannot be imported ({error}); install pytest-logprob-parity[trainer]") from None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(found), torch_dtype="auto" if dtype == "auto" else getattr(torch, dtype), local_files_only=True
+        )
+    except Exception as error:
+        raise EngineError(f"transformers did not load {folder}: {reason_of(error)}") from error
+    from ..prompts import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(fingerprint.find_tokenizer(found))
+    except UsageError:
+        tokenizer = None
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer

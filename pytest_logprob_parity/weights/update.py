@@ -1,0 +1,121 @@
+"""What a weight update is, and whether its weights fit the engine that is to take them. Data and files; no engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import UsageError
+from ..spec import nearest
+
+#: What becomes of requests that run: they go on with the new weights, are waited for, or end where they are. `v0` is what
+#: vLLM's V0 engine did: stop at a step boundary, load, go on, invalidate nothing.
+MODES: Final = ("keep", "wait", "abort", "v0")
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """New weights, and when and how an engine takes them.
+
+    `weights` is a checkpoint folder, or tensors by their checkpoint names. `mode` says what becomes of running requests (one
+    of MODES), `clear_cache` whether keys and values that the old weights computed are thrown away, those of running requests
+    among them. It arrives as soon as a request has written `at_token` tokens.
+
+    Raises UsageError for a mode that does not exist, and for `v0` with a cleared cache.
+    """
+
+    weights: Path | Mapping[str, Any]
+    mode: str = "keep"
+    clear_cache: bool = False
+    at_token: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UsageError(f"mode={self.mode!r}: known are {', '.join(MODES)}{nearest(str(self.mode), MODES)}")
+        if self.mode == "v0" and self.clear_cache:
+            raise UsageError("mode='v0' with clear_cache=True: the V0 engine invalidated nothing")
+        if isinstance(self.at_token, bool) or not isinstance(self.at_token, int) or self.at_token < 0:
+            raise UsageError(f"at_token={self.at_token!r}: the number of tokens that a request has written by then")
+
+
+def shapes_of(weights: Path | Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a checkpoint folder, from the headers of its files, or of a mapping of tensors.
+
+    Raises UsageError, in one line, for a folder that holds no safetensors, lacks a file of its index, or holds one that is
+    cut short.
+    """
+    if isinstance(weights, Mapping):
+        return {name: tuple(int(n) for n in tensor.shape) for name, tensor in weights.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _files(weights):
+        shapes |= _shapes_in(file)
+    return shapes
+
+
+def check_fits(update: WeightUpdate, model: Path) -> None:
+    """Raise UsageError, naming the first tensor, where an update's tensors are not those of the checkpoint in `model`.
+
+    Output heads that are tied to the embeddings may be there or not. A mapping may leave tensors out: they stay as they are.
+    """
+    have, come = shapes_of(model), shapes_of(update.weights)
+    what = str(update.weights) if isinstance(update.weights, Path) else "the mapping of tensors"
+    if not come:
+        raise UsageError(f"weight update: {what} holds no tensors")
+    tied = _tied(model)
+    for name, shape in come.items():
+        if name not in have and name not in tied:
+            raise UsageError(
+                f"weight update: {what} has a tensor {name!r} that {model.name} does not have{nearest(name, have)}: another "
+                "architecture; the engine keeps the weights it has"
+            )
+        if name in have and have[name] != shape:
+            raise UsageError(
+                f"weight update: {name!r} is {list(shape)} in {what} and {list(have[name])} in {model.name}: another "
+                "architecture; the engine keeps the weights it has"
+            )
+    missing = sorted(set(have) - set(come) - tied)
+    if missing and isinstance(update.weights, Path):
+        raise UsageError(
+            f"weight update: {what} lacks {len(missing)} of {len(have)} tensors, {missing[0]!r} first; the engine keeps the "
+            "weights it has"
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UsageError(f"weight update: there is no folder {folder}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise UsageError(f"weight update: {index} is no index: half-written, or damaged") from None
+        files = [folder / name for name in names]
+        for file in files:
+            if not file.is_file():
+                raise UsageError(f"weight update: {folder} lacks {file.name}, which its index names: half-written")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UsageError(f"weight update: {folder} holds no safetensors")
+    return files
+
+
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), "numpy") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"weight update: {file} cannot be read ({error}): half-written, or damaged") from None
+
+
+def _tied(model: Path) -> set[str]:
+    """Tensors that a checkpoint may leave out: an output head that is the embeddings."""
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    config = config.get("text_config", config)
+    return {"lm_head.weight"} if config.get("tie_word_embeddings", False) else set()
