@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .pool import Engine, Pool, open_engine
     from .spec import EngineSpec, Sampling
     from .trace import Trace
+    from .trainer.parity import assert_trainer_parity
+    from .trainer.scoring import Scorer, scorer
+    from .trainer.transformers_scorer import TransformersScorer
 
 __version__ = "0.1.0"
 
@@ -35,14 +38,18 @@ __all__ = [
     "ParityError",
     "Pool",
     "Sampling",
+    "Scorer",
     "Tolerance",
     "Trace",
+    "TransformersScorer",
     "UsageError",
     "assert_logprobs_close",
     "assert_tokens_equal",
+    "assert_trainer_parity",
     "check_golden",
     "compare",
     "open_engine",
+    "scorer",
 ]
 
 if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt name
@@ -57,6 +64,9 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
         "pool": ("Engine", "Pool", "open_engine"),
         "spec": ("EngineSpec", "Sampling"),
         "trace": ("Trace",),
+        "trainer.parity": ("assert_trainer_parity",),
+        "trainer.scoring": ("Scorer", "scorer"),
+        "trainer.transformers_scorer": ("TransformersScorer",),
     }
     _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -56,7 +56,7 @@ def apply_update(llm: Any, update: WeightUpdate, running: Sequence[str] = ()) ->
     engine = llm.llm_engine
     if update.mode == "abort" and running:
         engine.abort_request(list(running))
-    core = getattr(getattr(engine, "engine_core", None), "engine_core", None)
+    core: Any = getattr(getattr(engine, "engine_core", None), "engine_core", None)
     pause = getattr(core, "pause_scheduler", None)
     if pause is not None and update.mode != "v0":
         pause(mode="abort" if update.mode == "abort" else "keep", clear_cache=update.clear_cache)
