@@ -74,6 +74,10 @@ def check_golden(
         comparison = judge(golden.trace, engine, limits, level, evidence)
     else:
         comparison, differences = _compare_engine(golden, engine, replay, tolerance, level, context)
+    if context.metrics:
+        from .trainer.frameworks import with_metrics
+
+        comparison = with_metrics(comparison, context.metrics)
     if not comparison.passed:
         message = failure_message(
             comparison,
