@@ -66,7 +66,7 @@ class Batch:
         """A column of zeros and ones as bools."""
         array = self.column(name, shape)
         if not np.isin(array, (0, 1)).all():
-            raise self.refuse(f"{name} holds {array[~np.isin(array, (0, 1))][0]!r}: a mask is of zeros and ones")
+            raise self.refuse(f"{name} holds {array[~np.isin(array, (0, 1))][0]}: a mask is of zeros and ones")
         return array.astype(bool)
 
     def lengths(self, name: str, mask: npt.NDArray[np.bool_], padded: str) -> list[int]:

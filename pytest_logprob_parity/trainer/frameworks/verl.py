@@ -45,6 +45,11 @@ def _scaled(logits: Any, temperature: float) -> Any:
     return logits / torch.tensor(temperature, dtype=torch.float32).clamp(min=1e-8).to(logits)
 
 
+def _exp(values: Doubles) -> Doubles:
+    """exp, of values that it would overflow at cut off."""
+    return np.asarray(np.exp(np.minimum(values, 300.0)))
+
+
 def metrics(pairs: Pairs) -> dict[str, float]:
     """`rollout_corr/*` (token-level importance sampling, threshold 2) and `training/rollout_*`, with old := trainer.
 
@@ -70,16 +75,16 @@ def metrics(pairs: Pairs) -> dict[str, float]:
     whole = np.exp(2 * np.clip(pairs.padded(sums(d)), -_SAFE, _SAFE))
     corrections = {
         "kl": tokens(-d),
-        "k3_kl": tokens(np.exp(np.minimum(d, 300.0)) - d - 1),
-        "training_ppl": float(np.exp(-old).mean()),
+        "k3_kl": tokens(_exp(d) - d - 1),
+        "training_ppl": float(_exp(-old).mean()),
         "training_log_ppl": float(-old.mean()),
-        "rollout_ppl": float(np.exp(-rollout).mean()),
+        "rollout_ppl": float(_exp(-rollout).mean()),
         "rollout_log_ppl": float(-rollout.mean()),
         "log_ppl_diff": float(apart.mean()),
         "log_ppl_abs_diff": float(np.abs(apart).mean()),
         "log_ppl_diff_max": float(apart.max()),
         "log_ppl_diff_min": float(apart.min()),
-        "ppl_ratio": float(np.exp(apart).mean()),
+        "ppl_ratio": float(_exp(apart).mean()),
         "chi2_token": tokens(safe**2) - 1,
         "chi2_seq": float(whole.mean()) - 1,
         "rollout_is_mean": mean,
