@@ -617,20 +617,20 @@ def test_serving_pins_nothing():
 # -- the miniature repos, on real engines -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("name", sorted(FRAMEWORKS, key=lambda name: framework(name).profile))
 def test_the_miniature_repo_of_a_framework(name, run_inner, pool):
     """Real rollouts under the framework's profile, read from its batch, held against its own scorer."""
     here = EXAMPLES / name
     result = run_inner("--rootdir", str(here), "-c", str(here / "pyproject.toml"), str(here))
     result.assert_outcomes(passed=1)
-    spec = EngineSpec(MODEL, dtype=DTYPES.get(name, "bfloat16"), profile=framework(name).profile)
+    spec = EngineSpec(MODEL, dtype=DTYPES.get(name, "bfloat16"), profile=framework(name).profile, enforce_eager=True)
     used = pool.engine(spec).config.values
     assert {key: used[key] for key in spec.pins(cpu=True)} == spec.pins(cpu=True)
 
 
 def test_pipelinerls_first_v1_run_is_named_by_its_raw_logprobs(pool, questions):
     """The recipe that the article begins with: at T=0.7 the gate fails, and says why."""
-    engine = pool.engine(EngineSpec(MODEL, profile="pipelinerl-v1-first"))
+    engine = pool.engine(EngineSpec(MODEL, profile="pipelinerl-v1-first", enforce_eager=True))
     rollouts = engine.generate(questions(6), Sampling(temperature=0.7, n=4, seed=1))
     with pytest.raises(AssertionError) as failed:
         assert_trainer_parity(rollouts, framework("pipelinerl").scorer(MODEL, dtype="bfloat16"), metrics="pipelinerl")
@@ -639,8 +639,9 @@ def test_pipelinerls_first_v1_run_is_named_by_its_raw_logprobs(pool, questions):
     assert "logged       pipelinerl: rl/kl_new_old " in str(failed.value)
 
 
-def test_a_trainer_that_forgets_the_temperature_is_named(engine, questions):
+def test_a_trainer_that_forgets_the_temperature_is_named(pool, questions):
     """NeMo-Aligner's recipe at T=0.7: T for the engine alone."""
+    engine = pool.engine(EngineSpec(MODEL, dtype="bfloat16"))
     rollouts = engine.generate(questions(6), Sampling(temperature=0.7, n=4, seed=1))
     with pytest.raises(AssertionError) as failed:
         assert_trainer_parity(rollouts, framework("nemo-aligner").scorer(MODEL, dtype="bfloat16"))

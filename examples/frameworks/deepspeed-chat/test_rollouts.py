@@ -19,7 +19,7 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.logprob_parity(model=MODEL, dtype="bfloat16", profile=DEEPSPEED_CHAT.profile)
+@pytest.mark.logprob_parity(model=MODEL, dtype="bfloat16", profile=DEEPSPEED_CHAT.profile, enforce_eager=True)
 def test_rollouts_and_trainer_agree(parity_engine):
     rollouts = parity_engine.generate(PROMPTS, SAMPLING)
     scorer = DEEPSPEED_CHAT.scorer(MODEL, dtype="bfloat16")

@@ -19,7 +19,7 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.logprob_parity(model=MODEL, dtype="bfloat16", profile=NEMO_ALIGNER.profile)
+@pytest.mark.logprob_parity(model=MODEL, dtype="bfloat16", profile=NEMO_ALIGNER.profile, enforce_eager=True)
 def test_rollouts_and_trainer_agree(parity_engine):
     rollouts = parity_engine.generate(PROMPTS, SAMPLING)
     scorer = NEMO_ALIGNER.scorer(MODEL, dtype="bfloat16")

@@ -19,7 +19,7 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.logprob_parity(model=MODEL, dtype="bfloat16", profile=NEMO_RL.profile)
+@pytest.mark.logprob_parity(model=MODEL, dtype="bfloat16", profile=NEMO_RL.profile, enforce_eager=True)
 def test_rollouts_and_trainer_agree(parity_engine):
     batch = batch_of(parity_engine.generate(PROMPTS, SAMPLING))  # yours comes from NeMo-RL
     rollouts = NEMO_RL.read(batch, sampling=SAMPLING, dtype="bfloat16")

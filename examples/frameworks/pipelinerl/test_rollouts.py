@@ -19,7 +19,7 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.logprob_parity(model=MODEL, dtype="bfloat16", profile=PIPELINERL.profile)
+@pytest.mark.logprob_parity(model=MODEL, dtype="bfloat16", profile=PIPELINERL.profile, enforce_eager=True)
 def test_rollouts_and_trainer_agree(parity_engine):
     batch = records_of(parity_engine.generate(PROMPTS, SAMPLING))  # yours comes from PipelineRL
     rollouts = PIPELINERL.read(batch, sampling=SAMPLING, dtype="bfloat16")

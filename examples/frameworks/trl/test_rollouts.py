@@ -19,7 +19,7 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.logprob_parity(model=MODEL, dtype="float32", profile=TRL.profile)
+@pytest.mark.logprob_parity(model=MODEL, dtype="float32", profile=TRL.profile, enforce_eager=True)
 def test_rollouts_and_trainer_agree(parity_engine):
     batch = batch_of(parity_engine.generate(PROMPTS, SAMPLING))  # yours comes from TRL
     rollouts = TRL.read(batch, sampling=SAMPLING, dtype="float32")

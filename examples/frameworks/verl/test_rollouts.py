@@ -19,7 +19,7 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.logprob_parity(model=MODEL, dtype="bfloat16", profile=VERL.profile)
+@pytest.mark.logprob_parity(model=MODEL, dtype="bfloat16", profile=VERL.profile, enforce_eager=True)
 def test_rollouts_and_trainer_agree(parity_engine):
     batch = batch_of(parity_engine.generate(PROMPTS, SAMPLING))  # yours comes from veRL
     rollouts = VERL.read(batch, sampling=SAMPLING, dtype="bfloat16")
