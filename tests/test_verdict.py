@@ -809,7 +809,7 @@ def test_one_wild_token_makes_no_bad_sequence_however_short(length):
     wrong = logprobs.copy()
     wrong[: 2 * length] -= np.float32(0.45)  # whole sequences are something else
     result = compare(expected=trace, actual=trace.with_(logprobs=wrong), tolerance={"mean_diff": 0.1, "rms_diff": 1})
-    assert (result.verdict == "fail") == (length > 1)
+    assert result.verdict == "fail"
 
 
 def test_a_small_golden_in_float32_allows_the_outlier_that_its_budget_allows():
