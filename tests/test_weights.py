@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from conftest import MODEL
 from pytest_logprob_parity import EngineError, EngineSpec, MismatchError, Sampling, Trace, UsageError, assert_weight_update
-from pytest_logprob_parity.engines import in_flight
 
 STEP_2 = f"{MODEL}-step2"
 SAMPLING = Sampling(temperature=0.7, max_tokens=32, ignore_eos=True, seed=1)
@@ -75,10 +74,8 @@ def test_a_cache_that_was_not_cleared_and_one_that_was(updated):
     assert "computed again" in finding.evidence
 
 
-def test_weights_that_never_came(updated, questions, monkeypatch, pool, spec):
-    pool.engine(spec).generate(questions(1), SAMPLING)  # its own weights are in
-    monkeypatch.setattr(in_flight, "load", lambda llm, weights: None)
-    engine, trace = updated()
+def test_weights_that_never_came(updated, questions):
+    engine, trace = updated(MODEL)  # the engine gets what it has
     finding = finding_of(trace)
     assert (finding.layer, finding.cause) == ("weights", "stale_weights")
     assert "the old weights all along" in finding.evidence
