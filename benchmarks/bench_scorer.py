@@ -63,8 +63,9 @@ def speed() -> None:
 
     model = str(REPO / "models" / "tiny-arith")
     for name, scorer, vocabulary in (
-        ("tiny-arith", TransformersScorer(model), 384), ("151,936 words, 1,024 wide", TransformersScorer(wide_model(1024)), VOCABULARY),
-    ):  # fmt: skip
+        ("tiny-arith", TransformersScorer(model), 384),
+        ("151,936 words, 1,024 wide", TransformersScorer(wide_model(1024)), VOCABULARY),
+    ):
         width, rounds = (256, 15) if vocabulary < 1000 else (16, 5)
         ids = torch.randint(2, vocabulary, (16, width), generator=torch.Generator().manual_seed(0))
         mask = torch.ones_like(ids)

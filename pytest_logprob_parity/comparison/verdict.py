@@ -255,7 +255,7 @@ def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evide
         return Difference(True, "not bit for bit the same")
     if decided:
         return Difference(True, "see the headline")
-    if evidence.setup == "same" and floor is not None and floor.reproduces:
+    if evidence.setup == "same" and floor is not None and floor.reproduces and level != "noise":
         return Difference(True, "the same engine on the same schedule gives other bits, where recording got every bit back")
     if floor is None:
         return Difference(None, "not bit for bit the same, and the golden has no noise floor to hold that against")

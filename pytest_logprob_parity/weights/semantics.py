@@ -307,4 +307,4 @@ class UpdateReference:
 
 def _suspicious(dtype: str) -> float:
     """RMS (nats) above which even the way that was asked for is looked into."""
-    return trainer_tolerance("float32", dtype).rms_diff / 2
+    return trainer_tolerance("float32", dtype).rms_diff / 4
