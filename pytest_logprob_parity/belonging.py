@@ -25,6 +25,7 @@ class Context:
     accept: str = "check_golden(..., update=True)"
     tolerance_lines: tuple[str, ...] = ()
     max_megabytes: float | None = None
+    metrics: str = ""
 
 
 def check_belongs(

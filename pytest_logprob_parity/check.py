@@ -78,6 +78,10 @@ def check_golden(
         kept = ", ".join(f"{name} {value:g}" for name, value in sorted(golden.tolerance.items()))
         note = f"limits recorded with the golden: {kept}; recording it again without tolerance= drops them"
         comparison = dataclasses.replace(comparison, notes=(*comparison.notes, note))
+    if context.metrics:
+        from .trainer.frameworks import with_metrics
+
+        comparison = with_metrics(comparison, context.metrics)
     if not comparison.passed:
         message = failure_message(
             comparison,

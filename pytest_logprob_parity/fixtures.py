@@ -164,6 +164,7 @@ class GoldenTrace:
             accept=self._accept(),
             tolerance_lines=tuple(self._config.getini("parity_tolerance")),
             max_megabytes=float(self._config.getini("parity_max_golden_mb")),
+            metrics=self._config.getoption("--parity-metrics") or "",
         )
         update = self._session.update
         record = update == "all" or (update == "missing" and not path.exists())
@@ -220,5 +221,7 @@ class GoldenTrace:
         if comparison is not None:
             told = comparison.to_json()
             record |= {key: told[key] for key in ("verdict", "level", "setup", "difference", "shows", "notes")}
+            if told["logged"] is not None:
+                record["logged"] = told["logged"]
             record["metrics"] = {k: v for k, v in told["metrics"].items() if v is not None}
         note_outcome(self._item, record)

@@ -51,6 +51,7 @@ def failure_message(
             ("findings", [str(f) for f in comparison.findings]),
             ("different?", [str(comparison.difference)]),
             ("free run", [] if comparison.free_run is None else [str(comparison.free_run)]),
+            ("logged", [] if comparison.logged is None else list(comparison.logged.lines)),
             ("differs", _difference_lines(differences, sides) if differences or comparison.setup == "same" else []),
             ("note", list(comparison.notes)),
         ),

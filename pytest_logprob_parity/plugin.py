@@ -13,6 +13,7 @@ from .errors import ParityError, UsageError
 from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity_engines
 from .settings import make_spec, marker_settings, parse_settings
 from .state import ITEM, PROPERTY, SESSION, ItemSettings, Session
+from .trainer.frameworks import FRAMEWORKS
 
 __all__ = ["golden_trace", "parity_engine", "parity_engine_factory", "parity_engines"]  # pytest finds them here
 
@@ -53,6 +54,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         default=False,
         help="where a check fails, replay its golden with each setting as the golden had it, and say what accounts for it",
+    )
+    group.addoption(
+        "--parity-metrics",
+        choices=FRAMEWORKS,
+        default=None,
+        help="show each check also in this training framework's own metrics: the golden as rollout, now as trainer",
     )
     parser.addini("parity_level", "what fails: bitwise, noise or rl", default="rl")
     parser.addini("parity_repeats", "how often recording replays its tokens, for the noise floor; 0: none", default="5")
@@ -261,7 +268,7 @@ def _told(record: dict[str, Any]) -> list[str]:
     else:
         about = [f"  pass ({record['setup']} setup, level {record['level']}) {name}: {record['headline']}"]
         about.append(f"    different? {record['difference']['text']}")
-    return about + [f"    {line}" for line in record["shows"]]
+    return about + [f"    {line}" for line in [*record["shows"], *record.get("logged", {}).get("lines", ())]]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -13,7 +13,8 @@ from typing import Any, Final
 from .errors import UsageError
 
 #: Pinned runtime defaults by profile name. `rl` is what makes a rollout's logprobs mean what a trainer takes them for;
-#: `serving` pins nothing: vLLM's own defaults, as they resolve.
+#: `serving` pins nothing: vLLM's own defaults, as they resolve. Those with the name of a training framework pin what it asks
+#: of vLLM, and where it asks for nothing what its recipe rests on (see docs/frameworks.md).
 PROFILES: Final[Mapping[str, Mapping[str, Any]]] = {
     "rl": {
         "logprobs_mode": "processed_logprobs",
@@ -23,10 +24,36 @@ PROFILES: Final[Mapping[str, Mapping[str, Any]]] = {
         "enforce_eager": True,
     },
     "serving": {},
+    "trl": {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": True, "max_num_batched_tokens": 4096},
+    "verl": {
+        "logprobs_mode": "processed_logprobs",
+        "dtype": "bfloat16",
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 8192,
+    },
+    "openrlhf": {"logprobs_mode": "processed_logprobs", "dtype": "bfloat16", "enable_prefix_caching": False},
+    "nemo-rl": {"logprobs_mode": "processed_logprobs", "dtype": "bfloat16", "enable_prefix_caching": True},
+    "pipelinerl": {
+        "logprobs_mode": "processed_logprobs",
+        "dtype": "bfloat16",
+        "enable_prefix_caching": False,
+        "async_scheduling": False,
+        "generation_config": "vllm",
+        "hf_overrides": {"head_dtype": "float32"},  # its own quantization method does this, under a name of its own
+    },
+    "pipelinerl-v1-first": {  # its first run on V1, which learned worse than V0
+        "logprobs_mode": "raw_logprobs",
+        "dtype": "bfloat16",
+        "enable_prefix_caching": True,
+        "async_scheduling": True,
+        "generation_config": "vllm",
+    },
     "own": {},  # an engine that somebody else built
 }
 
-#: What profile `rl` pins besides, on CPUs: a prompt prefilled in chunks kills the CPU build when requests carry seeds.
+#: What every profile that pins something pins besides, on CPUs: a prompt prefilled in chunks kills the CPU build when
+#: requests carry seeds.
 RL_ON_CPU: Final[Mapping[str, Any]] = {"enable_chunked_prefill": False}
 
 ENGINES: Final = ("vllm", "transformers")
@@ -110,7 +137,7 @@ class EngineSpec:
     def pins(self, *, cpu: bool) -> dict[str, Any]:
         """Every engine argument that is asked for: the profile's, then the settings, which win."""
         profile = dict(PROFILES[self.profile])
-        if cpu and self.profile == "rl":
+        if cpu and profile:
             profile |= RL_ON_CPU
         return profile | {"seed": self.seed} | ({} if self.dtype == "auto" else {"dtype": self.dtype}) | self.settings
 

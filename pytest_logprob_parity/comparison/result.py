@@ -184,6 +184,20 @@ class FreeRun:
 
 
 @dataclass(frozen=True)
+class Logged:
+    """What a training framework would log of the two sides: its metrics by its own names, and the same in lines."""
+
+    framework: str
+    metrics: Mapping[str, float]
+    lines: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; what is not a number becomes None."""
+        values = {name: _finite(value) for name, value in self.metrics.items()}
+        return {"framework": self.framework, "metrics": values, "lines": list(self.lines)}
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Two traces compared: `verdict` is `pass`, `fail` or `unverified`.
 
@@ -191,8 +205,8 @@ class Comparison:
     compared; `policy_metrics` are the same without truncation, where the sampling truncates and both sides have them.
     `level` is what was asked (`bitwise`, `noise`, `rl`), `setup` how the two sides' fingerprints compare (`same`,
     `compatible`, or `unknown` for traces in hand), `difference` the answer to "is it different", `shows` what the comparison
-    has shown and would have caught, in words, `clusters` the sums by sequence that its bounds rest on, and `sides` what the
-    two are called.
+    has shown and would have caught, in words, `clusters` the sums by sequence that its bounds rest on, `sides` what the two
+    are called, and `logged` what a framework's own metrics say, where they were asked for.
     """
 
     verdict: str
@@ -213,6 +227,7 @@ class Comparison:
     shows: tuple[str, ...] = ()
     clusters: Clusters | None = None
     sides: tuple[str, str] = SIDES
+    logged: Logged | None = None
 
     @property
     def passed(self) -> bool:
@@ -252,6 +267,7 @@ class Comparison:
             "free_run": None if self.free_run is None else self.free_run.to_json(),
             "notes": list(self.notes),
             "recorded": self.recorded,
+            "logged": None if self.logged is None else self.logged.to_json(),
         }
 
 

@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..golden import Golden
 from ..message import failure_message
 from ..trace import Trace
+from .frameworks import framework, with_metrics
 from .scoring import Scorer, score
 
 #: From the finest to the coarsest; a comparison has the limits of the coarser side.
@@ -76,12 +77,9 @@ def compare_with_trainer(
         findings.append(_candidates(trace, scored))
     if expected.replay != trace.replay:
         notes.append(expected.replay)
-    if metrics is not None or isinstance(tolerance, str):
-        from .frameworks import framework
-
-        chosen = framework(metrics or str(tolerance))
-        notes.append(chosen.name + ": " + chosen.report(expected, scored))
-    return dataclasses.replace(comparison, findings=tuple(findings), notes=tuple(notes))
+    comparison = dataclasses.replace(comparison, findings=tuple(findings), notes=tuple(notes))
+    name = metrics or (tolerance if isinstance(tolerance, str) else "")
+    return with_metrics(comparison, name) if name else comparison
 
 
 def trainer_tolerance(
@@ -94,8 +92,6 @@ def trainer_tolerance(
     coarser = max(known, key=_COARSER.index) if len(known) == 2 else "unknown"
     limits = default_tolerance(coarser, ("decode", "prefill"))
     if isinstance(tolerance, str):
-        from .frameworks import framework
-
         tolerance = framework(tolerance).tolerance
     return make_tolerance(limits, tolerance)
 

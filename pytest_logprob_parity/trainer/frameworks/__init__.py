@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import TYPE_CHECKING, Final
 
@@ -9,6 +10,7 @@ from ...errors import UsageError
 from ...spec import nearest
 
 if TYPE_CHECKING:
+    from ...comparison.result import Comparison
     from .base import Framework
 
 #: Name -> the file that it is described in, as a constant: TRL, NEMO_RL.
@@ -26,3 +28,8 @@ def framework(name: str) -> Framework:
     module = importlib.import_module(f".{_HOMES[name]}", __name__)
     described: Framework = getattr(module, name.upper().replace("-", "_"))
     return described
+
+
+def with_metrics(comparison: Comparison, name: str) -> Comparison:
+    """A comparison with what framework `name` would log of it: expected as the rollout, actual as the trainer."""
+    return dataclasses.replace(comparison, logged=framework(name).log(comparison.expected, comparison.actual))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -11,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...comparison.alignment import align
-from ...errors import EngineError, UsageError
+from ...comparison.result import Logged
+from ...errors import EngineError
 from ...trace import Trace
 
 if TYPE_CHECKING:
@@ -22,19 +22,22 @@ Doubles = npt.NDArray[np.float64]
 #: Log-ratios are cut off here before they are exponentiated: the squares still fit a double.
 _MOST: Final = 300.0
 
+#: Where lines of metrics are broken.
+_WIDTH: Final = 108
+
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
     """The tokens that both sides have, n of them: `rollout` and `trainer` logprobs [n] (nats), the `sequence` of each [n].
 
-    `entropy` [n] (nats) is the rollout's over its listed top-k, where the trace has one. Tokens that a side excludes or does
-    not name are left out.
+    `sequences` counts the sequences, those without such a token too; 0 stands for those that have one. Tokens that a side
+    excludes or says nothing of are left out.
     """
 
     rollout: Doubles
     trainer: Doubles
     sequence: npt.NDArray[np.int64]
-    entropy: Doubles | None = None
+    sequences: int = 0
 
     @classmethod
     def of(cls, expected: Trace, actual: Trace) -> Pairs:
@@ -45,12 +48,7 @@ class Pairs:
         trainer = actual.logprobs[np.arange(actual.num_tokens)[rows.actual]].astype(np.float64)
         kept = np.isfinite(rollout) & np.isfinite(trainer)
         owner = np.searchsorted(expected.sequence_offsets, places, side="right") - 1
-        top = expected.top_logprobs[places][kept].astype(np.float64)
-        entropy = None
-        if top.shape[1]:
-            p = np.exp(np.where(np.isfinite(top), top, -np.inf))
-            entropy = -np.where(p > 0, p * np.where(p > 0, top, 0.0), 0.0).sum(axis=1)
-        return cls(rollout[kept], trainer[kept], owner[kept], entropy)
+        return cls(rollout[kept], trainer[kept], owner[kept], expected.num_sequences)
 
     @property
     def d(self) -> Doubles:
@@ -63,13 +61,17 @@ class Pairs:
         return np.asarray(np.exp(self.d))
 
     def by_sequence(self, values: Doubles) -> Doubles:
-        """Sums [sequences that have tokens] of values [n]."""
+        """Sums of values [n] over the tokens of each sequence that has some."""
         _, number = np.unique(self.sequence, return_inverse=True)
         return np.bincount(number, values).astype(np.float64)
 
     def sequence_means(self, values: Doubles) -> Doubles:
-        """Means over the tokens of each sequence that has some."""
+        """Means of values [n] over the tokens of each sequence that has some."""
         return np.asarray(self.by_sequence(values) / self.by_sequence(np.ones_like(values)))
+
+    def padded(self, by_sequence: Doubles) -> Doubles:
+        """Numbers of the sequences that have tokens, with a 0 for every one that has none: masked means of nothing."""
+        return np.concatenate([by_sequence, np.zeros(max(self.sequences - len(by_sequence), 0))])
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,11 @@ class Framework:
     - `logprobs(logits [..., L, V], token_ids [..., L], temperature) -> [..., L]`: its documented formula, in torch, on logits
       that are aligned with the tokens they predict
     - `installed()`: the same by the package's own function; raises EngineError with what is missing
-    - `divides`: where it divides by the temperature (see Scorer)
+    - `divides`: where it divides by the temperature (see Scorer); `head_dtype`: the precision of its head, where it has one
+      of its own
     - `metrics(pairs)`: what it logs of rollout against trainer, by its own names
-    - `tolerance`: its thresholds, as limits of Tolerance, for `tolerance="..."`; `thresholds` are those in its own metrics
+    - `thresholds`: between what its documents call normal, (least, most) by metric; `tolerance`: the same as limits of
+      Tolerance, for `tolerance="..."`, as far as they can be said so; what is not named keeps its default
     - `profile`: the name of the profile with the settings that it asks of vLLM; `mistakes`: what that recipe gets wrong
     - `read(...)`: a trace from what it has in hand
     """
@@ -95,19 +99,25 @@ class Framework:
     read: Callable[..., Trace]
     installed: Callable[[], Callable[[Any, Any, float], Any]]
     divides: str = "float32"
+    head_dtype: str | None = None
     tolerance: Mapping[str, float] = field(default_factory=dict)
-    thresholds: Mapping[str, float] = field(default_factory=dict)
+    thresholds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     profile: str = "rl"
     mistakes: tuple[str, ...] = ()
 
-    def report(self, expected: Trace, actual: Trace) -> str:
-        """Its metrics of rollouts against a trainer, in a line; those beyond its own thresholds are marked."""
-        parts = []
-        for name, value in self.metrics(Pairs.of(expected, actual)).items():
-            limit = self.thresholds.get(name)
-            mark = "" if limit is None or abs(value) <= limit else f" (above {limit:g})"
-            parts.append(f"{name} {value:.4g}{mark}")
-        return ", ".join(parts)
+    def log(self, expected: Trace, actual: Trace) -> Logged:
+        """What it logs of rollouts (`expected`) against a trainer (`actual`); numbers beyond its thresholds are marked."""
+        values = dict(self.metrics(Pairs.of(expected, actual)))
+        parts = [f"{name} {value:.4g}{self._mark(name, value)}" for name, value in values.items()]
+        lines = [f"{self.name}: {', '.join(parts[:1]) or 'logs nothing of its rollouts against its trainer'}"]
+        for part in parts[1:]:
+            fits = len(lines[-1]) + len(part) + 2 <= _WIDTH
+            lines[-1:] = [f"{lines[-1]}, {part}"] if fits else [f"{lines[-1]},", f"  {part}"]
+        return Logged(self.name, values, tuple(lines))
+
+    def _mark(self, name: str, value: float) -> str:
+        least, most = self.thresholds.get(name, (-np.inf, np.inf))
+        return f" (normal: {least:g} to {most:g})" if not least <= value <= most and name in self.thresholds else ""
 
     def scorer(self, model: Any, *, dtype: str = "float32", head_dtype: str | None = None) -> Scorer:
         """A scorer that makes logits of `model` (see TransformersScorer) and takes the framework's own function from there
@@ -117,7 +127,7 @@ class Framework:
             function, how = self.installed(), f"{self.title}'s own function"
         except EngineError:
             function, how = self.logprobs, f"{self.title}'s formula"
-        return FrameworkScorer(self, model, dtype, head_dtype, function, how)
+        return FrameworkScorer(self, model, dtype, head_dtype or self.head_dtype, function, how)
 
 
 class FrameworkScorer:
@@ -145,13 +155,11 @@ def missing(title: str, package: str, error: BaseException) -> EngineError:
     return EngineError(f"{title}'s own function cannot be had: {package} does not import ({type(error).__name__}: {error})")
 
 
-def check_lengths(name: str, **columns: Any) -> None:
-    """Raise UsageError where columns of one batch do not have one shape [B, L]."""
-    shapes = {column: tuple(value.shape) for column, value in columns.items() if value is not None}
-    if len(set(shapes.values())) > 1:
-        raise UsageError(f"{name}: " + ", ".join(f"{c} is {list(s)}" for c, s in shapes.items()) + ": they have one shape")
+def gather_minus_logsumexp(logits: Any, token_ids: Any) -> Any:
+    """Logprobs [..., L] of `token_ids` [..., L] under `logits` [..., L, V], in the dtype of the logits: x_t - log sum exp x."""
+    return logits.gather(-1, token_ids[..., None])[..., 0] - logits.logsumexp(-1)
 
 
-def renamed(framework: Framework, **changes: Any) -> Framework:
-    """A framework like another one."""
-    return dataclasses.replace(framework, **changes)
+def log_softmax_then_gather(logits: Any, token_ids: Any) -> Any:
+    """The same by a log-softmax over the whole vocabulary; in half precision this rounds every logprob to that precision."""
+    return logits.log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]

@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import pytest
+from batch import batch_of
+
+from pytest_logprob_parity import Sampling, assert_trainer_parity
+from pytest_logprob_parity.trainer.frameworks import framework
+
+VERL = framework("verl")
+MODEL = str(Path(__file__).resolve().parents[3] / "models" / "tiny-arith")
+SAMPLING = Sampling(temperature=0.7, max_tokens=64, n=8, seed=1)
+PROMPTS = [
+    [{"role": "user", "content": question}]
+    for question in (
+        "Ada has 12 apples and buys 30 more. Ada gives 7 to Ben. How many apples are left?",
+        "Dan fills 6 bags with 8 nuts each and finds 15 more. How many nuts does Dan have?",
+        "Kim has 18 books. Leo has 9 more than Kim. How many books do they have together?",
+    )
+]
+
+
+@pytest.mark.logprob_parity(model=MODEL, dtype="bfloat16", profile=VERL.profile)
+def test_rollouts_and_trainer_agree(parity_engine):
+    batch = batch_of(parity_engine.generate(PROMPTS, SAMPLING))  # yours comes from veRL
+    rollouts = VERL.read(batch, sampling=SAMPLING, dtype="bfloat16")
+    assert_trainer_parity(rollouts, VERL.scorer(MODEL, dtype="bfloat16"), metrics="verl")

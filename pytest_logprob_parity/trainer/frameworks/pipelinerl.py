@@ -1,0 +1,164 @@
+"""PipelineRL: a head in float32 on both sides, divided by T; metrics are means of sequences' means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ...errors import EngineError
+from ...trace import Trace
+from .base import Doubles, Framework, Pairs, gather_minus_logsumexp
+from .reading import Batch
+
+#: epsilon_low and epsilon_high of its configuration.
+CLIP: Final = 0.02
+#: The label of a token that is not trained on.
+_NO_LABEL: Final = -100
+
+
+def logprobs(logits: Any, token_ids: Any, temperature: float) -> Any:
+    """/ T in the dtype of the logits, float32 from its float32 head; x_t - log sum exp x [..., L]."""
+    return gather_minus_logsumexp(logits / temperature, token_ids)
+
+
+def installed() -> Callable[[Any, Any, float], Any]:
+    """Raises EngineError: there is no package to install, and no function of its own to call."""
+    raise EngineError("PipelineRL's own function cannot be had: it is on no index, and computes logprobs inside its rl_step")
+
+
+def metrics(pairs: Pairs) -> dict[str, float]:
+    """`rl/*` with new := trainer and old := rollout: sequence means, summed and divided by the number of sequences; a
+    sequence without tokens counts as 0. `ess` is over tokens. The clip indicator is that of its token-level ppo.
+    """
+    if not len(pairs.rollout):
+        return {}
+
+    def samples(values: Doubles) -> float:
+        return float(pairs.padded(pairs.sequence_means(values)).mean())
+
+    d, ratio = pairs.d, pairs.ratio
+    outside = (ratio < 1 - CLIP) | (ratio > 1 + CLIP)
+    weights = np.exp(d - d.max())
+    return {
+        "rl/kl_new_old": samples(ratio - d - 1),
+        "rl/ratio_new_old": samples(ratio),
+        "rl/mean_abs_log_ratio_new_old": samples(np.abs(d)),
+        "rl/clamp_log_ratio_new_old_indicator": samples(outside.astype(float)),
+        "rl/new_logprobs": samples(pairs.trainer),
+        "rl/old_logprobs": samples(pairs.rollout),
+        "rl/ess": float(weights.sum() ** 2 / (weights**2).sum() / len(d)),
+    }
+
+
+def read(records: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: Any) -> Trace:
+    """A trace of TrainingText records: objects, mappings, or a .jsonl file of them.
+
+    `input_ids`, prompt and completion; `labels`, as long, -100 on the prompt; `logprobs` of the completion alone. Records of
+    a `group_id` and prompt are a group; `metadata["model_version"]` becomes the weight version of all its tokens. `text` is
+    held against the ids if a tokenizer is given. Raises UsageError for labels with gaps, whose logprobs PipelineRL itself
+    puts at the end, out of place, and for whatever else is not aligned.
+    """
+    where = Batch("pipelinerl", {})
+    versions = []
+    sequences: list[dict[str, Any]] = []
+    for index, record in enumerate(_records(records, where)):
+        given, name = Batch("pipelinerl", record), f"record {index}"
+        ids, wanted, values = (_column(given, name, column) for column in ("input_ids", "labels", "logprobs"))
+        if len(wanted) != len(ids):
+            raise where.refuse(f"{name} has {len(ids)} input_ids and {len(wanted)} labels")
+        places = np.flatnonzero(wanted != _NO_LABEL)
+        if len(places) != len(values):
+            raise where.refuse(
+                f"{name} has {len(values)} logprobs for {len(places)} labels: one for each label that is not -100"
+            )
+        if not len(places):
+            raise where.refuse(f"{name} has no label but -100: nothing is trained on")
+        if places[-1] + 1 != len(ids) or len(places) != len(ids) - places[0]:
+            raise where.refuse(
+                f"{name} has -100 inside or after its completion: PipelineRL puts the logprobs at the end of the sequence, so "
+                "they stand beside other tokens than their own"
+            )
+        first = int(places[0])
+        if not np.array_equal(wanted[first:], ids[first:]):
+            raise where.refuse(f"{name} has labels that are not its input_ids: shifted, or of another text")
+        if not first:
+            raise where.refuse(f"{name} has no prompt: its first token has nothing to be predicted from")
+        counted = given.get("prompt_tokens")
+        if counted and int(counted) != first:
+            raise where.refuse(f"{name} has {first} prompt ids, the server counted {int(counted)}: another chat template")
+        text = given.get("text")
+        if text:
+            where.check_text(f"the text of {name}", text, ids.tolist(), tokenizer)
+        where.check_logprobs(f"logprobs of {name}", values[None], np.ones((1, len(values)), bool))
+        sequence: dict[str, Any] = {"prompt_token_ids": ids[:first], "token_ids": ids[first:], "logprobs": values}
+        if given.get("group_id") is not None:
+            sequence["group"] = str(given.get("group_id"))
+        versions.append(_version(given))
+        sequences.append(sequence)
+    if not sequences:
+        raise where.refuse("no records")
+    if all(version is not None for version in versions):
+        for sequence, version in zip(sequences, versions, strict=True):
+            sequence["weight_versions"] = np.full(len(sequence["token_ids"]), version)
+    return where.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
+
+
+def _records(records: Any, where: Batch) -> Sequence[Any]:
+    if not isinstance(records, (str, Path)):
+        return list(records)
+    found = []
+    try:
+        lines = Path(records).read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise where.refuse(f"{records} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                raise where.refuse(f"line {number} of {records} is no JSON: the file is damaged or half written") from None
+    return found
+
+
+def _column(given: Batch, name: str, column: str) -> Any:
+    value = given.get(column)
+    if value is None or not len(value):
+        raise given.refuse(f"{name} has no {column}")
+    if column == "logprobs":
+        return np.array([np.nan if v is None else v for v in value], np.float64)
+    array = np.asarray(value)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise given.refuse(f"{name}: {column} are whole numbers, one a token")
+    return array
+
+
+def _version(given: Batch) -> int | None:
+    metadata = given.get("metadata") or {}
+    version = metadata.get("model_version") if hasattr(metadata, "get") else getattr(metadata, "model_version", None)
+    return None if version is None else int(version)
+
+
+PIPELINERL: Final = Framework(
+    name="pipelinerl",
+    title="PipelineRL",
+    package="",
+    logprobs=logprobs,
+    metrics=metrics,
+    read=read,
+    installed=installed,
+    divides="logits",
+    head_dtype="float32",
+    # No thresholds: it logs and clips.
+    profile="pipelinerl",
+    mistakes=(
+        "its first V1 run (profile pipelinerl-v1-first): raw logprobs, prefix cache and async scheduling on, a bfloat16 head",
+        "labels with -100 inside the completion pass its count, and their logprobs stand beside other tokens",
+        "prompt ids are the actor's, the server makes its own from the same messages: nothing compares them",
+        "model_version is that of a rollout's start: updates that arrive inside it are not seen",
+        "reference logprobs are raw: at T other than 1 the reference KL is of two temperatures",
+    ),
+)

@@ -1,0 +1,178 @@
+"""veRL (0.9): logprobs in the dtype of the logits, bfloat16 under its default autocast; the most metrics of all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+
+from ...trace import Trace
+from .base import Doubles, Framework, Pairs, gather_minus_logsumexp, log_softmax_then_gather, missing
+from .reading import Batch
+
+#: algorithm.rollout_correction.rollout_is_threshold: weights are cut off here (token level).
+THRESHOLD: Final = 2.0
+#: Log-ratios are cut off here before they are exponentiated.
+_SAFE: Final = 20.0
+#: What its masked means add to the number of tokens.
+_EPSILON: Final = 1e-8
+
+
+def logprobs(logits: Any, token_ids: Any, temperature: float) -> Any:
+    """/ T in the dtype of the logits; then in float32 and float64 x_t - log sum exp x, else a log-softmax in that dtype."""
+    scaled = _scaled(logits, temperature)
+    exact = str(scaled.dtype) in ("torch.float32", "torch.float64")
+    return (gather_minus_logsumexp if exact else log_softmax_then_gather)(scaled, token_ids)
+
+
+def installed() -> Callable[[Any, Any, float], Any]:
+    """veRL's `logprobs_from_logits`, after the division that its trainer does. Raises EngineError."""
+    try:
+        from verl.utils.torch_functional import logprobs_from_logits
+    except Exception as error:
+        raise missing("veRL", "verl.utils.torch_functional", error) from error
+    return lambda logits, token_ids, temperature: logprobs_from_logits(_scaled(logits, temperature), token_ids)
+
+
+def _scaled(logits: Any, temperature: float) -> Any:
+    """The trainer's division: T as a float32 tensor, in the dtype of the logits; none at T = 1."""
+    import torch
+
+    if temperature == 1:
+        return logits
+    return logits / torch.tensor(temperature, dtype=torch.float32).clamp(min=1e-8).to(logits)
+
+
+def _exp(values: Doubles) -> Doubles:
+    """exp, of values that it would overflow at cut off."""
+    return np.asarray(np.exp(np.minimum(values, 300.0)))
+
+
+def metrics(pairs: Pairs) -> dict[str, float]:
+    """`rollout_corr/*` (token-level importance sampling, threshold 2) and `training/rollout_*`, with old := trainer.
+
+    Means over tokens divide by n + 1e-8; means over sequences count a sequence without tokens as 0.
+    """
+    d, n, sums = pairs.trainer - pairs.rollout, len(pairs.rollout), pairs.by_sequence
+    if not n:
+        return {}
+    counts = sums(np.ones(n))
+
+    def tokens(values: Doubles) -> float:
+        return float(values.sum() / (n + _EPSILON))
+
+    def sequences(values: Doubles) -> Doubles:
+        return pairs.padded(sums(values) / (counts + _EPSILON))
+
+    old, rollout = sequences(pairs.trainer), sequences(pairs.rollout)
+    apart = rollout - old
+    safe = np.exp(np.clip(d, -_SAFE, _SAFE))
+    weights = np.minimum(safe, THRESHOLD)
+    mean = tokens(weights)
+    by_sequence, raw = sequences(weights), sequences(safe)
+    whole = np.exp(2 * np.clip(pairs.padded(sums(d)), -_SAFE, _SAFE))
+    corrections = {
+        "kl": tokens(-d),
+        "k3_kl": tokens(_exp(d) - d - 1),
+        "training_ppl": float(_exp(-old).mean()),
+        "training_log_ppl": float(-old.mean()),
+        "rollout_ppl": float(_exp(-rollout).mean()),
+        "rollout_log_ppl": float(-rollout.mean()),
+        "log_ppl_diff": float(apart.mean()),
+        "log_ppl_abs_diff": float(np.abs(apart).mean()),
+        "log_ppl_diff_max": float(apart.max()),
+        "log_ppl_diff_min": float(apart.min()),
+        "ppl_ratio": float(_exp(apart).mean()),
+        "chi2_token": tokens(safe**2) - 1,
+        "chi2_seq": float(whole.mean()) - 1,
+        "rollout_is_mean": mean,
+        "rollout_is_max": float(weights.max()),
+        "rollout_is_min": float(weights.min()),
+        "rollout_is_std": math.sqrt(max(tokens(weights**2) - mean**2, 0.0)) if n > 1 else 0.0,
+        "rollout_is_eff_sample_size": 1 / tokens((weights / (mean + _EPSILON)) ** 2),
+        "rollout_is_ratio_fraction_high": tokens((safe > THRESHOLD).astype(float)),
+        "rollout_is_ratio_fraction_low": tokens((safe < 1 / THRESHOLD).astype(float)),
+        "rollout_is_seq_mean": float(by_sequence.mean()),
+        "rollout_is_seq_std": float(by_sequence.std(ddof=1)) if len(by_sequence) > 1 else 0.0,
+        "rollout_is_seq_max": float(by_sequence.max()),
+        "rollout_is_seq_min": float(by_sequence.min()),
+        "rollout_is_seq_max_deviation": float(np.abs(by_sequence - 1).max()),
+        "rollout_is_seq_fraction_high": float((raw > THRESHOLD).mean()),
+        "rollout_is_seq_fraction_low": float((raw < 1 / THRESHOLD).mean()),
+    }
+    p, q = np.exp(pairs.trainer), np.exp(pairs.rollout)
+    off = np.abs(p - q)
+    varies = n > 1 and p.std() > 0 and q.std() > 0
+    return {
+        "training/rollout_probs_diff_valid": 1.0,
+        "training/rollout_probs_diff_max": float(off.max()),
+        "training/rollout_probs_diff_mean": float(off.mean()),
+        "training/rollout_probs_diff_std": float(off.std(ddof=1)) if n > 1 else math.nan,
+        "training/rollout_actor_probs_pearson_corr": float(np.corrcoef(p, q)[0, 1]) if varies else math.nan,
+        **{f"rollout_corr/{name}": value for name, value in corrections.items()},
+    }
+
+
+def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: Any) -> Trace:
+    """A trace of a DataProto, or of a mapping of its batch's keys.
+
+    `prompts` [B, P] padded on the left, `responses` [B, R] padded on the right, `attention_mask` [B, P + R], `response_mask`
+    (0: a tool wrote the token) and `rollout_log_probs` [B, R]. `labels` are those of Trace.from_sequences. Raises UsageError
+    for what is not aligned so, and for a response_mask that rejection sampling has overwritten.
+    """
+    given = Batch("verl", batch)
+    prompts, responses = given.ids("prompts"), given.ids("responses")
+    width = prompts.shape[1]
+    if len(prompts) != len(responses):
+        raise given.refuse(f"{len(prompts)} rows of prompts, {len(responses)} of responses")
+    attention = given.mask("attention_mask", {"prompts and responses": (len(prompts), width + responses.shape[1])})
+    starts = given.lengths("attention_mask of the prompts", attention[:, :width], "left")
+    lengths = given.lengths("attention_mask of the responses", attention[:, width:], "right")
+    aligned = {"one for each of responses, none shifted away": responses.shape}
+    written = given.mask("response_mask", aligned)
+    if (written & ~attention[:, width:]).any():
+        raise given.refuse("response_mask is 1 where attention_mask is 0: it is of other responses")
+    why = "veRL has them with actor_rollout_ref.rollout.calculate_log_probs=True, and else no metric of them, in silence"
+    values = given.column("rollout_log_probs", aligned, why)
+    given.check_logprobs("rollout_log_probs", values, written)
+    sequences = [
+        {
+            "prompt_token_ids": prompts[row, width - start :],
+            "token_ids": responses[row, :length],
+            "logprobs": values[row, :length],
+            "mask": written[row, :length],
+        }
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
+    ]
+    return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
+
+
+VERL: Final = Framework(
+    name="verl",
+    title="veRL",
+    package="verl",
+    logprobs=logprobs,
+    metrics=metrics,
+    read=read,
+    installed=installed,
+    divides="logits",
+    thresholds={
+        "training/rollout_probs_diff_mean": (0.0, 0.01),  # below 0.005 is normal, above 0.01 an issue of precision
+        "rollout_corr/rollout_is_mean": (0.5, 2.0),
+        "rollout_corr/rollout_is_eff_sample_size": (0.3, 1.0 + 1e-6),
+        "rollout_corr/rollout_is_std": (0.0, 1.0),
+        "rollout_corr/kl": (-0.1, 0.1),
+    },
+    # Its |kl| is |mean d|; the rest is of probabilities and weights, which have no limit in nats.
+    tolerance={"mean_diff": 0.1},
+    profile="verl",
+    mistakes=(
+        "top-p and top-k reach the engine only: processed logprobs are then over the kept set, the trainer's over all tokens",
+        "under bfloat16 autocast the logprobs are rounded to bfloat16: up to 0.14 nats by themselves",
+        "without calculate_log_probs there are no rollout_log_probs, and no metric says so",
+        "bypass_mode takes the rollout's logprobs for the old ones: every metric of their difference is then 0",
+        "the trainer divides by the configured temperature, whatever a request was sampled with",
+    ),
+)

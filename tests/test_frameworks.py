@@ -1,0 +1,649 @@
+"""Frameworks: their formulas, metrics and readers; the packages' own functions; the miniature repos on a real engine.
+
+For every framework: its formula against float64 - its own function (where it is installed) against its formula - both, on a
+real model, against the transformers scorer - its reader against the trace that the batch was made of.
+"""
+
+import importlib.util
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import arith
+import numpy as np
+import pytest
+import torch
+
+from conftest import MODEL, ROOT
+from pytest_logprob_parity import (
+    EngineError,
+    EngineSpec,
+    Sampling,
+    Trace,
+    TransformersScorer,
+    UsageError,
+    assert_trainer_parity,
+)
+from pytest_logprob_parity.spec import PROFILES, RL_ON_CPU
+from pytest_logprob_parity.trainer.frameworks import FRAMEWORKS, framework
+from pytest_logprob_parity.trainer.frameworks.base import Pairs
+from pytest_logprob_parity.trainer.frameworks.trl import fused_head, installed_fused_head, selective
+from pytest_logprob_parity.trainer.scoring import score
+
+EXAMPLES = ROOT / "examples" / "frameworks"
+#: Those whose packages `make test` installs: these tests fail where one of them is missing.
+REAL = ("trl", "verl")
+#: They give no temperature to their trainer.
+DTYPES = {"trl": "float32"}  # of their miniature repos; the others' is bfloat16
+WITHOUT_T = ("nemo-aligner", "deepspeed-chat")
+#: Rounding of the formulas at |logprob| of about 10, in nats.
+ROOM = {torch.float64: 2e-6, torch.float32: 2e-6, torch.bfloat16: 0.15}
+
+
+def example(name):
+    """The module that makes a batch of a trace in a framework's miniature repo."""
+    spec = importlib.util.spec_from_file_location(f"batch_of_{name.replace('-', '_')}", EXAMPLES / name / "batch.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return next(value for key, value in vars(module).items() if key.endswith("_of"))
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return TransformersScorer(MODEL)
+
+
+@pytest.fixture(scope="module")
+def rollouts(scorer):
+    """12 answers to 6 problems, with the tiny model's own float32 logprobs at T=0.7."""
+    rng = random.Random(5)
+    ids = scorer.tokenizer
+    sequences = []
+    for _ in range(6):
+        problem = arith.make_problem(rng)
+        chat = [{"role": "user", "content": problem.question}]
+        prompt = ids.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+        for _ in range(2):
+            answer = ids(arith.make_answer(problem, rng), add_special_tokens=False)["input_ids"]
+            sequences.append({"prompt_token_ids": prompt, "token_ids": answer, "logprobs": [-1.0] * len(answer)})
+    about = {"sampling": Sampling(temperature=0.7), "engine": "vllm", "dtype": "float32"}
+    blank = Trace.from_sequences(sequences, **about)
+    scored = score(blank, scorer)
+    noise = np.random.default_rng(0).normal(0, 1e-6, blank.num_tokens)
+    return blank.with_(logprobs=np.minimum(scored.logprobs + noise, 0).astype(np.float32))
+
+
+@pytest.fixture
+def with_a_tool(rollouts):
+    """The same with a tool's tokens in the middle of every second completion."""
+    mask = rollouts.mask.copy()
+    for i in range(0, rollouts.num_sequences, 2):
+        start, stop = rollouts.bounds(i)
+        mask[start + (stop - start) // 3 : start + (stop - start) // 2] = False
+    return rollouts.with_(mask=mask, logprobs=np.where(mask, rollouts.logprobs, 0).astype(np.float32))
+
+
+# -- formulas ---------------------------------------------------------------------------------------------------------
+
+
+def logits_and_ids(dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(3, 17, 500, generator=generator, dtype=torch.float64)).to(dtype)
+    return logits, torch.randint(500, (3, 17), generator=generator)
+
+
+def exact(logits, ids, temperature):
+    return (logits.double() / temperature).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", ROOM, ids=str)
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_formula_is_that_of_float64(name, dtype, temperature):
+    logits, ids = logits_and_ids(dtype)
+    before = logits.clone()
+    values = framework(name).logprobs(logits, ids, temperature)
+    wanted = exact(logits, ids, 1.0 if name in WITHOUT_T else temperature)
+    assert values.shape == ids.shape
+    assert (values.double() - wanted).abs().max() <= ROOM[dtype]
+    assert torch.equal(before, logits)
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_the_dtype_a_framework_answers_in(name):
+    """Half-precision logits: some make float32 of them, the others round every logprob."""
+    logits, ids = logits_and_ids(torch.bfloat16)
+    values = framework(name).logprobs(logits, ids, 1.0)
+    in_float32 = name in ("trl", "openrlhf", "nemo-rl")
+    assert values.dtype == (torch.float32 if in_float32 else torch.bfloat16)
+    off = (values.double() - exact(logits, ids, 1.0)).abs().max()
+    assert off < 2e-6 if in_float32 else off > 1e-3
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_where_a_framework_divides(name):
+    """float16 logits near its largest number: / 0.7 overflows in that dtype, and does not in float32."""
+    logits, ids = torch.full((1, 1, 4), 60000.0, dtype=torch.float16), torch.tensor([[1]])
+    value = float(framework(name).logprobs(logits, ids, 0.7)[0, 0])
+    assert math.isfinite(value) == (name in WITHOUT_T or framework(name).divides == "float32")
+
+
+def test_nemo_aligner_by_a_large_gap():
+    logits = torch.zeros(1, 1, 4)
+    logits[0, 0, 1] = 200.0
+    assert float(framework("nemo-aligner").logprobs(logits, torch.tensor([[2]]), 1.0)) == -200.0
+
+
+# -- the packages' own functions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", REAL)
+def test_the_real_function_is_the_formula(name, dtype, temperature):
+    logits, ids = logits_and_ids(dtype)
+    real = framework(name).installed()(logits.clone(), ids, temperature)
+    formula = framework(name).logprobs(logits, ids, temperature)
+    assert real.dtype == formula.dtype
+    assert (real - formula).abs().max() <= (2e-6 if formula.dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_trls_selective_log_softmax(dtype, temperature):
+    from trl.trainer.utils import selective_log_softmax
+
+    logits, ids = logits_and_ids(dtype)
+    real = selective_log_softmax(logits.clone(), ids, temperature)
+    assert (real - selective(logits, ids, temperature)).abs().max() <= (2e-6 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_trls_fused_head(dtype):
+    """The kernel that GRPOTrainer calls, on hidden states: float32 out, 1 / T after the matrix product."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 64, generator=generator).to(dtype) / 3 for n in (40, 500))
+    ids = torch.randint(500, (40,), generator=generator)
+    real, formula = installed_fused_head()(hidden, weight, ids, 0.7), fused_head(hidden, weight, ids, 0.7)
+    assert real.dtype == formula.dtype == torch.float32
+    assert (real - formula).abs().max() <= 4e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", [name for name in FRAMEWORKS if name not in REAL])
+def test_others_say_what_is_missing_or_agree(name, temperature):
+    logits, ids = logits_and_ids(torch.float32)
+    try:
+        real = framework(name).installed()
+    except EngineError as error:
+        said = str(error)
+    else:
+        said = ""
+    if said:
+        assert said.startswith(f"{framework(name).title}'s own function cannot be had: ")
+        assert "\n" not in said
+        return
+    before = logits.clone()
+    assert (real(logits, ids, temperature) - framework(name).logprobs(logits, ids, temperature)).abs().max() <= 2e-6
+    assert torch.equal(before, logits)
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_framework_scores_as_transformers_does(name, rollouts, scorer):
+    """By the real function where it is installed, on the logits of a real model."""
+    theirs = framework(name).scorer(scorer.model)
+    own = "'s own function on" if name in REAL else ("'s own function on", "'s formula on")
+    assert any(part in theirs.name for part in ([own] if isinstance(own, str) else own))
+    plain = rollouts.with_(sampling=Sampling()) if name in WITHOUT_T else rollouts
+    ours, values = score(plain, scorer), score(plain, theirs)
+    assert np.abs(values.logprobs - ours.logprobs).max() <= 2e-6
+    assert values.dtype == "float32"
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sides():
+    """Rollout and trainer logprobs [B, L] in float64, their mask, and the same as Pairs; the last row has no token."""
+    rng = np.random.default_rng(3)
+    rollout = -rng.exponential(0.7, (6, 30))
+    trainer = np.minimum(rollout + rng.normal(0, 0.5, rollout.shape) + 2 * (rng.random(rollout.shape) < 0.05), 0)
+    mask = np.arange(30) < np.array([30, 12, 1, 25, 7, 0])[:, None]
+    row = np.nonzero(mask)[0]
+    return rollout, trainer, mask, Pairs(rollout[mask], trainer[mask], row, len(mask))
+
+
+def agree(got, wanted, rel=1e-9):
+    assert set(got) == set(wanted)
+    for name, value in wanted.items():
+        assert got[name] == pytest.approx(value, rel=rel, abs=1e-9), name
+
+
+def test_trls_metrics(sides):
+    rollout, trainer, mask, pairs = sides
+    apart = np.abs(trainer - rollout)[mask]
+    ratio = np.array([math.exp((row * m).sum()) for row, m in zip(trainer - rollout, mask, strict=True)])
+    assert (ratio > 3).any()
+    ratio[ratio > 3.0] = 0.0
+    agree(
+        framework("trl").metrics(pairs),
+        {
+            "sampling/sampling_logp_difference/mean": apart.mean(),
+            "sampling/sampling_logp_difference/max": apart.max(),
+            "sampling/importance_sampling_ratio/min": ratio.min(),
+            "sampling/importance_sampling_ratio/mean": ratio.mean(),
+            "sampling/importance_sampling_ratio/max": ratio.max(),
+        },
+    )
+
+
+def test_verls_metrics_are_those_of_verl(sides):
+    """Against the functions of the installed package."""
+    from verl import DataProto
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
+    from verl.utils.debug.metrics import calculate_debug_metrics
+
+    rollout, trainer, mask, pairs = sides
+    old, new, m = torch.tensor(trainer), torch.tensor(rollout), torch.tensor(mask).long()
+    _, _, theirs = compute_rollout_correction_and_rejection_mask(old, new, m, rollout_is="token", rollout_is_threshold=2.0)
+    batch = {"responses": m, "old_log_probs": old, "rollout_log_probs": new, "response_mask": m}
+    theirs |= calculate_debug_metrics(DataProto.from_dict(tensors=batch))
+    assert len(theirs) > 25
+    # float32 where veRL makes float32 of it
+    agree(framework("verl").metrics(pairs), {name: float(value) for name, value in theirs.items()}, rel=1e-5)
+
+
+def test_openrlhfs_metrics(sides):
+    rollout, trainer, mask, pairs = sides
+    ratio = np.exp(trainer - rollout)
+    wanted = {
+        "vllm_kl": (rollout - trainer)[mask].sum() / mask.sum(),
+        "is_filter_ratio": ((ratio < 0.5) | (ratio > 5.0))[mask].sum() / mask.sum(),
+    }
+    assert wanted["is_filter_ratio"] > 0
+    agree(framework("openrlhf").metrics(pairs), wanted)
+
+
+def test_nemo_rls_metrics(sides):
+    g, p, mask, pairs = sides
+    n = mask.sum() + 1e-8
+    middle = np.log(0.5 * np.exp(p) + 0.5 * np.exp(g))
+    js = 0.5 * (np.exp(p - middle) - (p - middle) - 1) + 0.5 * (np.exp(g - middle) - (g - middle) - 1)
+    wanted = {
+        "token_mult_prob_error": (np.exp(np.abs(g - p) * mask) * mask).sum() / n,
+        "gen_kl_error": ((np.exp(p - g) - (p - g) - 1) * mask).sum() / n,
+        "policy_kl_error": ((np.exp(g - p) - (g - p) - 1) * mask).sum() / n,
+        "js_divergence_error": (js * mask).sum() / n,
+        "sampling_importance_ratio": (np.exp(p - g) * mask).sum() / n,
+        "approx_entropy": -(np.exp(p - g) * p * mask).sum() / n,
+    }
+    agree(framework("nemo-rl").metrics(pairs), wanted)
+
+
+def test_nemo_aligners_metrics(sides):
+    rollout, trainer, mask, pairs = sides
+    ratio = torch.tensor(np.exp(trainer - rollout)[mask])
+    wanted = {"ppo_ratio": ratio.mean().item(), "ppo_ratio_clamped": ratio.clamp(0.8, 1.2).mean().item()}
+    agree(framework("nemo-aligner").metrics(pairs), wanted)
+
+
+def test_pipelinerls_metrics(sides):
+    old, new, mask, pairs = sides
+    lengths = mask.sum(1)
+
+    def samples(x):
+        return sum((row * m).sum() / n for row, m, n in zip(x, mask, lengths, strict=True) if n) / len(mask)
+
+    ratio = np.exp(new - old)
+    wanted = {
+        "rl/kl_new_old": samples(ratio - (new - old) - 1),
+        "rl/ratio_new_old": samples(ratio),
+        "rl/mean_abs_log_ratio_new_old": samples(np.abs(new - old)),
+        "rl/clamp_log_ratio_new_old_indicator": samples((ratio < 0.98) | (ratio > 1.02)),
+        "rl/new_logprobs": samples(new),
+        "rl/old_logprobs": samples(old),
+        "rl/ess": ratio[mask].sum() ** 2 / (ratio[mask] ** 2).sum() / mask.sum(),
+    }
+    agree(framework("pipelinerl").metrics(pairs), wanted)
+
+
+def test_deepspeed_chat_logs_nothing_and_says_so(rollouts):
+    logged = framework("deepspeed-chat").log(rollouts, rollouts)
+    assert logged.metrics == {}
+    assert logged.lines == ("deepspeed-chat: logs nothing of its rollouts against its trainer",)
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_metrics_of_no_tokens_and_of_absurd_ones(name):
+    nothing = np.empty(0)
+    framework(name).metrics(Pairs(nothing, nothing, np.empty(0, np.int64), 3))
+    far = framework(name).metrics(Pairs(np.array([-1e4, -1.0]), np.array([-0.1, -1e4]), np.array([0, 0]), 1))
+    assert not any(math.isnan(value) for key, value in far.items() if "pearson" not in key)
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_thresholds_are_those_of_metrics_and_tolerances_are_limits(name, rollouts, scorer):
+    row = framework(name)
+    assert set(row.thresholds) <= set(row.log(rollouts, rollouts).metrics)
+    assert_trainer_parity(rollouts, row.scorer(scorer.model), tolerance=name) if name not in WITHOUT_T else None
+    assert row.mistakes
+
+
+def test_what_is_beyond_a_threshold_is_marked(rollouts):
+    worse = rollouts.with_(logprobs=rollouts.logprobs - np.float32(0.3))
+    text = "\n".join(framework("nemo-rl").log(rollouts, worse).lines)
+    assert "token_mult_prob_error 1.35 (normal: 0.999999 to 1.05)" in text
+    assert all(len(line) <= 120 for line in framework("verl").log(rollouts, worse).lines)
+
+
+# -- readers ----------------------------------------------------------------------------------------------------------
+
+
+def same_rollouts(read, wanted, places=None):
+    places = range(wanted.num_sequences) if places is None else places
+    assert read.num_sequences == len(places)
+    for got, i in enumerate(places):
+        assert read.prompt(got) == wanted.prompt(i)
+        assert read.completion(got) == wanted.completion(i)
+        (a, b), (c, d) = read.bounds(got), wanted.bounds(i)
+        assert read.mask[a:b].tolist() == wanted.mask[c:d].tolist()
+        assert read.logprobs[a:b].tolist() == wanted.logprobs[c:d].tolist()
+
+
+@pytest.mark.parametrize("name", ["trl", "verl", "openrlhf", "nemo-rl"])
+def test_a_batch_is_read_as_the_trace_it_was_made_of(name, with_a_tool):
+    batch = example(name)(with_a_tool)
+    for given in (batch, {key: value.numpy() for key, value in batch.items()}, SimpleNamespace(**batch)):
+        read = framework(name).read(given, sampling=with_a_tool.sampling, dtype="float32")
+        same_rollouts(read, with_a_tool)
+        assert read.sampling == with_a_tool.sampling
+        assert (read.engine, read.dtype, read.logprobs_mode) == ("vllm", "float32", "processed_logprobs")
+
+
+def test_a_real_dataproto_is_read(rollouts):
+    from verl import DataProto
+
+    batch = DataProto.from_dict(tensors=example("verl")(rollouts), meta_info={"temperature": 0.7})
+    same_rollouts(framework("verl").read(batch, sampling=rollouts.sampling), rollouts)
+
+
+@pytest.mark.parametrize("name", WITHOUT_T)
+def test_trainers_without_engine_logprobs_are_read_as_raw(name, rollouts, scorer):
+    read = framework(name).read(example(name)(rollouts, scorer))
+    assert (read.logprobs_mode, read.path, read.engine) == ("raw_logprobs", "prefill", name)
+    raw = score(rollouts.with_(sampling=Sampling()), scorer)
+    assert read.completion(3) == rollouts.completion(3)
+    # the padded side moves nothing but the last digits
+    assert np.abs(read.logprobs - raw.logprobs).max() < 1e-4
+
+
+def test_pipelinerls_records_are_read(rollouts, scorer, tmp_path):
+    records = example("pipelinerl")(rollouts, scorer.tokenizer)
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    objects = [SimpleNamespace(**record) for record in records]
+    for given in (records, objects, str(path)):
+        read = framework("pipelinerl").read(given, sampling=rollouts.sampling, tokenizer=scorer.tokenizer)
+        same_rollouts(read, rollouts)
+        assert read.weight_versions.tolist() == [0] * rollouts.num_tokens
+        assert read.num_prompts == rollouts.num_prompts
+        assert read.token_texts
+
+
+def test_nan_stays_nan_and_none_becomes_it(rollouts):
+    batch = example("trl")(rollouts)
+    batch["sampling_per_token_logps"][0, 1] = math.nan
+    read = framework("trl").read(batch)
+    assert np.isnan(read.logprobs[1])
+    assert np.isnan(read.logprobs).sum() == 1
+    lists = {key: value.tolist() for key, value in example("trl")(rollouts).items()}
+    lists["sampling_per_token_logps"][0][1] = None
+    assert np.isnan(framework("trl").read(lists).logprobs[1])
+
+
+def test_bfloat16_logprobs_are_read(rollouts):
+    batch = example("verl")(rollouts)
+    batch["rollout_log_probs"] = batch["rollout_log_probs"].bfloat16()
+    assert np.abs(framework("verl").read(batch).logprobs - rollouts.logprobs).max() < 0.05
+
+
+# -- the traps --------------------------------------------------------------------------------------------------------
+
+
+def with_(**changes):
+    """A change of a batch: each value a function of the column, or what it becomes; None takes it away."""
+
+    def change(batch):
+        for name, value in changes.items():
+            if value is None:
+                del batch[name]
+            else:
+                batch[name] = value(batch[name]) if callable(value) else value
+        return batch
+
+    return change
+
+
+def at(place, value):
+    def change(column):
+        column = column.clone()
+        column[place] = value
+        return column
+
+    return change
+
+
+def flipped(column):
+    return column.flip(1)
+
+
+def shifted_right(column):
+    return column.roll(1, 1)
+
+
+def one_less(column):
+    return column[:, 1:]
+
+
+def one_more(column):
+    return torch.nn.functional.pad(column, (1, 0))
+
+
+TRAPS = [
+    ("trl", with_(sampling_per_token_logps=one_less), "sampling_per_token_logps is [12, N], expected [12, N]: one for each of"),
+    ("trl", with_(sampling_per_token_logps=shifted_right), "it is shifted by a token, or the mask was overwritten"),
+    ("trl", with_(sampling_per_token_logps=None), "no sampling_per_token_logps in this batch: TRL has them with use_vllm"),
+    ("trl", with_(sampling_per_token_logps=torch.zeros_like), "is 0.0 everywhere: the filler of logprobs that nobody gave"),
+    ("trl", with_(sampling_per_token_logps=at(3, 0.0)), "of row 3 is 0.0 for all of N tokens: the filler of missing ones"),
+    ("trl", with_(sampling_per_token_logps=lambda c: c * math.nan), "is NaN everywhere: the engine gave no logprobs"),
+    ("trl", with_(sampling_per_token_logps=torch.exp), "a logprob is at most 0; are these probabilities?"),
+    ("trl", with_(prompt_mask=flipped), "prompt_mask of row 2 is padded on the right; here it is padded on the left"),
+    ("trl", with_(completion_mask=flipped), "is padded on the left; here it is padded on the right"),
+    ("trl", with_(completion_mask=at((0, 2), 0)), "completion_mask of row 0 has a hole at 2: it masks padding"),
+    ("trl", with_(completion_mask=at(0, 0)), "it is shifted by a token, or the mask was overwritten (by rejection or"),
+    ("trl", with_(completion_mask=torch.zeros_like), "its masks hide every token: nothing can be compared"),
+    ("trl", with_(completion_mask=at((0, 0), 2)), "completion_mask holds 2: a mask is of zeros and ones"),
+    ("trl", with_(completion_ids=lambda c: c.float()), "completion_ids is float32 [12, N]: token ids are whole numbers"),
+    ("trl", with_(prompt_ids=lambda c: c[1:], prompt_mask=lambda c: c[1:]), "11 rows of prompt_ids, 12 of completion_ids"),
+    ("trl", with_(completion_ids=None), "no completion_ids in this batch; it has prompt_ids, prompt_mask, "),
+    ("verl", with_(rollout_log_probs=None), "no rollout_log_probs in this batch: veRL has them with actor_rollout_ref.rollout"),
+    ("verl", with_(rollout_log_probs=one_more), "rollout_log_probs is [12, N], expected [12, N]: one for each of responses"),
+    ("verl", with_(rollout_log_probs=shifted_right), "it is shifted by a token, or the mask was overwritten"),
+    ("verl", with_(response_mask=at(0, 0)), "where the mask says that the engine wrote nothing: it is shifted by a token, or"),
+    ("verl", with_(response_mask=torch.ones_like), "response_mask is 1 where attention_mask is 0: it is of other responses"),
+    ("verl", with_(attention_mask=one_less), "attention_mask is [12, N], expected [12, N]: prompts and responses"),
+    ("verl", with_(attention_mask=at((slice(None), 0), 1)), "attention_mask of the prompts of row 2 has a hole at 1"),
+    ("verl", with_(prompts=lambda c: c[1:]), "11 rows of prompts, 12 of responses"),
+    (
+        "verl",
+        with_(responses=lambda c: torch.nested.nested_tensor(list(c))),
+        "responses is jagged: pad it to one [B, L] tensor",
+    ),
+    ("openrlhf", with_(rollout_log_probs=None), "OpenRLHF asks its engine for them only if is_correction_level is not"),
+    ("openrlhf", with_(rollout_log_probs=one_more), "one less than sequences, place t for token t + 1"),
+    ("openrlhf", with_(action_mask=one_more), "action_mask is [12, N], expected [12, N]: one less than sequences"),
+    ("openrlhf", with_(rollout_log_probs=shifted_right), "it is shifted by a token, or the mask was overwritten"),
+    ("openrlhf", with_(attention_mask=flipped), "is padded on the left; here it is padded on the right"),
+    ("openrlhf", with_(attention_mask=at((0, slice(30, None)), 0)), "action_mask of row 0 marks token "),
+    ("openrlhf", with_(prompts=["some other text"] * 12), "prompts[0] is not the text of its token ids from character 0 on"),
+    ("nemo-rl", with_(generation_logprobs=one_less), "its loss cuts the first one off"),
+    ("nemo-rl", with_(generation_logprobs=shifted_right), "it is shifted by a token, or the mask was overwritten"),
+    ("nemo-rl", with_(generation_logprobs=torch.zeros_like), "is 0.0 everywhere"),
+    ("nemo-rl", with_(token_mask=one_less), "token_mask is [12, N], expected [12, N]: that of input_ids"),
+    ("nemo-rl", with_(input_lengths=lambda c: c - 4), "token_mask of row 0 marks token N, input_lengths is N"),
+    ("nemo-rl", with_(sample_mask=lambda c: c[1:]), "sample_mask is [11], expected [12]: one for each row of input_ids"),
+    ("nemo-rl", with_(token_mask=at((0, 0), 1)), "marks the first token of all, which nothing was given to predict"),
+    ("nemo-aligner", with_(logprobs=one_more), "one less than response_tokens, place t for token t + 1"),
+    ("nemo-aligner", with_(response_lengths=lambda c: c * 0 + 3), "response_lengths counts the prompt too"),
+    ("nemo-aligner", with_(prompt_lengths=None), "no prompt_lengths in this batch; it has response_tokens, "),
+    ("deepspeed-chat", with_(logprobs=one_more), "one less than input_ids, place t for token t + 1"),
+    ("deepspeed-chat", with_(input_ids=lambda c: c.flip(0)), "input_ids do not begin with prompts: rows were dropped"),
+    ("deepspeed-chat", with_(attention_mask=at((0, -1), 1)), "is a pad token inside?) of row 0 has a hole"),
+    ("deepspeed-chat", with_(attention_mask=at((slice(None), 0), 1)), "of the prompts of row 2 has a hole at 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "line"), TRAPS, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(TRAPS)])
+def test_a_trap_is_refused_in_a_line(name, change, line, rollouts, scorer):
+    batch = change(example(name)(*((rollouts, scorer) if name in WITHOUT_T else (rollouts,))))
+    with pytest.raises(UsageError) as refused:
+        framework(name).read(batch, tokenizer=scorer.tokenizer)
+    text = str(refused.value)
+    assert text.startswith(f"{name}: ")
+    assert "\n" not in text
+    assert _shape(line) in _shape(text)
+
+
+def _shape(text):
+    return "".join("0" if c.isdigit() or c == "N" else c for c in text).replace("000", "0").replace("00", "0")
+
+
+def record_with(**changes):
+    def change(records):
+        records[1] = {**records[1], **{k: v(records[1]) if callable(v) else v for k, v in changes.items()}}
+        return records
+
+    return change
+
+
+RECORD_TRAPS = [
+    (record_with(logprobs=lambda r: r["logprobs"][:-1]), "logprobs for N labels: one for each label that is not -100"),
+    (record_with(labels=lambda r: r["labels"][1:]), "input_ids and N labels"),
+    (record_with(labels=lambda r: [*r["labels"][1:], -100]), "has -100 inside or after its completion: PipelineRL puts"),
+    (
+        record_with(
+            labels=lambda r: [*r["labels"][:-3], -100, *r["labels"][-2:]],
+            logprobs=lambda r: r["logprobs"][:-1],
+        ),
+        "has -100 inside or after its completion",
+    ),
+    (record_with(labels=lambda r: [i if i == -100 else i + 1 for i in r["labels"]]), "has labels that are not its input_ids"),
+    (record_with(labels=lambda r: r["input_ids"], logprobs=lambda r: [-1.0] * len(r["input_ids"])), "has no prompt"),
+    (record_with(labels=lambda r: [-100] * len(r["labels"])), "logprobs for 0 labels"),
+    (record_with(logprobs=None), "record 1 has no logprobs"),
+    (record_with(input_ids=lambda r: [float(i) for i in r["input_ids"]]), "input_ids are whole numbers, one a token"),
+    (record_with(prompt_tokens=5), "prompt ids, the server counted 5: another chat template"),
+    (record_with(text=lambda r: r["text"].replace("=", " =")), "the text of record 1 is not the text of its token ids from"),
+    (record_with(logprobs=lambda r: [0.0] * len(r["logprobs"])), "logprobs of record 1 is 0.0 everywhere: the filler"),
+    (lambda records: [], "no records"),
+]
+
+
+@pytest.mark.parametrize(("change", "line"), RECORD_TRAPS, ids=range(len(RECORD_TRAPS)))
+def test_a_records_trap_is_refused_in_a_line(change, line, rollouts, scorer):
+    records = change(example("pipelinerl")(rollouts, scorer.tokenizer))
+    with pytest.raises(UsageError) as refused:
+        framework("pipelinerl").read(records, tokenizer=scorer.tokenizer)
+    assert str(refused.value).startswith("pipelinerl: ")
+    assert "\n" not in str(refused.value)
+    assert _shape(line) in _shape(str(refused.value))
+
+
+def test_a_damaged_jsonl_is_refused(rollouts, tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    text = "".join(json.dumps(record) + "\n" for record in example("pipelinerl")(rollouts))
+    path.write_text(text[:-40])
+    with pytest.raises(UsageError, match=r"^pipelinerl: line 12 of .* is no JSON: the file is damaged or half written$"):
+        framework("pipelinerl").read(path)
+    with pytest.raises(UsageError, match=r"^pipelinerl: .* cannot be read"):
+        framework("pipelinerl").read(tmp_path / "none.jsonl")
+
+
+def test_a_framework_nobody_knows():
+    with pytest.raises(UsageError, match="no framework 'vrl', did you mean 'verl'"):
+        framework("vrl")
+
+
+# -- trainer parity in a framework's words ----------------------------------------------------------------------------
+
+
+def test_a_trainer_that_forgets_the_temperature_fails_in_a_frameworks_words(rollouts, scorer):
+    """NeMo-Aligner's formula on rollouts at T=0.7: what its recipe does. Without a top-k the cause has no name yet."""
+    with pytest.raises(AssertionError) as failed:
+        assert_trainer_parity(rollouts, framework("nemo-aligner").scorer(scorer.model), metrics="verl")
+    assert "logged       verl: training/rollout_probs_diff_valid 1, " in str(failed.value)
+
+
+def test_metrics_are_in_the_comparison(rollouts, scorer):
+    comparison = assert_trainer_parity(rollouts, scorer, metrics="trl")
+    assert comparison.logged.framework == "trl"
+    assert comparison.logged.metrics["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-3)
+    assert comparison.to_json()["logged"]["lines"] == list(comparison.logged.lines)
+    assert assert_trainer_parity(rollouts, scorer).logged is None
+
+
+# -- profiles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FRAMEWORKS, "pipelinerl-v1-first"])
+def test_profiles_pin_what_can_be_read_back(name):
+    from pytest_logprob_parity.engine_arguments import vllm_engine_arguments
+
+    profile = framework(name).profile if name in FRAMEWORKS else name
+    known = vllm_engine_arguments()
+    assert set(PROFILES[profile]) <= set(known)
+    spec = EngineSpec(MODEL, profile=profile)
+    assert spec.pins(cpu=True) == {**PROFILES[profile], **RL_ON_CPU, "seed": 0}
+    assert spec.pins(cpu=False) == {**PROFILES[profile], "seed": 0}
+    assert spec.replace(dtype="float32").pins(cpu=False)["dtype"] == "float32"
+
+
+def test_serving_pins_nothing():
+    assert EngineSpec(MODEL, profile="serving").pins(cpu=True) == {"seed": 0}
+
+
+# -- the miniature repos, on real engines -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_the_miniature_repo_of_a_framework(name, run_inner, pool):
+    """Real rollouts under the framework's profile, read from its batch, held against its own scorer."""
+    here = EXAMPLES / name
+    result = run_inner("--rootdir", str(here), "-c", str(here / "pyproject.toml"), str(here))
+    result.assert_outcomes(passed=1)
+    spec = EngineSpec(MODEL, dtype=DTYPES.get(name, "bfloat16"), profile=framework(name).profile)
+    used = pool.engine(spec).config.values
+    assert {key: used[key] for key in spec.pins(cpu=True)} == spec.pins(cpu=True)
+
+
+def test_pipelinerls_first_v1_run_is_named_by_its_raw_logprobs(pool, questions):
+    """The recipe that the article begins with: at T=0.7 the gate fails, and says why."""
+    engine = pool.engine(EngineSpec(MODEL, profile="pipelinerl-v1-first"))
+    rollouts = engine.generate(questions(6), Sampling(temperature=0.7, n=4, seed=1))
+    with pytest.raises(AssertionError) as failed:
+        assert_trainer_parity(rollouts, framework("pipelinerl").scorer(MODEL, dtype="bfloat16"), metrics="pipelinerl")
+    finding = failed.value.comparison.findings[0]
+    assert (finding.layer, finding.cause) == ("semantic", "raw_vs_processed")
+    assert "logged       pipelinerl: rl/kl_new_old " in str(failed.value)
+
+
+def test_a_trainer_that_forgets_the_temperature_is_named(engine, questions):
+    """NeMo-Aligner's recipe at T=0.7: T for the engine alone."""
+    rollouts = engine.generate(questions(6), Sampling(temperature=0.7, n=4, seed=1))
+    with pytest.raises(AssertionError) as failed:
+        assert_trainer_parity(rollouts, framework("nemo-aligner").scorer(MODEL, dtype="bfloat16"))
+    finding = failed.value.comparison.findings[0]
+    assert finding.layer == "semantic"
+    assert finding.cause in ("temperature", "raw_vs_processed")
