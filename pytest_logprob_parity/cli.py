@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     diagnose.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="the failing engine: EngineSpec fields, engine arguments"
     )
-    diagnose.add_argument("--max-engines", type=int, default=12, help="engines to start at most (default: %(default)s)")
+    diagnose.add_argument(
+        "--max-engines", type=int, default=12, help="engines to start at most besides the failing one (default: %(default)s)"
+    )
     diagnose.add_argument("--max-minutes", type=float, default=10, help="minutes to take at most (default: %(default)g)")
     diagnose.add_argument("--no-reading", action="store_true", help="no third opinion by transformers")
     bisect = verbs.add_parser("bisect", help="which release of the engine changed a golden's logprobs")
@@ -119,6 +121,7 @@ def _diagnose(given: argparse.Namespace) -> int:
     from .pool import Pool
     from .settings import make_spec, parse_settings
 
+    budget = Budget(given.max_engines, given.max_minutes)
     golden = Golden.load(given.golden)
     if not golden.fingerprint:
         raise UsageError(f"{given.golden}: a trace of someone's own rollouts: no configuration to move towards")
@@ -131,12 +134,12 @@ def _diagnose(given: argparse.Namespace) -> int:
         except MismatchError as error:
             comparison = error.comparison
         print(f"{comparison.verdict}: {comparison.headline}")
-        for finding in comparison.findings:
-            print(f"  {finding}")
-        if comparison.passed:
-            return 0
-        budget = Budget(given.max_engines, given.max_minutes)
-        print("\n".join(ablate(golden, spec, pool, budget, _tell, read=not given.no_reading).describe()))
+        if comparison.verdict != "fail":
+            if not comparison.passed:
+                print("no mismatch was shown, so there is none to diagnose")
+            return 0 if comparison.passed else 1
+        found = ablate(golden, spec, pool, budget, _tell, read=not given.no_reading)
+        print("\n".join([*(f"  {finding}" for finding in found.weigh(comparison.findings)), *found.describe()]))
     return 1
 
 
