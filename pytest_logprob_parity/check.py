@@ -74,6 +74,10 @@ def check_golden(
         comparison = judge(golden.trace, engine, limits, level, evidence)
     else:
         comparison, differences = _compare_engine(golden, engine, replay, tolerance, level, context)
+    if golden.tolerance:
+        kept = ", ".join(f"{name} {value:g}" for name, value in sorted(golden.tolerance.items()))
+        note = f"limits recorded with the golden: {kept}; recording it again without tolerance= drops them"
+        comparison = dataclasses.replace(comparison, notes=(*comparison.notes, note))
     if context.metrics:
         from .trainer.frameworks import with_metrics
 

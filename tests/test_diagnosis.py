@@ -2,15 +2,17 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from conftest import MODEL, ROOT
-from pytest_logprob_parity import EngineSpec, Golden, Sampling, check_golden
+from pytest_logprob_parity import EngineError, EngineSpec, Golden, Sampling, UsageError, check_golden
 from pytest_logprob_parity.cli import main
+from pytest_logprob_parity.comparison.result import Finding
 from pytest_logprob_parity.diagnosis.ablation import Ablation, Budget, Step, ablate
-from pytest_logprob_parity.diagnosis.reading import read_against, weigh
+from pytest_logprob_parity.diagnosis.reading import Reading, read_against, weigh
 
 SPEC = EngineSpec(MODEL, dtype="bfloat16")
 
@@ -94,6 +96,113 @@ def test_what_helps_only_in_company_is_found_by_pairs():
     assert told[-1] == ("max_num_seqs and block_size account for 100% of the mismatch; what remains, RMS 0 nats, is noise")
 
 
+def test_what_lies_below_what_matters_accuses_nobody():
+    assert Reading(1e-6, 6e-6, 1.0, matters=1e-3).off == ""
+    assert Reading(1e-4, 6e-3, 1.0, matters=1e-3).off == "now"
+    truth = np.random.default_rng(0).normal(-1, 0.5, 400).astype(np.float32)
+    tiny = read_against(_trace(truth), _trace(truth + np.float32(6e-6)), _trace(truth), 0.01)
+    given = [Finding("path", "engine_build", "the only difference")]
+    assert (tiny.now > 2 * tiny.golden, weigh(given, tiny)) == (True, given)
+    excluded = np.where(np.arange(400) < 9, -np.inf, truth).astype(np.float32)
+    assert read_against(_trace(excluded), _trace(truth + 1), _trace(excluded), 0.5).off == "now"  # warnings are errors
+
+
+class FakePool:
+    """Engines whose error is what `error(settings)` says; the golden's own settings are all 0, a failing engine's all 1."""
+
+    def __init__(self, error, silent=()):
+        self._error, self._silent = error, silent
+        self.truth = _trace(np.random.default_rng(0).normal(-1, 0.5, 400).astype(np.float32))
+
+    def engine(self, spec):
+        moved = {name for name, value in spec.settings.items() if value == 0}
+        values = {name: value for name, value in spec.settings.items() if name not in self._silent}
+        config = SimpleNamespace(values=values, dtype="float32")
+        return SimpleNamespace(config=config, replay=lambda trace: self._answer(moved))
+
+    def _answer(self, moved):
+        error = self._error(moved)
+        if isinstance(error, str):
+            raise EngineError(error)
+        return self.truth.with_(logprobs=self.truth.logprobs + np.float32(error))
+
+
+KNOBS = ("max_num_seqs", "block_size", "enable_prefix_caching", "async_scheduling", "max_num_batched_tokens")
+
+
+def fake_ablation(error, budget=Budget(), **options):  # noqa: B008 - frozen
+    pool = FakePool(error, **options)
+    golden = Golden(pool.truth, {"config": dict.fromkeys(KNOBS, 0), "dtype": "float32"})
+    return ablate(golden, EngineSpec("m", **dict.fromkeys(KNOBS, 1)), pool, budget, lambda _: None, read=False)
+
+
+@pytest.mark.parametrize(
+    "guilty", [{"block_size"}, {"block_size", "max_num_seqs"}, {"block_size", "async_scheduling", "max_num_seqs"}]
+)
+def test_what_helps_only_in_company_is_found_and_nothing_else_is_blamed(guilty):
+    def error(moved):
+        """A part of it goes by itself, the rest only when all the guilty ones are moved."""
+        return 0.0 if guilty <= moved else 0.7 if "block_size" in moved else 1.0
+
+    found = fake_ablation(error, Budget(engines=30))
+    assert set(found.best.moved) == guilty
+    assert found.left_out == ""
+    assert "account" in found.describe()[-1]
+    assert "what remains, RMS 0 nats, is noise" in found.describe()[-1]
+
+
+def test_nothing_is_concluded_of_settings_that_were_not_tried():
+    none = "no setting accounts for the mismatch: the weights, the build or the hardware are left"
+    assert none in fake_ablation(lambda moved: 1.0).describe()
+    for budget in (Budget(engines=2), Budget(engines=0), Budget(minutes=0)):
+        told = fake_ablation(lambda moved: 1.0, budget).describe()
+        assert none not in told
+        assert "not known of" in told[-2]
+        assert told[-1].startswith(f"{5 - 2 * (budget.engines == 2) + 1} more steps were left out")
+    broken = fake_ablation(lambda moved: "did not start" if "block_size" in moved else 1.0).describe()
+    assert broken[-1].endswith("none accounts for the mismatch; not known of block_size: not tried, or not started")
+
+
+def test_what_the_engine_does_not_report_cannot_be_moved():
+    found = fake_ablation(lambda moved: 1.0, silent=("block_size",))
+    assert set(found.differs) == set(KNOBS) - {"block_size"}
+    assert set(fake_ablation(lambda moved: 1.0).differs.values()) == {(0, 1)}
+
+
+def test_a_budget_is_not_negative(tmp_path, capsys):
+    with pytest.raises(UsageError, match="a budget of nan minutes: must be 0 or more"):
+        Budget(minutes=float("nan"))
+    assert main(["diagnose", str(tmp_path / "g"), "--max-engines", "-1"]) == 2
+    assert capsys.readouterr().err == "logprob-parity: a budget of -1 engines: must be 0 or more\n"
+
+
+def test_the_command_weighs_the_findings_with_the_reading(golden, tmp_path, capsys):
+    """The folder of the golden's model holds another step's weights, and the processor is another one."""
+    shutil.copytree(ROOT / "models" / "tiny-arith-step2", tmp_path / "tiny-arith")
+    changed = Golden.load(golden)
+    hardware = {**changed.fingerprint["hardware"], "device": "another processor"}
+    given = {**changed.fingerprint, "hardware": hardware}
+    dataclasses.replace(changed, fingerprint=given).save(tmp_path / "g.safetensors")
+    assert main(["diagnose", str(tmp_path / "g.safetensors"), f"model={tmp_path / 'tiny-arith'}"]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[1].startswith("  weights: weights_differ (the checkpoint of now gives the numbers of this run")
+    assert "engine_build" not in "\n".join(told)
+    assert told[-1].endswith("this run agrees with it, the golden does not")
+
+
+def test_what_is_not_a_mismatch_is_not_diagnosed(engine, tmp_path, capsys):
+    path = tmp_path / "g.safetensors"
+    check_golden(path, engine, prompts=["12 + 30 ="], sampling=Sampling(max_tokens=4), update=True, repeats=2)
+    told = Golden.load(path)
+    other = {**told.fingerprint, "hardware": {**told.fingerprint["hardware"], "device": "another processor"}}
+    logprobs = told.trace.logprobs + np.float32(1e-3)
+    dataclasses.replace(told, trace=told.trace.with_(logprobs=logprobs), fingerprint=other).save(path)
+    assert main(["diagnose", str(path), f"model={MODEL}"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("unverified: ")
+    assert printed.endswith("no mismatch was shown, so there is none to diagnose\n")
+
+
 def test_the_command_prints_the_verdict_and_the_steps(golden, capsys):
     status = main(["diagnose", str(golden), f"model={MODEL}", "logprobs_mode=raw_logprobs", "--no-reading"])
     printed = capsys.readouterr().out
@@ -115,5 +224,6 @@ def test_pytest_diagnoses_where_it_is_asked_to(run_inner, pytester, questions):
     failed = run_inner("--parity-set", "logprobs_mode=raw_logprobs", "--parity-diagnose")
     failed.assert_outcomes(failed=1)
     failed.stdout.fnmatch_lines(
-        ["E * diagnosis    as it failed: RMS *", "E * logprobs_mode accounts for 100% of the mismatch*"]
-    )
+        ["E * findings *semantic: raw_vs_processed*", "E * diagnosis    as it failed: RMS *",
+         "E * logprobs_mode accounts for 100% of the mismatch*"]
+    )  # fmt: skip

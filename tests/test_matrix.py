@@ -3,8 +3,12 @@ transformers, which starts in seconds; tests/test_migration.py has what real ver
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +17,7 @@ from pytest_logprob_parity import EngineError, UsageError
 from pytest_logprob_parity.cli import main
 from pytest_logprob_parity.matrix import environments
 from pytest_logprob_parity.matrix.environments import Environment, python_of
-from pytest_logprob_parity.matrix.executors import LocalExecutor, RayExecutor
+from pytest_logprob_parity.matrix.executors import LocalExecutor, RayExecutor, today
 from pytest_logprob_parity.matrix.plan import load_plan
 
 PLAN = f"""
@@ -35,6 +39,7 @@ python = "{sys.executable}"
 environment = "here"
 settings = {{ engine = "transformers" }}
 """
+PROMPTS = 'prompts = ["12 + 30 =", "7 * 8 =", "71 - 26 ="]'
 RAW = """
 [cell.raw]
 environment = "here"
@@ -138,6 +143,31 @@ def test_a_reference_that_cannot_run_ends_it(plan, tmp_path, capsys):
         (('python = "', 'pyton = "'), "unknown key 'pyton', did you mean 'python'?"),
         (("temperature = 0.7", "temprature = 0.7"), "Sampling has no field 'temprature', did you mean 'temperature'?"),
         (("[environment.here]", "[environment.here"), "no TOML"),
+        (
+            (PROMPTS, 'prompts = "nowhere.json"'),
+            "prompts: there is no .*nowhere.json",
+        ),
+        ((PROMPTS, 'prompts = "matrix.toml"'), "prompts: .*matrix.toml is no JSON"),
+        (("model = ", "model = 3 #"), "the file: model must be a text, not 3"),
+        (("model = ", "# model = "), "the file: model is missing"),
+        (("repeats = 0", 'repeats = "x"'), "the file: repeats must be a whole number, 0 or more, not 'x'"),
+        (('dtypes = ["float32"]', "dtypes = []"), "the file: dtypes must be a list, one or more of auto, float64"),
+        (('dtypes = ["float32"]', 'dtypes = "float32"'), "the file: dtypes must be a list"),
+        (('dtypes = ["float32"]', 'dtypes = ["flot32"]'), "the file: dtypes must be a list"),
+        (('python = "', 'python = 3 # "'), "environment 'here': python must be a text, not 3"),
+        (('python = "', 'packages = "x" # "'), "environment 'here': packages must be a list of texts, not 'x'"),
+        (('python = "', 'variables = { A = 1 }\npython = "'), "environment 'here': variables must be a table of texts"),
+        (("settings = {", 'settings = "raw" # {'), "cell 'asked for': settings must be a table, not 'raw'"),
+        (("settings = {", 'cpus = "two" # {'), "cell 'asked for': cpus must be a whole number, 1 or more, not 'two'"),
+        (("settings = {", "cpus = -1 # {"), "cell 'asked for': cpus must be a whole number, 1 or more, not -1"),
+        (("settings = {", "cpus = 1.5 # {"), "cell 'asked for': cpus must be a whole number, 1 or more, not 1.5"),
+        (("settings = {", 'minutes = "x" # {'), "cell 'asked for': minutes must be a number above 0, not 'x'"),
+        (('environment = "here"', ""), "cell 'asked for': environment is missing"),
+        (
+            ("[environment.here]", "[sampling.'T 0.7']\n[environment.here]"),
+            "'T 0.7' .*its files would be those of 'T=0.7'",
+        ),
+        (("[environment.here]", "[cell.'asked-for']\n[environment.here]"), "cell 'asked for' needs another name: its files"),
         (("dtypes", "# dtypes"), ""),
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
@@ -150,6 +180,58 @@ def test_a_plan_that_does_not_fit_says_where(plan, change, told):
         return
     with pytest.raises(UsageError, match=told.replace("?", r"\?")):
         load_plan(path)
+
+
+def test_a_plan_that_is_no_text_is_said_in_a_line(tmp_path, capsys):
+    (tmp_path / "matrix.toml").write_bytes(b"model = '\xff'")
+    assert main(["matrix", str(tmp_path / "matrix.toml")]) == 2
+    assert "matrix.toml: no TOML: " in capsys.readouterr().err
+
+
+# -- answers of earlier runs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model folder of the test's own."""
+    return Path(shutil.copytree(ROOT / "models" / "tiny-arith", tmp_path / "model"))
+
+
+def test_another_model_in_the_folder_is_another_question(plan, folder, tmp_path, capsys):
+    path = plan(base=PLAN.replace(str(ROOT / "models" / "tiny-arith"), str(folder)))
+    run(path, tmp_path)
+    run(path, tmp_path)
+    assert "check-asked-for-float32: answered in an earlier run" in capsys.readouterr().err
+    weights = "model.safetensors"
+    (folder / weights).unlink()
+    shutil.copy(ROOT / "models" / "tiny-arith-step2" / weights, folder / weights)
+    rows, _ = run(path, tmp_path)
+    assert rows[0]["verdict"] == "fail"
+    assert "earlier run" not in capsys.readouterr().err
+
+
+def test_an_interpreter_with_other_distributions_is_another_question(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    environment = Environment("mine", python=str(python))
+    before = today("m", tmp_path, environment)
+    assert today("m", tmp_path, environment) == before
+    (tmp_path / "thing-1.0.dist-info").mkdir()
+    (tmp_path / "thing-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n")
+    assert today("m", tmp_path, environment)["installed"] not in ("", before["installed"])
+    assert today("m", tmp_path, Environment("none", python="no-such-python"))["installed"] == ""
+
+
+def test_answers_that_cannot_be_read_are_asked_for_again(plan, tmp_path, capsys):
+    rows, _ = run(plan(), tmp_path)
+    answers = sorted((tmp_path / "out" / "check-asked-for-float32").glob("T-0.7.*.safetensors"))
+    decode = next(file for file in answers if file.name == "T-0.7.decode.safetensors")
+    for damage in (decode.unlink, lambda: decode.write_bytes(decode.read_bytes()[:-9])):
+        damage()
+        capsys.readouterr()
+        assert run(plan(), tmp_path)[0] == rows
+        assert "check-asked-for-float32: answered\n" in capsys.readouterr().err
 
 
 # -- environments ------------------------------------------------------------------------------------------------------
@@ -176,6 +258,37 @@ def test_an_environment_is_made_once_whole_or_not_at_all(tmp_path, monkeypatch):
         python_of(Environment("other", packages=("x",)), tmp_path, told.append)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("other*/"))
+
+
+def test_an_environment_that_lost_what_the_worker_needs_is_made_anew(tmp_path, monkeypatch):
+    told, at_hand = [], ["numpy"]
+    monkeypatch.setattr(environments, "_imports", lambda folder: list(at_hand))
+    environment = Environment("empty", requirements=("",))
+    for expected in (1, 1):
+        python_of(environment, tmp_path, told.append)
+        assert len(told) == expected
+    at_hand.clear()
+    python_of(environment, tmp_path, told.append)
+    assert len(told) == 2
+    monkeypatch.undo()
+    assert environments._imports(Path(sys.prefix)) == ["numpy", "safetensors"]
+
+
+def test_a_full_disk_is_called_that_whatever_ended(tmp_path, monkeypatch):
+    assert environments._last_error("OSError: [Errno 28] No space left on device\nERROR: x").endswith("left on device")
+    failed = [sys.executable, "-c", "raise SystemExit('Error: ensurepip returned non-zero exit status 1.')"]
+    with pytest.raises(EngineError, match="was not made: Error: ensurepip returned"):
+        environments._run(Environment("x"), failed, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    with pytest.raises(EngineError, match="was not made: No space left on device"):
+        environments._run(Environment("x"), failed, tmp_path)
+
+
+def test_answers_that_cannot_be_written_are_a_line(plan, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file stands where the folder should be")
+    assert main(["matrix", str(plan()), "--out", str(tmp_path / "out")]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("# ")]
+    assert len(told) == 1
 
 
 def test_the_users_own_environment_is_not_touched(tmp_path):
@@ -215,6 +328,49 @@ def test_cells_as_tasks_of_a_local_ray_cluster(plan, tmp_path, capsys):
         ray.shutdown()
     assert [(row["cell"], row["verdict"]) for row in rows] == [("asked for", "pass"), ("raw", "fail")]
     assert "check-raw-float32: answered" in capsys.readouterr().err
+
+
+def test_ray_does_not_wait_for_what_no_node_has(plan, tmp_path, capsys):
+    import ray
+
+    cells = """
+[cell.wide]
+environment = "here"
+cpus = 9999
+settings = { engine = "transformers" }
+[cell.gpus]
+environment = "here"
+gpus = 999
+"""
+    try:
+        rows, _ = run(plan(cells), tmp_path, "--executor", "ray")
+    finally:
+        ray.shutdown()
+    assert [row["verdict"] for row in rows] == ["pass", "pass", "not run"]
+    assert rows[2]["headline"].startswith("needs 999 GPUs; no node of the cluster has more than ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_the_workers_and_starts_no_more(plan, tmp_path, number):
+    slow = tmp_path / "slow"
+    slow.write_text(f'#!/bin/sh\ntest "$1" = -c && exec {sys.executable} "$@"\necho $$ >> {tmp_path}/started\nexec sleep 60\n')
+    slow.chmod(0o755)
+    cells = f'[environment.slow]\npython = "{slow}"\n' + "".join(f'[cell.slow{n}]\nenvironment = "slow"\n' for n in range(4))
+    run(plan(), tmp_path)
+    command = [sys.executable, "-m", "pytest_logprob_parity.cli", "matrix", str(plan(cells)), "--cores", "1"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    started = tmp_path / "started"
+    deadline = time.monotonic() + 30
+    while not (started.exists() and started.read_text().endswith("\n")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert told.splitlines()[-1] == f"logprob-parity: interrupted; answers so far are kept in {tmp_path / 'out'}"
+    (worker,) = started.read_text().split()
+    assert not Path("/proc", worker).exists()
+    assert (tmp_path / "out" / "check-asked-for-float32" / "done.json").exists()
 
 
 def test_cells_run_side_by_side_as_far_as_cores_allow(plan, tmp_path, monkeypatch):

@@ -237,8 +237,9 @@ def test_a_floor_above_half_a_margin_asks_for_an_explicit_one(engine, questions,
 
 def test_a_golden_too_small_for_a_clean_engine_says_what_is_missing(engine, questions, tmp_path):
     told = check_golden(tmp_path / "g.safetensors", engine, prompts=questions(1), sampling=SAMPLING, update=True, repeats=2)
-    missing = 8 - told.clusters.count
-    assert f"a clean engine of another version would be unverified: {missing} more sequences are needed" in told.notes
+    (note,) = (n for n in told.notes if n.startswith("a clean engine of another version would be unverified: "))
+    missing = int(note.rpartition(": ")[2].partition(" more sequences are needed")[0])
+    assert missing > 8 - told.clusters.count  # so few tokens of a bfloat16 build's noise do not average out
     assert Golden.load(tmp_path / "g.safetensors").floor.repeats == 2
 
 

@@ -307,12 +307,17 @@ def test_ten_thousand_tokens_take_less_than_a_second():
     assert causes(result)[0] == "raw_vs_processed"
 
 
+def with_logits(rollouts, logits):
+    """The same rollouts, by an engine that computes other logits."""
+    copy = object.__new__(Policy)
+    copy.__dict__ = {**rollouts.__dict__, "logits": logits}
+    return copy
+
+
 def rounded_logits(rollouts, bits):
     """What an engine reports whose head gives its logits in so many bits of mantissa: 8 is bfloat16."""
     mantissa, exponent = np.frexp(rollouts.logits)
-    copy = object.__new__(Policy)
-    copy.__dict__ = {**rollouts.__dict__, "logits": np.ldexp(np.round(mantissa * 2**bits) / 2**bits, exponent)}
-    return copy.trace(dtype="bfloat16")
+    return with_logits(rollouts, np.ldexp(np.round(mantissa * 2**bits) / 2**bits, exponent)).trace(dtype="bfloat16")
 
 
 def test_the_heads_precision_is_read_off_the_grid_that_logits_lie_on():
@@ -327,3 +332,24 @@ def test_the_heads_precision_is_read_off_the_grid_that_logits_lie_on():
         assert told in found[0].evidence
     bent = rollouts.trace(dtype="bfloat16", change=lambda table: table - 0.05 * np.arange(VOCABULARY) % 3)
     assert not [f for f in compare(expected=rounded_logits(rollouts, 8), actual=bent).findings if f.layer == "head"]
+
+
+def test_other_logits_under_top_p_are_no_truncation_and_another_top_p_is_one():
+    rollouts = policy(top_p=0.9)
+    golden = rollouts.trace(k=8, noise=0.02, seed=2)
+    damage = np.random.default_rng(3).normal(size=rollouts.logits.shape)
+    for logits in (1.15 * rollouts.logits + 0.3 * damage, 1.3 * rollouts.logits + 0.8 * damage, rollouts.logits + damage):
+        other = with_logits(rollouts, logits).trace(k=8, noise=0.02)
+        result = compare(expected=golden, actual=other)
+        assert (result.verdict, "truncation" in causes(result)) == ("fail", False), [str(f) for f in result.findings]
+    for limit in ({"top_p": 0.8}, {"top_p": 0.9, "top_k": 3}):
+        assert causes(compare(expected=golden, actual=rollouts.trace(Sampling(**limit), k=8, noise=0.02))) == ["truncation"]
+
+
+def test_a_few_tokens_excluded_by_chance_are_no_truncation():
+    golden = policy(temperature=0.7, top_p=0.999).trace(k=2)
+    unlisted = np.flatnonzero((golden.top_token_ids != golden.token_ids[:, None]).all(axis=1))
+    for count, told in ((19, []), (120, ["truncation"])):
+        out = np.isin(np.arange(golden.num_tokens), unlisted[:count])
+        result = compare(expected=golden, actual=golden.with_(logprobs=np.where(out, np.float32(-np.inf), golden.logprobs)))
+        assert causes(result) == told, [str(f) for f in result.findings]

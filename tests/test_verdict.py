@@ -794,3 +794,105 @@ def test_where_nothing_was_compared_nothing_is_said_to_differ():
         None,
         "nothing was compared",
     )
+
+
+# -- small goldens, short completions, other orders ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 6])
+def test_one_wild_token_makes_no_bad_sequence_however_short(length):
+    trace = make_trace(64, length)
+    logprobs = trace.logprobs.copy()
+    logprobs[3] -= np.float32(0.45)  # within what one token may be off
+    result = compare(expected=trace, actual=trace.with_(logprobs=logprobs), tolerance={"mean_diff": 0.1})
+    assert result.verdict != "fail", result.headline
+    wrong = logprobs.copy()
+    wrong[: 2 * length] -= np.float32(0.45)  # whole sequences are something else
+    result = compare(expected=trace, actual=trace.with_(logprobs=wrong), tolerance={"mean_diff": 0.1, "rms_diff": 1})
+    assert result.verdict == "fail"
+
+
+def test_a_small_golden_in_float32_allows_the_outlier_that_its_budget_allows():
+    trace = make_trace(8, 64, dtype="float32")
+    logprobs = trace.logprobs.copy()
+    logprobs[100] += np.float32(0.3)
+    assert compare(expected=trace, actual=trace.with_(logprobs=logprobs)).verdict != "fail"
+    logprobs[300] += np.float32(0.3)
+    assert compare(expected=trace, actual=trace.with_(logprobs=logprobs)).verdict == "fail"
+
+
+def test_rollouts_in_another_order_find_their_partners():
+    trace = make_trace(16, 8, group=np.repeat(np.arange(4), 4))
+    order = np.random.default_rng(0).permutation(16)
+    rows = np.concatenate([np.arange(*trace.bounds(i)) for i in order])
+    shuffled = Trace.from_arrays(
+        prompt_token_ids=trace.prompt_token_ids, prompt_offsets=trace.prompt_offsets, token_ids=trace.token_ids[rows],
+        sequence_offsets=trace.sequence_offsets, logprobs=trace.logprobs[rows], group=trace.group[order],
+        sampling=trace.sampling, dtype=trace.dtype,
+    )  # fmt: skip
+    result = compare(expected=trace, actual=shuffled)
+    assert (result.verdict, result.metrics["coverage"]) == ("pass", 1.0)
+
+
+def test_numbers_of_numpy_are_limits_too():
+    trace = make_trace(16, 8)
+    assert compare(expected=trace, actual=trace, tolerance={"rms_diff": np.float32(0.06)}).passed
+
+
+def test_deep_inside_the_nucleus_goes_by_the_floors_rms_and_not_by_its_noisiest_token():
+    repeats = np.zeros((5, 10_000), np.float32)
+    repeats[0, 7] = 0.9
+    floor = NoiseFloor(repeats, Shapes(), True)
+    assert with_floor(default_tolerance("bfloat16"), floor).support_depth == default_tolerance("bfloat16").support_depth
+
+
+def test_other_bits_are_a_difference_where_no_shape_moved_one_whatever_the_level():
+    trace = make_trace(200, 64)
+    floor = NoiseFloor(np.stack([trace.logprobs] * 5), Shapes(), True)
+    logprobs = trace.logprobs.copy()
+    logprobs[5] -= np.float32(0.4)
+    for setup in ("same", "compatible"):
+        evidence = Evidence(floor, setup=setup, draw=lambda: logprobs)
+        limits = with_floor(default_tolerance("bfloat16"), floor)
+        result = judge(trace, trace.with_(logprobs=logprobs), limits, "noise", evidence)
+        assert (result.verdict, result.difference.different) == ("fail", True)
+        assert judge(trace, trace.with_(logprobs=logprobs), limits, "rl", evidence).verdict == "pass"
+
+
+# -- the free run -------------------------------------------------------------------------------------------------------
+
+
+def test_few_rare_answers_come_and_go_by_chance_and_one_seed_for_a_group_does_not():
+    rng = np.random.default_rng(3)
+
+    def rollouts(answers):
+        sequences = [
+            {"prompt_token_ids": [1], "token_ids": [int(a), 2], "logprobs": [-0.1, -0.1], "ranks": [1, 1]} for a in answers
+        ]
+        return Trace.from_sequences(sequences, sampling=Sampling(temperature=0.7, n=64), dtype="bfloat16")
+
+    def draw(main):
+        return np.where(rng.random(64) < main, 0, rng.integers(10, 60, 64))
+
+    failures = 0
+    for _ in range(60):
+        golden = rollouts(draw(0.9))
+        free = compare_free_run(golden, rollouts(draw(0.9)), 0.25)
+        failures += bool(judge_free_run(free, golden, exact=False, same_stream=False, mean_abs_diff=0)[0])
+    assert failures == 0
+    golden = rollouts(draw(0.2))
+    free = compare_free_run(golden, rollouts([7] * 64), 0.25)
+    assert "1 distinct completions" in judge_free_run(free, golden, exact=False, same_stream=False, mean_abs_diff=0)[0]
+
+
+def test_greedy_that_takes_what_is_not_likeliest_fails_with_a_top_1_too():
+    def rollouts(token, rank):
+        top = {"logprobs": [-0.1, -0.1], "top_logprobs": [{token: -0.1}, {2: -0.1}]}
+        sequences = [top | {"prompt_token_ids": [i], "token_ids": [token, 2], "ranks": [rank, 1]} for i in range(8)]
+        return Trace.from_sequences(sequences, sampling=Sampling(temperature=0, logprobs=1), dtype="bfloat16")
+
+    golden = rollouts(5, 1)
+    free = compare_free_run(golden, rollouts(6, 2), 0.25)
+    headline, finding = judge_free_run(free, golden, exact=False, same_stream=False, mean_abs_diff=0)
+    assert "no longer takes the likeliest token: 8 tokens of its own" in headline
+    assert finding.cause == "seed_stream"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +71,26 @@ def _same_tokens(expected: Trace, actual: Trace) -> bool:
 
 
 def _partners(expected: Trace, actual: Trace) -> list[int | None]:
-    """For each sequence of `expected` the one of `actual` with the same prompt, by number within the prompt."""
-    waiting: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    """For each sequence of `expected` the one of `actual` with the same prompt: with the same tokens where there is one, for
+    rollouts are collected in any order; else the one with the same number within the prompt, then the next one.
+    """
+    waiting: dict[Any, list[int]] = defaultdict(list)
     for sequence in range(actual.num_sequences):
         waiting[tuple(actual.prompt(sequence))].append(sequence)
-    partners: list[int | None] = []
-    for sequence in range(expected.num_sequences):
-        candidates = waiting[tuple(expected.prompt(sequence))]
-        partners.append(candidates.pop(0) if candidates else None)
+    partners: list[int | None] = [None] * expected.num_sequences
+    taken: set[int] = set()
+
+    def pair(same: Callable[[int, int], bool]) -> None:
+        for sequence in range(expected.num_sequences):
+            if partners[sequence] is None:
+                candidates = (c for c in waiting[tuple(expected.prompt(sequence))] if c not in taken and same(sequence, c))
+                partners[sequence] = next(candidates, None)
+                taken.update({partners[sequence]} - {None})  # type: ignore[arg-type]
+
+    for same in (
+        lambda one, other: expected.completion(one) == actual.completion(other),
+        lambda one, other: int(expected.sample[one]) == int(actual.sample[other]),
+        lambda one, other: True,
+    ):
+        pair(same)
     return partners

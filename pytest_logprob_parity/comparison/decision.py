@@ -9,7 +9,7 @@ from typing import Final
 from ..trace import Trace
 from .alignment import Alignment
 from .intervals import MIN_SEQUENCES
-from .result import Difference, Finding, Gate, in_words
+from .result import Difference, Finding, FreeRun, Gate, in_words
 from .signatures.semantics import different_meaning
 
 #: Below this share of the golden's tokens compared, a comparison proves too little to pass.
@@ -31,6 +31,7 @@ class Found:
     failed: Sequence[Gate]
     findings: Sequence[Finding]
     free_problem: str
+    free_run: FreeRun | None
     difference: Difference
     level: str
     setup: str
@@ -77,6 +78,8 @@ def _failure(found: Found) -> str:
         return f"{missing} of the golden's {found.rows.wanted} tokens did not come back, so they are not the same bit for bit"
     if numbers["n_tokens"] and found.level == "bitwise" and not found.exact:
         return f"{int(numbers['n_changed'])} of {tokens} logprobs are not the same bit for bit"
+    if found.level == "bitwise" and found.free_run is not None and not found.free_run.same:
+        return f"The free run did not come back token for token: {found.free_run}"
     if numbers["n_tokens"] and found.level == "noise" and found.difference.different:
         return f"The logprobs differ beyond shape noise: {found.difference.reason}"
     return ""

@@ -35,13 +35,14 @@ def gates_of(
     else:
         clusters = Clusters.of(d, sequences, names, limits.winsorize)
         outliers = int(np.count_nonzero(np.abs(d) > limits.outlier))
-        cut = max(limits.winsorize, 2 * limits.sequence_rms)  # a single wild token makes no bad sequence
+        cut = max(limits.winsorize, 2 * limits.sequence_rms)
         bad = int(np.count_nonzero(m.sequence_rms(d, sequences, cut) > limits.sequence_rms))
     mean, rms = clusters.mean(), clusters.rms()
     gates += [
         Gate("|mean difference|", mean.estimate, limits.mean_diff, "nats", mean.upper),
         Gate("RMS difference (winsorised)", rms.estimate, limits.rms_diff, "nats", rms.upper),
-        Gate("policy ratio outside 1 +- 0.2", numbers["share_outside_clip"], limits.clip_share, "of tokens"),
+        # one wild token is for the outliers' budget to judge, in a small golden too
+        Gate("policy ratio outside 1 +- 0.2", numbers["share_outside_clip"], max(limits.clip_share, 1 / len(d)), "of tokens"),
         Gate(f"tokens off by more than {limits.outlier:g}", outliers, limits.outlier_budget(len(d)), "tokens"),
         Gate(
             f"sequences of RMS above {limits.sequence_rms:g}",
@@ -60,11 +61,13 @@ def what_it_shows(clusters: Clusters, gates: Sequence[Gate], limits: Tolerance, 
     mean, rms = clusters.mean(), clusters.rms()
     bad = next((int(g.value) for g in gates if g.name.startswith("sequences of RMS")), 0)
     budget, outliers = limits.sequence_budget(sequences), limits.outlier_budget(tokens)
+    reach = detectable_share(min(sequences, clusters.count), budget)
     return (
         f"shown ({CONFIDENCE:.0%} sure, {clusters.count} sequences): |mean d| up to {mean.upper:.2g} of {limits.mean_diff:g} "
         f"nats, RMS up to {rms.upper:.2g} of {limits.rms_diff:g}, up to {share_bound(bad, clusters.count):.1%} of sequences "
         f"off by an RMS above {limits.sequence_rms:.2g}",
         f"would have caught: a mean shift above {limits.mean_diff:g} nats, an RMS above {limits.rms_diff:g}, "
         f"{outliers + 1} tokens off by {limits.outlier:.2g}, {budget + 1} sequence{'s' if budget else ''} of an RMS above "
-        f"{limits.sequence_rms:.2g}; {POWER:.0%} sure where it hits {detectable_share(sequences, budget):.1%} of rollouts",
+        f"{limits.sequence_rms:.2g} (mean and RMS with each d cut off at {limits.winsorize:g}); {POWER:.0%} sure where it hits "
+        f"{reach:.1%} of rollouts",
     )

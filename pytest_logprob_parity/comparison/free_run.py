@@ -11,6 +11,7 @@ from .result import Divergence, Finding, FreeRun
 
 #: A free run that nothing but chance explains less often than this is another way of drawing.
 _ALPHA: Final = 1e-4
+_DRAWS: Final = 19_999
 #: So many tokens that are not the likeliest do not all go away by chance.
 _SURPRISES: Final = 20
 #: A completion whose last allowed token ends it ended for both reasons; versions of vLLM differ in which one they give.
@@ -46,6 +47,9 @@ def compare_free_run(golden: Trace, regenerated: Trace, near_tie: float) -> Free
         row = segment.start + place
         top = golden.top_logprobs[row]
         gap = float(top[0] - top[1]) if len(top) > 1 else float("nan")
+        if golden.sampling.greedy and len(top) > 1:  # how much less likely what was taken is; at least so much where unlisted
+            listed = np.flatnonzero(golden.top_token_ids[row] == actual[place])
+            gap = float(top[0] - (top[listed[0]] if len(listed) else top[np.isfinite(top)][-1]))
         start_of_sequence, _ = golden.bounds(segment.sequence)
         divergences.append(
             Divergence(
@@ -69,7 +73,10 @@ def compare_free_run(golden: Trace, regenerated: Trace, near_tie: float) -> Free
         sum(int(np.count_nonzero(golden.ranks[s.start : s.stop] > 1)) for s in segments),
         int(np.count_nonzero(regenerated.ranks > 1)),
     )
-    return FreeRun(len(segments), len(divergences), stops, tuple(divergences), shift, p, distinct, surprises, relabelled)
+    return FreeRun(
+        len(segments), len(divergences), stops, tuple(divergences), shift, p, distinct, surprises, relabelled,
+        _fewer_distinct(golden, segments, regenerated),
+    )  # fmt: skip
 
 
 def judge_free_run(
@@ -90,14 +97,18 @@ def judge_free_run(
     if free_run.stops_changed:
         finding = Finding("sampling", None, f"tokens agree, and {free_run}", ("engine_build", "seed_stream"))
         return f"The engine stops elsewhere although it writes the same tokens: {free_run}", finding
+    (before, now), (surprises, surprises_now) = free_run.distinct, free_run.not_likeliest
+    if golden.sampling.greedy and surprises_now > surprises:
+        text = f"{surprises_now} tokens of its own are not the likeliest where the golden has {surprises}"
+        return f"Greedy decoding no longer takes the likeliest token: {text}", Finding("sampling", "seed_stream", text)
     far = [d for d in free_run.divergences if np.isfinite(d.gap) and not d.near_tie]
     if golden.sampling.greedy:
         if not far:
             return "", None
         finding = Finding("sampling", "seed_stream", f"greedy decoding left the likeliest token: {far[0]}")
         return f"Greedy decoding no longer takes the likeliest token: {far[0]}", finding
-    (before, now), (surprises, surprises_now) = free_run.distinct, free_run.not_likeliest
-    collapsed = (before >= 8 and now < before / 2) or (surprises >= _SURPRISES and not surprises_now)
+    fewer = before >= 8 and now < before / 2 and free_run.distinct_p < _ALPHA
+    collapsed = fewer or (surprises >= _SURPRISES and not surprises_now)
     if collapsed or free_run.shift_p < _ALPHA:
         text = (
             f"its own tokens are {free_run.likelihood_shift:+.3g} nats a token likelier than the golden's (chance does that in "
@@ -123,6 +134,32 @@ def _poisson_tail(count: int, mean: float) -> float:
     from scipy.special import pdtrc
 
     return float(pdtrc(count - 1, mean)) if count and mean > 0 else float(count == 0)
+
+
+def _fewer_distinct(golden: Trace, segments: list[Segment], regenerated: Trace) -> float:
+    """How often so few different completions come out by chance: one-sided p of a permutation test within prompts.
+
+    Under chance alone golden and free run are two draws of one distribution: labels are permuted within each prompt.
+    """
+    prompts: dict[tuple[int, int], list[list[bytes]]] = {}
+    for i, s in enumerate(segments):
+        then, now = prompts.setdefault((int(golden.group[s.sequence]), s.turn), [[], []])
+        start, stop = regenerated.bounds(i)
+        then.append(golden.token_ids[s.start : s.stop].tobytes())
+        now.append(regenerated.token_ids[start:stop].tobytes())
+    seen = sum(len(set(now)) for _, now in prompts.values())
+    if seen >= sum(len(set(then)) for then, _ in prompts.values()):
+        return 1.0
+    rng = np.random.default_rng(0)
+    totals = np.zeros(_DRAWS, np.int64)
+    for then, now in prompts.values():
+        _, names = np.unique(np.array([*then, *now], object), return_inverse=True)
+        size = int(names.max()) + 1
+        order = rng.random((_DRAWS, len(names))).argsort(axis=1)[:, : len(now)]
+        drawn = np.zeros((_DRAWS, size), bool)
+        drawn[np.arange(_DRAWS)[:, None], names[order]] = True
+        totals += drawn.sum(axis=1)
+    return float((1 + np.count_nonzero(totals <= seen)) / (1 + _DRAWS))
 
 
 def _likelihood_shift(golden: Trace, segments: list[Segment], regenerated: Trace) -> tuple[float, float]:

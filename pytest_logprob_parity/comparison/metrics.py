@@ -56,7 +56,7 @@ def difference_metrics(d: Doubles) -> dict[str, float]:
         mean_ratio,
         float(ratio.max()),
         float(np.count_nonzero(np.abs(ratio - 1) > CLIP)) / len(d),
-        mean_ratio**2 / mean_square_ratio if mean_square_ratio else 0.0,  # every ratio underflows
+        min(mean_ratio**2 / mean_square_ratio, 1.0) if mean_square_ratio else 0.0,  # every ratio underflows
     )
     return dict(zip(names, values, strict=True))
 
@@ -70,11 +70,16 @@ def winsorized_rms(d: Doubles, limit: float) -> float:
 
 
 def sequence_rms(d: Doubles, sequences: npt.NDArray[np.int64], limit: float) -> Doubles:
-    """RMS of d for each sequence that has tokens among `sequences` (the number of each d), every |d| cut off at `limit`."""
-    cut = np.clip(d, -limit, limit)
-    counts = np.bincount(sequences)
-    sums = np.bincount(sequences, weights=cut * cut)
-    return np.sqrt(sums[counts > 0] / counts[counts > 0])
+    """RMS of d for each sequence that has tokens among `sequences` (the number of each d), every |d| cut off at `limit`.
+
+    Its largest |d| counts as 0: one wild token makes no bad sequence, however few tokens there are.
+    """
+    squares = np.minimum(np.abs(d), limit) ** 2
+    counts, sums = np.bincount(sequences), np.bincount(sequences, weights=squares)
+    largest = np.zeros(len(counts))
+    np.maximum.at(largest, sequences, squares)
+    rest = np.maximum(sums - largest, 0)
+    return np.sqrt(rest[counts > 0] / counts[counts > 0])
 
 
 def sequence_numbers(trace: Trace, rows: Any) -> npt.NDArray[np.int64]:

@@ -138,8 +138,8 @@ class FreeRun:
     `relabelled` counts those that end with an end token at the last allowed place, and have the other of both reasons.
     `likelihood_shift` is how much likelier its tokens are than the golden's, in nats a token on average over turns, and
     `shift_p` how often chance alone does that (paired t): both runs are draws from one distribution, whatever the seeds.
-    `distinct` counts the different completions, `not_likeliest` the tokens that were not the likeliest, in the golden and
-    now.
+    `distinct` counts the different completions (`distinct_p`: how often chance leaves so few now), `not_likeliest` the
+    tokens that were not the likeliest, in the golden and now.
     """
 
     turns: int
@@ -151,6 +151,7 @@ class FreeRun:
     distinct: tuple[int, int] = (0, 0)
     not_likeliest: tuple[int, int] = (0, 0)
     relabelled: int = 0
+    distinct_p: float = 1.0
 
     @property
     def same(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -87,6 +88,8 @@ def default_tolerance(dtype: str, paths: Iterable[str] = ("decode",)) -> Toleran
 #: Budgets for outliers grow with the floor: so many times its RMS is an outlier token, an outlier sequence.
 _OUTLIER_TOKEN: Final = 30
 _OUTLIER_SEQUENCE: Final = 5
+#: The mass above a token moves with many logprobs at once, so with their RMS and not with the largest difference of one.
+_DEPTH: Final = 10
 #: Another build may have this many times the noise that other batch shapes have, and flips in proportion (measured: a
 #: head in float32 flipped 14 tokens where shapes flipped 4).
 _FLIP_FACTOR: Final = 4
@@ -108,7 +111,7 @@ def with_floor(limits: Tolerance, floor: NoiseFloor | None) -> Tolerance:
         outlier=max(limits.outlier, _OUTLIER_TOKEN * floor.rms),
         sequence_rms=max(limits.sequence_rms, _OUTLIER_SEQUENCE * floor.rms),
         support_flips=flips / tokens,
-        support_depth=max(limits.support_depth, 2 * floor.max_abs),
+        support_depth=max(limits.support_depth, _DEPTH * floor.rms),
         near_tie=max(limits.near_tie, 2 * floor.max_abs),
     )
 
@@ -125,9 +128,9 @@ def make_tolerance(base: Tolerance, change: Tolerance | Mapping[str, Any] | None
     for name, value in change.items():
         if name not in names:
             raise UsageError(f"tolerance has no limit {name!r}{nearest(str(name), names)}; known are {', '.join(names)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) >= 0:
             raise UsageError(f"tolerance {name}={value!r}: must be a number, 0 or more")
-    return dataclasses.replace(base, **change)
+    return dataclasses.replace(base, **{name: float(value) for name, value in change.items()})
 
 
 def parse_tolerance(lines: Iterable[str], dtype: str, paths: Iterable[str]) -> dict[str, float]:

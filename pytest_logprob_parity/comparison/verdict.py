@@ -140,6 +140,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
             failed=failed,
             findings=findings,
             free_problem=problem,
+            free_run=evidence.free_run,
             difference=difference,
             level=level,
             setup=evidence.setup,
@@ -229,7 +230,9 @@ def _meanings(
         numbers |= dict.fromkeys(m.DIFFERENCE_METRICS, float("nan"))  # differences of two meanings mean nothing
         return label_findings(claim, expected, actual, rows), []
     labels = f"{expected.distribution()} against {actual.distribution()}"
-    return [], [f"the labels say {labels}, the numbers agree: a label is wrong"]
+    exact = not numbers["n_changed"]
+    what = "agree bit for bit: a label is wrong" if exact else "are too near to each other to tell these apart"
+    return [], [f"the labels say {labels}, the numbers {what}"]
 
 
 def _far_off(d: m.Doubles, sequences: Any, limits: Tolerance) -> list[int]:
@@ -258,6 +261,8 @@ def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evide
         return Difference(None, "not bit for bit the same, and the golden has no noise floor to hold that against")
     if evidence.draw is None:
         return Difference(None, "not bit for bit the same; only an engine can be asked again in the floor's shapes")
+    if floor.changed == 0:
+        return Difference(True, "beyond shape noise: other bits, where no drawn shape moved one")
     blocks = np.repeat(np.arange(expected.num_sequences) % floor.shapes.blocks, np.diff(expected.sequence_offsets))
     test = block_permutation_test(floor.logprobs, evidence.draw(), blocks)
     if test is None:

@@ -10,15 +10,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..comparison.result import LAYERS
+from ..comparison.result import LAYERS, Finding
 from ..comparison.tolerance import default_tolerance, with_floor
-from ..errors import EngineError, ParityError
+from ..errors import EngineError, ParityError, UsageError
 from ..golden import Golden
 from ..pool import Pool
 from ..spec import EngineSpec
 from ..suspects import SUSPECTS
 from ..trace import Trace
-from .reading import FURTHER, Reading, read_against
+from .reading import Reading, read_against, weigh
 
 #: Engine arguments that can be moved one by one, as fingerprints name them; `head_dtype` goes by way of hf_overrides.
 MOVABLE: Final = (
@@ -36,10 +36,15 @@ _ACCOUNTS: Final = 0.1
 
 @dataclass(frozen=True)
 class Budget:
-    """How many engines may start and how long all may take."""
+    """How many engines may start besides the failing one, and how long all may take. Raises UsageError below 0."""
 
     engines: int = 12
     minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("engines", self.engines), ("minutes", self.minutes)):
+            if not value >= 0:  # NaN is not
+                raise UsageError(f"a budget of {value:g} {name}: must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -95,9 +100,18 @@ class Ablation:
             *([self.left_out] if self.left_out else []),
         ]
 
+    def weigh(self, findings: Sequence[Finding]) -> list[Finding]:
+        """The findings of the comparison that failed, with what the reading adds to them."""
+        return list(findings) if self.reading is None else weigh(findings, self.reading)
+
     def _conclusion(self) -> str:
         best = self.best
         if not best.moved:
+            tried = {name for step in self.steps if not step.problem for name in step.moved}
+            unknown = [name for name in self.differs if name not in tried]
+            if unknown:
+                known = f"of {', '.join(n for n in self.differs if n in tried) or 'nothing'}, the settings that were tried"
+                return f"{known}, none accounts for the mismatch; not known of {', '.join(unknown)}: not tried, or not started"
             what = "accounts for the mismatch" if self.differs else "differs"
             return f"no setting {what}: the weights, the build or the hardware are left"
         verb = "accounts" if len(best.moved) == 1 else "account"
@@ -118,11 +132,8 @@ class Ablation:
 
 
 def _third_opinion(reading: Reading) -> str:
-    if reading.now > FURTHER * reading.golden:
-        return f"{reading}: the golden agrees with it, this run does not"
-    if reading.golden > FURTHER * reading.now:
-        return f"{reading}: this run agrees with it, the golden does not"
-    return f"{reading}: it sides with neither"
+    says = {"now": "the golden agrees with it, this run does not", "golden": "this run agrees with it, the golden does not"}
+    return f"{reading}: {says.get(reading.off, 'it sides with neither')}"
 
 
 def layer_of(setting: str) -> str:
@@ -134,27 +145,30 @@ def ablate(
     golden: Golden, spec: EngineSpec, pool: Pool, budget: Budget, notify: Callable[[str], None], *, read: bool = True
 ) -> Ablation:
     """Replay a golden under the failing `spec`, then with each setting that differs moved to the golden's value, then with
-    what helped together and with pairs that only help together.
+    what helped together and with what helps only in that company: one setting, or two.
 
     An engine that does not start is a step with its reason. Raises EngineError where the failing one itself does not.
     """
-    began, started = time.monotonic(), 0
+    began, started, left = time.monotonic(), 0, 0
     trace = golden.trace
     limits = with_floor(default_tolerance(trace.dtype), golden.floor)
     floor = golden.floor.rms if golden.floor is not None and np.isfinite(golden.floor.rms) else 0.0
     noise = max(_OTHER_BUILDS * floor, limits.rms_diff / 5)
     engine = pool.engine(spec)
     now = engine.replay(trace)
-    config, then = engine.fingerprint()["config"], golden.fingerprint.get("config", {})
     steps = [Step((), _rms(trace, now))]
-    differs = _differences(then, config, golden.fingerprint.get("dtype"), engine.config.dtype)
+    differs = _differences(
+        {**golden.fingerprint.get("config", {}), "dtype": golden.fingerprint.get("dtype")},
+        {**engine.config.values, "dtype": engine.config.dtype},
+    )
     notify(f"as it fails: RMS {steps[0].rms:.3g} nats; settings that differ: {', '.join(differs) or 'none'}")
 
     def measure(moved: tuple[str, ...]) -> Step | None:
-        nonlocal started
-        if any(step.moved == moved for step in steps):
+        nonlocal started, left
+        if any(set(step.moved) == set(moved) for step in steps):
             return None
         if started >= budget.engines or time.monotonic() - began > budget.minutes * 60:
+            left += 1
             return None
         started += 1
         try:
@@ -166,38 +180,35 @@ def ablate(
         notify(f"{' + '.join(moved)}: " + (step.problem or f"RMS {step.rms:.3g} nats"))
         return step
 
-    planned = 0
     for name in differs:
-        planned += 1
         measure((name,))
-    helped = [s.moved[0] for s in steps[1:] if not s.problem and _takes_away(steps[0], s)]
+    helped = tuple(s.moved[0] for s in steps[1:] if not s.problem and _takes_away(steps[0], s))
     rest = [name for name in differs if name not in helped]
-    if len(helped) > 1:
-        planned += 1
-        measure(tuple(helped))
+    measure(helped)
     if len(differs) > 1 and _least(steps) > noise:
-        together = tuple(differs)
-        planned += 1
-        whole = measure(together)
+        whole = measure(tuple(differs))
         if whole is not None and not whole.problem and whole.rms < 0.9 * _least(steps[:-1]):
-            for pair in itertools.combinations(rest, 2):  # what helps only in company
-                planned += 1
-                measure((*helped, *pair))
-    left = planned - (len(steps) - 1)
+            for size in (1, 2):  # what helps only in company
+                if _least([step for step in steps if step is not whole]) > max(1.05 * whole.rms, noise):
+                    for company in itertools.combinations(rest, size):
+                        measure((*helped, *company))
     reading = _reading(golden, now, spec, pool, limits.outlier, notify) if read else None
     text = f"{left} more steps were left out: the budget is {budget.engines} engines and {budget.minutes:g} minutes"
     return Ablation(tuple(steps), differs, noise, reading, text if left > 0 else "")
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any], dtype: Any, dtype_now: str) -> dict[str, tuple[Any, Any]]:
-    """Settings that can be moved and differ, in the order of suspicion: (the golden's value, the value now)."""
-    names = [name for name in MOVABLE if name in then and then[name] != now.get(name)]
-    if dtype is not None and dtype != dtype_now and "dtype" not in names:
-        names.append("dtype")
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that can be moved and differ, in the order of suspicion: (the golden's value, the value now).
+
+    What one of the two engines does not report is no difference: nothing is known to move, or nowhere to move it.
+    """
+    names = [name for name in MOVABLE if name in then and name in now and then[name] != now[name]]
+    if then["dtype"] is None and "dtype" in names:
+        names.remove("dtype")
     if "dtype" in names and "head_dtype" in names:
         names.remove("head_dtype")  # it follows the dtype
     names.sort(key=lambda name: LAYERS.index(layer_of(name)))
-    return {name: (then.get(name, dtype), now.get(name, dtype_now)) for name in names}
+    return {name: (then[name], now[name]) for name in names}
 
 
 def _moved(spec: EngineSpec, moved: Sequence[str], differs: Mapping[str, tuple[Any, Any]]) -> EngineSpec:

@@ -6,6 +6,7 @@ engine under test computes something else from them; where it agrees with the en
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,8 +17,10 @@ from ..comparison.alignment import align
 from ..comparison.result import Finding
 from ..trace import Trace
 
-#: A side is off when it is so many times as far from the reading as the other side.
-FURTHER: Final = 2.0
+#: A side is off when it is so many times as far from the reading as the other side,
+_FURTHER: Final = 2.0
+#: and further than this share of the outlier limit: of what matters to no update, a ratio says nothing.
+_MATTERS: Final = 0.1
 #: Fewer sequences than this share carry the difference: a cache, a batch or a replica, not the arithmetic of all.
 _FEW: Final = 0.5
 #: A sequence carries it with at least this share of the RMS that the worst one has, each token cut off at so many nats.
@@ -30,12 +33,20 @@ _OF_FEW: Final = ("prefix_cache", "batch_shape", "parallelism", "engine_build")
 class Reading:
     """How far, in RMS over the tokens that differ most between golden and now (nats), each side is from the reading.
 
-    `share` is the share of sequences (0 to 1) that carry the difference.
+    `share` is the share of sequences (0 to 1) that carry the difference; less than `matters` (nats) accuses no side.
     """
 
     golden: float
     now: float
     share: float
+    matters: float = 0.0
+
+    @property
+    def off(self) -> str:
+        """The side that the reading disagrees with, `golden` or `now`; empty where it sides with neither."""
+        if self.now > max(_FURTHER * self.golden, self.matters):
+            return "now"
+        return "golden" if self.golden > max(_FURTHER * self.now, self.matters) else ""
 
     def __str__(self) -> str:
         return f"RMS to an independent reading of the checkpoint: golden {self.golden:.2g}, now {self.now:.2g} nats"
@@ -60,18 +71,19 @@ def read_against(expected: Trace, actual: Trace, reading: Trace, outlier: float)
     squares = np.bincount(owner[known], np.minimum(apart[known], _CUT) ** 2)
     sizes = np.sqrt(squares / np.maximum(np.bincount(owner[known]), 1))[np.unique(owner[known])]
     carry = float(np.mean(sizes > _CARRIES * sizes.max())) if len(sizes) and sizes.max() > 0 else 1.0
-    return Reading(_rms((golden - truth)[telling]), _rms((now - truth)[telling]), carry)
+    golden, now, truth = golden[telling], now[telling], truth[telling]
+    return Reading(_rms(golden - truth), _rms(now - truth), carry, _MATTERS * outlier)
 
 
 def _rms(d: npt.NDArray[np.float64]) -> float:
     return float(np.sqrt(np.mean(d**2))) if len(d) else 0.0
 
 
-def weigh(findings: list[Finding], reading: Reading) -> list[Finding]:
+def weigh(findings: Sequence[Finding], reading: Reading) -> list[Finding]:
     """The findings with what a reading adds: the layer where nothing was named, the ranking where candidates were."""
     if any(finding.cause for finding in findings if finding.layer in ("semantic", "head")):
-        return findings
-    if reading.now > FURTHER * reading.golden:
+        return list(findings)
+    if reading.off == "now":
         candidates = _OF_ALL if reading.share > _FEW else _OF_FEW
         text = f"this run computes something else from the weights of the checkpoint, as the golden did not; {reading}"
         if reading.share <= _FEW:
@@ -82,7 +94,7 @@ def weigh(findings: list[Finding], reading: Reading) -> list[Finding]:
         kept = [f for f in findings if f.layer == "semantic"]
         named = [f for f in findings if f.layer == "path" and f.cause]
         return [*kept, *(named or [path]), stale]
-    if reading.golden > FURTHER * reading.now:
+    if reading.off == "golden":
         text = f"the checkpoint of now gives the numbers of this run, and not the golden's; {reading}"
         return [Finding("weights", "weights_differ", text), *(f for f in findings if f.layer == "semantic")]
-    return findings
+    return list(findings)

@@ -19,12 +19,12 @@ def run_through(llm: Any, prompts: Sequence[Any], params: Sequence[Any], update:
     """
     engine = llm.llm_engine
     _check_lives_here(engine)
-    names = []
+    names = [f"logprob-parity-{number}" for number in range(len(prompts))]
+    numbers = {name: n for n, name in enumerate(names)}
     for number, (prompt, parameters) in enumerate(zip(prompts, params, strict=True)):
         parameters.output_kind = type(parameters.output_kind).CUMULATIVE  # so that every step says how far each request is
-        name = f"logprob-parity-{number}"
-        names.append(engine.add_request(name, prompt, parameters) or name)
-    numbers = {name: n for n, name in enumerate(names)} | {f"logprob-parity-{n}": n for n in range(len(names))}
+        own = engine.add_request(names[number], prompt, parameters)  # some versions give a request a name of their own
+        numbers[own or names[number]] = number
     outputs: list[Any] = [None] * len(names)
     before: list[int] | None = None
 

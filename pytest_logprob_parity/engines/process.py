@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from ..errors import EngineError, ParityError
 from ..spec import EngineSpec
+from ..weights.update import WeightUpdate
 from .base import Backend, Completion, RemoteError, Request, ResolvedConfig, reason_of
 
 _CLOSE_SECONDS: Final = 20
@@ -55,6 +56,15 @@ class ProcessBackend:
         """See Backend.run."""
         completions: list[Completion] = self._ask("run", list(requests))
         return completions
+
+    def run_through(self, requests: Sequence[Request], update: WeightUpdate) -> tuple[list[Completion], list[int]]:
+        """See VllmBackend.run_through."""
+        answer: tuple[list[Completion], list[int]] = self._ask("run_through", list(requests), update)
+        return answer
+
+    def update_weights(self, update: WeightUpdate) -> None:
+        """See VllmBackend.update_weights."""
+        self._ask("update_weights", update)
 
     def close(self) -> None:
         """See Backend.close."""
@@ -99,7 +109,7 @@ def main(descriptor: int) -> None:
                     connection.send((None, backend.config))
                 else:
                     assert backend is not None
-                    connection.send((None, backend.run(*arguments)))
+                    connection.send((None, getattr(backend, verb)(*arguments)))
             except ParityError as error:
                 connection.send((type(error)(str(error)), None))
             except Exception as error:

@@ -16,7 +16,8 @@ from .. import fingerprint
 from ..engine_arguments import vllm_engine_arguments
 from ..errors import EngineError, UsageError
 from ..spec import EngineSpec, nearest
-from . import forced_decode
+from ..weights.update import WeightUpdate
+from . import forced_decode, in_flight
 from .base import Completion, Request, ResolvedConfig, check_readback, json_value, reason_of
 
 #: What a report and a fingerprint show of a configuration, whether it was asked for or not.
@@ -116,10 +117,9 @@ class VllmBackend:
         """See Backend.run."""
         from vllm import SamplingParams
 
-        prompts = [{"prompt_token_ids": [*r.prompt_token_ids, *(r.scored_token_ids or ())]} for r in requests]
         try:
             params = [SamplingParams(**self._parameters(r)) for r in requests]
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            outputs = self._llm.generate(_prompts(requests), params, use_tqdm=False)
         except Exception as error:
             if not _is_refusal(error):
                 raise
@@ -128,6 +128,26 @@ class VllmBackend:
                 engine.step()
             raise UsageError(f"vllm {_version()} refuses a request: {reason_of(error)}") from error
         return [_completion(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def run_through(self, requests: Sequence[Request], update: WeightUpdate) -> tuple[list[Completion], list[int]]:
+        """Answer all requests with a weight update on the way; also how many tokens each had written by then.
+
+        Raises EngineError where this engine cannot do that.
+        """
+        from vllm import SamplingParams
+
+        self._check_steps_alone()
+        params = [SamplingParams(**self._parameters(r)) for r in requests]
+        outputs, before = in_flight.run_through(self._llm, _prompts(requests), params, update)
+        return [_completion(request, output) for request, output in zip(requests, outputs, strict=True)], before
+
+    def update_weights(self, update: WeightUpdate) -> None:
+        """Take new weights while no request runs."""
+        in_flight.apply_update(self._llm, update)
+
+    def _check_steps_alone(self) -> None:
+        if self.config.values.get("async_scheduling"):
+            raise EngineError("with async_scheduling a step is under way between any two: no token to update the weights at")
 
     def on_worker(self, work: Callable[[Any], Any]) -> list[Any]:
         """Run `work(worker)` on the workers, in this process."""
@@ -177,6 +197,10 @@ class VllmBackend:
                 raise EngineError("vLLM's trace replay drops the stop ids of min_tokens: it cannot replay min_tokens > 0")
             return parameters | {"trace_decode_token_ids": forced}
         return parameters | {"extra_args": {forced_decode.FORCED: forced}}
+
+
+def _prompts(requests: Sequence[Request]) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": [*r.prompt_token_ids, *(r.scored_token_ids or ())]} for r in requests]
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -17,15 +17,14 @@ from ..check import judge_answers
 from ..comparison.result import Comparison
 from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden
-from .environments import Environment
-from .executors import Job, run_job
+from .environments import FULL, Environment
+from .executors import Job, answered, run_job, today
 from .worker import load_answers
 
 #: Nothing that text models need, and builds that want CUDA beside a CPU torch; and triton, whose version torch decides: the
 #: one that CPU releases pin does not go with the build of torch that an index may have in place of theirs.
 _UNWANTED: Final = ("torchvision", "torchaudio", "torchcodec", "triton")
 _NAME: Final = "golden"
-_FULL: Final = "No space left on device"
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ class Tried:
         """The verdict, or `not run`."""
         return "not run" if self.comparison is None else self.comparison.verdict
 
+    @property
+    def tells(self) -> bool:
+        """Whether it says anything of the search: not where it did not run, nor where its check is unverified."""
+        return self.verdict in ("pass", "fail")
+
     def __str__(self) -> str:
         if self.comparison is None:
             return f"{self.version}: did not run: {self.problem}"
@@ -52,7 +56,7 @@ class Tried:
 class Switch:
     """Where the outcome changed: `before` has the older release's, `after` the newer's. All releases tried, in order.
 
-    `skipped` lists releases between the two that could not be run: the switch may be in one of them.
+    `skipped` lists releases between the two that could not be run, or are unverified: the switch may be in one of them.
     """
 
     before: Tried
@@ -121,16 +125,17 @@ def try_release(
 ) -> Tried:  # fmt: skip
     """Check a golden on one release; what was answered in an earlier run is taken from there."""
     told = {
-        "protocol": 1, "root": str(root), "model": spec["model"], "spec": {k: v for k, v in spec.items() if k != "model"},
+        **today(spec["model"], root, environment), "root": str(root),
+        "model": spec["model"], "spec": {k: v for k, v in spec.items() if k != "model"},
         "prompts": [], "repeats": 0, "record": {}, "check": [_NAME], "environment": environment.digest,
     }  # fmt: skip
     files = {"job.json": json.dumps(told, sort_keys=True).encode(), f"{_NAME}.golden.safetensors": golden_path.read_bytes()}
     folder = out / version
-    same = all((folder / name).exists() and (folder / name).read_bytes() == data for name, data in files.items())
-    if not same or not (folder / "done.json").exists():
+    job = Job(version, environment, files, {}, cpus=2, gpus=0, minutes=20)
+    if not answered(job, folder):
         for old in folder.glob("*") if folder.is_dir() else ():
             old.unlink()
-        why = run_job(Job(version, environment, files, {}, cpus=2, gpus=0, minutes=20), folder, home, notify)
+        why = run_job(job, folder, home, notify)
         if why:
             return Tried(version, None, why)
     try:
@@ -146,9 +151,9 @@ def bisect(
 ) -> Switch:  # fmt: skip
     """The two neighbouring releases of `versions` (oldest first) between which the outcome changes.
 
-    The outcome is whether the golden passes, or with `cause` whether that is among its findings. Releases that do not run
-    are stepped around, nearest first. Raises UsageError where both ends come to the same, EngineError where one of them
-    does not run, and where there is no disk left.
+    The outcome is whether the golden passes, or with `cause` whether that is among its findings. Releases that do not run,
+    or whose check is unverified, are stepped around, nearest first. Raises UsageError where both ends come to the same,
+    EngineError where one of them does not run or is unverified, and where there is no disk left.
     """
     outcome_of = functools.partial(_has, cause=cause) if cause else _passes
     tried: dict[str, Tried] = {}
@@ -157,13 +162,13 @@ def bisect(
         if version not in tried:
             tried[version] = attempt(version)
             notify(str(tried[version]))
-            if _FULL in tried[version].problem:  # says nothing of the release, and nothing of the next one
+            if FULL in tried[version].problem:  # says nothing of the release, and nothing of the next one
                 raise EngineError(f"the search ends at {tried[version]}")
         return tried[version]
 
     ends = [ask(versions[0]), ask(versions[-1])]
     for end in ends:
-        if end.comparison is None:
+        if not end.tells:
             raise EngineError(f"the search needs both ends: {end}")
     if outcome_of(ends[0]) == outcome_of(ends[1]):
         raise UsageError(f"nothing to search for: {ends[0]}, and {ends[1]}")
@@ -172,10 +177,10 @@ def bisect(
         middle = (low + high) // 2
         for place in sorted(range(low + 1, high), key=lambda n: abs(n - middle)):
             outcome = ask(versions[place])
-            if outcome.comparison is not None:
+            if outcome.tells:
                 break
         else:
-            break  # nothing between the two runs
+            break  # nothing between the two tells
         if outcome_of(outcome) == outcome_of(ends[0]):
             low = place
         else:

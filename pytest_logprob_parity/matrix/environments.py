@@ -20,6 +20,15 @@ from ..fingerprint import digest_of
 from .repairs import repair
 
 _READY: Final = "logprob-parity.json"
+#: What the worker needs beside the engine: an environment that had it and has it no more is not whole.
+_NEEDED: Final = ("numpy", "safetensors")
+#: What a full disk is called, here and in what pip prints; with less than so many bytes left a disk is full.
+FULL: Final = "No space left on device"
+_NOTHING_LEFT: Final = 8_000_000
+_INSTALLED: Final = """
+import importlib.metadata
+print(sorted(f"{d.metadata['Name']} {d.version}" for d in importlib.metadata.distributions()))
+"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,15 @@ class Environment:
     def digest(self) -> str:
         """16 hex digits of what it is made of."""
         return digest_of([self.requirements, self.packages, self.resolved, list(sys.version_info[:2])])
+
+
+def installed_in(environment: Environment) -> str:
+    """16 hex digits of what is installed now where an environment's `python` is the user's; empty where it cannot be asked."""
+    try:
+        done = _ask(environment.python, _INSTALLED) if environment.python else None
+    except OSError:
+        return ""
+    return "" if done is None or done.returncode else digest_of(done.stdout)
 
 
 def default_home() -> Path:
@@ -82,9 +100,14 @@ def python_of(environment: Environment, home: Path, notify: Callable[[str], None
 def _is_whole(folder: Path, environment: Environment) -> bool:
     try:
         made = json.loads((folder / _READY).read_text("utf-8"))
-        return bool(made["digest"] == environment.digest) and (folder / "bin" / "python").exists()
+        return bool(made["digest"] == environment.digest) and set(made.get("imports", _NEEDED)) <= set(_imports(folder))
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _imports(folder: Path) -> list[str]:
+    """What of that which the worker needs can be imported."""
+    return [name for name in _NEEDED if not _ask(folder / "bin" / "python", f"import {name}").returncode]
 
 
 @contextlib.contextmanager
@@ -101,33 +124,45 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _make(environment: Environment, folder: Path, python: Path) -> None:
-    _run(environment, [sys.executable, "-m", "venv", str(folder)])
+    _run(environment, [sys.executable, "-m", "venv", str(folder)], folder)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "--no-input", "install"]
     for text in environment.requirements:
         pins = folder / "requirements.txt"
         pins.write_text(text, "utf-8")
-        _run(environment, [*pip, "--no-deps", "-r", str(pins)])
+        _run(environment, [*pip, "--no-deps", "-r", str(pins)], folder)
     if environment.packages:
-        _run(environment, [*pip, "--no-deps", *environment.packages])
+        _run(environment, [*pip, "--no-deps", *environment.packages], folder)
     if environment.resolved:
-        _run(environment, [*pip, *environment.resolved])
+        _run(environment, [*pip, *environment.resolved], folder)
     (site,) = folder.glob("lib/python*/site-packages")
     repairs = repair(site)
-    text = json.dumps({"digest": environment.digest, "name": environment.name, "repairs": repairs})
+    text = json.dumps({"digest": environment.digest, "name": environment.name, "repairs": repairs, "imports": _imports(folder)})
     (folder / f"{_READY}.part").write_text(text, "utf-8")
     (folder / f"{_READY}.part").replace(folder / _READY)
 
 
-def _run(environment: Environment, command: Sequence[str]) -> None:
-    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+def _run(environment: Environment, command: Sequence[str], folder: Path) -> None:
+    done = _plainly(command)
     if done.returncode:
-        raise EngineError(f"environment {environment.name} was not made: {_last_error(done.stderr or done.stdout)}")
+        full = shutil.disk_usage(folder.parent).free < _NOTHING_LEFT  # venv does not say why its ensurepip ended
+        why = FULL if full else _last_error(done.stderr or done.stdout)
+        raise EngineError(f"environment {environment.name} was not made: {why}")
+
+
+def _ask(python: str | Path, code: str) -> subprocess.CompletedProcess[str]:
+    return _plainly([str(python), "-c", code])
+
+
+def _plainly(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command without what the user's environment says of Python."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 
 def _last_error(output: str) -> str:
     """The line of pip's output that says why."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR") or "Error" in line]
+    errors = [line for line in errors if FULL in line] or errors
     text = (errors or lines or ["pip failed without a word"])[-1]
     return re.sub(r"^ERROR:\s*", "", text)[:300]

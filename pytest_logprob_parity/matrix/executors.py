@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from ..errors import EngineError, ParityError, UsageError
-from .environments import Environment, python_of
+from ..errors import EngineError, GoldenError, ParityError, UsageError
+from ..fingerprint import find_model
+from ..golden import Golden
+from .environments import Environment, installed_in, python_of
+from .worker import load_answers
 
 _PACKAGE: Final = Path(__file__).resolve().parent.parent
 _LOG: Final = "output.txt"
+#: Raised where the worker's answers change: results of older ones are then not taken for today's.
+_PROTOCOL: Final = 2
+#: What of a model's folder says which weights and tokenizer it holds.
+_MODEL_FILES: Final = ("*.json", "*.safetensors*", "*.bin", "*.model", "*.jinja", "*.txt")
+#: How often a waiting thread looks whether it is to stop, in seconds.
+_LOOK: Final = 0.2
+_STOPPED: Final = "was ended: the run was interrupted"
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,37 @@ class Job:
     minutes: float
 
 
+def today(model: str, root: Path, environment: Environment) -> dict[str, Any]:
+    """What answers depend on that a job's own text does not name: for jobs to carry, so that older answers are told apart.
+
+    Files by name, size and time: a model's weights are not read for this. Nothing is known of a model that is elsewhere.
+    """
+    try:
+        folder = find_model(model, root)
+    except UsageError:
+        files = []
+    else:
+        found = sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
+        files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
+    return {"protocol": _PROTOCOL, "model_files": files, "installed": installed_in(environment)}
+
+
+def answered(job: Job, folder: Path) -> bool:
+    """Whether a folder has the answers of this very job, whole and readable."""
+    try:
+        if any((folder / name).read_bytes() != data for name, data in job.files.items()):
+            return False
+        json.loads((folder / "done.json").read_text("utf-8"))
+        told = json.loads(job.files["job.json"])
+        for name in told["record"]:
+            Golden.load(folder / f"{name}.golden.safetensors")
+        for name in told["check"]:
+            load_answers(folder, name)
+    except (OSError, ValueError, GoldenError):
+        return False
+    return True
+
+
 class Executor(Protocol):
     """Runs jobs, each in a folder of its own below `out`."""
 
@@ -46,8 +88,14 @@ class Executor(Protocol):
         ...
 
 
-def run_job(job: Job, folder: Path, home: Path, notify: Callable[[str], None]) -> str:
-    """Run one job in its folder. Returns an empty text, or why there are no answers, in one line."""
+def run_job(
+    job: Job, folder: Path, home: Path, notify: Callable[[str], None], stop: threading.Event | None = None
+) -> str:  # fmt: skip
+    """Run one job in its folder. Returns an empty text, or why there are no answers, in one line.
+
+    `stop` ends it from another thread.
+    """
+    stop = stop or threading.Event()
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in job.files.items():
         (folder / name).write_bytes(data)
@@ -55,6 +103,8 @@ def run_job(job: Job, folder: Path, home: Path, notify: Callable[[str], None]) -
         python = python_of(job.environment, home, notify)
     except ParityError as error:
         return str(error)
+    if stop.is_set():
+        return _STOPPED
     with tempfile.TemporaryDirectory() as place:
         package = Path(place) / "package.zip"
         package.write_bytes(_package())
@@ -68,14 +118,25 @@ def run_job(job: Job, folder: Path, home: Path, notify: Callable[[str], None]) -
                 command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
-                status = process.wait(job.minutes * 60)
+                status = _wait(process, time.monotonic() + job.minutes * 60, stop)
             except subprocess.TimeoutExpired:
-                return f"took longer than {job.minutes:g} minutes and was ended"
+                return _STOPPED if stop.is_set() else f"took longer than {job.minutes:g} minutes and was ended"
             finally:
                 _end(process)
     if status == 0 and (folder / "done.json").exists():
         return ""
     return _why(folder, status)
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float, stop: threading.Event) -> int:
+    """The exit status. Raises TimeoutExpired at the deadline, and where it is to stop."""
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return process.wait(max(min(left, _LOOK), 0))
+        except subprocess.TimeoutExpired:
+            if left <= _LOOK or stop.is_set():
+                raise
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -111,16 +172,16 @@ class LocalExecutor:
 
     def run(self, jobs: Sequence[Job], out: Path, home: Path, notify: Callable[[str], None]) -> Iterator[tuple[Job, str]]:
         """See Executor.run."""
-        free, changed = [self._cores], threading.Condition()
+        free, changed, stop = [self._cores], threading.Condition(), threading.Event()
         ended: queue.Queue[tuple[Job, str]] = queue.Queue()
 
         def work(job: Job) -> None:
             wanted = min(job.cpus, self._cores)
             with changed:
-                changed.wait_for(lambda: free[0] >= wanted)
+                changed.wait_for(lambda: stop.is_set() or free[0] >= wanted)
                 free[0] -= wanted
             try:
-                why = run_job(job, out / job.name, home, notify)
+                why = _STOPPED if stop.is_set() else run_job(job, out / job.name, home, notify, stop)
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
             with changed:
@@ -129,10 +190,15 @@ class LocalExecutor:
             ended.put((job, why))
 
         with ThreadPoolExecutor(max_workers=max(len(jobs), 1)) as threads:
-            for job in jobs:
-                threads.submit(work, job)
-            for _ in jobs:
-                yield ended.get()
+            try:
+                for job in jobs:
+                    threads.submit(work, job)
+                for _ in jobs:
+                    yield ended.get()
+            finally:  # Ctrl-C comes here, and to no thread
+                stop.set()
+                with changed:
+                    changed.notify_all()
 
 
 class RayExecutor:
@@ -158,7 +224,26 @@ class RayExecutor:
     def run(self, jobs: Sequence[Job], out: Path, home: Path, notify: Callable[[str], None]) -> Iterator[tuple[Job, str]]:
         """See Executor.run."""
         remote = self._ray.remote(max_retries=0)(_run_remotely)
-        waiting = {remote.options(num_cpus=job.cpus, num_gpus=job.gpus).remote(job, str(home)): job for job in jobs}
+        cpus, gpus = (self._most(resource) for resource in ("CPU", "GPU"))
+        waiting = {}
+        for job in jobs:
+            if job.gpus > gpus:  # Ray would wait for such a node for ever
+                yield job, f"needs {job.gpus} GPUs; no node of the cluster has more than {gpus}"
+            else:
+                waiting[remote.options(num_cpus=min(job.cpus, cpus), num_gpus=job.gpus).remote(job, str(home))] = job
+        try:
+            yield from self._results(waiting, out, notify)
+        finally:
+            for task in waiting:
+                self._ray.cancel(task)  # the task then ends its worker
+            if waiting:
+                self._ray.wait(list(waiting), num_returns=len(waiting), timeout=10)
+
+    def _most(self, resource: str) -> int:
+        """What the best node of the cluster has of a resource."""
+        return max((int(node["Resources"].get(resource, 0)) for node in self._ray.nodes() if node["Alive"]), default=0)
+
+    def _results(self, waiting: dict[Any, Job], out: Path, notify: Callable[[str], None]) -> Iterator[tuple[Job, str]]:
         while waiting:
             (ready,), _ = self._ray.wait(list(waiting), num_returns=1)
             job = waiting.pop(ready)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from ..errors import UsageError
-from ..spec import Sampling, nearest
+from ..prompts import check_prompts
+from ..spec import DTYPES, Sampling, nearest
 from .environments import Environment
 
 if sys.version_info >= (3, 11):
@@ -18,9 +20,53 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # comes with pytest
 
-_KEYS: Final = ("model", "prompts", "dtypes", "reference", "goldens", "repeats", "sampling", "environment", "cell")
-_ENVIRONMENT_KEYS: Final = ("requirements", "packages", "resolved", "python", "variables")
-_CELL_KEYS: Final = ("environment", "settings", "variables", "cpus", "gpus", "minutes")
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_list(value: Any, fits: Callable[[Any], bool] = _is_text) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
+
+
+def _is_table(value: Any, of: type = str) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, of) for entry in value.values())
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+#: What a value must be, in words and as a test.
+_Kind: TypeAlias = tuple[str, Callable[[Any], bool]]
+_TEXT: Final[_Kind] = ("a text", _is_text)
+_TEXTS: Final[_Kind] = ("a list of texts", _is_list)
+_TABLES: Final[_Kind] = ("tables, one or more", lambda v: bool(v) and _is_table(v, dict))
+_VARIABLES: Final[_Kind] = ("a table of texts", _is_table)
+_FROM_0: Final[_Kind] = ("a whole number, 0 or more", lambda v: _is_whole(v, 0))
+_KEYS: Final[Mapping[str, _Kind]] = {
+    "model": _TEXT,
+    "prompts": ("a list, or the name of a JSON file", lambda v: isinstance(v, list) or _is_text(v)),
+    "dtypes": (f"a list, one or more of {', '.join(DTYPES)}", lambda v: bool(v) and _is_list(v, lambda e: e in DTYPES)),
+    "reference": _TEXT,
+    "goldens": _TEXT,
+    "repeats": _FROM_0,
+    "sampling": _TABLES,
+    "environment": _TABLES,
+    "cell": _TABLES,
+}
+_NEEDED: Final = ("model", "prompts", "reference", "sampling", "environment", "cell")
+_ENVIRONMENT_KEYS: Final[Mapping[str, _Kind]] = {
+    "requirements": _TEXTS, "packages": _TEXTS, "resolved": _TEXTS, "python": _TEXT, "variables": _VARIABLES,
+}  # fmt: skip
+_CELL_KEYS: Final[Mapping[str, _Kind]] = {
+    "environment": _TEXT,
+    "settings": ("a table", lambda v: isinstance(v, dict)),
+    "variables": _VARIABLES,
+    "cpus": ("a whole number, 1 or more", lambda v: _is_whole(v, 1)),
+    "gpus": _FROM_0,
+    "minutes": ("a number above 0", lambda v: isinstance(v, (int, float)) and v is not True and v > 0),
+}
 
 
 @dataclass(frozen=True)
@@ -60,50 +106,67 @@ def load_plan(path: Path) -> Matrix:
         data = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UsageError(f"{path}: no TOML: {error}") from None
     try:
         return _plan(data, path.absolute().parent)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: {error} is missing or of another type") from None
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
 
+def slug(name: str) -> str:
+    """A name as a part of file names."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
+
+
 def _plan(data: dict[str, Any], folder: Path) -> Matrix:
-    _known(data, _KEYS, "the file")
+    _check(data, _KEYS, _NEEDED, "the file")
+    _check_names("sampling", data["sampling"])
+    _check_names("cell", data["cell"])
     environments = {name: _environment(name, values, folder) for name, values in data["environment"].items()}
     cells = tuple(_cell(name, values, environments) for name, values in data["cell"].items())
     reference = data["reference"]
     if reference not in {cell.name for cell in cells}:
         raise UsageError(f"reference {reference!r} is no cell{nearest(reference, [c.name for c in cells])}")
-    prompts = data["prompts"]
-    if isinstance(prompts, str):
-        prompts = json.loads((folder / prompts).read_text("utf-8"))
     return Matrix(
         root=folder,
         model=data["model"],
-        prompts=tuple(prompts),
+        prompts=tuple(_prompts(data["prompts"], folder)),
         dtypes=tuple(data.get("dtypes", ["bfloat16"])),
         samplings={name: Sampling.of(values) for name, values in data["sampling"].items()},
         cells=cells,
         reference=reference,
         goldens=folder / data.get("goldens", "golden"),
-        repeats=int(data.get("repeats", 5)),
+        repeats=data.get("repeats", 5),
     )
 
 
+def _prompts(given: Any, folder: Path) -> list[Any]:
+    if isinstance(given, str):
+        try:
+            given = json.loads(_read(folder / given, "prompts"))
+        except ValueError as error:
+            raise UsageError(f"prompts: {folder / given} is no JSON: {error}") from None
+    return check_prompts(given)
+
+
+def _read(file: Path, where: str) -> str:
+    try:
+        return file.read_text("utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{where}: there is no {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{where}: {file} cannot be read: {error}") from None
+
+
 def _environment(name: str, values: Mapping[str, Any], folder: Path) -> Environment:
-    _known(values, _ENVIRONMENT_KEYS, f"environment {name!r}")
+    where = f"environment {name!r}"
+    _check(values, _ENVIRONMENT_KEYS, (), where)
     if not any(values.get(key) for key in ("requirements", "packages", "resolved", "python")):
-        raise UsageError(f"environment {name!r} says neither what to install nor which python to use")
-    files = [folder / file for file in values.get("requirements", ())]
-    for file in files:
-        if not file.is_file():
-            raise UsageError(f"environment {name!r}: there is no {file}")
+        raise UsageError(f"{where} says neither what to install nor which python to use")
     return Environment(
         name,
-        requirements=tuple(file.read_text("utf-8") for file in files),
+        requirements=tuple(_read(folder / file, where) for file in values.get("requirements", ())),
         packages=tuple(values.get("packages", ())),
         resolved=tuple(values.get("resolved", ())),
         python=values.get("python", ""),
@@ -112,7 +175,7 @@ def _environment(name: str, values: Mapping[str, Any], folder: Path) -> Environm
 
 
 def _cell(name: str, values: Mapping[str, Any], environments: Mapping[str, Environment]) -> Cell:
-    _known(values, _CELL_KEYS, f"cell {name!r}")
+    _check(values, _CELL_KEYS, ("environment",), f"cell {name!r}")
     where = values["environment"]
     if where not in environments:
         raise UsageError(f"cell {name!r}: no environment {where!r}{nearest(where, environments)}")
@@ -120,7 +183,24 @@ def _cell(name: str, values: Mapping[str, Any], environments: Mapping[str, Envir
     return Cell(name, environments[where], **rest)
 
 
-def _known(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
-    for key in values:
+def _check(values: Mapping[str, Any], keys: Mapping[str, _Kind], needed: Iterable[str], where: str) -> None:
+    for key, value in values.items():
         if key not in keys:
             raise UsageError(f"{where} has an unknown key {key!r}{nearest(key, keys)}; known are {', '.join(keys)}")
+        words, fits = keys[key]
+        if not fits(value):
+            raise UsageError(f"{where}: {key} must be {words}, not {value!r:.80}")
+    for key in needed:
+        if key not in values:
+            raise UsageError(f"{where}: {key} is missing")
+
+
+def _check_names(kind: str, names: Iterable[str]) -> None:
+    """Names that differ may come to one file: the later one's answers would stand for both."""
+    taken: dict[str, str] = {}
+    for name in names:
+        if not slug(name):
+            raise UsageError(f"{kind} {name!r} needs another name: no letter or digit is in it")
+        other = taken.setdefault(slug(name), name)
+        if other != name:
+            raise UsageError(f"{kind} {name!r} needs another name: its files would be those of {other!r}")

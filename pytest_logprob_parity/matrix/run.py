@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from ..belonging import Context
 from ..check import judge_answers
@@ -16,12 +15,9 @@ from ..errors import EngineError, ParityError
 from ..fingerprint import digest_of, find_model, find_tokenizer
 from ..golden import Golden
 from ..prompts import check_prompts, load_tokenizer, tokenize
-from .executors import Executor, Job
-from .plan import Cell, Matrix
+from .executors import Executor, Job, answered, today
+from .plan import Cell, Matrix, slug
 from .worker import load_answers
-
-#: Raised where the worker's answers change: results of older ones are then not taken for today's.
-_PROTOCOL: Final = 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ def run_matrix(
     jobs: dict[str, tuple[Job, Cell, str]] = {}
     for cell in matrix.cells:
         for dtype in matrix.dtypes:
-            files = {f"{_slug(name)}.golden.safetensors": goldens[dtype, name].read_bytes() for name in matrix.samplings}
+            files = {f"{slug(name)}.golden.safetensors": goldens[dtype, name].read_bytes() for name in matrix.samplings}
             job = _job(matrix, cell, dtype, "check", prompts, files)
             jobs[job.name] = (job, cell, dtype)
     whys = _ask(executor, [job for job, _, _ in jobs.values()], out, home, notify)
@@ -78,7 +74,7 @@ def _goldens(
     notify: Callable[[str], None], *, update: bool,
 ) -> dict[tuple[str, str], Path]:  # fmt: skip
     places = {
-        (dtype, name): matrix.goldens / f"{_slug(reference.name)}-{dtype}-{_slug(name)}.safetensors"
+        (dtype, name): matrix.goldens / f"{slug(reference.name)}-{dtype}-{slug(name)}.safetensors"
         for dtype in matrix.dtypes
         for name in matrix.samplings
     }
@@ -89,7 +85,7 @@ def _goldens(
         if whys[job.name]:
             raise EngineError(f"the reference {reference.name} ({dtype}) recorded nothing: {whys[job.name]}")
         for name in matrix.samplings:
-            Golden.load(out / job.name / f"{_slug(name)}.golden.safetensors").save(places[dtype, name])
+            Golden.load(out / job.name / f"{slug(name)}.golden.safetensors").save(places[dtype, name])
     for place in places.values():
         Golden.load(place)  # a damaged one ends the run before any engine starts
     return places
@@ -99,20 +95,20 @@ def _job(matrix: Matrix, cell: Cell, dtype: str, kind: str, prompts: list[list[i
     names = list(matrix.samplings)
     settings = dict(cell.settings)
     told = {
-        "protocol": _PROTOCOL,
+        **today(matrix.model, matrix.root, cell.environment),
         "root": str(matrix.root),
         "model": matrix.model,
         "spec": {"dtype": dtype, **settings},
         "prompts": prompts if kind == "record" else [],
         "repeats": matrix.repeats,
-        "record": {_slug(n): matrix.samplings[n].to_json() for n in names} if kind == "record" else {},
-        "check": [_slug(n) for n in names] if kind == "check" else [],
+        "record": {slug(n): matrix.samplings[n].to_json() for n in names} if kind == "record" else {},
+        "check": [slug(n) for n in names] if kind == "check" else [],
         "goldens": digest_of([data.hex() for data in files.values()]),
         "environment": [cell.environment.digest, cell.environment.python],
         "variables": {**cell.environment.variables, **cell.variables},
     }
     files = {**files, "job.json": json.dumps(told, sort_keys=True).encode()}
-    name = f"{kind}-{_slug(cell.name)}-{dtype}"
+    name = f"{kind}-{slug(cell.name)}-{dtype}"
     return Job(name, cell.environment, files, cell.variables, cell.cpus, cell.gpus, cell.minutes)
 
 
@@ -123,7 +119,7 @@ def _ask(
     waiting = []
     for job in jobs:
         folder = out / job.name
-        if (folder / "done.json").exists() and _same_job(folder, job):
+        if answered(job, folder):
             notify(f"{job.name}: answered in an earlier run")
             continue
         for old in folder.glob("*") if folder.is_dir() else ():
@@ -136,13 +132,6 @@ def _ask(
     return whys
 
 
-def _same_job(folder: Path, job: Job) -> bool:
-    try:
-        return (folder / "job.json").read_bytes() == job.files["job.json"]
-    except OSError:
-        return False
-
-
 def _judged(
     matrix: Matrix, cell: Cell, dtype: str, goldens: dict[tuple[str, str], Path], folder: Path, why: str
 ) -> list[Row]:  # fmt: skip
@@ -153,7 +142,7 @@ def _judged(
             continue
         try:
             golden = Golden.load(goldens[dtype, name])
-            answers = load_answers(folder, _slug(name))
+            answers = load_answers(folder, slug(name))
             comparison, _ = judge_answers(golden, answers, None, "rl", Context())
         except ParityError as error:
             rows.append(Row(cell.name, dtype, name, "not run", str(error)))
@@ -175,7 +164,3 @@ def _token_ids(matrix: Matrix) -> list[list[int]]:
         return [list(prompt) for prompt in prompts]
     tokenizer = load_tokenizer(find_tokenizer(find_model(matrix.model, matrix.root)))
     return [list(prompt.token_ids) for prompt in tokenize(prompts, tokenizer)]
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")

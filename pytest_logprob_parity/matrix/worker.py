@@ -67,14 +67,13 @@ def save_answers(folder: Path, name: str, answers: Answers) -> None:
     columns = {} if answers.policy_logprobs is None else {_POLICY: answers.policy_logprobs}
     if answers.draw is not None:
         columns[_DRAWN] = answers.draw()
-    write(folder / f"{name}.more.safetensors", columns, {"fingerprint": answers.fingerprint})
+    write(folder / f"{name}.more.safetensors", columns, {"fingerprint": answers.fingerprint, "paths": list(answers.replays)})
 
 
 def load_answers(folder: Path, name: str) -> Answers:
     """The inverse of `save_answers`. Raises GoldenError for files that are missing or damaged."""
-    replays = {path: Trace.load(folder / f"{name}.{path}.safetensors") for path in ("decode", "regenerate")
-               if (folder / f"{name}.{path}.safetensors").exists()}  # fmt: skip
     columns, metadata = read(folder / f"{name}.more.safetensors")
+    replays = {path: Trace.load(folder / f"{name}.{path}.safetensors") for path in metadata["paths"]}
     drawn = columns.get(_DRAWN)
     return Answers(replays, metadata["fingerprint"], columns.get(_POLICY), None if drawn is None else lambda: drawn)
 

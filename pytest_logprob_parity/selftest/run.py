@@ -278,7 +278,7 @@ def true_effect(clean: Trace, faulty: Trace, limits: Tolerance) -> tuple[float, 
     cut = np.clip(d, -limits.winsorize, limits.winsorize)
     limit = max(limits.winsorize, 2 * limits.sequence_rms)
     in_sequence = np.clip(d, -limit, limit)
-    per_sequence = [math.sqrt(float(np.mean(in_sequence[sequences == s] ** 2))) for s in np.unique(sequences)]
+    per_sequence = [_rms_but_largest(in_sequence[sequences == s]) for s in np.unique(sequences)]
     tokens = len(clean.token_ids)
     deep = bool(lost.any()) and bool((depth(clean, np.flatnonzero(lost), limits) > MUST_FAIL).any())
     effects = {
@@ -292,6 +292,12 @@ def true_effect(clean: Trace, faulty: Trace, limits: Tolerance) -> tuple[float, 
     }
     on = max(effects, key=lambda name: effects[name])
     return float(effects[on]), on
+
+
+def _rms_but_largest(d: Any) -> float:
+    """RMS of a sequence's differences, the largest taken for 0."""
+    squares = np.sort(d * d)
+    return math.sqrt(float(squares[:-1].sum()) / len(squares))
 
 
 def _ratio(count: int, budget: int) -> float:

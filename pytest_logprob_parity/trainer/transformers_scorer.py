@@ -129,10 +129,10 @@ class TransformersScorer:
             chunk = slice(start, start + self.chunk_tokens)
             logits = self._head.logits(rows[chunk])
             if self.divides == "logits":
-                logits = (logits / temperature if temperature != 1 else logits).to(exact)
+                logits = (logits.div_(temperature) if temperature != 1 else logits).to(exact)
             else:
                 logits = logits.to(exact)
-                logits = logits / temperature if temperature != 1 else logits
+                logits = logits.div_(temperature) if temperature != 1 else logits
             total = logits.logsumexp(-1)
             if kept is not None:
                 ids, used = kept[0][chunk], kept[1][chunk]

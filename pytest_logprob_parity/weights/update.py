@@ -32,6 +32,21 @@ class WeightUpdate:
     clear_cache: bool = False
     at_token: int = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: tensors as the bytes of a safetensors file."""
+        if isinstance(self.weights, Path):
+            return dict(vars(self))
+        from safetensors.torch import save
+
+        return {**vars(self), "weights": save({name: tensor.contiguous() for name, tensor in self.weights.items()})}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["weights"], bytes):
+            from safetensors.torch import load
+
+            state = {**state, "weights": load(state["weights"])}
+        vars(self).update(state)
+
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UsageError(f"mode={self.mode!r}: known are {', '.join(MODES)}{nearest(str(self.mode), MODES)}")

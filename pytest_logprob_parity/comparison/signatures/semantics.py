@@ -24,6 +24,10 @@ _NOW: Final = "applied to this run and not to the golden"
 #: Kept sets differ where they do at this share of the positions and more; noise alone moves a few.
 _OTHER_SETS: Final = 0.03
 _ONE_WAY: Final = 0.9
+#: A side that does not truncate excludes nothing: it has less than this share of the other's kept sets.
+_NONE: Final = 0.01
+#: A truncation moves all that it keeps by one constant: this share of the squares may lie between tokens of one position.
+_WITHIN: Final = 0.25
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,8 @@ def _penalty_stage(penalty: Penalty, sampling: Sampling) -> _Stage:
 def _truncation_stages(positions: Positions, slope: float, *, alone: bool, penalised: bool) -> Iterator[_Stage]:
     """`alone` where nothing else is different: else kept sets differ for that reason. `penalised` where a penalty is."""
     golden, now = truncation.kept(positions, golden=True), truncation.kept(positions, golden=False)
-    if golden.truncates and now.truncates:
+    fewest, most = sorted(int(np.count_nonzero(side.complete)) for side in (golden, now))
+    if most >= truncation.ENOUGH and fewest > _NONE * most:
         yield from _both_truncate(positions, golden, now, alone=alone)
     elif golden.truncates:
         yield _one_truncates(positions, golden, slope, on_golden=True, penalised=penalised)
@@ -212,11 +217,13 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[_Stage]
     where nothing else is different, by how much it raises what is listed.
     """
     golden, now = np.isneginf(positions.expected[:, 0]), np.isneginf(positions.actual[:, 0])
-    sides = {False: now & ~golden, True: golden & ~now}
-    if all(excluded.any() for excluded in sides.values()):
+    excluded = {False: int(np.count_nonzero(now & ~golden)), True: int(np.count_nonzero(golden & ~now))}
+    if max(excluded.values()) < _ONE_WAY * sum(excluded.values()):
         return  # no truncation does both
     recorded = positions.golden.sampling.truncates
-    for on_golden, excluded in sides.items():
+    both = recorded and positions.now.sampling.truncates  # noise alone moves a few over the edge of a kept set
+    least = max(truncation.ENOUGH, _OTHER_SETS * len(now) if both else 0)
+    for on_golden, count in excluded.items():
         lift, what = None, []
         if alone and (recorded or not on_golden):
             free, cut = (positions.actual, positions.expected) if on_golden else (positions.expected, positions.actual)
@@ -226,7 +233,7 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[_Stage]
                 f"it raises all tokens of a position by one constant ({lift.positions:,} positions, kept mass {lift.mass:.4f} "
                 "on average)"
             )
-        if count := int(np.count_nonzero(excluded)):
+        if count >= least:
             what.append(f"it excludes {count} of {len(now):,} tokens")
         if what:
             k = (positions.golden if on_golden else positions.now).top_k
@@ -263,7 +270,7 @@ def _both_truncate(
 ) -> Iterator[_Stage]:  # fmt: skip
     fewer, more = np.mean(now.counts < golden.counts), np.mean(now.counts > golden.counts)
     one_way = max(fewer, more) > _ONE_WAY * (fewer + more)  # noise moves as many tokens in as out
-    if alone and one_way and fewer + more > _OTHER_SETS:
+    if alone and one_way and fewer + more > _OTHER_SETS and _one_constant(positions.of(now.counts != golden.counts)):
         less = fewer > more
         counts = golden.counts.mean(), now.counts.mean()
         text = (
@@ -281,6 +288,13 @@ def _both_truncate(
             f"{np.mean(kept.total[kept.complete]):.3f} on average, not to 1 ({int(kept.complete.sum()):,} positions)"
         )
         yield _Stage(Finding("semantic", "truncation", text), False, False)
+
+
+def _one_constant(positions: Positions) -> bool:
+    """Whether the tokens that both sides keep are apart by one constant for each position, the normaliser's, and no more."""
+    apart = positions.off_line(1.0)[positions.common.sum(axis=1) >= 2]
+    within = apart - np.nanmean(apart, axis=1, keepdims=True)
+    return bool(np.nansum(within**2) <= _WITHIN * np.nansum(apart**2))
 
 
 def _families(limits: truncation.Limits) -> list[str]:

@@ -1,0 +1,116 @@
+"""The chain from trainer to engine, link by link: where does it break, and by how much?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..comparison.result import Comparison, MismatchError
+from ..comparison.tolerance import Tolerance, make_tolerance
+from ..comparison.verdict import Evidence, judge
+from ..errors import UsageError
+from ..pool import Engine
+from ..trace import Trace
+from .parity import trainer_tolerance
+from .scoring import Scorer, score
+
+#: Batch sizes that are held against each other.
+_SIZES: Final = (1, 8)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two ends of the chain, what they are called, and how they compare."""
+
+    name: str
+    comparison: Comparison
+
+    def __str__(self) -> str:
+        numbers = self.comparison.metrics
+        return (
+            f"{self.name}: {self.comparison.verdict}, RMS {numbers['rms_diff']:.2g}, largest {numbers['max_abs_diff']:.2g} "
+            f"nats, {int(numbers['n_changed']):,} of {int(numbers['n_tokens']):,} tokens differ"
+        )
+
+
+@dataclass(frozen=True)
+class Chain:
+    """All links, from the trainer's end to the engine's."""
+
+    links: tuple[Link, ...]
+
+    @property
+    def broken(self) -> tuple[Link, ...]:
+        """The links that do not hold."""
+        return tuple(link for link in self.links if not link.comparison.passed)
+
+    def __str__(self) -> str:
+        return "\n".join(str(link) for link in self.links)
+
+
+def trainer_chain(
+    engine: Engine,
+    scorer: Scorer,
+    rollouts: Trace,
+    tolerance: Tolerance | Mapping[str, Any] | None = None,
+    *,
+    batch_sizes: tuple[int, int] = _SIZES,
+) -> Chain:
+    """Hold each link of the chain from trainer to rollouts: on the rollouts' tokens, in raw logprobs where prefill is asked.
+
+    trainer at one batch size = at another; trainer = engine prefill; engine prefill = engine decode; decode one request at a
+    time = decode of all. Each is judged by its own limits: two runs of one implementation by those of its dtype, two
+    implementations with the room that prefill against decode has.
+
+    Prefill gives raw logprobs only, so the two links in the middle need rollouts whose logprobs are raw, or are the same raw
+    and processed (T=1, no truncation, no penalties). Raises UsageError for others, EngineError where the engine fails.
+    """
+    if rollouts.distribution() != "raw":
+        raise UsageError(
+            f"the chain goes by way of prefill, which gives raw logprobs, and these rollouts are {rollouts.distribution()}: "
+            "sample at T=1 without truncation and penalties for it"
+        )
+    small, large = (score(rollouts, scorer, batch_size=size) for size in batch_sizes)
+    prefill, decode = engine.replay(rollouts, "prefill"), engine.replay(rollouts, "decode")
+    ends: tuple[tuple[str, Trace, Trace], ...] = (
+        (f"trainer, batches of {batch_sizes[0]} = of {batch_sizes[1]}", small, large),
+        ("trainer = engine prefill", prefill, large),
+        ("engine prefill = engine decode", decode, prefill),
+        ("engine decode, one at a time = all at once", decode, _one_at_a_time(engine, rollouts)),
+    )
+    return Chain(tuple(Link(name, _judge(a, b, tolerance)) for name, a, b in ends))
+
+
+def assert_trainer_chain(
+    engine: Engine, scorer: Scorer, rollouts: Trace, tolerance: Tolerance | Mapping[str, Any] | None = None
+) -> Chain:  # fmt: skip
+    """Assert that every link of `trainer_chain` holds; returns the chain. Raises MismatchError naming those that do not."""
+    __tracebackhide__ = True
+    chain = trainer_chain(engine, scorer, rollouts, tolerance)
+    if chain.broken:
+        names = ", ".join(link.name for link in chain.broken)
+        raise MismatchError(f"the chain breaks at: {names}\n\n{chain}", chain.broken[0].comparison)
+    return chain
+
+
+def _one_at_a_time(engine: Engine, rollouts: Trace) -> Trace:
+    from ..floor import Shapes
+
+    alone = Shapes(batch_sizes=(1,), weights=(1.0,), alone=1.0, blocks=1)
+    return rollouts.with_(logprobs=engine.replay_in_drawn_shapes(rollouts, alone, 0), top_logprobs=rollouts.top_logprobs[:, :0],
+                          top_token_ids=rollouts.top_token_ids[:, :0])  # fmt: skip
+
+
+def _judge(one: Trace, other: Trace, tolerance: Any) -> Comparison:
+    one, other = (_bare(trace) for trace in (one, other))
+    limits = make_tolerance(trainer_tolerance(one.dtype, other.dtype), tolerance)
+    return judge(one, other, limits, "rl", Evidence(sides=("one end", "other end")))
+
+
+def _bare(trace: Trace) -> Trace:
+    """The trace as what it is here: raw logprobs by one path, without a top-k."""
+    return dataclasses.replace(
+        trace, logprobs_mode="raw_logprobs", top_logprobs=trace.top_logprobs[:, :0], top_token_ids=trace.top_token_ids[:, :0]
+    )

@@ -1,0 +1,268 @@
+"""The trainer's side: its logprobs of an engine's tokens, on the real engine and by several scorers."""
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import MODEL
+from pytest_logprob_parity import (
+    EngineSpec,
+    MismatchError,
+    Sampling,
+    Trace,
+    TransformersScorer,
+    UsageError,
+    assert_trainer_parity,
+    check_golden,
+    scorer,
+)
+from pytest_logprob_parity.golden import Golden
+from pytest_logprob_parity.trainer.chain import assert_trainer_chain, trainer_chain
+from pytest_logprob_parity.trainer.parity import compare_with_trainer
+from pytest_logprob_parity.trainer.scoring import score
+
+
+@pytest.fixture(scope="module")
+def float32():
+    return TransformersScorer(MODEL)
+
+
+@pytest.fixture(scope="module")
+def float64():
+    return TransformersScorer(MODEL, dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def rollouts(pool):
+    """200 rollouts of the float32 engine at T=0.7."""
+    import random
+
+    import arith
+
+    rng = random.Random(1)
+    prompts = [[{"role": "user", "content": arith.make_problem(rng).question}] for _ in range(25)]
+    return pool.engine(EngineSpec(MODEL, dtype="float32")).generate(
+        prompts, Sampling(temperature=0.7, max_tokens=48, n=8, seed=1)
+    )
+
+
+@pytest.fixture(scope="module")
+def batch(rollouts):
+    """Token ids and mask [6, L] of some rollouts, padded on the right."""
+    rows = [[*rollouts.prompt(i), *rollouts.completion(i)] for i in range(0, 48, 8)]
+    ids, mask = (torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long) for _ in range(2))
+    for n, row in enumerate(rows):
+        ids[n, : len(row)], mask[n, : len(row)] = torch.tensor(row), 1
+    return ids, mask
+
+
+# -- the scorer ----------------------------------------------------------------------------------------------------------
+
+
+def test_float32_is_float64_up_to_its_rounding(rollouts, float32, float64):
+    apart = np.abs(score(rollouts, float32).logprobs - score(rollouts, float64).logprobs)[rollouts.mask]
+    assert np.sqrt(np.mean(apart**2)) < 2e-6
+    assert np.quantile(apart, 0.99) < 1e-5  # the few beyond are sums on the edge between two answers
+    assert apart.max() < 5e-5
+
+
+@pytest.mark.parametrize(
+    "settings", [{"packed": True}, {"chunk_tokens": 7}, {"divides": "logits"}, {"head_dtype": "float64"}], ids=str
+)
+def test_packing_chunks_and_where_it_divides_change_nothing_that_matters(batch, float32, settings):
+    other = TransformersScorer(MODEL, **settings)(*batch, 0.7)
+    assert (other - float32(*batch, 0.7)).abs().max() < 2e-5
+
+
+def test_padding_may_stand_on_either_side(batch, float32):
+    ids, mask = batch
+    right = float32(ids, mask, 0.7)
+    shifts = (1 - mask).sum(1).tolist()
+    left = [torch.stack([row.roll(n) for row, n in zip(x, shifts, strict=True)]) for x in (ids, mask)]
+    moved = float32(*left, 0.7)
+    for n, length in enumerate(mask.sum(1).tolist()):
+        assert (moved[n, -(length - 1) :] - right[n, : length - 1]).abs().max() < 2e-5
+        assert not right[n, length - 1 :].any()  # padding has no logprob
+
+
+def test_a_batch_of_any_size_gives_the_same(rollouts, float32):
+    one, many = (score(rollouts, float32, batch_size=n).logprobs for n in (1, 64))
+    assert np.abs(one - many)[rollouts.mask].max() < 2e-5
+
+
+# -- parity --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_float32_engine_and_a_float32_trainer_agree_token_by_token(rollouts, float32):
+    comparison = assert_trainer_parity(rollouts, float32)
+    assert comparison.metrics["n_sequences"] == 200
+    assert comparison.metrics["rms_diff"] < 1e-5  # the bar is 1e-4
+    assert comparison.metrics["max_abs_diff"] < 1e-3  # so every ratio is within 1 +- 1e-3
+
+
+def test_any_callable_is_a_scorer(rollouts, float32):
+    @scorer(dtype="float32", divides="logits", name="mine")
+    def by_hand(token_ids, attention_mask, temperature):
+        logits = float32.model(input_ids=token_ids, attention_mask=attention_mask).logits / temperature
+        return logits[:, :-1].log_softmax(-1).gather(-1, token_ids[:, 1:, None])[..., 0]
+
+    assert assert_trainer_parity(rollouts, by_hand).actual.engine == "mine"
+
+    def with_a_first_column(*arguments):
+        values = by_hand(*arguments)
+        return torch.cat([torch.zeros_like(values[:, :1]), values], 1)
+
+    assert compare_with_trainer(rollouts, with_a_first_column).metrics["rms_diff"] < 1e-5  # not declared: bfloat16's limits
+
+
+def test_a_trainer_that_divides_rollouts_asked_for_raw_fails_for_that_reason(pool, questions, float32):
+    engine = pool.engine(EngineSpec(MODEL, dtype="float32", logprobs_mode="raw_logprobs"))
+    raw = engine.generate(questions(16), Sampling(temperature=0.7, max_tokens=32, seed=1))
+    with pytest.raises(MismatchError) as error:
+        assert_trainer_parity(raw, float32)
+    headline = "fail: The logprobs do not mean the same: raw in the rollout, processed (T=0.7) in the trainer"
+    assert str(error.value).startswith(headline)
+    assert error.value.comparison.findings[0].cause == "raw_vs_processed"
+
+
+def test_a_trainer_that_forgets_the_temperature_or_shifts_by_one_is_told_so(rollouts, float32):
+    def no_temperature(ids, mask, _):
+        return float32(ids, mask, 1.0)
+
+    def shifted(ids, mask, temperature):
+        return float32(ids, mask, temperature).roll(1, 1)
+
+    no_temperature.dtype = shifted.dtype = "float32"
+    assert compare_with_trainer(rollouts, no_temperature).verdict == "fail"
+    assert compare_with_trainer(rollouts, shifted).findings[0].cause == "shifted_positions"
+
+
+def test_truncated_rollouts_are_compared_over_their_kept_sets_or_without_truncation(pool, questions, float32, tmp_path):
+    engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
+    top_k = Sampling(temperature=0.7, top_k=5, max_tokens=32, n=4, seed=1, logprobs=5)
+    trace = engine.generate(questions(8), top_k)
+    assert assert_trainer_parity(trace, float32).metrics["max_abs_diff"] < 1e-3
+    with pytest.raises(UsageError, match="computes one over all tokens: give untruncated_logprobs"):
+        assert_trainer_parity(trace, lambda *_: None)
+    short = trace.with_(top_token_ids=trace.top_token_ids[:, :2], top_logprobs=trace.top_logprobs[:, :2])
+    with pytest.raises(UsageError, match="top-2 logprobs do not list the kept set of"):
+        assert_trainer_parity(short, float32)
+    top_p = Sampling(temperature=0.7, top_p=0.9, max_tokens=32, n=4, seed=1)
+    path = tmp_path / "golden.safetensors"
+    check_golden(path, engine, prompts=questions(8), sampling=top_p, update=True, repeats=0)
+    comparison = assert_trainer_parity(Golden.load(path), float32)
+    assert comparison.metrics["max_abs_diff"] < 1e-3
+    assert "compared without truncation" in " ".join(comparison.notes)
+
+
+def test_penalties_are_refused_with_the_reason(pool, questions, float32):
+    engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
+    trace = engine.generate(questions(2), Sampling(repetition_penalty=1.1, max_tokens=8))
+    with pytest.raises(UsageError, match="a trainer applies no penalty"):
+        assert_trainer_parity(trace, float32)
+
+
+def test_what_the_environment_wrote_is_context_and_not_compared(pool, float32):
+    turns = [
+        [{"role": "user", "content": f"What is {n} + 4?"}, {"role": "assistant"}, {"role": "user", "content": "Sure?"},
+         {"role": "assistant"}]
+        for n in range(10, 20)
+    ]  # fmt: skip
+    trace = pool.engine(EngineSpec(MODEL, dtype="float32")).generate(turns, Sampling(temperature=0.7, max_tokens=24, seed=1))
+    assert not trace.mask.all()
+    comparison = assert_trainer_parity(trace, float32)
+    assert comparison.metrics["n_tokens"] == trace.mask.sum()
+
+
+# -- the head ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def heads(pool):
+    """bfloat16 rollouts by head dtype."""
+    import random
+
+    import arith
+
+    rng = random.Random(2)
+    prompts = [[{"role": "user", "content": arith.make_problem(rng).question}] for _ in range(25)]
+    sampling = Sampling(temperature=0.7, max_tokens=48, n=8, seed=1)
+    settings = {"bfloat16": {}, "float32": {"hf_overrides": {"head_dtype": "float32"}}}
+    return {
+        head: pool.engine(EngineSpec(MODEL, dtype="bfloat16", **given)).generate(prompts, sampling)
+        for head, given in settings.items()
+    }
+
+
+@pytest.mark.parametrize("engine_head", ["bfloat16", "float32"])
+@pytest.mark.parametrize("trainer_head", ["bfloat16", "float32"])
+def test_a_head_in_another_precision_on_one_side_is_named(heads, engine_head, trainer_head):
+    trainer = TransformersScorer(MODEL, dtype="bfloat16", head_dtype=trainer_head)
+    told = [note for note in compare_with_trainer(heads[engine_head], trainer).notes if note.startswith("head precision")]
+    assert bool(told) == (engine_head != trainer_head)
+    if told:
+        assert ("on no grid" in told[0]) == (engine_head == "float32")
+
+
+def test_a_float32_head_helps_on_both_sides_and_not_on_one(heads):
+    def rms(engine_head, trainer_head):
+        trainer = TransformersScorer(MODEL, dtype="bfloat16", head_dtype=trainer_head)
+        return compare_with_trainer(heads[engine_head], trainer).metrics["rms_diff"]
+
+    assert rms("float32", "float32") < 0.9 * min(rms("bfloat16", "bfloat16"), rms("float32", "bfloat16"))
+
+
+# -- the chain -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_chain_from_trainer_to_engine_holds_and_says_where_it_breaks(pool, questions, float32):
+    engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
+    trace = engine.generate(questions(12), Sampling(temperature=1.0, max_tokens=24, seed=1))
+    chain = assert_trainer_chain(engine, float32, trace)
+    assert [link.comparison.verdict for link in chain.links] == ["pass"] * 4
+    other = TransformersScorer(f"{MODEL}-step2")
+    assert [link.name for link in trainer_chain(engine, other, trace).broken] == ["trainer = engine prefill"]
+    with pytest.raises(MismatchError, match="the chain breaks at: trainer = engine prefill\n"):
+        assert_trainer_chain(engine, other, trace)
+    warm = engine.generate(questions(2), Sampling(temperature=0.7, max_tokens=4))
+    with pytest.raises(UsageError, match="sample at T=1 without truncation"):
+        trainer_chain(engine, float32, warm)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------------
+
+
+def rollout(**changes):
+    return {"prompt_token_ids": [5, 6], "token_ids": [7, 8], "logprobs": [-1.0, -2.0]} | changes
+
+
+@pytest.mark.parametrize(
+    ("sequence", "says"),
+    [
+        (rollout(token_ids=[7, 9999]), "token id 9999 is beyond the 384 of transformers float32: another tokenizer or model"),
+        (rollout(mask=[False, False]), "every token of these rollouts is masked"),
+        (rollout(logprobs=[None, None]), "these rollouts have no logprobs"),
+        (rollout(logprobs=[-1.0]), "has 2 token_ids but 1 logprobs"),
+    ],
+)
+def test_rollouts_that_cannot_be_scored_are_one_line(float32, sequence, says):
+    with pytest.raises(UsageError) as error:
+        assert_trainer_parity(Trace.from_sequences([sequence]), float32)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_another_tokenizer_is_told_by_the_texts(float32):
+    trace = Trace.from_sequences([rollout()], token_texts={7: "something else"})
+    with pytest.raises(UsageError, match="has another tokenizer than the rollouts: token 7 is"):
+        assert_trainer_parity(trace, float32)
+
+
+def test_logprobs_of_another_shape_and_things_that_are_no_scorer(float32):
+    trace = Trace.from_sequences([rollout()])
+    with pytest.raises(UsageError, match=r"gave logprobs of shape \[1, 9\] for token ids of shape \[1, 4\]: expected \[1, 3\]"):
+        assert_trainer_parity(trace, lambda ids, mask, t: torch.zeros((1, 9)))
+    with pytest.raises(UsageError, match="a scorer is a callable"):
+        assert_trainer_parity(trace, "float32")
+    with pytest.raises(UsageError, match="did you mean 'float32'"):
+        TransformersScorer(MODEL, dtype="float23")

@@ -1,0 +1,185 @@
+"""Weight updates in flight on a real engine: what it really did to the requests that ran, against transformers."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from conftest import MODEL
+from pytest_logprob_parity import EngineError, EngineSpec, MismatchError, Sampling, Trace, UsageError, assert_weight_update
+
+STEP_2 = f"{MODEL}-step2"
+SAMPLING = Sampling(temperature=0.7, max_tokens=32, ignore_eos=True, seed=1)
+
+
+@pytest.fixture
+def spec(request):
+    return EngineSpec(MODEL, dtype=getattr(request, "param", "float32"))
+
+
+@pytest.fixture
+def updated(pool, spec, questions):
+    """An engine and what it wrote while an update arrived after 12 tokens."""
+
+    def update(weights=STEP_2, **how):
+        engine = pool.engine(spec)
+        return engine, engine.update_weights(weights, at_token=12, prompts=questions(16), sampling=SAMPLING, **how)
+
+    return update
+
+
+def check(trace, **how):
+    return assert_weight_update(trace, before=MODEL, after=STEP_2, **how)
+
+
+def finding_of(trace, **how):
+    with pytest.raises(MismatchError) as error:
+        check(trace, **how)
+    assert error.value.comparison.verdict == "fail"
+    (finding,) = error.value.comparison.findings
+    return finding
+
+
+@pytest.mark.parametrize("spec", ["float32", "bfloat16"], indirect=True)
+@pytest.mark.parametrize("how", [{"mode": "keep"}, {"mode": "keep", "clear_cache": True}, {"mode": "v0"}], ids=str)
+def test_running_requests_go_on_with_the_new_weights(updated, questions, how):
+    engine, trace = updated(**how)
+    assert trace.weight_versions.tolist() == ([0] * 12 + [1] * 20) * 16
+    assert trace.lag().tolist() == ([1] * 12 + [0] * 20) * 16
+    assert check(trace, **how).passed
+    afterwards = engine.generate(questions(16), SAMPLING)  # a fresh request is the new weights' alone
+    assert set(afterwards.weight_versions.tolist()) == {1}
+    assert check(afterwards, **how).passed
+
+
+@pytest.mark.parametrize("mode", ["wait", "abort"])
+def test_requests_that_end_before_the_update_are_the_old_weights_alone(updated, questions, mode):
+    engine, trace = updated(mode=mode, clear_cache=True)
+    assert set(trace.weight_versions.tolist()) == {0}
+    assert trace.num_tokens == 16 * (32 if mode == "wait" else 12)
+    with pytest.raises(MismatchError, match="Not shown that the update arrived: none was written after it") as error:
+        check(trace, mode=mode, clear_cache=True)
+    assert error.value.comparison.metrics["rms_diff"] < 1e-5
+    assert check(engine.generate(questions(16), SAMPLING), mode=mode, clear_cache=True).passed
+
+
+@pytest.mark.parametrize("spec", ["float32", "bfloat16"], indirect=True)
+def test_a_cache_that_was_not_cleared_and_one_that_was(updated):
+    finding = finding_of(updated(clear_cache=False)[1], clear_cache=True)
+    assert (finding.layer, finding.cause) == ("weights", "stale_kv_cache")
+    finding = finding_of(updated(clear_cache=True)[1])
+    assert (finding.cause, finding.candidates) == (None, ("stale_kv_cache", "engine_build"))
+    assert "computed again" in finding.evidence
+
+
+def test_weights_that_never_came(updated, questions):
+    engine, trace = updated(MODEL)  # the engine gets what it has
+    finding = finding_of(trace)
+    assert (finding.layer, finding.cause) == ("weights", "stale_weights")
+    assert "the old weights all along" in finding.evidence
+    assert "the old weights all along" in finding_of(engine.generate(questions(16), SAMPLING)).evidence
+
+
+@pytest.mark.parametrize("spec", ["float32", "bfloat16"], indirect=True)
+def test_a_layer_that_the_weights_did_not_reach(updated):
+    old, new = load_file(f"{MODEL}/model.safetensors"), load_file(f"{STEP_2}/model.safetensors")
+    _, trace = updated({name: (old if ".layers.2." in name else new)[name] for name in new})
+    finding = finding_of(trace)
+    assert finding.cause == "stale_weights"
+    assert "layer 2 still as before the update" in finding.evidence
+
+
+def test_an_update_that_arrived_at_another_token(updated):
+    _, trace = updated()
+    told = np.array(([0] * 15 + [1] * 17) * 16, np.int32)
+    finding = finding_of(trace.with_(weight_versions=told))
+    assert finding.cause == "stale_weights"
+    assert "arrived 3 tokens earlier" in finding.evidence
+
+
+def test_a_prefix_cache_that_outlives_the_weights(pool, questions):
+    spec = EngineSpec(MODEL, dtype="float32", enable_prefix_caching=True)
+    prompts = [[{"role": "user", "content": " ".join(q[0]["content"] for q in questions(6, seed))}] for seed in range(8)]
+    for clear in (False, True):
+        engine = pool.engine(spec)
+        engine.generate(prompts, SAMPLING)
+        engine.update_weights(STEP_2, clear_cache=clear)
+        trace = engine.generate(prompts, SAMPLING)
+        if clear:
+            assert check(trace, clear_cache=True).passed
+        else:
+            finding = finding_of(trace, clear_cache=True)
+            assert finding.cause == "stale_kv_cache"
+            assert "old keys and values of the prompt" in finding.evidence
+
+
+def test_others_get_an_engine_with_the_checkpoints_own_weights(pool, spec, questions, updated):
+    before = pool.engine(spec).generate(questions(4), SAMPLING)
+    engine, _ = updated()
+    assert not np.array_equal(engine.replay(before).logprobs, before.logprobs)
+    assert np.array_equal(pool.engine(spec).replay(before).logprobs, before.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nothing there", "there is no folder"),
+        ("empty", "holds no safetensors"),
+        ("cut short", "half-written, or damaged"),
+        ("an index without its files", "which its index names: half-written"),
+        ("another architecture", "another architecture; the engine keeps the weights it has"),
+        ("part of it", "lacks"),
+    ],
+)
+def test_what_cannot_be_loaded_leaves_the_engine_with_the_weights_it_had(pool, spec, questions, tmp_path, name, says):
+    engine = pool.engine(spec)
+    before = engine.generate(questions(4), SAMPLING)
+    with pytest.raises(UsageError) as error:
+        engine.update_weights(bad_checkpoint(tmp_path, name))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert engine.weight_version == 0
+    assert np.array_equal(engine.replay(before).logprobs, before.logprobs)
+
+
+def bad_checkpoint(folder: Path, name):
+    from safetensors.torch import save_file
+
+    folder = folder / "checkpoint"
+    if name == "nothing there":
+        return folder
+    if name == "empty":
+        folder.mkdir()
+        return folder
+    shutil.copytree(STEP_2, folder)
+    weights = folder / "model.safetensors"
+    if name == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif name == "an index without its files":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-2.safetensors"}}')
+    elif name == "another architecture":
+        save_file({f"transformer.{k}": v for k, v in load_file(str(weights)).items()}, str(weights))
+    else:
+        save_file({k: v for k, v in load_file(str(weights)).items() if ".layers.3." not in k}, str(weights))
+    return folder
+
+
+def test_modes_and_traces_that_do_not_exist(pool, spec, questions, updated):
+    engine = pool.engine(spec)
+    with pytest.raises(UsageError, match="known are keep, wait, abort, v0, did you mean 'keep'"):
+        engine.update_weights(STEP_2, mode="keeep")
+    with pytest.raises(UsageError, match="invalidated nothing"):
+        engine.update_weights(STEP_2, mode="v0", clear_cache=True)
+    plain = Trace.from_sequences([{"prompt_token_ids": [5], "token_ids": [6, 7], "logprobs": [-1.0, -1.0]}])
+    with pytest.raises(UsageError, match="does not say which weights wrote its tokens"):
+        check(plain)
+
+
+def test_an_engine_that_died_says_that_its_updates_died_with_it(pool, spec):
+    engine = pool.engine(spec)
+    engine.update_weights(STEP_2)
+    pool.discard(spec)
+    with pytest.raises(EngineError, match="is down, and its 1 weight updates with it"):
+        engine.update_weights(STEP_2)
