@@ -353,3 +353,48 @@ def test_a_few_tokens_excluded_by_chance_are_no_truncation():
         out = np.isin(np.arange(golden.num_tokens), unlisted[:count])
         result = compare(expected=golden, actual=golden.with_(logprobs=np.where(out, np.float32(-np.inf), golden.logprobs)))
         assert causes(result) == told, [str(f) for f in result.findings]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.7, 1.4])
+@pytest.mark.parametrize("penalty", [{"presence_penalty": 1.0}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.3}], ids=str)
+def test_a_penalty_comes_out_the_same_whatever_the_temperature(temperature, penalty):
+    rollouts = policy(temperature=temperature, **penalty)
+    for applied in ((None, "raw"), ("raw", None)):
+        sides = [rollouts.trace(a, k=10, noise=0.01, seed=seed) for seed, a in enumerate(applied, start=1)]
+        result = compare(expected=sides[0], actual=sides[1])
+        assert causes(result) == ["raw_vs_processed", "temperature", "penalties"], [str(f) for f in result.findings]
+        assert f"penalty {next(iter(penalty.values())):g} was applied" in finding(result, "penalties").evidence
+
+
+def test_temperatures_that_the_labels_name_are_told_as_they_name_them():
+    rollouts = policy(temperature=0.5)
+    half = Sampling(temperature=0.25)
+    actual = rollouts.trace(half, noise=0.01)
+    labelled = compare(expected=rollouts.trace(), actual=actual.with_(sampling=half))
+    assert "temperature 0.25 in place of 0.5, as the labels say" in finding(labelled, "temperature").evidence
+    unlabelled = compare(expected=rollouts.trace(), actual=actual)
+    assert [f.cause for f in unlabelled.findings] == [None, "temperature"]
+    assert "or temperature twice" in unlabelled.findings[0].evidence
+
+
+@pytest.mark.parametrize("fault", [
+    lambda lp: np.where(np.arange(len(lp)) == 5, lp - np.float32(0.3), lp),
+    lambda lp: np.round(lp, 3),
+    lambda lp: lp.astype(np.float16).astype(np.float32),
+], ids=["one token", "3 decimals", "float16"])  # fmt: skip
+def test_few_or_rounded_numbers_do_not_hide_what_is_wrong_with_all(fault):
+    rollouts = policy(temperature=0.7)
+    golden, raw, same = rollouts.trace(noise=0.02, seed=2), rollouts.trace("raw", noise=0.02), rollouts.trace(noise=0.02)
+    result = compare(expected=golden, actual=raw.with_(logprobs=fault(raw.logprobs)))
+    assert causes(result) == ["raw_vs_processed", "temperature", "wrong_values"], [str(f) for f in result.findings]
+    assert ("rounded, by" in result.findings[-1].evidence) == (np.count_nonzero(fault(raw.logprobs) != raw.logprobs) > 1)
+    assert causes(compare(expected=golden, actual=same.with_(logprobs=fault(same.logprobs)))) in ([], ["wrong_values"])
+
+
+def test_a_truncation_that_the_kept_sets_contradict_is_not_the_recorded_one():
+    rollouts = policy(temperature=0.7, top_p=0.9)
+    raw = rollouts.trace(Sampling(temperature=0.7), k=20, noise=0.01)
+    for applied, told in (({"top_k": 3}, "top-k 3"), ({"top_p": 0.9}, "top-p 0.9"), ({"min_p": 0.2}, "min-p in [")):
+        golden = rollouts.trace(Sampling(temperature=0.7, **applied), k=20)
+        result = compare(expected=golden, actual=raw)
+        assert finding(result, "truncation").evidence.startswith(told), str(result.findings[0])

@@ -37,10 +37,11 @@ class Penalty:
 def find_penalty(positions: Positions, scale: float, temperature: float) -> Penalty | None:
     """The penalty that explains what is off the line now = `scale` x golden + a constant for each position, if one does.
 
-    `temperature` is what the other side's logits were divided by; presence and frequency penalties count before it.
+    `temperature` is what this run's logits were divided by. Presence and frequency penalties count before it, and the line
+    has brought the golden's to it: on either side, what is off is the penalty over this temperature.
     """
     off = positions.off_line(scale)
-    return _repetition(positions, off, scale) or _additive(positions, off, scale, temperature)
+    return _repetition(positions, off, scale) or _additive(positions, off, temperature)
 
 
 def _repetition(positions: Positions, off: Doubles, scale: float) -> Penalty | None:
@@ -71,7 +72,7 @@ def _repetition(positions: Positions, off: Doubles, scale: float) -> Penalty | N
     return Penalty("repetition_penalty", value, error * value, on_golden, line.positions)
 
 
-def _additive(positions: Positions, off: Doubles, scale: float, temperature: float) -> Penalty | None:
+def _additive(positions: Positions, off: Doubles, temperature: float) -> Penalty | None:
     """Presence: a constant for every token written before. Frequency: so much for each time. The prompt does not count."""
     common = positions.common
     written = positions.counts > 0
@@ -89,12 +90,11 @@ def _additive(positions: Positions, off: Doubles, scale: float, temperature: flo
     if not total or left > (1 - _REMOVED) * total or abs(slope) <= _SURE * error:
         return None
     on_golden = slope > 0  # a penalty lowers what it meets: where it is higher now, the golden had it
-    applied = temperature * (scale if on_golden else 1.0)
     other = next(n for n in fits if n != name)
     alike = other if fits[other][2] <= 1.05 * left + 1e-12 else ""
     if positions.golden.sampling.repetition_penalty != 1:
         alike = "repetition_penalty"  # nearly the same for all that it moves, and too few pairs to see the difference
-    return Penalty(name, abs(slope) * applied, error * applied, on_golden, len(rows), alike)
+    return Penalty(name, abs(slope) * temperature, error * temperature, on_golden, len(rows), alike)
 
 
 def _line(x: Doubles, y: Doubles) -> tuple[float, float, float]:
