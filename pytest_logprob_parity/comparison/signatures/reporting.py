@@ -80,6 +80,23 @@ def find_shift(positions: Positions) -> Misreport | None:
     return None
 
 
+def find_shifted_rows(positions: Positions) -> Misreport | None:
+    """A whole top-k that stands one position from where it belongs, by its likeliest token."""
+    if not positions.golden.top_k or not positions.now.top_k:
+        return None
+    first = positions.golden.top_token_ids[positions.rows, 0]
+    now = positions.now.top_token_ids[positions.others, 0]
+    for name, shift in (("before", 1), ("after", -1)):
+        moved = np.roll(first, shift)
+        telling = (np.roll(positions.sequences, shift) == positions.sequences) & (moved != first)
+        if np.count_nonzero(telling) >= _ENOUGH and np.mean((now == moved)[telling]) >= _MOST:
+            text = (
+                f"each top-k is that which the golden has for the token {name} ({int(np.count_nonzero(telling)):,} positions)"
+            )
+            return Misreport("shifted_positions", text)
+    return None
+
+
 def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -> tuple[str, str]:
     excluded = known & np.isneginf(said)
     if excluded.any():

@@ -14,9 +14,9 @@ from ...trace import Trace
 from ..alignment import Alignment
 from ..result import Finding
 from . import truncation
-from .penalties import Penalty, find_penalty
+from .penalties import Penalty, find_penalties, moves_only_seen
 from .positions import Positions, positions_of
-from .reporting import Misreport, find_shift, misreport
+from .reporting import Misreport, find_shift, find_shifted_rows, misreport
 from .scale import ENOUGH, NO_SCALE, Scale, fit_scale
 
 _GOLDEN: Final = "applied to the golden and not to this run"
@@ -103,6 +103,8 @@ def _reported(positions: Positions) -> list[Misreport]:
     """Numbers that were reported wrongly."""
     told = [misreport(positions, golden=golden) for golden in (False, True)]
     reports = [report for report in told if report is not None]
+    if shifted := find_shifted_rows(positions):
+        return [shifted]
     if all(report.minor for report in reports) and (shift := find_shift(positions)):
         return [shift, *reports]
     return reports
@@ -146,10 +148,12 @@ def _stages(positions: Positions) -> Iterator[_Stage]:
         yield stage
         alone = 1.0 if stage.on_golden else sampling.temperature
         temperature = alone if stage.recorded else golden_temperature / slope
-    penalty = find_penalty(positions, slope, temperature)
-    if penalty is not None:
-        yield _penalty_stage(penalty, sampling)
-    yield from _truncation_stages(positions, slope, alone=slope == 1 and penalty is None, penalised=penalty is not None)
+    penalties = [_penalty_stage(penalty, sampling) for penalty in find_penalties(positions, slope, temperature)]
+    if not penalties and moves_only_seen(positions, slope):
+        text = "only tokens that stood before are moved, by no penalty that explains them"
+        penalties = [_Stage(Finding("semantic", None, text, ("penalties", "weights_differ")), False, False)]
+    yield from penalties
+    yield from _truncation_stages(positions, slope, alone=slope == 1 and not penalties, penalised=bool(penalties))
 
 
 def _scale(positions: Positions) -> Scale:
@@ -196,16 +200,30 @@ def _temperature_stage(scale: Scale, positions: Positions) -> _Stage:
 
 
 def _penalty_stage(penalty: Penalty, sampling: Sampling) -> _Stage:
-    asked = getattr(sampling, penalty.name)
-    neutral = 1.0 if penalty.name == "repetition_penalty" else 0.0
-    recorded = asked != neutral and abs(penalty.value - asked) <= max(0.02 * abs(asked), 5 * penalty.error)
-    value = asked if recorded else round(penalty.value, 3)
+    """The recorded penalty on one side only, another in place of it, or, where none was recorded, one on either side."""
+    asked, neutral = getattr(sampling, penalty.name), penalty.neutral
     words = penalty.name.replace("_", " ")
-    text = f"{words} {value:g} was {_GOLDEN if penalty.on_golden else _NOW}"
-    text += f" (fitted {penalty.value:.3f} +- {penalty.error:.1g} from {penalty.positions:,} positions)"
+
+    def near(value: float, other: float) -> bool:
+        return bool(abs(value - other) <= max(0.02 * abs(asked), 5 * penalty.error))
+
+    now = penalty.now(neutral)
+    on_golden, fitted = now < neutral, penalty.change if now < neutral else now
+    recorded = asked != neutral and (near(penalty.change, asked) or near(now, asked))
+    if recorded:
+        on_golden = near(penalty.change, asked)
+        fitted = penalty.change if on_golden else now
+    elif asked != neutral:
+        fitted = penalty.now(asked)
+    text = f"{words} {asked if recorded else round(fitted, 3):g} "
+    if recorded or asked == neutral:
+        text += f"was {_GOLDEN if on_golden else _NOW}{', or twice to this run' if recorded and not on_golden else ''}"
+    else:
+        text += f"in place of the recorded {asked:g}"
+    text += f" (fitted {fitted:.3f} +- {penalty.error:.1g} from {penalty.positions:,} positions)"
     if penalty.alike:
         text += f"; a {penalty.alike.replace('_', ' ')} would look the same here"
-    return _Stage(Finding("semantic", "penalties", text), penalty.on_golden, recorded)
+    return _Stage(Finding("semantic", "penalties", text), on_golden, recorded)
 
 
 # -- truncation --------------------------------------------------------------------------------------------------------
@@ -353,11 +371,12 @@ def _applied_temperature(trace: Trace) -> float:
 def unsure_of(expected: Trace, actual: Trace, rows: Alignment) -> str:
     """What these two traces cannot tell apart, for want of tokens that both sides name; empty where they can."""
     usable = int(np.count_nonzero(positions_of(expected, actual, rows).common.sum(axis=1) >= 2))
-    if usable >= ENOUGH:
-        return ""
     k = min(expected.top_k, actual.top_k)
-    more = "record logprobs=5" if k < 5 else f"record {ENOUGH - usable} more positions"
-    return (
-        f"top-{k}: both sides name two tokens at {usable} positions, {ENOUGH} are needed to tell a temperature, a truncation, "
-        f"a penalty and other weights apart: {more}"
-    )
+    if usable < ENOUGH:
+        more = "record logprobs=5" if k < 5 else f"record {ENOUGH - usable} more positions"
+        return (
+            f"top-{k}: both sides name two tokens at {usable} positions, {ENOUGH} are needed to tell a temperature, a "
+            f"truncation, a penalty and other weights apart: {more}"
+        )
+    asked = expected.sampling.top_k
+    return f"top-{k}: a truncation to top-k {asked} cannot be told, record logprobs={asked + 1} or more" if asked >= k else ""
