@@ -170,11 +170,14 @@ class _Plane:
 
 def _plane(columns: dict[str, Doubles], y: Doubles) -> _Plane:
     x = np.stack(list(columns.values()))
-    inverse = np.linalg.pinv(np.einsum("anm,bnm->ab", x, x))
+    squares = np.einsum("anm,bnm->ab", x, x)
+    inverse = np.linalg.pinv(squares)
     slopes = inverse @ np.einsum("anm,nm->a", x, y)
     rest = y - np.einsum("a,anm->nm", slopes, x)
     pull = np.einsum("anm,nm->an", x, rest)
     errors = np.sqrt(np.diag(inverse @ (pull @ pull.T) @ inverse))
+    if np.linalg.matrix_rank(squares) < len(columns):
+        errors = np.full(len(columns), math.inf)  # one column is as good as another
     return _Plane(
         dict(zip(columns, slopes.tolist(), strict=True)),
         dict(zip(columns, errors.tolist(), strict=True)),

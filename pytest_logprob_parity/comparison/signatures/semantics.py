@@ -21,6 +21,7 @@ from .scale import ENOUGH, NO_SCALE, Scale, fit_scale
 
 _GOLDEN: Final = "applied to the golden and not to this run"
 _NOW: Final = "applied to this run and not to the golden"
+_OR_TWICE: Final = ", or twice to this run"
 #: Kept sets differ where they do at this share of the positions and more; noise alone moves a few.
 _OTHER_SETS: Final = 0.03
 _ONE_WAY: Final = 0.9
@@ -118,9 +119,10 @@ def _whole(stages: Sequence[_Stage], positions: Positions) -> Iterator[Finding]:
         found = {stage.finding.cause for stage in stages if stage.on_golden == on_golden and stage.recorded}
         if asked and found == asked:
             steps = ", ".join(s.finding.evidence.partition(":")[0].partition(" (")[0] for s in stages if s.recorded)
-            twice = asked == {"temperature"} and not on_golden  # the same slope as that of a golden without it
-            cause, candidates = (None, ("raw_vs_processed", "temperature")) if twice else ("raw_vs_processed", ())
-            yield Finding("semantic", cause, f"{text}{', or temperature twice' if twice else ''}: {steps}", candidates)
+            if on_golden or asked not in ({"temperature"}, {"penalties"}):
+                yield Finding("semantic", "raw_vs_processed", f"{text}: {steps.replace(_OR_TWICE, '')}")
+            else:  # nothing tells it from a step that this run took twice
+                yield Finding("semantic", None, f"{text}, or it was applied twice: {steps}", ("raw_vs_processed", *asked))
 
 
 def _recorded(sampling: Sampling) -> set[str]:
@@ -188,7 +190,7 @@ def _temperature_stage(scale: Scale, positions: Positions) -> _Stage:
         return _Stage(Finding("semantic", "temperature", f"temperature {recorded:g} was {_GOLDEN} {how}"), True, True)
     if recorded != 1 and scale.is_(1 / recorded):
         how = fitted.format(f"{1 / scale.slope:.4f}", scale.error / scale.slope**2)
-        text = f"temperature {recorded:g} was {_NOW}{'' if labelled else ', or twice to this run'} {how}"
+        text = f"temperature {recorded:g} was {_NOW}{'' if labelled else _OR_TWICE} {how}"
         return _Stage(Finding("semantic", "temperature", text), False, True)
     other = golden_temperature / scale.slope
     text = (
@@ -213,11 +215,14 @@ def _penalty_stage(penalty: Penalty, sampling: Sampling) -> _Stage:
     if recorded:
         on_golden = near(penalty.change, asked)
         fitted = penalty.change if on_golden else now
+    elif asked != neutral and penalty.alike:  # with two unknown values there is none to tell
+        text = f"tokens that stood before are moved: another {words} or {penalty.alike.replace('_', ' ')} would look like this"
+        return _Stage(Finding("semantic", "penalties", text), on_golden, False)
     elif asked != neutral:
         fitted = penalty.now(asked)
     text = f"{words} {asked if recorded else round(fitted, 3):g} "
     if recorded or asked == neutral:
-        text += f"was {_GOLDEN if on_golden else _NOW}{', or twice to this run' if recorded and not on_golden else ''}"
+        text += f"was {_GOLDEN if on_golden else _NOW}{_OR_TWICE if recorded and not on_golden else ''}"
     else:
         text += f"in place of the recorded {asked:g}"
     text += f" (fitted {fitted:.3f} +- {penalty.error:.1g} from {penalty.positions:,} positions)"
