@@ -1,4 +1,4 @@
-"""The fixtures: parity_engine, parity_engines, parity_engine_factory, golden_trace."""
+"""The fixtures: parity_engine, parity_engines, parity_engine_factory, golden_trace, trainer_scorer."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .pool import Engine, Pool
     from .spec import EngineSpec
     from .trace import Trace
+    from .trainer.transformers_scorer import TransformersScorer
 
 #: Where a failing check leaves what it obtained, below the root.
 OBTAINED: Final = "parity-obtained"
@@ -68,6 +69,27 @@ def parity_engine(request: pytest.FixtureRequest, parity_engine_factory: Any) ->
             " in the ini file"
         )
     return pool.engine(spec)
+
+
+@pytest.fixture(scope="session")
+def trainer_scorer(request: pytest.FixtureRequest) -> Callable[..., TransformersScorer]:
+    """Transformers scorers, each loaded once: `trainer_scorer(dtype="bfloat16")`, by default of the ini file's model."""
+    from .trainer.transformers_scorer import TransformersScorer
+
+    pool, loaded = _pool(request), {}
+
+    def make(model: str | None = None, **settings: Any) -> TransformersScorer:
+        __tracebackhide__ = True
+        session = request.config.stash[SESSION]
+        model = model or {**session.ini_settings, **session.set_settings}.get("model")
+        if model is None:
+            raise UsageError("trainer_scorer(): name a model, or set model=... under parity_engine in the ini file")
+        key = (model, *sorted(settings.items()))
+        if key not in loaded:
+            loaded[key] = TransformersScorer(pool.absolute(model), **settings)
+        return loaded[key]
+
+    return make
 
 
 @pytest.fixture

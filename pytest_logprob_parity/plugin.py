@@ -10,12 +10,18 @@ from typing import Any, Final
 import pytest
 
 from .errors import ParityError, UsageError
-from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity_engines
+from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity_engines, trainer_scorer
 from .settings import make_spec, marker_settings, parse_settings
 from .state import ITEM, PROPERTY, SESSION, ItemSettings, Session
 from .trainer.frameworks import FRAMEWORKS
 
-__all__ = ["golden_trace", "parity_engine", "parity_engine_factory", "parity_engines"]  # pytest finds them here
+__all__ = [
+    "golden_trace",
+    "parity_engine",
+    "parity_engine_factory",
+    "parity_engines",
+    "trainer_scorer",
+]  # pytest finds them here
 
 MARKER: Final = "logprob_parity"
 UPDATES: Final = ("all", "missing", "failed")

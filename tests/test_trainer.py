@@ -270,3 +270,21 @@ def test_logprobs_of_another_shape_and_things_that_are_no_scorer(float32):
         assert_trainer_parity(trace, "float32")
     with pytest.raises(UsageError, match="did you mean 'float32'"):
         TransformersScorer(MODEL, dtype="float23")
+
+
+# -- the fixture ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_fixture_loads_each_scorer_once(run_inner, pytester):
+    pytester.makeini(f"[pytest]\nparity_engine =\n    model={MODEL}\n")
+    pytester.makepyfile("""
+        def test_it(trainer_scorer):
+            one = trainer_scorer(dtype="float32")
+            assert one is trainer_scorer(dtype="float32")
+            assert (one.dtype, trainer_scorer(dtype="bfloat16").dtype) == ("float32", "bfloat16")
+    """)
+    run_inner().assert_outcomes(passed=1)
+    pytester.makeini("[pytest]\n")
+    result = run_inner()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*trainer_scorer(): name a model, or set model=... under parity_engine in the ini file"])
