@@ -715,14 +715,3 @@ def test_pipelinerls_first_v1_run_is_named_by_its_raw_logprobs(pool, questions):
     finding = failed.value.comparison.findings[0]
     assert (finding.layer, finding.cause) == ("semantic", "raw_vs_processed")
     assert "logged       pipelinerl: rl/kl_new_old " in str(failed.value)
-
-
-def test_a_trainer_that_forgets_the_temperature_is_named(pool, questions):
-    """NeMo-Aligner's recipe at T=0.7: T for the engine alone."""
-    engine = pool.engine(EngineSpec(MODEL, dtype="bfloat16"))
-    rollouts = engine.generate(questions(6), Sampling(temperature=0.7, n=4, seed=1))
-    with pytest.raises(AssertionError) as failed:
-        assert_trainer_parity(rollouts, framework("nemo-aligner").scorer(MODEL, dtype="bfloat16"))
-    finding = failed.value.comparison.findings[0]
-    assert finding.layer == "semantic"
-    assert finding.cause in ("temperature", "raw_vs_processed")
