@@ -29,10 +29,11 @@ def test_the_quickstart_checks_its_committed_golden(tmp_path):
 
 def test_the_readme_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    test, script = (block.replace("path/to/your/model", "models/tiny-arith") for block in blocks)
+    test, trainer, script = (block.replace("path/to/your/model", "models/tiny-arith") for block in blocks)
     (tmp_path / "models").symlink_to(ROOT / "models")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_rollouts.py").write_text(test)
+    (tmp_path / "tests" / "test_trainer.py").write_text(trainer)
     (tmp_path / "script.py").write_text(script)
     for command in (["-m", "pytest", "--update-golden", "--rootdir=."], ["-m", "pytest", "--rootdir=."], ["script.py"]):
         done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)

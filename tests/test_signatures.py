@@ -353,3 +353,116 @@ def test_a_few_tokens_excluded_by_chance_are_no_truncation():
         out = np.isin(np.arange(golden.num_tokens), unlisted[:count])
         result = compare(expected=golden, actual=golden.with_(logprobs=np.where(out, np.float32(-np.inf), golden.logprobs)))
         assert causes(result) == told, [str(f) for f in result.findings]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.7, 1.4])
+@pytest.mark.parametrize("penalty", [{"presence_penalty": 1.0}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.3}], ids=str)
+def test_a_penalty_comes_out_the_same_whatever_the_temperature(temperature, penalty):
+    rollouts = policy(temperature=temperature, **penalty)
+    for applied in ((None, "raw"), ("raw", None)):
+        sides = [rollouts.trace(a, k=10, noise=0.01, seed=seed) for seed, a in enumerate(applied, start=1)]
+        result = compare(expected=sides[0], actual=sides[1])
+        assert causes(result) == ["raw_vs_processed", "temperature", "penalties"], [str(f) for f in result.findings]
+        assert f"penalty {next(iter(penalty.values())):g} was applied" in finding(result, "penalties").evidence
+
+
+def test_temperatures_that_the_labels_name_are_told_as_they_name_them():
+    rollouts = policy(temperature=0.5)
+    half = Sampling(temperature=0.25)
+    actual = rollouts.trace(half, noise=0.01)
+    labelled = compare(expected=rollouts.trace(), actual=actual.with_(sampling=half))
+    assert "temperature 0.25 in place of 0.5, as the labels say" in finding(labelled, "temperature").evidence
+    unlabelled = compare(expected=rollouts.trace(), actual=actual)
+    assert [f.cause for f in unlabelled.findings] == [None, "temperature"]
+    assert "or it was applied twice" in unlabelled.findings[0].evidence
+
+
+@pytest.mark.parametrize("fault", [
+    lambda lp: np.where(np.arange(len(lp)) == 5, lp - np.float32(0.3), lp),
+    lambda lp: np.round(lp, 3),
+    lambda lp: lp.astype(np.float16).astype(np.float32),
+], ids=["one token", "3 decimals", "float16"])  # fmt: skip
+def test_few_or_rounded_numbers_do_not_hide_what_is_wrong_with_all(fault):
+    rollouts = policy(temperature=0.7)
+    golden, raw, same = rollouts.trace(noise=0.02, seed=2), rollouts.trace("raw", noise=0.02), rollouts.trace(noise=0.02)
+    result = compare(expected=golden, actual=raw.with_(logprobs=fault(raw.logprobs)))
+    assert causes(result) == ["raw_vs_processed", "temperature", "wrong_values"], [str(f) for f in result.findings]
+    assert ("rounded, by" in result.findings[-1].evidence) == (np.count_nonzero(fault(raw.logprobs) != raw.logprobs) > 1)
+    assert causes(compare(expected=golden, actual=same.with_(logprobs=fault(same.logprobs)))) in ([], ["wrong_values"])
+
+
+def test_a_truncation_that_the_kept_sets_contradict_is_not_the_recorded_one():
+    rollouts = policy(temperature=0.7, top_p=0.9)
+    raw = rollouts.trace(Sampling(temperature=0.7), k=20, noise=0.01)
+    for applied, told in (({"top_k": 3}, "top-k 3"), ({"top_p": 0.9}, "top-p 0.9"), ({"min_p": 0.2}, "min-p in [")):
+        golden = rollouts.trace(Sampling(temperature=0.7, **applied), k=20)
+        result = compare(expected=golden, actual=raw)
+        assert finding(result, "truncation").evidence.startswith(told), str(result.findings[0])
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+@pytest.mark.parametrize("chosen", [True, False])
+def test_whole_rows_that_are_shifted(shift, chosen):
+    rollouts = policy(temperature=0.7)
+    golden, now = rollouts.trace(noise=0.02, seed=2), rollouts.trace(noise=0.02)
+    moved = now.with_(top_token_ids=np.roll(now.top_token_ids, shift, 0), top_logprobs=np.roll(now.top_logprobs, shift, 0),
+                      logprobs=np.roll(now.logprobs, shift) if chosen else now.logprobs)  # fmt: skip
+    assert causes(compare(expected=golden, actual=moved))[:1] == ["shifted_positions"]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "applied", "told"),
+    [
+        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.3}, "repetition penalty 1.3 in place of the recorded 1.1"),
+        ({"presence_penalty": 0.5}, {"presence_penalty": 1.5}, "presence penalty 1.5 in place of the recorded 0.5"),
+        ({"repetition_penalty": 0.9}, {}, "repetition penalty 0.9 was applied to the golden and not to this run"),
+        ({"presence_penalty": -0.5}, {}, "presence penalty -0.5 was applied to the golden and not to this run"),
+    ],
+    ids=str,
+)
+def test_a_penalty_that_was_recorded_is_told_from_there(recorded, applied, told):
+    rollouts = policy(**recorded)
+    actual = rollouts.trace(Sampling(**applied), k=10, noise=0.01)
+    text = finding(compare(expected=rollouts.trace(k=10), actual=actual), "penalties").evidence
+    value, _, rest = told.partition(" penalty ")[2].partition(" ")
+    assert text.startswith(told.partition(" penalty ")[0])
+    assert rest in text
+    assert float(text.split()[2]) == pytest.approx(float(value), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "penalties",
+    [{"presence_penalty": 0.5, "frequency_penalty": 0.3}, {"repetition_penalty": 1.2, "presence_penalty": 0.8}],
+    ids=str,
+)
+def test_several_penalties_come_out_as_several_or_as_their_layer(penalties):
+    rollouts = policy(**penalties)
+    result = compare(expected=rollouts.trace(k=20), actual=rollouts.trace("raw", k=20, noise=0.01))
+    told = [f.evidence for f in result.findings if "penalties" in (f.cause, *f.candidates)]
+    assert [text.partition(" was ")[0] for text in told] == [f"{n.replace('_', ' ')} {v:g}" for n, v in penalties.items()], told
+    assert not causes(compare(expected=rollouts.trace(k=20), actual=rollouts.trace(k=20, noise=0.02)))
+    few = compare(expected=rollouts.trace(k=5), actual=rollouts.trace("raw", k=5, noise=0.01))
+    assert set(causes(few)) <= {"penalties", "raw_vs_processed"}
+    assert " in place of " not in str(few)
+
+
+def test_a_mixture_with_other_tokens_is_no_penalty():
+    rollouts = policy(temperature=0.7)
+    probabilities = np.exp(rollouts.logits - rollouts.logits.max(-1, keepdims=True))
+    mixed = np.log(0.9 * probabilities + 0.1 / VOCABULARY * probabilities.sum(-1, keepdims=True))
+    result = compare(expected=rollouts.trace(noise=0.02, seed=2), actual=with_logits(rollouts, mixed).trace(noise=0.02))
+    assert (result.verdict, "penalties" in causes(result)) == ("fail", False), [str(f) for f in result.findings]
+
+
+def test_too_few_positions_for_a_temperature_prove_no_truncation():
+    rollouts = policy(temperature=0.7, top_p=0.9)
+    golden, raw = rollouts.trace(k=8), rollouts.trace("raw", k=8)
+    few = np.arange(golden.num_tokens) < 2 * LENGTH
+    assert not causes(compare(expected=golden.with_(mask=few), actual=raw.with_(mask=few)))
+
+
+def test_a_top_k_that_lists_no_more_than_is_kept_says_so():
+    rollouts = policy(temperature=0.7, top_k=4)
+    for k, unsure in ((4, True), (8, False)):
+        result = compare(expected=rollouts.trace(k=k), actual=rollouts.trace("raw", k=k))
+        assert any("a truncation to top-k 4 cannot be told, record logprobs=5" in note for note in result.notes) == unsure

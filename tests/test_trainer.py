@@ -133,7 +133,11 @@ def test_a_trainer_that_forgets_the_temperature_or_shifts_by_one_is_told_so(roll
         return float32(ids, mask, temperature).roll(1, 1)
 
     no_temperature.dtype = shifted.dtype = "float32"
-    assert compare_with_trainer(rollouts, no_temperature).verdict == "fail"
+    (finding,) = compare_with_trainer(rollouts, no_temperature).findings
+    assert (finding.layer, finding.cause) == ("semantic", "temperature")
+    assert "the trainer does not divide by the rollouts' temperature 0.7" in finding.evidence
+    (finding,) = compare_with_trainer(rollouts, TransformersScorer(f"{MODEL}-step2")).findings
+    assert (finding.layer, finding.cause) == ("weights", None)  # other weights are not a temperature
     assert compare_with_trainer(rollouts, shifted).findings[0].cause == "shifted_positions"
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
+import numpy as np
+
 from ..comparison.alignment import align
 from ..comparison.result import Comparison, Finding, MismatchError
 from ..comparison.signatures.head import logit_step
@@ -17,8 +19,11 @@ from ..golden import Golden
 from ..message import failure_message
 from ..trace import Trace
 from .frameworks import framework, with_metrics
-from .scoring import Scorer, score
+from .scoring import Scorer, score, temperature_of
 
+#: Positions whose top-k lists so much of the probability say what their distribution would be at another temperature.
+_LISTED: Final = 0.999
+_ENOUGH: Final = 50
 #: From the finest to the coarsest; a comparison has the limits of the coarser side.
 _COARSER: Final = ("float64", "float32", "float16", "bfloat16")
 
@@ -73,6 +78,8 @@ def compare_with_trainer(
             findings.append(head)
         else:
             notes.append(f"head precision: {head.evidence}")
+    if comparison.verdict == "fail" and not findings and (forgotten := _forgotten_temperature(expected, scored)):
+        findings.append(forgotten)
     if comparison.verdict == "fail" and not findings:
         findings.append(_candidates(trace, scored))
     if expected.replay != trace.replay:
@@ -124,6 +131,34 @@ def _head_finding(trace: Trace, scorer: Any) -> Finding | None:
         return Finding("head", "head_precision", text + f"{declared}: one side alone makes it worse, not better")
     text = f"the rollouts' logits lie on no grid, as those of a head in float32; the trainer's head is in {declared}"
     return Finding("head", "head_precision", text)
+
+
+def _forgotten_temperature(trace: Trace, scored: Trace) -> Finding | None:
+    """`temperature` where the rollouts' own numbers with their temperature undone are the trainer's.
+
+    A logprob l at temperature T is T l - log sum exp(T l') at 1, over all tokens l' of its position: of positions whose top-k
+    lists nearly all of them.
+    """
+    temperature = temperature_of(trace.sampling)
+    if temperature == 1 or trace.distribution() == "raw" or not trace.top_k:
+        return None
+    top = np.where(np.isfinite(trace.top_logprobs), trace.top_logprobs, -np.inf).astype(np.float64)
+    listed = trace.top_token_ids == trace.token_ids[:, None]
+    chosen = np.where(listed.any(axis=1), -np.inf, trace.logprobs.astype(np.float64))
+    both = np.column_stack([chosen, top])
+    scaled = temperature * both
+    raw = temperature * trace.logprobs - np.log(np.exp(scaled).sum(axis=1))
+    used = trace.mask & (np.exp(both).sum(axis=1) > _LISTED) & np.isfinite(raw) & np.isfinite(scored.logprobs)
+    if np.count_nonzero(used) < _ENOUGH:
+        return None
+    undone, as_told = (np.sqrt(np.mean((scored.logprobs - x)[used] ** 2)) for x in (raw, trace.logprobs))
+    if undone > as_told / 2:
+        return None
+    text = (
+        f"the trainer does not divide by the rollouts' temperature {temperature:g}: with that undone they agree to an RMS of "
+        f"{undone:.2g} nats, as told to {as_told:.2g} ({int(np.count_nonzero(used)):,} positions)"
+    )
+    return Finding("semantic", "temperature", text)
 
 
 def _candidates(trace: Trace, scored: Trace) -> Finding:

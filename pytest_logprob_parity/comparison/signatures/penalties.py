@@ -16,40 +16,82 @@ _SURE: Final = 5.0
 #: out as the one that was recorded.
 _REMOVED, _REMOVED_BY_RECORD = 0.8, 0.5
 _ENOUGH_BY_RECORD: Final = 10
+#: Seen tokens are so many times as far from the line as others where a repetition penalty moved them; where only they are.
+_MOVED, _ONLY = 2.0, 5.0
 
 
 @dataclass(frozen=True)
 class Penalty:
-    """A penalty that one side has and the other has not; `on_golden` says which.
+    """A penalty that differs between the sides, with its standard `error`, in the units of the field of Sampling `name`.
 
-    `name` is a field of Sampling, `value` and its standard `error` are in that field's units. `alike` names a penalty that
-    the evidence does not tell from it.
+    `change` is the golden's over this run's for repetition, the golden's less this run's for the others. `alike` names a
+    penalty that the evidence does not tell from it.
     """
 
     name: str
-    value: float
+    change: float
     error: float
-    on_golden: bool
     positions: int
     alike: str = ""
 
+    @property
+    def neutral(self) -> float:
+        """The value that leaves logits as they are."""
+        return 1.0 if self.name == "repetition_penalty" else 0.0
 
-def find_penalty(positions: Positions, scale: float, temperature: float) -> Penalty | None:
-    """The penalty that explains what is off the line now = `scale` x golden + a constant for each position, if one does.
+    def now(self, golden: float) -> float:
+        """This run's value, where the golden's is this."""
+        return golden / self.change if self.neutral else golden - self.change
 
-    `temperature` is what the other side's logits were divided by; presence and frequency penalties count before it.
+
+def find_penalties(positions: Positions, scale: float, temperature: float) -> list[Penalty]:
+    """The penalties that explain what is off the line now = `scale` x golden + a constant for each position, if any do.
+
+    `temperature` is what this run's logits were divided by. Presence and frequency penalties count before it, and the line
+    has brought the golden's to it: on either side, what is off is the penalty over this temperature.
     """
     off = positions.off_line(scale)
-    return _repetition(positions, off, scale) or _additive(positions, off, scale, temperature)
+    found = _repetition(positions, off, scale, np.zeros_like(positions.counts))
+    if found is None:
+        if additive := _additive(positions, off, positions.common, temperature):
+            return additive
+        # Tokens that were written equally often: what presence and frequency penalties move alike.
+        found = _repetition(positions, off, scale, np.minimum(positions.counts, 3))
+        if found is None:
+            return []
+        alone = []
+    else:
+        alone = [found[0]]
+    repetition, slope = found
+    rest = _additive(positions, positions.off_line(slope), positions.common & positions.seen, temperature, slope / scale)
+    return [repetition, *rest] if rest else alone
 
 
-def _repetition(positions: Positions, off: Doubles, scale: float) -> Penalty | None:
-    """Seen tokens lie on a line of their own, 1/r as steep where their logits are positive, r times where negative.
+def moves_only_seen(positions: Positions, scale: float) -> bool:
+    """Whether tokens that stood before are off the line, and the others are not."""
+    off = positions.off_line(scale)
+    seen, others = positions.common & positions.seen, positions.common & ~positions.seen
+    both = seen.any(axis=1) & (others.sum(axis=1) >= 2)
+    return int(np.count_nonzero(both)) >= ENOUGH and _apart(off[both], seen[both], others[both]) > _ONLY
 
-    Two seen tokens of one position are needed, for the normaliser is not known.
+
+def _apart(off: Doubles, seen: Any, others: Any) -> float:
+    """How many times as far from the line seen tokens are as the others (as `FINEST` at least), which give each position its
+    constant.
+    """
+    constant = _mean(off, others)[:, None]
+    far, near = (float(np.mean((off - constant)[of] ** 2)) for of in (seen, others))
+    return math.sqrt(far) / max(math.sqrt(near), FINEST)
+
+
+def _repetition(positions: Positions, off: Doubles, scale: float, classes: Any) -> tuple[Penalty, float] | None:
+    """Seen tokens lie on a line of their own, 1/r as steep where their logits are positive, r times where negative; with the
+    slope of that line.
+
+    Two seen tokens of one position and class are needed, for the normaliser is not known.
     """
     seen = positions.common & positions.seen
-    line = fit_scale(positions.expected, positions.actual, seen)
+    line = fit_scale(positions.expected, positions.actual, seen, classes)
     unseen = fit_scale(positions.expected, positions.actual, positions.common & ~positions.seen)
     if unseen.positions >= ENOUGH:
         scale = unseen.slope
@@ -58,54 +100,89 @@ def _repetition(positions: Positions, off: Doubles, scale: float) -> Penalty | N
     if not line.positions or not line.uniform or not abs(steeper - 1) > max(FINEST, _SURE * error):
         return None
     value = max(steeper, 1 / steeper)
-    recorded = abs(value - positions.golden.sampling.repetition_penalty) <= max(0.02 * value, 2 * error)
+    asked = positions.golden.sampling.repetition_penalty
+    recorded = abs(value - max(asked, 1 / asked)) <= max(0.02 * value, 2 * error)
     if line.positions < (_ENOUGH_BY_RECORD if recorded else ENOUGH):
         return None
-    removed = _REMOVED_BY_RECORD if recorded else _REMOVED
-    if _left(positions, seen, line.slope) > (1 - removed) * _left(positions, seen, scale):
+    alike = [seen & (classes == c) for c in np.unique(classes[seen])]
+    left = [sum(_left(positions, tokens, slope) for tokens in alike) for slope in (line.slope, scale)]
+    if left[0] > (1 - (_REMOVED_BY_RECORD if recorded else _REMOVED)) * left[1]:
         return None
     others = positions.common & ~positions.seen
     both = seen.any(axis=1) & others.any(axis=1)
-    lower = float(np.median(_mean(off, seen)[both] - _mean(off, others)[both])) if both.sum() >= ENOUGH else 0.0
+    lower = 0.0
+    if both.sum() >= ENOUGH:
+        lower = float(np.median(_mean(off, seen)[both] - _mean(off, others)[both]))
+        both &= others.sum(axis=1) >= 2
+        if both.sum() >= ENOUGH and _apart(off[both], seen[both], others[both]) < _MOVED:
+            return None  # no penalty moves the others
     on_golden = lower > 0 if lower else steeper > 1
-    return Penalty("repetition_penalty", value, error * value, on_golden, line.positions)
+    change = value if on_golden else 1 / value
+    return Penalty("repetition_penalty", change, error * change, line.positions), line.slope
 
 
-def _additive(positions: Positions, off: Doubles, scale: float, temperature: float) -> Penalty | None:
-    """Presence: a constant for every token written before. Frequency: so much for each time. The prompt does not count."""
-    common = positions.common
+def _additive(positions: Positions, off: Doubles, used: Any, temperature: float, steeper: float = 1.0) -> list[Penalty]:
+    """Presence: a constant for every token written before. Frequency: so much for each time. The prompt does not count.
+
+    Both are fitted together, and each alone where together they are not told apart. `steeper` is what a repetition penalty
+    has done to the slope of the tokens in use; it counts before these.
+    """
     written = positions.counts > 0
-    both = (common & written).any(axis=1) & (common & ~written).any(axis=1)
-    rows = np.flatnonzero(both)
+    rows = np.flatnonzero((used & written).any(axis=1) & (used & ~written).any(axis=1))
     if len(rows) < ENOUGH:
-        return None
-    used = common[rows]
+        return []
+    used = used[rows]
     y = _centred(off[rows], used)
-    once, often = _centred(written[rows].astype(float), used), _centred(positions.counts[rows].astype(float), used)
-    fits = {name: _line(x, y) for name, x in (("presence_penalty", once), ("frequency_penalty", often))}
-    name = min(fits, key=lambda n: fits[n][2])
-    slope, error, left = fits[name]
+    columns = {
+        "presence_penalty": _centred(written[rows].astype(float), used),
+        "frequency_penalty": _centred(positions.counts[rows].astype(float), used),
+    }
     total = float((y**2).sum())
-    if not total or left > (1 - _REMOVED) * total or abs(slope) <= _SURE * error:
-        return None
-    on_golden = slope > 0  # a penalty lowers what it meets: where it is higher now, the golden had it
-    applied = temperature * (scale if on_golden else 1.0)
-    other = next(n for n in fits if n != name)
-    alike = other if fits[other][2] <= 1.05 * left + 1e-12 else ""
-    if positions.golden.sampling.repetition_penalty != 1:
+    fits = [_plane(of, y) for of in (columns, *({name: x} for name, x in columns.items()))]
+    together, *single = fits
+    best = min(single, key=lambda fit: fit.left)
+    fit = together if all(together.sure(name) for name in columns) else best
+    if not total or fit.left > (1 - _REMOVED) * total or not all(fit.sure(name) for name in fit.slopes):
+        return []
+    alike = ""
+    if fit is best:
+        alike = next((n for s in single if s is not best and s.left <= 1.05 * best.left + 1e-12 for n in s.slopes), "")
+    if steeper == 1 and positions.golden.sampling.repetition_penalty != 1:
         alike = "repetition_penalty"  # nearly the same for all that it moves, and too few pairs to see the difference
-    return Penalty(name, abs(slope) * applied, error * applied, on_golden, len(rows), alike)
+    found = []
+    for name, slope in fit.slopes.items():  # a penalty lowers what it meets: where it is higher now, the golden had it
+        unit = temperature / steeper if slope > 0 else temperature
+        found.append(Penalty(name, slope * unit, fit.errors[name] * unit, len(rows), alike))
+    return found
 
 
-def _line(x: Doubles, y: Doubles) -> tuple[float, float, float]:
-    """Slope of y on x through 0, its error clustered by position, and the squares that are left."""
-    xx = float((x * x).sum())
-    if not xx:
-        return 0.0, math.inf, float((y * y).sum())
-    slope = float((x * y).sum()) / xx
-    rest = y - slope * x
-    error = float(np.sqrt(((x * rest).sum(axis=1) ** 2).sum())) / xx
-    return slope, error, float((rest * rest).sum())
+@dataclass(frozen=True)
+class _Plane:
+    """Slopes of y on some columns through 0, their errors clustered by position, and the squares that are left."""
+
+    slopes: dict[str, float]
+    errors: dict[str, float]
+    left: float
+
+    def sure(self, name: str) -> bool:
+        return abs(self.slopes[name]) > max(FINEST, _SURE * self.errors[name])
+
+
+def _plane(columns: dict[str, Doubles], y: Doubles) -> _Plane:
+    x = np.stack(list(columns.values()))
+    squares = np.einsum("anm,bnm->ab", x, x)
+    inverse = np.linalg.pinv(squares)
+    slopes = inverse @ np.einsum("anm,nm->a", x, y)
+    rest = y - np.einsum("a,anm->nm", slopes, x)
+    pull = np.einsum("anm,nm->an", x, rest)
+    errors = np.sqrt(np.diag(inverse @ (pull @ pull.T) @ inverse))
+    if np.linalg.matrix_rank(squares) < len(columns):
+        errors = np.full(len(columns), math.inf)  # one column is as good as another
+    return _Plane(
+        dict(zip(columns, slopes.tolist(), strict=True)),
+        dict(zip(columns, errors.tolist(), strict=True)),
+        float((rest**2).sum()),
+    )
 
 
 def _left(positions: Positions, used: Any, slope: float) -> float:

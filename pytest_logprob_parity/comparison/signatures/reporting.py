@@ -15,16 +15,22 @@ _SAME: Final = 1e-4
 #: So many of the tokens must fit an explanation.
 _MOST: Final = 0.9
 _ENOUGH: Final = 5
+#: A smaller share of the tokens is few; a number that is nearer than this (nats) was rounded.
+_FEW, _ROUNDING = 0.01, 0.02
 #: Neighbours nearer to each other than this (nats) do not tell a shift from noise.
 _TELLING: Final = 0.05
 
 
 @dataclass(frozen=True)
 class Misreport:
-    """A side whose chosen logprobs are not those of its own top-k. `kind` names how, `text` says it with its numbers."""
+    """A side whose chosen logprobs are not those of its own top-k: `text` says how, with its numbers.
+
+    `minor` ones, of a few tokens or of the size of rounding, leave room for another cause.
+    """
 
     cause: str
     text: str
+    minor: bool = False
 
 
 def misreport(positions: Positions, *, golden: bool) -> Misreport | None:
@@ -44,7 +50,10 @@ def misreport(positions: Positions, *, golden: bool) -> Misreport | None:
     if not count:
         return None
     cause, how = _explain(trace, rows, said, own, known)
-    return Misreport(cause, f"{side} reports for {count:,} of {of:,} chosen tokens another number than its own top-k: {how}")
+    with np.errstate(invalid="ignore"):
+        minor = (count < _ENOUGH and count < _FEW * of) or float(np.median(np.abs(said - own)[wrong])) < _ROUNDING
+    text = f"{side} reports for {count:,} of {of:,} chosen tokens another number than its own top-k: {how}"
+    return Misreport(cause, text, minor)
 
 
 def find_shift(positions: Positions) -> Misreport | None:
@@ -66,6 +75,23 @@ def find_shift(positions: Positions) -> Misreport | None:
         if np.mean(fits) >= _MOST and np.median(apart[telling]) > _TELLING:
             text = (
                 f"each number is that which the golden has for the token {name} ({int(np.count_nonzero(telling)):,} positions)"
+            )
+            return Misreport("shifted_positions", text)
+    return None
+
+
+def find_shifted_rows(positions: Positions) -> Misreport | None:
+    """A whole top-k that stands one position from where it belongs, by its likeliest token."""
+    if not positions.golden.top_k or not positions.now.top_k:
+        return None
+    first = positions.golden.top_token_ids[positions.rows, 0]
+    now = positions.now.top_token_ids[positions.others, 0]
+    for name, shift in (("before", 1), ("after", -1)):
+        moved = np.roll(first, shift)
+        telling = (np.roll(positions.sequences, shift) == positions.sequences) & (moved != first)
+        if np.count_nonzero(telling) >= _ENOUGH and np.mean((now == moved)[telling]) >= _MOST:
+            text = (
+                f"each top-k is that which the golden has for the token {name} ({int(np.count_nonzero(telling)):,} positions)"
             )
             return Misreport("shifted_positions", text)
     return None
@@ -96,6 +122,8 @@ def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -
     ratio = np.median(said[wrong] / np.where(own == 0, np.nan, own)[wrong])
     if fits(own / np.log(2)):
         return "wrong_values", "log2 in place of the natural logarithm"
+    if np.max(np.abs(said - own)[wrong]) < _ROUNDING * max(1.0, float(np.max(np.abs(own[wrong])))):
+        return "wrong_values", f"rounded, by {np.median(np.abs(said - own)[wrong]):.2g} nats in the middle"
     if np.isfinite(ratio) and fits(own * ratio):
         return "wrong_values", f"{ratio:.3f} times it"
     floor = said.min()

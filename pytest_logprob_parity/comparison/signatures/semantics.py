@@ -14,13 +14,14 @@ from ...trace import Trace
 from ..alignment import Alignment
 from ..result import Finding
 from . import truncation
-from .penalties import Penalty, find_penalty
+from .penalties import Penalty, find_penalties, moves_only_seen
 from .positions import Positions, positions_of
-from .reporting import Misreport, find_shift, misreport
+from .reporting import Misreport, find_shift, find_shifted_rows, misreport
 from .scale import ENOUGH, NO_SCALE, Scale, fit_scale
 
 _GOLDEN: Final = "applied to the golden and not to this run"
 _NOW: Final = "applied to this run and not to the golden"
+_OR_TWICE: Final = ", or twice to this run"
 #: Kept sets differ where they do at this share of the positions and more; noise alone moves a few.
 _OTHER_SETS: Final = 0.03
 _ONE_WAY: Final = 0.9
@@ -88,24 +89,26 @@ def semantic_findings(expected: Trace, actual: Trace, rows: Alignment, off: Sequ
     """
     for sequences in (None, off) if off is not None and len(off) else (None,):
         positions = positions_of(expected, actual, rows, sequences)
-        found = [*_reported(positions)]
-        if not found:
+        reports = _reported(positions)
+        found = [Finding("semantic", report.cause, report.text) for report in reports]
+        if all(report.minor for report in reports):
             stages = list(_stages(positions))
-            found = [*_whole(stages, positions), *(stage.finding for stage in stages)]
+            found = [*_whole(stages, positions), *(stage.finding for stage in stages), *found]
         if found:
             where = "" if sequences is None else f"in {len(sequences)} of {expected.num_sequences} sequences: "
             return [Finding(f.layer, f.cause, where + f.evidence, f.candidates) for f in found]
     return []
 
 
-def _reported(positions: Positions) -> Iterator[Finding]:
+def _reported(positions: Positions) -> list[Misreport]:
     """Numbers that were reported wrongly."""
-    told: list[Misreport | None] = [misreport(positions, golden=False), misreport(positions, golden=True)]
-    if told == [None, None]:
-        told = [find_shift(positions)]
-    for report in told:
-        if report is not None:
-            yield Finding("semantic", report.cause, report.text)
+    told = [misreport(positions, golden=golden) for golden in (False, True)]
+    reports = [report for report in told if report is not None]
+    if shifted := find_shifted_rows(positions):
+        return [shifted]
+    if all(report.minor for report in reports) and (shift := find_shift(positions)):
+        return [shift, *reports]
+    return reports
 
 
 def _whole(stages: Sequence[_Stage], positions: Positions) -> Iterator[Finding]:
@@ -116,7 +119,10 @@ def _whole(stages: Sequence[_Stage], positions: Positions) -> Iterator[Finding]:
         found = {stage.finding.cause for stage in stages if stage.on_golden == on_golden and stage.recorded}
         if asked and found == asked:
             steps = ", ".join(s.finding.evidence.partition(":")[0].partition(" (")[0] for s in stages if s.recorded)
-            yield Finding("semantic", "raw_vs_processed", f"{text}: {steps}")
+            if on_golden or asked not in ({"temperature"}, {"penalties"}):
+                yield Finding("semantic", "raw_vs_processed", f"{text}: {steps.replace(_OR_TWICE, '')}")
+            else:  # nothing tells it from a step that this run took twice
+                yield Finding("semantic", None, f"{text}, or it was applied twice: {steps}", ("raw_vs_processed", *asked))
 
 
 def _recorded(sampling: Sampling) -> set[str]:
@@ -134,16 +140,22 @@ def _stages(positions: Positions) -> Iterator[_Stage]:
     scale = _scale(positions)
     sampling = positions.golden.sampling
     golden_temperature = _applied_temperature(positions.golden)
-    slope = 1.0
+    slope = (
+        golden_temperature / _applied_temperature(positions.now) if scale.positions < ENOUGH else 1.0
+    )  # the labels have to do
+    temperature = golden_temperature / slope
     if scale.claimed:
         slope = scale.slope
-        yield _temperature_stage(scale, sampling, golden_temperature)
-    elif scale.positions < ENOUGH:  # nothing to fit: the labels have to do
-        slope = golden_temperature / _applied_temperature(positions.now)
-    penalty = find_penalty(positions, slope, golden_temperature / slope)
-    if penalty is not None:
-        yield _penalty_stage(penalty, sampling)
-    yield from _truncation_stages(positions, slope, alone=slope == 1 and penalty is None, penalised=penalty is not None)
+        stage = _temperature_stage(scale, positions)
+        yield stage
+        alone = 1.0 if stage.on_golden else sampling.temperature
+        temperature = alone if stage.recorded else golden_temperature / slope
+    penalties = [_penalty_stage(penalty, sampling) for penalty in find_penalties(positions, slope, temperature)]
+    if not penalties and moves_only_seen(positions, slope):
+        text = "only tokens that stood before are moved, by no penalty that explains them"
+        penalties = [_Stage(Finding("semantic", None, text, ("penalties", "weights_differ")), False, False)]
+    yield from penalties
+    yield from _truncation_stages(positions, slope, alone=slope == 1 and not penalties, penalised=bool(penalties))
 
 
 def _scale(positions: Positions) -> Scale:
@@ -163,36 +175,60 @@ def _scale(positions: Positions) -> Scale:
     return line
 
 
-def _temperature_stage(scale: Scale, sampling: Sampling, golden_temperature: float) -> _Stage:
+def _temperature_stage(scale: Scale, positions: Positions) -> _Stage:
+    sampling = positions.golden.sampling
+    golden_temperature, now = _applied_temperature(positions.golden), _applied_temperature(positions.now)
     fitted = f"(fitted {{}} +- {{:.1g}} from {scale.positions:,} positions)"
+    labelled = now != golden_temperature and scale.is_(golden_temperature / now)
+    if labelled and positions.golden.logprobs_mode == positions.now.logprobs_mode:
+        how = fitted.format(f"{golden_temperature / scale.slope:.4f}", golden_temperature * scale.error / scale.slope**2)
+        text = f"temperature {now:g} in place of {golden_temperature:g}, as the labels say {how}"
+        return _Stage(Finding("semantic", "temperature", text), now > golden_temperature, False)
     recorded = sampling.temperature if not sampling.greedy else 1.0
     if recorded != 1 and scale.is_(recorded):
         how = fitted.format(f"{scale.slope:.4f}", scale.error)
         return _Stage(Finding("semantic", "temperature", f"temperature {recorded:g} was {_GOLDEN} {how}"), True, True)
     if recorded != 1 and scale.is_(1 / recorded):
         how = fitted.format(f"{1 / scale.slope:.4f}", scale.error / scale.slope**2)
-        text = f"temperature {recorded:g} was {_NOW}, or twice to this run {how}"
+        text = f"temperature {recorded:g} was {_NOW}{'' if labelled else _OR_TWICE} {how}"
         return _Stage(Finding("semantic", "temperature", text), False, True)
-    now = golden_temperature / scale.slope
+    other = golden_temperature / scale.slope
     text = (
         f"the logits are {scale.slope:.4f} +- {scale.error:.1g} times the golden's ({scale.positions:,} positions): "
-        f"temperature {now:.3f} in place of {golden_temperature:g}, or another scale of the logits (final norm, head); "
+        f"temperature {other:.3f} in place of {golden_temperature:g}, or another scale of the logits (final norm, head); "
         "the logprobs alone do not tell these apart"
     )
     return _Stage(Finding("semantic", None, text, ("temperature", "weights_differ", "head_precision")), scale.slope < 1, False)
 
 
 def _penalty_stage(penalty: Penalty, sampling: Sampling) -> _Stage:
-    asked = getattr(sampling, penalty.name)
-    neutral = 1.0 if penalty.name == "repetition_penalty" else 0.0
-    recorded = asked != neutral and abs(penalty.value - asked) <= max(0.02 * abs(asked), 5 * penalty.error)
-    value = asked if recorded else round(penalty.value, 3)
+    """The recorded penalty on one side only, another in place of it, or, where none was recorded, one on either side."""
+    asked, neutral = getattr(sampling, penalty.name), penalty.neutral
     words = penalty.name.replace("_", " ")
-    text = f"{words} {value:g} was {_GOLDEN if penalty.on_golden else _NOW}"
-    text += f" (fitted {penalty.value:.3f} +- {penalty.error:.1g} from {penalty.positions:,} positions)"
+
+    def near(value: float, other: float) -> bool:
+        return bool(abs(value - other) <= max(0.02 * abs(asked), 5 * penalty.error))
+
+    now = penalty.now(neutral)
+    on_golden, fitted = now < neutral, penalty.change if now < neutral else now
+    recorded = asked != neutral and (near(penalty.change, asked) or near(now, asked))
+    if recorded:
+        on_golden = near(penalty.change, asked)
+        fitted = penalty.change if on_golden else now
+    elif asked != neutral and penalty.alike:  # with two unknown values there is none to tell
+        text = f"tokens that stood before are moved: another {words} or {penalty.alike.replace('_', ' ')} would look like this"
+        return _Stage(Finding("semantic", "penalties", text), on_golden, False)
+    elif asked != neutral:
+        fitted = penalty.now(asked)
+    text = f"{words} {asked if recorded else round(fitted, 3):g} "
+    if recorded or asked == neutral:
+        text += f"was {_GOLDEN if on_golden else _NOW}{_OR_TWICE if recorded and not on_golden else ''}"
+    else:
+        text += f"in place of the recorded {asked:g}"
+    text += f" (fitted {fitted:.3f} +- {penalty.error:.1g} from {penalty.positions:,} positions)"
     if penalty.alike:
         text += f"; a {penalty.alike.replace('_', ' ')} would look the same here"
-    return _Stage(Finding("semantic", "penalties", text), penalty.on_golden, recorded)
+    return _Stage(Finding("semantic", "penalties", text), on_golden, recorded)
 
 
 # -- truncation --------------------------------------------------------------------------------------------------------
@@ -254,7 +290,7 @@ def _one_truncates(
         limits = dataclasses.replace(limits, top_p=None, min_p=None)
     sampling = positions.golden.sampling
     names = _families(limits)
-    recorded = _is_recorded(limits, sampling)
+    recorded = _is_recorded(limits, sampling, masses=not penalised)
     name = _asked(sampling) if recorded else " or ".join(names) or "a truncation"
     text = (
         f"{name} was {_GOLDEN if on_golden else _NOW}: kept mass {limits.mass:.2f} on average ({limits.positions:,} positions"
@@ -306,13 +342,20 @@ def _families(limits: truncation.Limits) -> list[str]:
     return names
 
 
-def _is_recorded(limits: truncation.Limits, sampling: Sampling) -> bool:
-    """Whether the recorded truncation is among the limits that the kept sets allow, within 1 %."""
+def _is_recorded(limits: truncation.Limits, sampling: Sampling, *, masses: bool) -> bool:
+    """Whether the recorded truncation is among the limits that the kept sets allow, within 1 %.
+
+    Without `masses` they say nothing of top-p and min-p; with them, None says that no such limit explains the kept sets.
+    """
     if not sampling.truncates:
         return False
     top_k = sampling.top_k == 0 or limits.top_k is None or limits.top_k <= sampling.top_k
-    top_p = sampling.top_p == 1 or limits.top_p is None or limits.top_p[0] - 0.01 <= sampling.top_p <= limits.top_p[1] + 0.01
-    min_p = sampling.min_p == 0 or limits.min_p is None or limits.min_p[0] * 0.9 <= sampling.min_p <= limits.min_p[1] * 1.1
+    top_p = sampling.top_p == 1 or not masses
+    if limits.top_p is not None:
+        top_p = top_p or limits.top_p[0] - 0.01 <= sampling.top_p <= limits.top_p[1] + 0.01
+    min_p = sampling.min_p == 0 or not masses
+    if limits.min_p is not None:
+        min_p = min_p or limits.min_p[0] * 0.9 <= sampling.min_p <= limits.min_p[1] * 1.1
     combined = sum((sampling.top_k > 0, sampling.top_p < 1, sampling.min_p > 0)) > 1
     return combined or (top_k and top_p and min_p)
 
@@ -333,11 +376,12 @@ def _applied_temperature(trace: Trace) -> float:
 def unsure_of(expected: Trace, actual: Trace, rows: Alignment) -> str:
     """What these two traces cannot tell apart, for want of tokens that both sides name; empty where they can."""
     usable = int(np.count_nonzero(positions_of(expected, actual, rows).common.sum(axis=1) >= 2))
-    if usable >= ENOUGH:
-        return ""
     k = min(expected.top_k, actual.top_k)
-    more = "record logprobs=5" if k < 5 else f"record {ENOUGH - usable} more positions"
-    return (
-        f"top-{k}: both sides name two tokens at {usable} positions, {ENOUGH} are needed to tell a temperature, a truncation, "
-        f"a penalty and other weights apart: {more}"
-    )
+    if usable < ENOUGH:
+        more = "record logprobs=5" if k < 5 else f"record {ENOUGH - usable} more positions"
+        return (
+            f"top-{k}: both sides name two tokens at {usable} positions, {ENOUGH} are needed to tell a temperature, a "
+            f"truncation, a penalty and other weights apart: {more}"
+        )
+    asked = expected.sampling.top_k
+    return f"top-{k}: a truncation to top-k {asked} cannot be told, record logprobs={asked + 1} or more" if asked >= k else ""

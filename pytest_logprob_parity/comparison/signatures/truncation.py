@@ -14,6 +14,8 @@ from .positions import Bools, Doubles, Positions
 ENOUGH: Final = 20
 #: This share of positions may contradict a limit: kernels' noise moves tokens across it.
 _STRAY: Final = 0.01
+#: Bounds that cross by no more than this are one limit, blurred by noise.
+_BLUR: Final = 0.01
 _VOCABULARY: Final = 200_000
 #: Kept sets whose probabilities are further from 1 than this, on average, were not made a distribution again.
 _WHOLE: Final = 1e-3
@@ -125,9 +127,13 @@ def fit_limits(inside: Bools, listed: Doubles, stretch: Doubles) -> Limits:
         len(mass),
         float(mass.mean()),
         common if by_count else None,
-        (float(low), float(high)) if low <= high else None,
-        (float(reached), float(floor)) if reached <= floor else None,
+        _interval(low, high, low - high <= _BLUR),
+        _interval(reached, floor, reached <= floor * (1 + _BLUR)),
     )
+
+
+def _interval(low: Any, high: Any, allowed: Any) -> tuple[float, float] | None:
+    return (float(min(low, high)), float(max(low, high))) if allowed else None
 
 
 @dataclass(frozen=True)
