@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import random
+import re
 from types import SimpleNamespace
 
 import arith
@@ -594,6 +595,83 @@ def test_metrics_are_in_the_comparison(rollouts, scorer):
     assert assert_trainer_parity(rollouts, scorer).logged is None
 
 
+# -- --parity-metrics -------------------------------------------------------------------------------------------------
+
+OWN_ROLLOUTS = """
+import os
+from pytest_logprob_parity import Trace
+
+def test_rollouts(golden_trace):
+    off = float(os.environ.get("OFF", 0))
+    sequences = [
+        dict(prompt_token_ids=[1, n], token_ids=[*range(3, 43)], logprobs=[-0.5 - off - 0.01 * i for i in range(40)])
+        for n in range(30)
+    ]
+    golden_trace.check(Trace.from_sequences(sequences, dtype="float32"))
+"""
+
+
+def test_a_check_shows_a_frameworks_metrics_where_they_are_asked_for(pytester, run_inner, monkeypatch):
+    """In the summary of a check that passed, in the message of one that failed, and in the record of both."""
+    pytester.makepyfile(OWN_ROLLOUTS)
+    run_inner("--update-golden")
+    silent = run_inner()
+    assert "probs_diff" not in silent.stdout.str()
+    passed = run_inner("--parity-metrics=verl", "--junitxml=out.xml")
+    passed.stdout.fnmatch_lines(["    verl: training/rollout_probs_diff_valid 1, training/rollout_probs_diff_max 0,"])
+    assert "rollout_corr/k3_kl" in (pytester.path / "out.xml").read_text()
+    monkeypatch.setenv("OFF", "0.2")
+    failed = run_inner("--parity-metrics=nemo-rl")
+    # d = -0.2 everywhere: exp(0.2), exp(-0.2) + 0.2 - 1
+    failed.stdout.fnmatch_lines(["E * logged *nemo-rl: token_mult_prob_error 1.221 (normal: 0.999999 to 1.05),*"])
+    assert "gen_kl_error 0.01873 (normal: 0 to 0.002)" in failed.stdout.str()
+
+
+def test_a_framework_that_is_none_is_refused_before_anything_runs(pytester):
+    result = pytester.runpytest_inprocess("--parity-metrics=vrl")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--parity-metrics: invalid choice: 'vrl' (choose from *trl*, *verl*"])
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_snippets_run(rollouts, scorer):
+    """docs/frameworks.md, every snippet, with the batch that it says it has in hand."""
+    page = (ROOT / "docs" / "frameworks.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    told = {name for text in snippets for name in FRAMEWORKS if f'framework("{name}")' in text}
+    assert told == set(FRAMEWORKS)
+    for text in snippets:
+        name = next((name for name in FRAMEWORKS if f'framework("{name}")' in text), "trl")
+        trace = score(rollouts.with_(sampling=Sampling()), scorer) if name in WITHOUT_T else rollouts
+        batch = example(name)(*((trace, scorer) if name in WITHOUT_T else (trace,)))
+        names = {"batch": batch, "model": scorer.model, "tokenizer": scorer.tokenizer, "engine": _Replays(trace)}
+        exec(compile(text, f"docs/frameworks.md, {name}", "exec"), names)
+
+
+class _Replays:
+    """An engine that says of given tokens what it said before."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def replay(self, trace, path="decode"):
+        assert trace.completion(0) == self.trace.completion(0)
+        return self.trace
+
+
+def test_the_page_names_every_mistake_and_metric(rollouts):
+    page = " ".join((ROOT / "docs" / "frameworks.md").read_text().split())
+    for name in FRAMEWORKS:
+        row = framework(name)
+        assert row.title in page
+        for mistake in row.mistakes:
+            assert mistake in page, mistake
+        for metric in row.log(rollouts, rollouts).metrics:
+            assert metric.removeprefix("training/").removeprefix("rollout_corr/").removeprefix("rl/") in page, metric
+
+
 # -- profiles ---------------------------------------------------------------------------------------------------------
 
 
@@ -637,14 +715,3 @@ def test_pipelinerls_first_v1_run_is_named_by_its_raw_logprobs(pool, questions):
     finding = failed.value.comparison.findings[0]
     assert (finding.layer, finding.cause) == ("semantic", "raw_vs_processed")
     assert "logged       pipelinerl: rl/kl_new_old " in str(failed.value)
-
-
-def test_a_trainer_that_forgets_the_temperature_is_named(pool, questions):
-    """NeMo-Aligner's recipe at T=0.7: T for the engine alone."""
-    engine = pool.engine(EngineSpec(MODEL, dtype="bfloat16"))
-    rollouts = engine.generate(questions(6), Sampling(temperature=0.7, n=4, seed=1))
-    with pytest.raises(AssertionError) as failed:
-        assert_trainer_parity(rollouts, framework("nemo-aligner").scorer(MODEL, dtype="bfloat16"))
-    finding = failed.value.comparison.findings[0]
-    assert finding.layer == "semantic"
-    assert finding.cause in ("temperature", "raw_vs_processed")
