@@ -51,7 +51,5 @@ def make_spec(settings: Mapping[str, Any]) -> EngineSpec | None:
     for name in settings:
         hint = nearest(name, [*fields, *known])
         if name not in fields and (name not in known if known else hint):
-            raise UsageError(
-                f"logprob_parity: {name!r} is neither a field of EngineSpec ({', '.join(fields)}) nor an engine argument{hint}"
-            )
+            raise UsageError(f"{name!r} is neither a field of EngineSpec ({', '.join(fields)}) nor an engine argument{hint}")
     return EngineSpec(**settings) if "model" in settings else None

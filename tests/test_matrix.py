@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -215,12 +216,20 @@ def test_an_interpreter_with_other_distributions_is_another_question(tmp_path):
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     environment = Environment("mine", python=str(python))
-    before = today("m", tmp_path, environment)
-    assert today("m", tmp_path, environment) == before
+    before = today({"model": "m"}, tmp_path, environment)
+    assert today({"model": "m"}, tmp_path, environment) == before
     (tmp_path / "thing-1.0.dist-info").mkdir()
     (tmp_path / "thing-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n")
-    assert today("m", tmp_path, environment)["installed"] not in ("", before["installed"])
-    assert today("m", tmp_path, Environment("none", python="no-such-python"))["installed"] == ""
+    assert today({"model": "m"}, tmp_path, environment)["installed"] not in ("", before["installed"])
+    assert today({"model": "m"}, tmp_path, Environment("none", python="no-such-python"))["installed"] == ""
+
+
+def test_another_tokenizer_is_another_question(tmp_path):
+    spec = {"model": str(ROOT / "models" / "tiny-arith"), "tokenizer": str(tmp_path)}
+    (tmp_path / "config.json").write_text("{}")
+    before = today(spec, tmp_path, Environment("here"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert today(spec, tmp_path, Environment("here")) != before
 
 
 def test_answers_that_cannot_be_read_are_asked_for_again(plan, tmp_path, capsys):
@@ -278,10 +287,19 @@ def test_a_full_disk_is_called_that_whatever_ended(tmp_path, monkeypatch):
     assert environments._last_error("OSError: [Errno 28] No space left on device\nERROR: x").endswith("left on device")
     failed = [sys.executable, "-c", "raise SystemExit('Error: ensurepip returned non-zero exit status 1.')"]
     with pytest.raises(EngineError, match="was not made: Error: ensurepip returned"):
-        environments._run(Environment("x"), failed, tmp_path)
+        environments._run(Environment("x"), tmp_path, threading.Event(), failed)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
     with pytest.raises(EngineError, match="was not made: No space left on device"):
-        environments._run(Environment("x"), failed, tmp_path)
+        environments._run(Environment("x"), tmp_path, threading.Event(), failed)
+
+
+def test_what_installs_ends_with_the_run(tmp_path):
+    stop = threading.Event()
+    threading.Timer(0.3, stop.set).start()
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="environment x was not made: the run was interrupted"):
+        environments._run(Environment("x"), tmp_path, stop, [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert time.monotonic() - began < 10
 
 
 def test_answers_that_cannot_be_written_are_a_line(plan, tmp_path, capsys):

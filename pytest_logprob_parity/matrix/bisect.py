@@ -125,7 +125,7 @@ def try_release(
 ) -> Tried:  # fmt: skip
     """Check a golden on one release; what was answered in an earlier run is taken from there."""
     told = {
-        **today(spec["model"], root, environment), "root": str(root),
+        **today(spec, root, environment), "root": str(root),
         "model": spec["model"], "spec": {k: v for k, v in spec.items() if k != "model"},
         "prompts": [], "repeats": 0, "record": {}, "check": [_NAME], "environment": environment.digest,
     }  # fmt: skip

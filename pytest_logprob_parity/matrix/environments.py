@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +26,8 @@ from .repairs import repair
 _READY: Final = "logprob-parity.json"
 #: What the worker needs beside the engine: an environment that had it and has it no more is not whole.
 _NEEDED: Final = ("numpy", "safetensors")
+#: How often one that waits for pip looks whether it is to stop, in seconds.
+_LOOK: Final = 0.1
 #: What a full disk is called, here and in what pip prints; with less than so many bytes left a disk is full.
 FULL: Final = "No space left on device"
 _NOTHING_LEFT: Final = 8_000_000
@@ -69,11 +75,14 @@ def default_home() -> Path:
     return Path(named) if named else cache / "logprob-parity" / "environments"
 
 
-def python_of(environment: Environment, home: Path, notify: Callable[[str], None]) -> Path:
-    """The interpreter of an environment, which is made first where there is none yet.
+def python_of(
+    environment: Environment, home: Path, notify: Callable[[str], None], stop: threading.Event | None = None
+) -> Path:  # fmt: skip
+    """The interpreter of an environment, which is made first where there is none yet. `stop` ends that from another thread.
 
     Raises EngineError, in one line, where it cannot be made; what was half-made is removed.
     """
+    stop = stop or threading.Event()
     if environment.python:
         given = shutil.which(environment.python)
         if given is None:
@@ -87,7 +96,7 @@ def python_of(environment: Environment, home: Path, notify: Callable[[str], None
         notify(f"making the environment {environment.name} (kept in {folder})")
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            _make(environment, folder, python)
+            _make(environment, folder, python, stop)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
@@ -123,17 +132,18 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _make(environment: Environment, folder: Path, python: Path) -> None:
-    _run(environment, [sys.executable, "-m", "venv", str(folder)], folder)
+def _make(environment: Environment, folder: Path, python: Path, stop: threading.Event) -> None:
+    run = functools.partial(_run, environment, folder, stop)
+    run([sys.executable, "-m", "venv", str(folder)])
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "--no-input", "install"]
     for text in environment.requirements:
         pins = folder / "requirements.txt"
         pins.write_text(text, "utf-8")
-        _run(environment, [*pip, "--no-deps", "-r", str(pins)], folder)
+        run([*pip, "--no-deps", "-r", str(pins)])
     if environment.packages:
-        _run(environment, [*pip, "--no-deps", *environment.packages], folder)
+        run([*pip, "--no-deps", *environment.packages])
     if environment.resolved:
-        _run(environment, [*pip, *environment.resolved], folder)
+        run([*pip, *environment.resolved])
     (site,) = folder.glob("lib/python*/site-packages")
     repairs = repair(site)
     text = json.dumps({"digest": environment.digest, "name": environment.name, "repairs": repairs, "imports": _imports(folder)})
@@ -141,22 +151,37 @@ def _make(environment: Environment, folder: Path, python: Path) -> None:
     (folder / f"{_READY}.part").replace(folder / _READY)
 
 
-def _run(environment: Environment, command: Sequence[str], folder: Path) -> None:
-    done = _plainly(command)
-    if done.returncode:
+def _run(environment: Environment, folder: Path, stop: threading.Event, command: Sequence[str]) -> None:
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, env=_variables(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            while process.poll() is None and not stop.wait(_LOOK):
+                pass
+        finally:
+            ended_by_us = process.poll() is None
+            if ended_by_us:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+        output.seek(0)
+        said = output.read()
+    if ended_by_us:
+        raise EngineError(f"environment {environment.name} was not made: the run was interrupted")
+    if status:
         full = shutil.disk_usage(folder.parent).free < _NOTHING_LEFT  # venv does not say why its ensurepip ended
-        why = FULL if full else _last_error(done.stderr or done.stdout)
-        raise EngineError(f"environment {environment.name} was not made: {why}")
+        raise EngineError(f"environment {environment.name} was not made: {FULL if full else _last_error(said)}")
 
 
 def _ask(python: str | Path, code: str) -> subprocess.CompletedProcess[str]:
-    return _plainly([str(python), "-c", code])
+    command = [str(python), "-c", code]
+    return subprocess.run(command, env=_variables(), capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 
-def _plainly(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command without what the user's environment says of Python."""
-    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+def _variables() -> dict[str, str]:
+    """The user's environment, without what it says of Python."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
 
 
 def _last_error(output: str) -> str:

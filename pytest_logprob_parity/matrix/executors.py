@@ -29,7 +29,7 @@ _PACKAGE: Final = Path(__file__).resolve().parent.parent
 _LOG: Final = "output.txt"
 #: Raised where the worker's answers change: results of older ones are then not taken for today's.
 _PROTOCOL: Final = 2
-#: What of a model's folder says which weights and tokenizer it holds.
+#: What of a model's or a tokenizer's folder says what it holds.
 _MODEL_FILES: Final = ("*.json", "*.safetensors*", "*.bin", "*.model", "*.jinja", "*.txt")
 #: How often a waiting thread looks whether it is to stop, in seconds.
 _LOOK: Final = 0.2
@@ -49,19 +49,27 @@ class Job:
     minutes: float
 
 
-def today(model: str, root: Path, environment: Environment) -> dict[str, Any]:
+def today(spec: Mapping[str, Any], root: Path, environment: Environment) -> dict[str, Any]:
     """What answers depend on that a job's own text does not name: for jobs to carry, so that older answers are told apart.
 
-    Files by name, size and time: a model's weights are not read for this. Nothing is known of a model that is elsewhere.
+    Files of the spec's model and tokenizer by name, size and time: weights are not read for this. Nothing is known of a
+    folder that is elsewhere.
     """
+    folders = [spec["model"], *([spec["tokenizer"]] if spec.get("tokenizer") else [])]
+    return {
+        "protocol": _PROTOCOL,
+        "model_files": [file for folder in folders for file in _files_of(folder, root)],
+        "installed": installed_in(environment),
+    }
+
+
+def _files_of(name: str, root: Path) -> list[list[Any]]:
     try:
-        folder = find_model(model, root)
+        folder = find_model(name, root)
     except UsageError:
-        files = []
-    else:
-        found = sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
-        files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
-    return {"protocol": _PROTOCOL, "model_files": files, "installed": installed_in(environment)}
+        return []
+    found = sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
 
 
 def answered(job: Job, folder: Path) -> bool:
@@ -100,7 +108,7 @@ def run_job(
     for name, data in job.files.items():
         (folder / name).write_bytes(data)
     try:
-        python = python_of(job.environment, home, notify)
+        python = python_of(job.environment, home, notify, stop)
     except ParityError as error:
         return str(error)
     if stop.is_set():

@@ -95,7 +95,7 @@ def _job(matrix: Matrix, cell: Cell, dtype: str, kind: str, prompts: list[list[i
     names = list(matrix.samplings)
     settings = dict(cell.settings)
     told = {
-        **today(matrix.model, matrix.root, cell.environment),
+        **today({"model": matrix.model, **settings}, matrix.root, cell.environment),
         "root": str(matrix.root),
         "model": matrix.model,
         "spec": {"dtype": dtype, **settings},
