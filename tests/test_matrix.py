@@ -376,7 +376,10 @@ def test_an_interruption_ends_the_workers_and_starts_no_more(plan, tmp_path, num
     cells = f'[environment.slow]\npython = "{slow}"\n' + "".join(f'[cell.slow{n}]\nenvironment = "slow"\n' for n in range(4))
     run(plan(), tmp_path)
     command = [sys.executable, "-m", "pytest_logprob_parity.cli", "matrix", str(plan(cells)), "--cores", "1"]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     started = tmp_path / "started"
     deadline = time.monotonic() + 30
     while not (started.exists() and started.read_text().endswith("\n")) and time.monotonic() < deadline:
