@@ -36,6 +36,7 @@ class Found:
     level: str
     setup: str
     has_floor: bool
+    whose_limits: str
     sequences: int
     exact: bool
     sides: tuple[str, str]
@@ -52,8 +53,10 @@ def decide(found: Found) -> tuple[str, str]:
     count = int(found.numbers["n_tokens"])
     if found.exact:
         return "pass", f"{count} logprobs agree bit for bit"
-    defaults = "" if found.has_floor else f" ({found.expected.dtype}'s defaults, no noise floor)"
-    return "pass", f"{count} logprobs agree within tolerance{defaults}"
+    if found.has_floor:
+        return "pass", f"{count} logprobs agree within tolerance"
+    defaults = f"{found.whose_limits}'s defaults, " if found.whose_limits else ""
+    return "pass", f"{count} logprobs agree within tolerance ({defaults}no noise floor)"
 
 
 def _failure(found: Found) -> str:

@@ -85,6 +85,13 @@ def default_tolerance(dtype: str, paths: Iterable[str] = ("decode",)) -> Toleran
     return tolerance
 
 
+def whose_defaults(limits: Tolerance) -> str:
+    """The dtype that limits are the defaults of; empty where they are nobody's. float64's are float32's."""
+    named = (dtype for dtype in ("float32", "float16", "bfloat16") for paths in (("decode",), ("decode", "prefill"))
+             if limits == default_tolerance(dtype, paths))  # fmt: skip
+    return next(named, "")
+
+
 #: Budgets for outliers grow with the floor: so many times its RMS is an outlier token, an outlier sequence.
 _OUTLIER_TOKEN: Final = 30
 _OUTLIER_SEQUENCE: Final = 5

@@ -23,7 +23,7 @@ from .signatures.head import head_finding
 from .signatures.positions import positions_of
 from .signatures.semantics import bears_out, different_meaning, label_findings, semantic_findings, unsure_of
 from .support import support_flips
-from .tolerance import DEFAULTS, Tolerance, default_tolerance, make_tolerance, with_floor
+from .tolerance import DEFAULTS, Tolerance, default_tolerance, make_tolerance, whose_defaults, with_floor
 
 #: What fails: any other bit; any difference beyond what other batch shapes do; an effect that matters to an RL update.
 LEVELS: Final = ("bitwise", "noise", "rl")
@@ -145,6 +145,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
             level=level,
             setup=evidence.setup,
             has_floor=evidence.floor is not None,
+            whose_limits=whose_defaults(limits),
             sequences=0 if clusters is None else clusters.count,
             exact=exact,
             sides=evidence.sides,
