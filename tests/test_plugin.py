@@ -235,7 +235,7 @@ def test_an_empty_prompt_list(pytester, run_inner, recorded):
 
 BAD_SETTINGS = {
     "model=models/nowhere": "UsageError: model 'models/nowhere': no such folder",
-    "max_num_sqs=4": "UsageError: logprob_parity: 'max_num_sqs' is neither",
+    "max_num_sqs=4": "UsageError: 'max_num_sqs' is neither",
     "max_model_len=1000000": "EngineError: vllm 0.32.0 did not start",
     "engine=vlm": "UsageError: EngineSpec(engine='vlm')",
 }
@@ -284,7 +284,7 @@ def test_a_misspelt_setting_is_that_tests_error_with_the_nearest_name(pytester, 
     pytester.makepyfile(TEST.replace('dtype="bfloat16"', 'dtpye="bfloat16"') + "\ndef test_other(): pass")
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *arguments)
     result.assert_outcomes(errors=1, passed=1)
-    result.stdout.fnmatch_lines(["E*UsageError: logprob_parity: 'dtpye' is neither*did you mean 'dtype'?"])
+    result.stdout.fnmatch_lines(["E*UsageError: 'dtpye' is neither*did you mean 'dtype'?"])
 
 
 @pytest.mark.parametrize("setting", ["profile=[1]", "seed=[1]", "seed=1.5", "revision={}"])

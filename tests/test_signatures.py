@@ -454,6 +454,15 @@ def test_a_mixture_with_other_tokens_is_no_penalty():
     assert (result.verdict, "penalties" in causes(result)) == ("fail", False), [str(f) for f in result.findings]
 
 
+@pytest.mark.parametrize("cap", [20, 30, 50])
+def test_logits_that_are_soft_capped_are_no_penalty(cap):
+    """The likeliest tokens often stood before, and are bent most: so are others that are as likely."""
+    rollouts = policy(temperature=0.7)
+    capped = with_logits(rollouts, cap * np.tanh(rollouts.logits / cap)).trace()
+    result = compare(expected=rollouts.trace(), actual=capped)
+    assert (result.verdict, "penalties" in causes(result)) == ("fail", False), [str(f) for f in result.findings]
+
+
 def test_too_few_positions_for_a_temperature_prove_no_truncation():
     rollouts = policy(temperature=0.7, top_p=0.9)
     golden, raw = rollouts.trace(k=8), rollouts.trace("raw", k=8)

@@ -101,7 +101,7 @@ def _repetition(positions: Positions, off: Doubles, scale: float, classes: Any) 
         return None
     value = max(steeper, 1 / steeper)
     asked = positions.golden.sampling.repetition_penalty
-    recorded = abs(value - max(asked, 1 / asked)) <= max(0.02 * value, 2 * error)
+    recorded = asked != 1 and abs(value - max(asked, 1 / asked)) <= max(0.02 * value, 2 * error)
     if line.positions < (_ENOUGH_BY_RECORD if recorded else ENOUGH):
         return None
     alike = [seen & (classes == c) for c in np.unique(classes[seen])]
