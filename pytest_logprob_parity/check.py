@@ -23,7 +23,7 @@ from .prompts import check_prompts
 from .recording import record
 from .replay import REPLAYS, can_regenerate
 from .spec import Sampling
-from .suspects import suspects
+from .suspects import adapter_finding, suspects
 from .trace import Trace
 
 DEFAULT_REPLAY: Final = ("decode", "regenerate")
@@ -141,8 +141,16 @@ def judge_answers(
             policy_logprobs=answers.policy_logprobs if path == "decode" else None,
         )
         comparison = judge(trace, replays[path], limits[path], level, evidence)
-        if comparison.verdict == "fail" and not comparison.findings:
-            comparison = dataclasses.replace(comparison, findings=tuple(suspects(differences)))
+        other = adapter_finding(differences)
+        if comparison.verdict == "fail":
+            findings = comparison.findings or tuple(suspects(differences))
+            if other is not None and other not in findings:
+                findings = (*findings, other)
+            comparison = dataclasses.replace(comparison, findings=findings)
+        elif other is not None:
+            note = f"another adapter: {other.evidence}"
+            headline = f"{comparison.headline}; {note}"
+            comparison = dataclasses.replace(comparison, headline=headline, notes=(*comparison.notes, note))
         judged.append(comparison)
     return min(judged, key=lambda c: ("fail", "unverified", "pass").index(c.verdict)), differences
 

@@ -14,10 +14,11 @@ import numpy as np
 
 from .. import fingerprint
 from ..engine_arguments import vllm_engine_arguments
-from ..errors import EngineError, UsageError
-from ..spec import EngineSpec, nearest
+from ..errors import EngineError, ParityError, UsageError
+from ..spec import EngineSpec, Sampling, nearest
+from ..weights.adapter import Adapter, is_adapter, read_adapter
 from ..weights.update import WeightUpdate
-from . import forced_decode, in_flight
+from . import forced_decode, in_flight, lora
 from .base import Completion, Request, ResolvedConfig, check_readback, json_value, reason_of
 
 #: What a report and a fingerprint show of a configuration, whether it was asked for or not.
@@ -55,6 +56,7 @@ class VllmBackend:
     def __init__(self, llm: Any, *, asked: Mapping[str, Any], owned: bool) -> None:
         self._llm = llm
         self._owned = owned
+        self._lora = lora.Lora(llm)
         values = _by_nature(llm, asked) | _read_config(llm.llm_engine.vllm_config, asked)
         name = f"vllm {_version()}"
         unverified = check_readback(asked, values, name)
@@ -69,11 +71,11 @@ class VllmBackend:
         )
 
     @classmethod
-    def start(cls, spec: EngineSpec, model: Path, tokenizer: Path) -> VllmBackend:
-        """Start the engine of `spec` in this process.
+    def start(cls, spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None = None) -> VllmBackend:
+        """Start the engine of `spec` in this process, with `adapter` on top.
 
         Raises UsageError for settings that the installed vLLM does not have, EngineError with the engine's own reason
-        where it does not start, and where a pinned value was ignored, dropped or replaced.
+        where it does not start, where a pinned value was ignored, dropped or replaced, and where it takes no adapter.
         """
         check_settings(spec)
         with _environment(_IN_PROCESS), warnings.catch_warnings():
@@ -88,6 +90,8 @@ class VllmBackend:
                     f"vLLM cannot be imported ({error}); install pytest-logprob-parity[vllm] for GPUs or [cpu]"
                 ) from None
             asked = spec.pins(cpu=bool(current_platform.is_cpu()))
+            if adapter is not None:
+                asked |= lora.arguments(adapter, asked)
             arguments: dict[str, Any] = {
                 "model": str(model),
                 "tokenizer": str(tokenizer),
@@ -100,8 +104,12 @@ class VllmBackend:
             llm = None
             try:
                 llm = _build(vllm.LLM, arguments, cpu=bool(current_platform.is_cpu()))
-                return cls(llm, asked=asked, owned=True)
-            except EngineError:
+                backend = cls(llm, asked=asked, owned=True)
+                if adapter is not None:
+                    backend._lora.load(adapter)
+                backend._check_by_measuring(asked)
+                return backend
+            except ParityError:
                 _shut_down(llm)
                 raise
             except (Exception, SystemExit) as error:
@@ -115,11 +123,14 @@ class VllmBackend:
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """See Backend.run."""
+        return self._run(requests, self._lora.request)
+
+    def _run(self, requests: Sequence[Request], lora_request: Any) -> list[Completion]:
         from vllm import SamplingParams
 
         try:
             params = [SamplingParams(**self._parameters(r)) for r in requests]
-            outputs = self._llm.generate(_prompts(requests), params, use_tqdm=False)
+            outputs = self._llm.generate(_prompts(requests), params, lora_request=lora_request, use_tqdm=False)
         except Exception as error:
             if not _is_refusal(error):
                 raise
@@ -138,12 +149,36 @@ class VllmBackend:
 
         self._check_steps_alone()
         params = [SamplingParams(**self._parameters(r)) for r in requests]
-        outputs, before = in_flight.run_through(self._llm, _prompts(requests), params, update)
+        outputs, before = in_flight.run_through(
+            self._llm, _prompts(requests), params, update, self._load, self._lora.request
+        )  # fmt: skip
         return [_completion(request, output) for request, output in zip(requests, outputs, strict=True)], before
 
     def update_weights(self, update: WeightUpdate) -> None:
         """Take new weights while no request runs."""
-        in_flight.apply_update(self._llm, update)
+        in_flight.apply_update(self._llm, update, self._load)
+        self._check_adapter()
+
+    def _load(self, weights: Path | Mapping[str, Any]) -> None:
+        """Put new weights in, or another adapter on top; one that is there stays on top of new weights."""
+        if isinstance(weights, Path) and is_adapter(weights):
+            self._lora.load(read_adapter(weights))
+        else:
+            in_flight.load(self._llm, weights)
+            self._lora.restore()
+
+    def _check_by_measuring(self, asked: Mapping[str, Any]) -> None:
+        """What a started engine says of itself and does not do. Raises EngineError."""
+        self._check_adapter()
+
+    def _check_adapter(self) -> None:
+        self._lora.check_moves(lambda request: self._probe(request).top_logprobs)
+
+    def _probe(self, lora_request: Any) -> Completion:
+        """The likeliest raw logprobs at some positions, by a prefill: of token ids that mean nothing."""
+        model = self._llm.llm_engine.vllm_config.model_config
+        first, *rest = [7 * n % model.get_vocab_size() for n in range(min(96, (self.config.max_model_len or 97) - 1))]
+        return self._run([Request([first], Sampling(logprobs=2), scored_token_ids=rest)], lora_request)[0]
 
     def _check_steps_alone(self) -> None:
         if self.config.values.get("async_scheduling"):

@@ -19,7 +19,7 @@ from ..golden import Golden
 from ..message import failure_message
 from ..trace import Trace
 from .frameworks import framework, with_metrics
-from .scoring import Scorer, score, temperature_of
+from .scoring import Scorer, name_of, score, temperature_of
 
 #: Positions whose top-k lists so much of the probability say what their distribution would be at another temperature.
 _LISTED: Final = 0.999
@@ -72,8 +72,10 @@ def compare_with_trainer(
     limits = trainer_tolerance(trace.dtype, scored.dtype, tolerance)
     comparison = judge(expected, scored, limits, "rl", Evidence(sides=("rollout", "trainer")))
     findings, notes = list(comparison.findings), list(comparison.notes)
+    if comparison.verdict == "fail" and not findings and (other := _other_adapter(expected, scored, scorer, batch_size)):
+        findings.append(other)
     head = _head_finding(trace, scorer)
-    if head is not None and not any(f.layer == "semantic" and f.cause for f in findings):
+    if head is not None and not any(f.layer in ("semantic", "weights") and f.cause for f in findings):
         if comparison.verdict == "fail":
             findings.append(head)
         else:
@@ -81,7 +83,7 @@ def compare_with_trainer(
     if comparison.verdict == "fail" and not findings and (forgotten := _forgotten_temperature(expected, scored)):
         findings.append(forgotten)
     if comparison.verdict == "fail" and not findings:
-        findings.append(_candidates(trace, scored))
+        findings.append(_candidates(trace, scored, scorer))
     if expected.replay != trace.replay:
         notes.append(expected.replay)
     comparison = dataclasses.replace(comparison, findings=tuple(findings), notes=tuple(notes))
@@ -161,8 +163,27 @@ def _forgotten_temperature(trace: Trace, scored: Trace) -> Finding | None:
     return Finding("semantic", "temperature", text)
 
 
-def _candidates(trace: Trace, scored: Trace) -> Finding:
+def _other_adapter(trace: Trace, scored: Trace, scorer: Any, batch_size: int) -> Finding | None:
+    """`adapter` where the rollouts are those of an engine that lacks the scorer's adapter, or scales it otherwise."""
+    as_told = _rms(trace, scored)
+    for words, load in getattr(scorer, "other_adapters", tuple)():
+        other = _rms(trace, score(trace, load(), batch_size=batch_size))
+        if other < as_told / 2:
+            text = f"the rollouts are those of {words}: RMS {other:.2g} nats, with {name_of(scorer)} {as_told:.2g}"
+            return Finding("weights", "adapter", text)
+    return None
+
+
+def _rms(trace: Trace, scored: Trace) -> float:
+    d = (scored.logprobs.astype(np.float64) - trace.logprobs)[trace.mask]
+    return float(np.sqrt(np.mean(d[np.isfinite(d)] ** 2)))
+
+
+def _candidates(trace: Trace, scored: Trace, scorer: Any) -> Finding:
     """What is left where nothing is named: another model than the engine's, or another precision."""
+    if next(iter(getattr(scorer, "other_adapters", tuple)()), None) is not None:
+        text = "the rollouts are neither those of the trainer's adapter nor those without it: another step's comes first"
+        return Finding("weights", None, text, ("adapter", "stale_weights", "weights_differ"))
     if trace.dtype != scored.dtype:
         text = f"{trace.dtype} rollouts, a {scored.dtype} trainer; or the two do not have the same weights"
         return Finding("weights", None, text, ("weight_dtype", "weights_differ", "stale_weights"))
