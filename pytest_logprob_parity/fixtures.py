@@ -129,7 +129,7 @@ class GoldenTrace:
         sampling: Any = None,
         name: str | None = None,
         replay: Sequence[str] = ("decode", "regenerate"),
-        tolerance: Tolerance | Mapping[str, Any] | None = None,
+        tolerance: Tolerance | Mapping[str, Any] | str | None = None,
         level: str | None = None,
     ) -> Comparison:
         """Hold an engine, or a trace, against this test's golden; under `--update-golden` make it the golden.

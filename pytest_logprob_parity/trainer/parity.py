@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..comparison.alignment import align
+from ..comparison.gaps import GAPS, with_gap
 from ..comparison.result import Comparison, Finding, MismatchError
 from ..comparison.signatures.head import logit_step
 from ..comparison.signatures.positions import positions_of
@@ -39,8 +40,9 @@ def assert_trainer_parity(
     """Assert that a trainer's logprobs of the tokens of `rollouts` are those that came with them; returns the comparison.
 
     d = trainer - rollout, in nats, so that exp(d) is the policy ratio of an on-policy step. `scorer` is asked as a trainer
-    asks its model: token ids, attention mask, and the temperature of the rollouts. `tolerance` changes limits, or names a
-    framework whose thresholds they become (`"verl"`); `metrics` names one whose metric names are reported with it.
+    asks its model: token ids, attention mask, and the temperature of the rollouts. `tolerance` changes limits, names a
+    framework whose thresholds they become (`"verl"`), or declares a gap that is there on purpose (`"fp8"`); `metrics` names
+    a framework whose metric names are reported with it.
 
     Rollouts of a truncated distribution are compared without truncation where the trace has `untruncated_logprobs`, over
     their kept sets where it lists them and the scorer can do that, and are else refused with the reason, as those sampled
@@ -83,11 +85,13 @@ def compare_with_trainer(
     if comparison.verdict == "fail" and not findings and (forgotten := _forgotten_temperature(expected, scored)):
         findings.append(forgotten)
     if comparison.verdict == "fail" and not findings:
-        findings.append(_candidates(trace, scored, scorer))
+        findings.append(_candidates(rollouts, scored, scorer))
     if expected.replay != trace.replay:
         notes.append(expected.replay)
     comparison = dataclasses.replace(comparison, findings=tuple(findings), notes=tuple(notes))
-    name = metrics or (tolerance if isinstance(tolerance, str) else "")
+    prints = rollouts.fingerprint.get("config") if isinstance(rollouts, Golden) else None
+    comparison = with_gap(comparison, tolerance, prints)
+    name = metrics or (tolerance if isinstance(tolerance, str) and tolerance not in GAPS else "")
     return with_metrics(comparison, name) if name else comparison
 
 
@@ -95,12 +99,12 @@ def trainer_tolerance(
     rollout_dtype: str, trainer_dtype: str, tolerance: Tolerance | Mapping[str, Any] | str | None = None
 ) -> Tolerance:
     """The limits between an engine and a trainer: those of the coarser dtype for decode against prefill, changed by
-    `tolerance`; a name means the thresholds of that framework.
+    `tolerance`; a name means the thresholds of that framework, or a declared gap.
     """
     known = [dtype for dtype in (rollout_dtype, trainer_dtype) if dtype in DEFAULTS]
     coarser = max(known, key=_COARSER.index) if len(known) == 2 else "unknown"
     limits = default_tolerance(coarser, ("decode", "prefill"))
-    if isinstance(tolerance, str):
+    if isinstance(tolerance, str) and tolerance not in GAPS:
         tolerance = framework(tolerance).tolerance
     return make_tolerance(limits, tolerance)
 
@@ -179,8 +183,13 @@ def _rms(trace: Trace, scored: Trace) -> float:
     return float(np.sqrt(np.mean(d[np.isfinite(d)] ** 2)))
 
 
-def _candidates(trace: Trace, scored: Trace, scorer: Any) -> Finding:
+def _candidates(rollouts: Trace | Golden, scored: Trace, scorer: Any) -> Finding:
     """What is left where nothing is named: another model than the engine's, or another precision."""
+    trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
+    if isinstance(rollouts, Golden) and (fewer := _fewer_bits(rollouts.fingerprint)):
+        return Finding(
+            "weights", None, f"{fewer}: a gap that is there on purpose can be declared", ("quantization", "weights_differ")
+        )
     if next(iter(getattr(scorer, "other_adapters", tuple)()), None) is not None:
         text = "the rollouts are neither those of the trainer's adapter nor those without it: another step's comes first"
         return Finding("weights", None, text, ("adapter", "stale_weights", "weights_differ"))
@@ -189,6 +198,13 @@ def _candidates(trace: Trace, scored: Trace, scorer: Any) -> Finding:
         return Finding("weights", None, text, ("weight_dtype", "weights_differ", "stale_weights"))
     text = "the same distribution by its labels, and no arithmetic that tells more: other weights on the two sides come first"
     return Finding("weights", None, text, ("weights_differ", "stale_weights", "adapter"))
+
+
+def _fewer_bits(prints: Mapping[str, Any]) -> str:
+    """What a fingerprint says of weights or a cache in fewer bits than the model's, in words; empty where nothing."""
+    config = prints.get("config", {})
+    names = [name for name in ("quantization", "kv_cache_dtype") if config.get(name) not in (None, "auto")]
+    return ", ".join(f"rollouts with {name} {config[name]!r}" for name in names)
 
 
 def trainer_message(comparison: Comparison) -> str:
