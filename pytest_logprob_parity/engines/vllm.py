@@ -19,6 +19,7 @@ from ..spec import EngineSpec, Sampling, nearest
 from ..weights.adapter import Adapter, is_adapter, read_adapter
 from ..weights.update import WeightUpdate
 from . import forced_decode, in_flight, lora
+from .applied_head import applied_head, measured_grid, probe_tokens
 from .base import Completion, Request, ResolvedConfig, check_readback, json_value, reason_of
 
 #: What a report and a fingerprint show of a configuration, whether it was asked for or not.
@@ -57,7 +58,7 @@ class VllmBackend:
         self._llm = llm
         self._owned = owned
         self._lora = lora.Lora(llm)
-        values = _by_nature(llm, asked) | _read_config(llm.llm_engine.vllm_config, asked)
+        values = _by_nature(llm, asked) | _read_config(llm.llm_engine.vllm_config, asked, _applied_head(llm))
         name = f"vllm {_version()}"
         unverified = check_readback(asked, values, name)
         self.config = ResolvedConfig(
@@ -170,14 +171,22 @@ class VllmBackend:
     def _check_by_measuring(self, asked: Mapping[str, Any]) -> None:
         """What a started engine says of itself and does not do. Raises EngineError."""
         self._check_adapter()
+        wish = (asked.get("hf_overrides") or {}).get("head_dtype") if isinstance(asked.get("hf_overrides"), dict) else None
+        if wish == "float32" and self.config.dtype in ("bfloat16", "float16"):
+            grid = measured_grid(self._probe(self._lora.request).top_logprobs)
+            if grid:
+                raise EngineError(
+                    f"vllm {_version()} did not take hf_overrides: asked for a head in float32 and says that it has one, but "
+                    f"its logits lie on a grid of 1/{1 / grid:g}, as those of a head in {self.config.dtype}"
+                )
 
     def _check_adapter(self) -> None:
         self._lora.check_moves(lambda request: self._probe(request).top_logprobs)
 
     def _probe(self, lora_request: Any) -> Completion:
-        """The likeliest raw logprobs at some positions, by a prefill: of token ids that mean nothing."""
+        """The two likeliest raw logprobs at some positions, by a prefill."""
         model = self._llm.llm_engine.vllm_config.model_config
-        first, *rest = [7 * n % model.get_vocab_size() for n in range(min(96, (self.config.max_model_len or 97) - 1))]
+        first, *rest = probe_tokens(model.get_vocab_size(), self.config.max_model_len)
         return self._run([Request([first], Sampling(logprobs=2), scored_token_ids=rest)], lora_request)[0]
 
     def _check_steps_alone(self) -> None:
@@ -305,8 +314,19 @@ def _install_forcing(llm: Any, values: Mapping[str, Any]) -> str:
         return f"the engine lives in another process: build it with worker_extension_cls={name!r}"
 
 
-def _read_config(config: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The started engine's configuration under engine-argument names, those asked for among them."""
+def _applied_head(llm: Any) -> str | None:
+    """The precision of the head as the worker has it; None where nobody can look or this version has no such setting."""
+    extended = getattr(llm.llm_engine.vllm_config.parallel_config, "worker_extension_cls", "")
+    with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
+        head = llm.collective_rpc("logprob_parity_head" if extended else applied_head)[0]
+        return None if head is None else str(head)
+    return None
+
+
+def _read_config(config: Any, asked: Mapping[str, Any], head: str | None = None) -> dict[str, Any]:
+    """The started engine's configuration under engine-argument names, those asked for among them; `head` is its head's
+    precision as the worker has it, which counts more than what the configuration says.
+    """
     model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
     chunked = getattr(scheduler, "enable_chunked_prefill", None)
     compilation = getattr(config, "compilation_config", None)
@@ -328,12 +348,13 @@ def _read_config(config: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
                 if part is not None and hasattr(part, name):
                     values[name] = getattr(part, name)
                     break
+    if head is not None:
+        values["head_dtype"] = head
     if "logprobs_mode" in values:  # an enum in some versions, whose members are written in capitals
         values["logprobs_mode"] = getattr(values["logprobs_mode"], "value", values["logprobs_mode"])
     if isinstance(overrides := asked.get("hf_overrides"), dict):
         values["hf_overrides"] = {
-            k: getattr(model, k) if k == "head_dtype" and hasattr(model, k) else getattr(model.hf_config, k, None)
-            for k in overrides
+            k: values[k] if k == "head_dtype" and k in values else getattr(model.hf_config, k, None) for k in overrides
         }
     return values
 

@@ -25,6 +25,8 @@ from .scoring import Scorer, name_of, score, temperature_of
 #: Positions whose top-k lists so much of the probability say what their distribution would be at another temperature.
 _LISTED: Final = 0.999
 _ENOUGH: Final = 50
+#: The grid of a trainer's logits, where only the rollouts' own are known: that of bfloat16 logits from 4 to 8.
+_STEP: Final = 1 / 32
 #: From the finest to the coarsest; a comparison has the limits of the coarser side.
 _COARSER: Final = ("float64", "float32", "float16", "bfloat16")
 
@@ -78,7 +80,7 @@ def compare_with_trainer(
         findings.append(other)
     head = _head_finding(trace, scorer)
     if head is not None and not any(f.layer in ("semantic", "weights") and f.cause for f in findings):
-        if comparison.verdict == "fail":
+        if comparison.verdict == "fail" and comparison.metrics["rms_diff"] <= _by_a_head(trace):
             findings.append(head)
         else:
             notes.append(f"head precision: {head.evidence}")
@@ -137,6 +139,12 @@ def _head_finding(trace: Trace, scorer: Any) -> Finding | None:
         return Finding("head", "head_precision", text + f"{declared}: one side alone makes it worse, not better")
     text = f"the rollouts' logits lie on no grid, as those of a head in float32; the trainer's head is in {declared}"
     return Finding("head", "head_precision", text)
+
+
+def _by_a_head(trace: Trace) -> float:
+    """The largest RMS (nats) that one side's head in half precision can make: two steps of its grid, over the temperature."""
+    step = logit_step(positions_of(trace, trace, align(trace, trace)), golden=True) or _STEP
+    return 2 * step / (temperature_of(trace.sampling) or 1.0)
 
 
 def _forgotten_temperature(trace: Trace, scored: Trace) -> Finding | None:
