@@ -124,6 +124,17 @@ class Engine:
         self._pool.updated(self)
         return trace
 
+    def sleep(self, level: int = 1) -> None:
+        """Give the engine's memory to a trainer beside it: level 1 keeps the weights on the host, 2 keeps none.
+
+        The engine has to be started with `enable_sleep_mode=True`. Raises UsageError where it cannot sleep: on CPUs none can.
+        """
+        self._guard(lambda backend: _can(backend, "sleep")(level))
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """End a sleep: of `weights`, of `kv_cache`, or of all. After level 2 the weights are anybody's until an update."""
+        self._guard(lambda backend: _can(backend, "wake_up")(None if tags is None else list(tags)))
+
     @property
     def adapter(self) -> Adapter | None:
         """The adapter that answers: that of the spec, or that of the last update; None where there is none.
@@ -417,6 +428,15 @@ def _take(backend: Any, update: WeightUpdate) -> None:
     if not hasattr(backend, "update_weights"):
         raise UsageError(f"{backend.config.engine} takes no weight updates")
     backend.update_weights(update)
+
+
+def _can(backend: Any, verb: str) -> Callable[..., Any]:
+    """A method that only some engines have. Raises UsageError."""
+    method = getattr(backend, verb, None)
+    if method is None:
+        raise UsageError(f"{backend.config.engine} has no {verb}")
+    found: Callable[..., Any] = method
+    return found
 
 
 def _has_gpu() -> bool:

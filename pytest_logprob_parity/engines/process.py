@@ -67,6 +67,14 @@ class ProcessBackend:
         """See VllmBackend.update_weights."""
         self._ask("update_weights", update)
 
+    def sleep(self, level: int) -> None:
+        """See Engine.sleep."""
+        self._ask("sleep", level)
+
+    def wake_up(self, tags: list[str] | None) -> None:
+        """See Engine.wake_up."""
+        self._ask("wake_up", tags)
+
     def close(self) -> None:
         """See Backend.close."""
         self._connection.close()  # the child reads the end of the line, shuts its engine down and exits

@@ -160,6 +160,24 @@ class VllmBackend:
         in_flight.apply_update(self._llm, update, self._load)
         self._check_adapter()
 
+    def sleep(self, level: int) -> None:
+        """See Engine.sleep."""
+        self._check_can_sleep()
+        self._llm.sleep(level=level)
+
+    def wake_up(self, tags: list[str] | None) -> None:
+        """See Engine.wake_up."""
+        self._check_can_sleep()
+        self._llm.wake_up(tags=tags)
+
+    def _check_can_sleep(self) -> None:
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            raise UsageError("the CPU build of vLLM refuses sleep: it needs a GPU")
+        if not getattr(self._llm.llm_engine.vllm_config.model_config, "enable_sleep_mode", False):
+            raise UsageError("this engine cannot sleep: start it with enable_sleep_mode=True")
+
     def _load(self, weights: Path | Mapping[str, Any]) -> None:
         """Put new weights in, or another adapter on top; one that is there stays on top of new weights."""
         if isinstance(weights, Path) and is_adapter(weights):
