@@ -330,9 +330,11 @@ class Pool:
             return
         del self._updated[spec]
         if spec in self._alive:
-            from .weights.update import WeightUpdate
+            from .weights.update import WeightUpdate, tied_heads
 
             try:
+                if tied_heads(self.folders(spec)[0]):
+                    raise UsageError("vLLM on CPUs keeps a packed copy of a tied head, which such an update does not reach")
                 if changed._adapter is not None and spec.adapter is None:
                     raise UsageError("an adapter is on top that the spec does not have")
                 self._adapters.pop(spec, None)  # what is loaded now is what its folder holds now

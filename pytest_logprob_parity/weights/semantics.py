@@ -281,8 +281,13 @@ class UpdateReference:
         return rows.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].numpy()
 
     def _mixed(self, part: str) -> Any:
-        """The new model with the old weights in one layer, or in embeddings, norm or head."""
+        """The new model with the old weights in one layer, or in embeddings, norm or head; a tied head goes by itself."""
+        import torch
+
         mixed = copy.deepcopy(self._new)
+        head, embeddings = mixed.get_output_embeddings(), mixed.get_input_embeddings()
+        if head is not None and head.weight is embeddings.weight:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
         key = f".{part.replace(' ', 's.')}." if part.startswith("layer ") else f".{part}."
         old = {n: t for n, t in self._old.state_dict().items() if key in f".{n}."}
         mixed.load_state_dict(old, strict=False)

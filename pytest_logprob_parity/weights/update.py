@@ -79,7 +79,7 @@ def check_fits(update: WeightUpdate, model: Path) -> None:
     what = str(update.weights) if isinstance(update.weights, Path) else "the mapping of tensors"
     if not come:
         raise UsageError(f"weight update: {what} holds no tensors")
-    tied = _tied(model)
+    tied = tied_heads(model)
     for name, shape in come.items():
         if name not in have and name not in tied:
             raise UsageError(
@@ -129,7 +129,7 @@ def _shapes_in(file: Path, what: str) -> dict[str, tuple[int, ...]]:
         raise UsageError(f"{what}: {file} cannot be read ({error}): half-written, or damaged") from None
 
 
-def _tied(model: Path) -> set[str]:
+def tied_heads(model: Path) -> set[str]:
     """Tensors that a checkpoint may leave out: an output head that is the embeddings."""
     config = json.loads((model / "config.json").read_text("utf-8"))
     config = config.get("text_config", config)
