@@ -50,6 +50,15 @@ class SharedPool:
         config.stash[POOL] = self._pool
 
 
+def pytest_runtest_setup(item):
+    """Tests marked `gpu` run where there is one."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU here")
+
+
 @pytest.fixture(scope="session")
 def pool(request):
     """The engines of this whole run."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .trainer.parity import assert_trainer_parity
     from .trainer.scoring import Scorer, scorer
     from .trainer.transformers_scorer import TransformersScorer
+    from .weights.adapter import merge_adapter
     from .weights.semantics import assert_weight_update
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "assert_weight_update",
     "check_golden",
     "compare",
+    "merge_adapter",
     "open_engine",
     "scorer",
 ]
@@ -69,6 +71,7 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
         "trainer.parity": ("assert_trainer_parity",),
         "trainer.scoring": ("Scorer", "scorer"),
         "trainer.transformers_scorer": ("TransformersScorer",),
+        "weights.adapter": ("merge_adapter",),
         "weights.semantics": ("assert_weight_update",),
     }
     _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -16,7 +16,7 @@ from .trace import Trace
 
 
 def assert_logprobs_close(
-    *, actual: Trace, expected: Trace, tolerance: Tolerance | Mapping[str, Any] | None = None
+    *, actual: Trace, expected: Trace, tolerance: Tolerance | Mapping[str, Any] | str | None = None
 ) -> Comparison:
     """Assert that the logprobs of identical tokens agree within the tolerance; returns the comparison.
 

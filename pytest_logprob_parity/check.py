@@ -11,6 +11,7 @@ from . import fingerprint
 from .answers import Answers, ask
 from .belonging import Context, check_belongs
 from .comparison.free_run import compare_free_run
+from .comparison.gaps import with_gap
 from .comparison.result import Comparison, MismatchError
 from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
 from .comparison.verdict import Evidence, check_level, judge
@@ -23,7 +24,7 @@ from .prompts import check_prompts
 from .recording import record
 from .replay import REPLAYS, can_regenerate
 from .spec import Sampling
-from .suspects import suspects
+from .suspects import adapter_finding, suspects
 from .trace import Trace
 
 DEFAULT_REPLAY: Final = ("decode", "regenerate")
@@ -37,7 +38,7 @@ def check_golden(
     sampling: Any = None,
     update: bool = False,
     replay: Sequence[str] = DEFAULT_REPLAY,
-    tolerance: Tolerance | Mapping[str, Any] | None = None,
+    tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     level: str = "rl",
     repeats: int = REPEATS,
     context: Context | None = None,
@@ -46,8 +47,9 @@ def check_golden(
 
     The engine is asked for its logprobs of the golden's tokens by every path in `replay`. A Trace in place of the
     engine is the candidate itself, or with `update` the golden's source. Without `prompts` and `sampling` the golden's
-    own are used. `level` says what fails: `bitwise`, `noise` or `rl` (see `compare`). `repeats` is how often recording
-    replays its tokens in other batch shapes, for the noise floor; 0 records none.
+    own are used. `tolerance` changes limits, or declares a gap that is there on purpose (`"fp8"`, `"int8"`). `level` says
+    what fails: `bitwise`, `noise` or `rl` (see `compare`). `repeats` is how often recording replays its tokens in other
+    batch shapes, for the noise floor; 0 records none.
 
     Raises ParityError: GoldenError, IncomparableError, UsageError, EngineError; MismatchError for the verdicts `fail`
     and `unverified`.
@@ -71,7 +73,7 @@ def check_golden(
         differences: list[tuple[str, Any, Any]] = []
         limits = _limits(golden, engine.path, tolerance, context)
         evidence = Evidence(golden.floor, policy_logprobs=engine.untruncated_logprobs)
-        comparison = judge(golden.trace, engine, limits, level, evidence)
+        comparison = with_gap(judge(golden.trace, engine, limits, level, evidence), tolerance)
     else:
         comparison, differences = _compare_engine(golden, engine, replay, tolerance, level, context)
     if golden.tolerance:
@@ -141,9 +143,17 @@ def judge_answers(
             policy_logprobs=answers.policy_logprobs if path == "decode" else None,
         )
         comparison = judge(trace, replays[path], limits[path], level, evidence)
-        if comparison.verdict == "fail" and not comparison.findings:
-            comparison = dataclasses.replace(comparison, findings=tuple(suspects(differences)))
-        judged.append(comparison)
+        other = adapter_finding(differences)
+        if comparison.verdict == "fail":
+            findings = comparison.findings or tuple(suspects(differences))
+            if other is not None and other not in findings:
+                findings = (*findings, other)
+            comparison = dataclasses.replace(comparison, findings=findings)
+        elif other is not None:
+            note = f"another adapter: {other.evidence}"
+            headline = f"{comparison.headline}; {note}"
+            comparison = dataclasses.replace(comparison, headline=headline, notes=(*comparison.notes, note))
+        judged.append(with_gap(comparison, tolerance, answers.fingerprint.get("config", {})))
     return min(judged, key=lambda c: ("fail", "unverified", "pass").index(c.verdict)), differences
 
 

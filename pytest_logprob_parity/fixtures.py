@@ -84,6 +84,8 @@ def trainer_scorer(request: pytest.FixtureRequest) -> Callable[..., Transformers
         model = model or {**session.ini_settings, **session.set_settings}.get("model")
         if model is None:
             raise UsageError("trainer_scorer(): name a model, or set model=... under parity_engine in the ini file")
+        if settings.get("adapter") is not None:
+            settings["adapter"] = pool.absolute(settings["adapter"])
         key = (model, *sorted(settings.items()))
         if key not in loaded:
             loaded[key] = TransformersScorer(pool.absolute(model), **settings)
@@ -127,7 +129,7 @@ class GoldenTrace:
         sampling: Any = None,
         name: str | None = None,
         replay: Sequence[str] = ("decode", "regenerate"),
-        tolerance: Tolerance | Mapping[str, Any] | None = None,
+        tolerance: Tolerance | Mapping[str, Any] | str | None = None,
         level: str | None = None,
     ) -> Comparison:
         """Hold an engine, or a trace, against this test's golden; under `--update-golden` make it the golden.

@@ -154,6 +154,8 @@ def describe(golden: Golden) -> Sequence[str]:
         f"{engine.get('kind', trace.engine)} {engine.get('version', trace.engine_version)}, {trace.dtype}"
         + (f", {prints['hardware'].get('device')}" if prints.get("hardware") else ""),
     ]
+    if prints.get("adapter"):
+        lines.append(f"adapter {prints['adapter']}")
     lines.append("no noise floor" if golden.floor is None else golden.floor.describe())
     if golden.node_id:
         lines.append(f"test {golden.node_id}" + (f", check {golden.name!r}" if golden.name else ""))

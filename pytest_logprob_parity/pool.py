@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .engines.base import Backend, ResolvedConfig
     from .floor import Shapes
     from .trace import FloatArray, Trace
+    from .weights.adapter import Adapter
     from .weights.update import WeightUpdate
 
 _T = TypeVar("_T")
@@ -43,6 +44,7 @@ class Engine:
     def __init__(self, spec: EngineSpec, pool: Pool) -> None:
         self.spec = spec
         self._pool = pool
+        self._adapter: Adapter | None = None
         #: How many weight updates this engine has taken.
         self.weight_version = 0
 
@@ -84,7 +86,8 @@ class Engine:
         prompts: Sequence[Any] | None = None,
         sampling: Any = None,
     ) -> Trace | None:
-        """Put other weights in place of the engine's: a checkpoint folder, or tensors by their checkpoint names.
+        """Put other weights in place of the engine's: a checkpoint folder, tensors by their checkpoint names, or the folder of
+        a LoRA adapter, which takes the place of the one that there is.
 
         With `prompts` these are sampled meanwhile, and the update arrives when a request has written `at_token` tokens: the
         trace that is returned says in `weight_versions` which weights wrote each token. `mode` says what becomes of requests
@@ -97,11 +100,16 @@ class Engine:
         """
         from .prompts import check_prompts, tokenize
         from .replay import generate_through
+        from .weights.adapter import is_adapter, read_adapter
         from .weights.update import WeightUpdate, check_fits
 
         given = weights if isinstance(weights, Mapping) else self._pool.absolute(weights)
         update = WeightUpdate(given, mode, clear_cache, at_token)
-        check_fits(update, self._pool.folders(self.spec)[0])
+        model, adapter = self._pool.folders(self.spec)[0], None
+        if isinstance(given, Path) and is_adapter(given):
+            adapter = read_adapter(given, model)
+        else:
+            check_fits(update, model)
         if prompts is None:
             self._guard(lambda backend: _take(backend, update))
             trace = None
@@ -112,8 +120,31 @@ class Engine:
                 lambda backend: generate_through(backend, tokenized, parameters, self.tokenizer, update, version)
             )
         self.weight_version += 1
+        self._adapter = adapter or self._adapter
         self._pool.updated(self)
         return trace
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the engine's memory to a trainer beside it: level 1 keeps the weights on the host, 2 keeps none.
+
+        The engine has to be started with `enable_sleep_mode=True`. Raises UsageError where it cannot sleep: on CPUs none can.
+        """
+        self._guard(lambda backend: _can(backend, "sleep")(level))
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """End a sleep: of `weights`, of `kv_cache`, or of all. After level 2 the weights are anybody's until an update."""
+        self._guard(lambda backend: _can(backend, "wake_up")(None if tags is None else list(tags)))
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter that answers: that of the spec, or that of the last update; None where there is none.
+
+        Raises UsageError for one that cannot be read, and where its folder holds other files than the engine has loaded.
+        """
+        adapter = self._adapter or self._pool.adapter(self.spec)
+        if adapter is not None:
+            adapter.check_unchanged()
+        return adapter
 
     def replay(self, trace: Trace, path: str = "decode", **options: Any) -> Trace:
         """The engine's logprobs of the tokens of `trace`, by `decode`, `prefill`, `regenerate` or `window`."""
@@ -153,10 +184,12 @@ class Engine:
         }
 
     def model_fingerprint(self) -> dict[str, Any]:
-        """The part of the fingerprint that needs no engine: name and digests of model, tokenizer, chat template."""
+        """The part of the fingerprint that needs no engine: name and digests of model, tokenizer, chat template, adapter."""
         model, tokenizer = self._pool.folders(self.spec)
         name = Path(self.spec.model).name if Path(self.spec.model).is_absolute() else self.spec.model
-        return {"name": name, **fingerprint.model_digests(model, tokenizer)}
+        adapter = self.adapter
+        laid_on = {} if adapter is None else {"adapter": str(adapter)}
+        return {"name": name, **fingerprint.model_digests(model, tokenizer), **laid_on}
 
     def _backend(self) -> Backend:
         return self._pool.backend(self.spec, self)
@@ -204,6 +237,7 @@ class Pool:
         self._given: dict[tuple[int, EngineSpec | None], Any] = {}
         self._failed: dict[EngineSpec, ParityError] = {}
         self._folders: dict[EngineSpec, tuple[Path, Path]] = {}
+        self._adapters: dict[EngineSpec, Adapter] = {}
         self._updated: dict[EngineSpec, Engine] = {}
 
     def engine(self, spec: EngineSpec) -> Engine:
@@ -247,6 +281,16 @@ class Pool:
             self._folders[spec] = (model, fingerprint.find_tokenizer(tokenizer))
         return self._folders[spec]
 
+    def adapter(self, spec: EngineSpec) -> Adapter | None:
+        """The adapter of a spec, as its engine loaded it or would. Raises UsageError; starts nothing."""
+        if spec.adapter is None:
+            return None
+        from .weights.adapter import read_adapter
+
+        if spec not in self._alive or spec not in self._adapters:  # who is alive has what was there when it started
+            self._adapters[spec] = read_adapter(self.absolute(spec.adapter), self.folders(spec)[0])
+        return self._adapters[spec]
+
     def backend(self, spec: EngineSpec, asker: Engine | None = None) -> Backend:
         """The started engine of a spec. A failed start is remembered: the same error again, and no second try.
 
@@ -257,6 +301,7 @@ class Pool:
             raise self._failed[spec]
         self._check_weights(spec, asker)
         if spec not in self._alive:
+            self.adapter(spec)  # files that are not whole yet are no failed start
             try:
                 self._alive[spec] = self._start(spec)
             except ParityError as error:
@@ -285,10 +330,17 @@ class Pool:
             return
         del self._updated[spec]
         if spec in self._alive:
-            from .weights.update import WeightUpdate
+            from .weights.update import WeightUpdate, tied_heads
 
             try:
-                _take(self._alive[spec], WeightUpdate(self.folders(spec)[0], "keep", clear_cache=True))
+                if tied_heads(self.folders(spec)[0]):
+                    raise UsageError("vLLM on CPUs keeps a packed copy of a tied head, which such an update does not reach")
+                if changed._adapter is not None and spec.adapter is None:
+                    raise UsageError("an adapter is on top that the spec does not have")
+                self._adapters.pop(spec, None)  # what is loaded now is what its folder holds now
+                adapter = self.adapter(spec)
+                for weights in (self.folders(spec)[0], *(() if adapter is None else (adapter.folder,))):
+                    _take(self._alive[spec], WeightUpdate(weights, "keep", clear_cache=True))
             except Exception:
                 self.discard(spec)  # the next use starts it anew
 
@@ -342,7 +394,7 @@ class Pool:
             return self._start_apart(spec, gpu=gpu)
         self._make_room([s for s in self._rivals(spec) if s not in self._apart], keep=0)
         try:
-            return start_in_process(spec, model, tokenizer), False
+            return start_in_process(spec, model, tokenizer, self._adapters.get(spec)), False
         except EngineError as error:
             settings_are_wrong = error.__cause__ is None or isinstance(error.__cause__, ValueError)
             if settings_are_wrong or spec.engine != "vllm" or not self.starts:
@@ -357,7 +409,7 @@ class Pool:
 
         rivals = self._rivals(spec)
         self._make_room(rivals if gpu else [s for s in rivals if s in self._apart], keep=0 if gpu else _PROCESSES - 1)
-        backend = ProcessBackend.start(spec, *self.folders(spec))
+        backend = ProcessBackend.start(spec, *self.folders(spec), self._adapters.get(spec))
         self._apart.add(spec)
         return backend, True
 
@@ -378,6 +430,15 @@ def _take(backend: Any, update: WeightUpdate) -> None:
     if not hasattr(backend, "update_weights"):
         raise UsageError(f"{backend.config.engine} takes no weight updates")
     backend.update_weights(update)
+
+
+def _can(backend: Any, verb: str) -> Callable[..., Any]:
+    """A method that only some engines have. Raises UsageError."""
+    method = getattr(backend, verb, None)
+    if method is None:
+        raise UsageError(f"{backend.config.engine} has no {verb}")
+    found: Callable[..., Any] = method
+    return found
 
 
 def _has_gpu() -> bool:

@@ -72,6 +72,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 class EngineSpec:
     """What to run: engine kind, model, dtype, seed, a profile of pinned defaults, and settings on top.
 
+    `adapter` is a LoRA adapter's folder, as PEFT writes it: every request is answered with it.
+
     Frozen and hashable: equal specs share one engine. Keyword arguments that are not fields are engine arguments
     (`EngineSpec(model=..., max_model_len=512)`) and must be JSON values.
 
@@ -85,6 +87,7 @@ class EngineSpec:
     profile: str
     revision: str | None
     tokenizer: str | None
+    adapter: str | None
     settings_json: str
 
     def __init__(
@@ -97,15 +100,18 @@ class EngineSpec:
         profile: str = "rl",
         revision: str | None = None,
         tokenizer: str | None = None,
+        adapter: str | None = None,
         **settings: Any,
     ) -> None:
         if isinstance(model, os.PathLike):
             model = os.fspath(model)
+        if isinstance(adapter, os.PathLike):
+            adapter = os.fspath(adapter)
         if not isinstance(model, str) or not model:
             raise UsageError(f"EngineSpec(model={model!r}): the model is a folder or a hub id, as a string")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise UsageError(f"EngineSpec(seed={seed!r}): must be a whole number")
-        for field, value in (("revision", revision), ("tokenizer", tokenizer)):
+        for field, value in (("revision", revision), ("tokenizer", tokenizer), ("adapter", adapter)):
             if value is not None and not isinstance(value, str):
                 raise UsageError(f"EngineSpec({field}={value!r}): must be a string")
         for field, value, known in (
@@ -119,7 +125,7 @@ class EngineSpec:
             settings_json = json.dumps(settings, sort_keys=True)
         except TypeError as error:
             raise UsageError(f"EngineSpec: settings must be JSON values ({error})") from None
-        values = (model, engine, dtype, seed, profile, revision, tokenizer, settings_json)
+        values = (model, engine, dtype, seed, profile, revision, tokenizer, adapter, settings_json)
         for field_, value_ in zip(dataclasses.fields(self), values, strict=True):
             object.__setattr__(self, field_.name, value_)
 
@@ -148,6 +154,7 @@ class EngineSpec:
 
     def __str__(self) -> str:
         parts = [self.engine, self.model, self.dtype, self.profile]
+        parts += [f"adapter={self.adapter}"] if self.adapter else []
         parts += [f"{k}={v}" for k, v in self.settings.items()]
         return " ".join(parts)
 

@@ -38,6 +38,7 @@ SUSPECTS: Final = {
     "config.head_dtype": ("head", "head_precision"),
     "dtype": ("weights", "weight_dtype"),
     "config.quantization": ("weights", "quantization"),
+    "adapter": ("weights", "adapter"),
     "config.enable_lora": ("weights", "adapter"),
     "model": ("weights", "weights_differ"),
     "name": ("weights", "weights_differ"),
@@ -46,11 +47,24 @@ SUSPECTS: Final = {
 }
 
 
+def adapter_finding(differences: Sequence[tuple[str, Any, Any]]) -> Finding | None:
+    """`adapter` where golden and engine have adapters of other content, or one of them has none; both by name."""
+    for name, golden, now in differences:
+        if name == "adapter":
+            text = f"{golden or 'no adapter'} in the golden, {now or 'no adapter'} now"
+            return Finding("weights", "adapter", text)
+    return None
+
+
 def suspects(differences: Sequence[tuple[str, Any, Any]]) -> list[Finding]:
     """One finding for each layer under suspicion; a cause is named only where it is the only one of all layers.
 
-    Where the fingerprints do not differ, what they cannot see is left: the weights themselves.
+    Another adapter is one by itself: its content is known, and it is other weights whatever else differs. Where the
+    fingerprints do not differ, what they cannot see is left: the weights themselves.
     """
+    if adapter := adapter_finding(differences):
+        others = [d for d in differences if SUSPECTS.get(d[0], ("", ""))[1] not in ("adapter", "")]
+        return [adapter, *(suspects(others) if others else [])]
     found: dict[str, dict[str, list[str]]] = {}
     for name, golden, now in differences:
         unknown = name.startswith("config.") and (golden is None or now is None)  # one of the two versions does not say

@@ -208,6 +208,17 @@ def test_a_head_in_another_precision_on_one_side_is_named(heads, engine_head, tr
         assert ("on no grid" in told[0]) == (engine_head == "float32")
 
 
+def test_one_side_alone_is_the_cause_where_it_fails(heads):
+    def findings(engine_head, trainer_head):
+        trainer = TransformersScorer(MODEL, dtype="bfloat16", head_dtype=trainer_head)
+        comparison = compare_with_trainer(heads[engine_head], trainer, {"rms_diff": 0.005})
+        return comparison.verdict, [finding.cause for finding in comparison.findings]
+
+    for one, other in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        assert findings(one, other) == ("fail", ["head_precision"])
+        assert findings(one, one) == ("fail", [None])  # too narrow for any: the head is not accused
+
+
 def test_a_float32_head_helps_on_both_sides_and_not_on_one(heads):
     def rms(engine_head, trainer_head):
         trainer = TransformersScorer(MODEL, dtype="bfloat16", head_dtype=trainer_head)

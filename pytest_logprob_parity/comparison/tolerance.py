@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import UsageError
 from ..floor import NoiseFloor
 from ..spec import nearest
+from .gaps import gap_of
 from .intervals import poisson_quantile
 
 
@@ -123,10 +124,16 @@ def with_floor(limits: Tolerance, floor: NoiseFloor | None) -> Tolerance:
     )
 
 
-def make_tolerance(base: Tolerance, change: Tolerance | Mapping[str, Any] | None) -> Tolerance:
-    """`base` with the limits that `change` names. Raises UsageError for an unknown name or a value that is no number."""
+def make_tolerance(base: Tolerance, change: Tolerance | Mapping[str, Any] | str | None) -> Tolerance:
+    """`base` with the limits that `change` names, or widened to those of the gap that it declares (`"fp8"`, see gaps.py).
+
+    Raises UsageError for an unknown name or a value that is no number.
+    """
     if change is None:
         return base
+    if isinstance(change, str):
+        wider = {name: max(getattr(base, name), limit) for name, limit in gap_of(change).limits.items()}
+        return dataclasses.replace(base, **wider)
     if isinstance(change, Tolerance):
         return change
     names = [f.name for f in dataclasses.fields(Tolerance)]

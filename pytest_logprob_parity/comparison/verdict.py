@@ -17,6 +17,7 @@ from .alignment import Alignment, align
 from .decision import Found, decide
 from .effects import gates_of, what_it_shows
 from .free_run import judge_free_run
+from .gaps import with_gap
 from .permutation import ALPHA, block_permutation_test
 from .result import SIDES, Comparison, Difference, Finding, FreeRun, Gate, TokenDiff
 from .signatures.head import head_finding
@@ -52,15 +53,15 @@ def compare(
     *,
     expected: Trace,
     actual: Trace,
-    tolerance: Tolerance | Mapping[str, Any] | None = None,
+    tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     level: str = "rl",
     floor: NoiseFloor | None = None,
 ) -> Comparison:
     """Compare two traces over their identical tokens; d = actual - expected.
 
-    `tolerance` changes the defaults for the golden's dtype and the two paths. `level` says what fails: `bitwise` any
-    other bit, `noise` any difference beyond shape noise (which two traces in hand cannot show), `rl` what matters to an
-    update. `floor` is the golden's noise floor.
+    `tolerance` changes the defaults for the golden's dtype and the two paths, or declares a gap that is there on purpose
+    (`"fp8"`, `"int8"`). `level` says what fails: `bitwise` any other bit, `noise` any difference beyond shape noise (which
+    two traces in hand cannot show), `rl` what matters to an update. `floor` is the golden's noise floor.
 
     Where the two sides mean different things, and the numbers bear that out, nothing is subtracted: the metrics of
     differences are NaN and a finding says so.
@@ -70,7 +71,7 @@ def compare(
     if not isinstance(expected, Trace) or not isinstance(actual, Trace):
         raise UsageError(f"compare() takes two Traces, not {type(expected).__name__} and {type(actual).__name__}")
     base = with_floor(default_tolerance(expected.dtype, (expected.path, actual.path)), floor)
-    return judge(expected, actual, make_tolerance(base, tolerance), level, Evidence(floor))
+    return with_gap(judge(expected, actual, make_tolerance(base, tolerance), level, Evidence(floor)), tolerance)
 
 
 def check_level(level: str) -> str:

@@ -243,7 +243,13 @@ def _reading(
     """An independent reading of the checkpoint, by transformers in float32; None where it cannot be had."""
     mode = golden.trace.logprobs_mode
     reader = EngineSpec(
-        spec.model, engine="transformers", dtype="float32", revision=spec.revision, tokenizer=spec.tokenizer, logprobs_mode=mode
+        spec.model,
+        engine="transformers",
+        dtype="float32",
+        revision=spec.revision,
+        tokenizer=spec.tokenizer,
+        adapter=spec.adapter,
+        logprobs_mode=mode,
     )
     try:
         reading = pool.engine(reader).replay(golden.trace)

@@ -81,7 +81,7 @@ def _rms(d: npt.NDArray[np.float64]) -> float:
 
 def weigh(findings: Sequence[Finding], reading: Reading) -> list[Finding]:
     """The findings with what a reading adds: the layer where nothing was named, the ranking where candidates were."""
-    if any(finding.cause for finding in findings if finding.layer in ("semantic", "head")):
+    if any(finding.cause for finding in findings if finding.layer in ("semantic", "head") or finding.cause == "adapter"):
         return list(findings)
     if reading.off == "now":
         candidates = _OF_ALL if reading.share > _FEW else _OF_FEW

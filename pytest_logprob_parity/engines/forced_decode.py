@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from .applied_head import applied_head
+
 #: Key in `SamplingParams.extra_args`: the token ids to decode, in order.
 FORCED: Final = "logprob_parity_forced"
 
@@ -76,8 +78,12 @@ def _install_v0() -> str:
 
 
 class WorkerExtension:
-    """For `worker_extension_cls`: makes `install` reachable by name where functions cannot be sent."""
+    """For `worker_extension_cls`: makes functions of ours reachable by name where functions cannot be sent."""
 
     def logprob_parity_install(self) -> str:
         """Wrap the sampler of this worker; see `install`."""
         return install(self)
+
+    def logprob_parity_head(self) -> str | None:
+        """The precision of this worker's head; see `applied_head`."""
+        return applied_head(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,17 @@ from ..errors import EngineError
 from ..weights.update import WeightUpdate
 
 
-def run_through(llm: Any, prompts: Sequence[Any], params: Sequence[Any], update: WeightUpdate) -> tuple[list[Any], list[int]]:
+def run_through(
+    llm: Any,
+    prompts: Sequence[Any],
+    params: Sequence[Any],
+    update: WeightUpdate,
+    take: Callable[[Any], None],
+    lora_request: Any = None,
+) -> tuple[list[Any], list[int]]:
     """Run all requests, with the update on the way: their outputs, and how many tokens each had written by then.
+
+    `take` puts the update's weights in; `lora_request` is the adapter that the requests are for.
 
     Under `abort` the outputs are what was written until then, with the finish reason `abort`. Raises EngineError where this
     vLLM cannot do it.
@@ -23,7 +32,8 @@ def run_through(llm: Any, prompts: Sequence[Any], params: Sequence[Any], update:
     numbers = {name: n for n, name in enumerate(names)}
     for number, (prompt, parameters) in enumerate(zip(prompts, params, strict=True)):
         parameters.output_kind = type(parameters.output_kind).CUMULATIVE  # so that every step says how far each request is
-        own = engine.add_request(names[number], prompt, parameters)  # some versions give a request a name of their own
+        # Some versions give a request a name of their own.
+        own = engine.add_request(names[number], prompt, parameters, lora_request=lora_request)
         numbers[own or names[number]] = number
     outputs: list[Any] = [None] * len(names)
     before: list[int] | None = None
@@ -34,14 +44,15 @@ def run_through(llm: Any, prompts: Sequence[Any], params: Sequence[Any], update:
     while engine.has_unfinished_requests():
         if before is None and update.mode != "wait" and max(written(), default=0) >= update.at_token:
             before = written()
-            apply_update(llm, update, running=[n for n, output in zip(names, outputs, strict=True) if not _ended(output)])
+            running = [name for name, output in zip(names, outputs, strict=True) if not _ended(output)]
+            apply_update(llm, update, take, running)
             if update.mode == "abort":
                 break
         for output in engine.step():
             outputs[numbers[output.request_id]] = output
     if before is None:
         before = written()
-        apply_update(llm, update, running=[])
+        apply_update(llm, update, take)
     if update.mode == "abort":
         for output in outputs:
             if output is None:
@@ -51,8 +62,8 @@ def run_through(llm: Any, prompts: Sequence[Any], params: Sequence[Any], update:
     return outputs, before
 
 
-def apply_update(llm: Any, update: WeightUpdate, running: Sequence[str] = ()) -> None:
-    """Load the update's weights between two steps, as its mode says, with `running` requests in the engine."""
+def apply_update(llm: Any, update: WeightUpdate, take: Callable[[Any], None], running: Sequence[str] = ()) -> None:
+    """Have `take` load the update's weights between two steps, as its mode says, with `running` requests in the engine."""
     engine = llm.llm_engine
     if update.mode == "abort" and running:
         engine.abort_request(list(running))
@@ -63,7 +74,7 @@ def apply_update(llm: Any, update: WeightUpdate, running: Sequence[str] = ()) ->
     elif update.clear_cache:
         _clear(llm, running if update.mode == "keep" else ())
     try:
-        load(llm, update.weights)
+        take(update.weights)
     finally:
         if pause is not None and update.mode != "v0":
             core.resume_scheduler()

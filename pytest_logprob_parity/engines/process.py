@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from ..errors import EngineError, ParityError
 from ..spec import EngineSpec
+from ..weights.adapter import Adapter
 from ..weights.update import WeightUpdate
 from .base import Backend, Completion, RemoteError, Request, ResolvedConfig, reason_of
 
@@ -31,7 +32,7 @@ class ProcessBackend:
         self.config: ResolvedConfig
 
     @classmethod
-    def start(cls, spec: EngineSpec, model: Path, tokenizer: Path) -> ProcessBackend:
+    def start(cls, spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None = None) -> ProcessBackend:
         """Start the engine of `spec` in a child process. Raises what starting it there raised."""
         ours, theirs = Pipe()
         log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process does
@@ -46,7 +47,7 @@ class ProcessBackend:
         theirs.close()
         backend = cls(process, ours, log)
         try:
-            backend.config = backend._ask("start", spec, model, tokenizer)
+            backend.config = backend._ask("start", spec, model, tokenizer, adapter)
         except BaseException:
             backend.close()
             raise
@@ -65,6 +66,14 @@ class ProcessBackend:
     def update_weights(self, update: WeightUpdate) -> None:
         """See VllmBackend.update_weights."""
         self._ask("update_weights", update)
+
+    def sleep(self, level: int) -> None:
+        """See Engine.sleep."""
+        self._ask("sleep", level)
+
+    def wake_up(self, tags: list[str] | None) -> None:
+        """See Engine.wake_up."""
+        self._ask("wake_up", tags)
 
     def close(self) -> None:
         """See Backend.close."""
@@ -119,15 +128,15 @@ def main(descriptor: int) -> None:
             backend.close()
 
 
-def start_in_process(spec: EngineSpec, model: Path, tokenizer: Path) -> Backend:
+def start_in_process(spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None = None) -> Backend:
     """Start the engine of `spec` in this process. Raises UsageError and EngineError."""
     if spec.engine == "transformers":
         from .transformers import TransformersBackend
 
-        return TransformersBackend.start(spec, model, tokenizer)
+        return TransformersBackend.start(spec, model, tokenizer, adapter)
     from .vllm import VllmBackend
 
-    return VllmBackend.start(spec, model, tokenizer)
+    return VllmBackend.start(spec, model, tokenizer, adapter)
 
 
 if __name__ == "__main__":

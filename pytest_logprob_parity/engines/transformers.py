@@ -11,6 +11,7 @@ import numpy as np
 from .. import fingerprint
 from ..errors import EngineError, UsageError
 from ..spec import EngineSpec, Sampling, nearest
+from ..weights.adapter import Adapter, apply_adapter
 from .base import Completion, Request, ResolvedConfig, check_readback, reason_of
 from .float64 import compute_in_float64
 from .head import Head
@@ -57,8 +58,11 @@ class TransformersBackend:
         )
 
     @classmethod
-    def start(cls, spec: EngineSpec, model: Path, tokenizer: Path) -> TransformersBackend:
-        """Load the model. Raises UsageError for a setting this engine does not have, EngineError where it fails."""
+    def start(cls, spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None = None) -> TransformersBackend:
+        """Load the model, with `adapter` merged into it.
+
+        Raises UsageError for a setting this engine does not have, EngineError where it fails.
+        """
         for name in spec.settings:
             if name not in SETTINGS:
                 raise UsageError(f"engine='transformers' has no setting {name!r}{nearest(name, SETTINGS)}")
@@ -77,6 +81,8 @@ class TransformersBackend:
             loaded = AutoModelForCausalLM.from_pretrained(str(model), torch_dtype=dtype, local_files_only=True, **attention)
         except Exception as error:
             raise EngineError(f"transformers did not load {spec.model}: {reason_of(error)}") from error
+        if adapter is not None:
+            apply_adapter(loaded, adapter)
         if loaded.dtype == torch.float64:
             compute_in_float64(loaded)
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,10 +14,12 @@ import numpy as np
 
 from .. import fingerprint
 from ..engine_arguments import vllm_engine_arguments
-from ..errors import EngineError, UsageError
-from ..spec import EngineSpec, nearest
+from ..errors import EngineError, ParityError, UsageError
+from ..spec import EngineSpec, Sampling, nearest
+from ..weights.adapter import Adapter, is_adapter, read_adapter
 from ..weights.update import WeightUpdate
-from . import forced_decode, in_flight
+from . import forced_decode, in_flight, lora
+from .applied_head import applied_head, measured_grid, probe_tokens
 from .base import Completion, Request, ResolvedConfig, check_readback, json_value, reason_of
 
 #: What a report and a fingerprint show of a configuration, whether it was asked for or not.
@@ -55,7 +57,8 @@ class VllmBackend:
     def __init__(self, llm: Any, *, asked: Mapping[str, Any], owned: bool) -> None:
         self._llm = llm
         self._owned = owned
-        values = _by_nature(llm, asked) | _read_config(llm.llm_engine.vllm_config, asked)
+        self._lora = lora.Lora(llm)
+        values = _by_nature(llm, asked) | _read_config(llm.llm_engine.vllm_config, asked, _applied_head(llm))
         name = f"vllm {_version()}"
         unverified = check_readback(asked, values, name)
         self.config = ResolvedConfig(
@@ -69,11 +72,11 @@ class VllmBackend:
         )
 
     @classmethod
-    def start(cls, spec: EngineSpec, model: Path, tokenizer: Path) -> VllmBackend:
-        """Start the engine of `spec` in this process.
+    def start(cls, spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None = None) -> VllmBackend:
+        """Start the engine of `spec` in this process, with `adapter` on top.
 
         Raises UsageError for settings that the installed vLLM does not have, EngineError with the engine's own reason
-        where it does not start, and where a pinned value was ignored, dropped or replaced.
+        where it does not start, where a pinned value was ignored, dropped or replaced, and where it takes no adapter.
         """
         check_settings(spec)
         with _environment(_IN_PROCESS), warnings.catch_warnings():
@@ -88,6 +91,8 @@ class VllmBackend:
                     f"vLLM cannot be imported ({error}); install pytest-logprob-parity[vllm] for GPUs or [cpu]"
                 ) from None
             asked = spec.pins(cpu=bool(current_platform.is_cpu()))
+            if adapter is not None:
+                asked |= lora.arguments(adapter, asked)
             arguments: dict[str, Any] = {
                 "model": str(model),
                 "tokenizer": str(tokenizer),
@@ -100,8 +105,12 @@ class VllmBackend:
             llm = None
             try:
                 llm = _build(vllm.LLM, arguments, cpu=bool(current_platform.is_cpu()))
-                return cls(llm, asked=asked, owned=True)
-            except EngineError:
+                backend = cls(llm, asked=asked, owned=True)
+                if adapter is not None:
+                    backend._lora.load(adapter)
+                backend._check_by_measuring(asked)
+                return backend
+            except ParityError:
                 _shut_down(llm)
                 raise
             except (Exception, SystemExit) as error:
@@ -115,11 +124,14 @@ class VllmBackend:
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """See Backend.run."""
+        return self._run(requests, self._lora.request)
+
+    def _run(self, requests: Sequence[Request], lora_request: Any) -> list[Completion]:
         from vllm import SamplingParams
 
         try:
             params = [SamplingParams(**self._parameters(r)) for r in requests]
-            outputs = self._llm.generate(_prompts(requests), params, use_tqdm=False)
+            outputs = self._llm.generate(_prompts(requests), params, lora_request=lora_request, use_tqdm=False)
         except Exception as error:
             if not _is_refusal(error):
                 raise
@@ -138,12 +150,62 @@ class VllmBackend:
 
         self._check_steps_alone()
         params = [SamplingParams(**self._parameters(r)) for r in requests]
-        outputs, before = in_flight.run_through(self._llm, _prompts(requests), params, update)
+        outputs, before = in_flight.run_through(
+            self._llm, _prompts(requests), params, update, self._load, self._lora.request
+        )  # fmt: skip
         return [_completion(request, output) for request, output in zip(requests, outputs, strict=True)], before
 
     def update_weights(self, update: WeightUpdate) -> None:
         """Take new weights while no request runs."""
-        in_flight.apply_update(self._llm, update)
+        in_flight.apply_update(self._llm, update, self._load)
+        self._check_adapter()
+
+    def sleep(self, level: int) -> None:
+        """See Engine.sleep."""
+        self._check_can_sleep()
+        self._llm.sleep(level=level)
+
+    def wake_up(self, tags: list[str] | None) -> None:
+        """See Engine.wake_up."""
+        self._check_can_sleep()
+        self._llm.wake_up(tags=tags)
+
+    def _check_can_sleep(self) -> None:
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            raise UsageError("the CPU build of vLLM refuses sleep: it needs a GPU")
+        if not getattr(self._llm.llm_engine.vllm_config.model_config, "enable_sleep_mode", False):
+            raise UsageError("this engine cannot sleep: start it with enable_sleep_mode=True")
+
+    def _load(self, weights: Path | Mapping[str, Any]) -> None:
+        """Put new weights in, or another adapter on top; one that is there stays on top of new weights."""
+        if isinstance(weights, Path) and is_adapter(weights):
+            self._lora.load(read_adapter(weights))
+        else:
+            in_flight.load(self._llm, weights)
+            self._lora.restore()
+
+    def _check_by_measuring(self, asked: Mapping[str, Any]) -> None:
+        """What a started engine says of itself and does not do. Raises EngineError."""
+        self._check_adapter()
+        wish = (asked.get("hf_overrides") or {}).get("head_dtype") if isinstance(asked.get("hf_overrides"), dict) else None
+        if wish == "float32" and self.config.dtype in ("bfloat16", "float16"):
+            grid = measured_grid(self._probe(self._lora.request).top_logprobs)
+            if grid:
+                raise EngineError(
+                    f"vllm {_version()} did not take hf_overrides: asked for a head in float32 and says that it has one, but "
+                    f"its logits lie on a grid of 1/{1 / grid:g}, as those of a head in {self.config.dtype}"
+                )
+
+    def _check_adapter(self) -> None:
+        self._lora.check_moves(lambda request: self._probe(request).top_logprobs)
+
+    def _probe(self, lora_request: Any) -> Completion:
+        """The two likeliest raw logprobs at some positions, by a prefill."""
+        model = self._llm.llm_engine.vllm_config.model_config
+        first, *rest = probe_tokens(model.get_vocab_size(), self.config.max_model_len)
+        return self._run([Request([first], Sampling(logprobs=2), scored_token_ids=rest)], lora_request)[0]
 
     def _check_steps_alone(self) -> None:
         if self.config.values.get("async_scheduling"):
@@ -270,8 +332,19 @@ def _install_forcing(llm: Any, values: Mapping[str, Any]) -> str:
         return f"the engine lives in another process: build it with worker_extension_cls={name!r}"
 
 
-def _read_config(config: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The started engine's configuration under engine-argument names, those asked for among them."""
+def _applied_head(llm: Any) -> str | None:
+    """The precision of the head as the worker has it; None where nobody can look or this version has no such setting."""
+    extended = getattr(llm.llm_engine.vllm_config.parallel_config, "worker_extension_cls", "")
+    with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
+        head = llm.collective_rpc("logprob_parity_head" if extended else applied_head)[0]
+        return None if head is None else str(head)
+    return None
+
+
+def _read_config(config: Any, asked: Mapping[str, Any], head: str | None = None) -> dict[str, Any]:
+    """The started engine's configuration under engine-argument names, those asked for among them; `head` is its head's
+    precision as the worker has it, which counts more than what the configuration says.
+    """
     model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
     chunked = getattr(scheduler, "enable_chunked_prefill", None)
     compilation = getattr(config, "compilation_config", None)
@@ -293,12 +366,13 @@ def _read_config(config: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
                 if part is not None and hasattr(part, name):
                     values[name] = getattr(part, name)
                     break
+    if head is not None:
+        values["head_dtype"] = head
     if "logprobs_mode" in values:  # an enum in some versions, whose members are written in capitals
         values["logprobs_mode"] = getattr(values["logprobs_mode"], "value", values["logprobs_mode"])
     if isinstance(overrides := asked.get("hf_overrides"), dict):
         values["hf_overrides"] = {
-            k: getattr(model, k) if k == "head_dtype" and hasattr(model, k) else getattr(model.hf_config, k, None)
-            for k in overrides
+            k: values[k] if k == "head_dtype" and k in values else getattr(model.hf_config, k, None) for k in overrides
         }
     return values
 

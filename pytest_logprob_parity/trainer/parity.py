@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..comparison.alignment import align
+from ..comparison.gaps import GAPS, with_gap
 from ..comparison.result import Comparison, Finding, MismatchError
 from ..comparison.signatures.head import logit_step
 from ..comparison.signatures.positions import positions_of
@@ -19,11 +20,13 @@ from ..golden import Golden
 from ..message import failure_message
 from ..trace import Trace
 from .frameworks import framework, with_metrics
-from .scoring import Scorer, score, temperature_of
+from .scoring import Scorer, name_of, score, temperature_of
 
 #: Positions whose top-k lists so much of the probability say what their distribution would be at another temperature.
 _LISTED: Final = 0.999
 _ENOUGH: Final = 50
+#: The grid of a trainer's logits, where only the rollouts' own are known: that of bfloat16 logits from 4 to 8.
+_STEP: Final = 1 / 32
 #: From the finest to the coarsest; a comparison has the limits of the coarser side.
 _COARSER: Final = ("float64", "float32", "float16", "bfloat16")
 
@@ -39,8 +42,9 @@ def assert_trainer_parity(
     """Assert that a trainer's logprobs of the tokens of `rollouts` are those that came with them; returns the comparison.
 
     d = trainer - rollout, in nats, so that exp(d) is the policy ratio of an on-policy step. `scorer` is asked as a trainer
-    asks its model: token ids, attention mask, and the temperature of the rollouts. `tolerance` changes limits, or names a
-    framework whose thresholds they become (`"verl"`); `metrics` names one whose metric names are reported with it.
+    asks its model: token ids, attention mask, and the temperature of the rollouts. `tolerance` changes limits, names a
+    framework whose thresholds they become (`"verl"`), or declares a gap that is there on purpose (`"fp8"`); `metrics` names
+    a framework whose metric names are reported with it.
 
     Rollouts of a truncated distribution are compared without truncation where the trace has `untruncated_logprobs`, over
     their kept sets where it lists them and the scorer can do that, and are else refused with the reason, as those sampled
@@ -72,20 +76,24 @@ def compare_with_trainer(
     limits = trainer_tolerance(trace.dtype, scored.dtype, tolerance)
     comparison = judge(expected, scored, limits, "rl", Evidence(sides=("rollout", "trainer")))
     findings, notes = list(comparison.findings), list(comparison.notes)
+    if comparison.verdict == "fail" and not findings and (other := _other_adapter(expected, scored, scorer, batch_size)):
+        findings.append(other)
     head = _head_finding(trace, scorer)
-    if head is not None and not any(f.layer == "semantic" and f.cause for f in findings):
-        if comparison.verdict == "fail":
+    if head is not None and not any(f.layer in ("semantic", "weights") and f.cause for f in findings):
+        if comparison.verdict == "fail" and comparison.metrics["rms_diff"] <= _by_a_head(trace):
             findings.append(head)
         else:
             notes.append(f"head precision: {head.evidence}")
     if comparison.verdict == "fail" and not findings and (forgotten := _forgotten_temperature(expected, scored)):
         findings.append(forgotten)
     if comparison.verdict == "fail" and not findings:
-        findings.append(_candidates(trace, scored))
+        findings.append(_candidates(rollouts, scored, scorer))
     if expected.replay != trace.replay:
         notes.append(expected.replay)
     comparison = dataclasses.replace(comparison, findings=tuple(findings), notes=tuple(notes))
-    name = metrics or (tolerance if isinstance(tolerance, str) else "")
+    prints = rollouts.fingerprint.get("config") if isinstance(rollouts, Golden) else None
+    comparison = with_gap(comparison, tolerance, prints)
+    name = metrics or (tolerance if isinstance(tolerance, str) and tolerance not in GAPS else "")
     return with_metrics(comparison, name) if name else comparison
 
 
@@ -93,12 +101,12 @@ def trainer_tolerance(
     rollout_dtype: str, trainer_dtype: str, tolerance: Tolerance | Mapping[str, Any] | str | None = None
 ) -> Tolerance:
     """The limits between an engine and a trainer: those of the coarser dtype for decode against prefill, changed by
-    `tolerance`; a name means the thresholds of that framework.
+    `tolerance`; a name means the thresholds of that framework, or a declared gap.
     """
     known = [dtype for dtype in (rollout_dtype, trainer_dtype) if dtype in DEFAULTS]
     coarser = max(known, key=_COARSER.index) if len(known) == 2 else "unknown"
     limits = default_tolerance(coarser, ("decode", "prefill"))
-    if isinstance(tolerance, str):
+    if isinstance(tolerance, str) and tolerance not in GAPS:
         tolerance = framework(tolerance).tolerance
     return make_tolerance(limits, tolerance)
 
@@ -133,6 +141,12 @@ def _head_finding(trace: Trace, scorer: Any) -> Finding | None:
     return Finding("head", "head_precision", text)
 
 
+def _by_a_head(trace: Trace) -> float:
+    """The largest RMS (nats) that one side's head in half precision can make: two steps of its grid, over the temperature."""
+    step = logit_step(positions_of(trace, trace, align(trace, trace)), golden=True) or _STEP
+    return 2 * step / (temperature_of(trace.sampling) or 1.0)
+
+
 def _forgotten_temperature(trace: Trace, scored: Trace) -> Finding | None:
     """`temperature` where the rollouts' own numbers with their temperature undone are the trainer's.
 
@@ -161,13 +175,44 @@ def _forgotten_temperature(trace: Trace, scored: Trace) -> Finding | None:
     return Finding("semantic", "temperature", text)
 
 
-def _candidates(trace: Trace, scored: Trace) -> Finding:
+def _other_adapter(trace: Trace, scored: Trace, scorer: Any, batch_size: int) -> Finding | None:
+    """`adapter` where the rollouts are those of an engine that lacks the scorer's adapter, or scales it otherwise."""
+    as_told = _rms(trace, scored)
+    for words, load in getattr(scorer, "other_adapters", tuple)():
+        other = _rms(trace, score(trace, load(), batch_size=batch_size))
+        if other < as_told / 2:
+            text = f"the rollouts are those of {words}: RMS {other:.2g} nats, with {name_of(scorer)} {as_told:.2g}"
+            return Finding("weights", "adapter", text)
+    return None
+
+
+def _rms(trace: Trace, scored: Trace) -> float:
+    d = (scored.logprobs.astype(np.float64) - trace.logprobs)[trace.mask]
+    return float(np.sqrt(np.mean(d[np.isfinite(d)] ** 2)))
+
+
+def _candidates(rollouts: Trace | Golden, scored: Trace, scorer: Any) -> Finding:
     """What is left where nothing is named: another model than the engine's, or another precision."""
+    trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
+    if isinstance(rollouts, Golden) and (fewer := _fewer_bits(rollouts.fingerprint)):
+        return Finding(
+            "weights", None, f"{fewer}: a gap that is there on purpose can be declared", ("quantization", "weights_differ")
+        )
+    if next(iter(getattr(scorer, "other_adapters", tuple)()), None) is not None:
+        text = "the rollouts are neither those of the trainer's adapter nor those without it: another step's comes first"
+        return Finding("weights", None, text, ("adapter", "stale_weights", "weights_differ"))
     if trace.dtype != scored.dtype:
         text = f"{trace.dtype} rollouts, a {scored.dtype} trainer; or the two do not have the same weights"
         return Finding("weights", None, text, ("weight_dtype", "weights_differ", "stale_weights"))
     text = "the same distribution by its labels, and no arithmetic that tells more: other weights on the two sides come first"
     return Finding("weights", None, text, ("weights_differ", "stale_weights", "adapter"))
+
+
+def _fewer_bits(prints: Mapping[str, Any]) -> str:
+    """What a fingerprint says of weights or a cache in fewer bits than the model's, in words; empty where nothing."""
+    config = prints.get("config", {})
+    names = [name for name in ("quantization", "kv_cache_dtype") if config.get(name) not in (None, "auto")]
+    return ", ".join(f"rollouts with {name} {config[name]!r}" for name in names)
 
 
 def trainer_message(comparison: Comparison) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from .. import fingerprint
 from ..errors import EngineError, UsageError
 from ..spec import DTYPES, nearest
+from ..weights.adapter import apply_adapter, read_adapter
 from .scoring import DIVISIONS
 
 #: Tokens whose logits over the whole vocabulary are in memory at once.
@@ -16,7 +20,8 @@ CHUNK: Final = 1024
 class TransformersScorer:
     """Logprobs of given tokens by a causal transformers model (see Scorer).
 
-    `model` is a folder (nothing is fetched) or a loaded model; `dtype` its precision (`float64` to `bfloat16`), `head_dtype`
+    `model` is a folder (nothing is fetched) or a loaded model, `adapter` the folder of a LoRA adapter to merge into it (times
+    `adapter_factor`), for a model that comes as a folder; `dtype` its precision (`float64` to `bfloat16`), `head_dtype`
     that of its head (by default the model's), `divides` where the temperature goes: `logits`, in the head's precision, as
     TRL and veRL do, or `float32`. `packed` puts a batch's sequences one after another in one row, with positions that begin
     anew, as trainers without padding do. `chunk_tokens` rows of logits [tokens, vocabulary] are in memory at once; logprobs
@@ -37,6 +42,8 @@ class TransformersScorer:
         packed: bool = False,
         chunk_tokens: int = CHUNK,
         device: str | None = None,
+        adapter: str | Path | None = None,
+        adapter_factor: float = 1.0,
     ) -> None:
         from ..engines.float64 import compute_in_float64
         from ..engines.head import Head
@@ -50,8 +57,17 @@ class TransformersScorer:
         if chunk_tokens < 1:
             raise UsageError(f"TransformersScorer(chunk_tokens={chunk_tokens}): must be 1 or more")
         self.tokenizer: Any = None
+        self._settings: dict[str, Any] = {
+            "dtype": dtype, "head_dtype": head_dtype, "divides": divides, "packed": packed, "chunk_tokens": chunk_tokens,
+            "device": device,
+        }  # fmt: skip
+        self._adapter = (model, adapter) if adapter is not None else None
         if isinstance(model, (str, Path)):
-            model, self.tokenizer = _load(Path(model), dtype, device)
+            model, self.tokenizer = _load(Path(model), dtype, device, adapter, adapter_factor)
+        elif adapter is not None:
+            raise UsageError(
+                "TransformersScorer(adapter=...): the model is loaded already; give its folder, or merge it yourself"
+            )
         self.model = model.eval()
         self.dtype = str(model.dtype).removeprefix("torch.")
         if self.dtype == "float64":
@@ -63,7 +79,17 @@ class TransformersScorer:
         self.chunk_tokens = chunk_tokens
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
         head = "" if self.head_dtype == self.dtype else f", {self.head_dtype} head"
-        self.name = f"transformers {self.dtype}{head}{', packed' if packed else ''}"
+        laid_on = "" if adapter is None else f", adapter {Path(adapter).name}"
+        self.name = f"transformers {self.dtype}{head}{', packed' if packed else ''}{laid_on}"
+
+    def other_adapters(self) -> Iterator[tuple[str, Callable[[], TransformersScorer]]]:
+        """What goes wrong with an adapter on the other side, in words, each with how to load the scorer that does the same."""
+        if self._adapter is None:
+            return
+        model, adapter = self._adapter
+        for words, factor in _other_factors(Path(model), Path(adapter)):
+            given: dict[str, Any] = {"adapter": None} if factor == 0 else {"adapter": adapter, "adapter_factor": factor}
+            yield words, functools.partial(TransformersScorer, model, **self._settings, **given)
 
     def __call__(
         self,
@@ -142,8 +168,23 @@ class TransformersScorer:
         return torch.cat(pieces) if pieces else rows.new_zeros(0, dtype=exact)
 
 
-def _load(folder: Path, dtype: str, device: str | None) -> tuple[Any, Any]:
-    from .. import fingerprint
+def _other_factors(model: Path, adapter: Path) -> Iterator[tuple[str, float]]:
+    """Factors that an adapter is wrongly multiplied by besides its own: words, and the factor."""
+    read = read_adapter(adapter, fingerprint.find_model(str(model), Path.cwd()))
+    scales, rank = sorted(set(read.modules.values())), read.rank
+    yield "no adapter at all", 0.0
+    if len(scales) == 1 and scales[0] != 1:
+        yield "the adapter without its alpha / r", 1 / scales[0]
+    yield "the adapter at half its scale", 0.5
+    yield "the adapter at twice its scale", 2.0
+    if rank not in (1, 4):
+        yield "the adapter scaled by alpha / sqrt(r) in place of alpha / r", rank**0.5
+        yield "the adapter scaled by alpha / r in place of alpha / sqrt(r)", rank**-0.5
+
+
+def _load(
+    folder: Path, dtype: str, device: str | None, adapter: str | Path | None, factor: float
+) -> tuple[Any, Any]:  # fmt: skip
     from ..engines.base import reason_of
 
     found = fingerprint.find_model(str(folder), Path.cwd())
@@ -158,6 +199,8 @@ def _load(folder: Path, dtype: str, device: str | None) -> tuple[Any, Any]:
         )
     except Exception as error:
         raise EngineError(f"transformers did not load {folder}: {reason_of(error)}") from error
+    if adapter is not None:
+        apply_adapter(model, read_adapter(Path(adapter).absolute(), found), factor)
     from ..prompts import load_tokenizer
 
     try:

@@ -21,6 +21,7 @@ from ..message import failure_message
 from ..trace import FloatArray, Trace
 from ..trainer.parity import trainer_tolerance
 from ..trainer.scoring import temperature_of
+from .adapter import is_adapter
 from .update import WeightUpdate
 
 #: One way explains a trace better than another where its RMS is less than this share of the other's, and its squares are
@@ -65,22 +66,25 @@ def assert_weight_update(
     mode: str = "keep",
     clear_cache: bool = False,
     tolerance: Tolerance | Mapping[str, Any] | None = None,
+    model: str | Path | None = None,
 ) -> Comparison:
     """Assert that an engine took a weight update as `mode` and `clear_cache` ask; returns the comparison.
 
     `trace` is what `Engine.update_weights(..., prompts=...)` returned, or what was written after it; its `weight_versions`
-    say which tokens are of which weights. `before` and `after` are the checkpoints. The reference is transformers in float32,
+    say which tokens are of which weights. `before` and `after` are the checkpoints, or folders of LoRA adapters on top of
+    `model`, which the reference merges. The reference is transformers in float32,
     which does the same with its `past_key_values`: old keys and values under new weights for `keep` without clearing (and
     `v0`), computed again with clearing. Other ways it could have gone are held against the trace too: an update that never
     came, at another token, not in every layer, keys and values that should have been thrown away (of the request itself, or
     of its prompt in a prefix cache).
 
-    Raises MismatchError for the verdicts `fail` and `unverified`, with `stale_weights` or `stale_kv_cache` by name, and
-    UsageError for a trace that says nothing of weights.
+    Raises MismatchError for the verdicts `fail` and `unverified`, with `stale_weights`, `adapter` (what `stale_weights` is
+    called where adapters are what changed) or `stale_kv_cache` by name, and UsageError for a trace that says nothing of
+    weights.
     """
     __tracebackhide__ = True
     comparison = check_weight_update(
-        trace, before=before, after=after, mode=mode, clear_cache=clear_cache, tolerance=tolerance
+        trace, before=before, after=after, mode=mode, clear_cache=clear_cache, tolerance=tolerance, model=model
     )  # fmt: skip
     if not comparison.passed:
         about = f"transformers, float32: {Path(before).name} until the update, then {Path(after).name}"
@@ -97,10 +101,11 @@ def check_weight_update(
     mode: str = "keep",
     clear_cache: bool = False,
     tolerance: Tolerance | Mapping[str, Any] | None = None,
+    model: str | Path | None = None,
 ) -> Comparison:
     """What `assert_weight_update` asserts, whatever its verdict."""
     WeightUpdate(Path(after), mode, clear_cache)
-    reference = UpdateReference(Path(before), Path(after), trace)
+    reference = UpdateReference(Path(before), Path(after), trace, None if model is None else Path(model))
     asked = _CLEARED if clear_cache else _KEPT
     reading = reference.read(asked)
     expected = trace.with_(
@@ -112,10 +117,9 @@ def check_weight_update(
     comparison = judge(expected, trace, limits, "rl", Evidence(sides=("reference", "engine")))
     notes = [*(n for n in comparison.notes if not n.startswith("top-")), f"explained by {reading}"]
     if reading.best != asked and comparison.verdict != "pass":
-        finding = _finding(reading)
-        return _failed(comparison, finding, notes)
+        return _failed(comparison, _finding(reading, reference.stale), notes)
     if reading.best != asked and reading.rms[reading.best] < _BETTER * reading.rms[asked]:
-        return _failed(comparison, _finding(reading), notes)
+        return _failed(comparison, _finding(reading, reference.stale), notes)
     if comparison.passed and not reading.tells_arrival:
         why = "the two checkpoints give these tokens the same logprobs" if reference.updated else "none was written after it"
         headline = f"Not shown that the update arrived: {why}"
@@ -132,7 +136,8 @@ def _failed(comparison: Comparison, finding: Finding, notes: Sequence[str]) -> C
     )  # fmt: skip
 
 
-def _finding(reading: UpdateReading) -> Finding:
+def _finding(reading: UpdateReading, stale: str) -> Finding:
+    """What a reading comes to; `stale` is the cause of weights that did not come."""
     best, text = (
         reading.best,
         f"{reading.best} (RMS {reading.rms[reading.best]:.2g}; as asked: {reading.rms[reading.asked]:.2g})",
@@ -140,7 +145,7 @@ def _finding(reading: UpdateReading) -> Finding:
     if best == _CLEARED:
         return Finding("weights", None, text, ("stale_kv_cache", "engine_build"))
     stale_cache = best == _KEPT or "prompt" in best
-    return Finding("weights", "stale_kv_cache" if stale_cache else "stale_weights", text)
+    return Finding("weights", "stale_kv_cache" if stale_cache else stale, text)
 
 
 @dataclass(frozen=True)
@@ -154,9 +159,7 @@ class _Piece:
 class UpdateReference:
     """Logprobs [N] of a trace's tokens under each way that an update from one checkpoint to another could have gone."""
 
-    def __init__(self, before: Path, after: Path, trace: Trace) -> None:
-        from ..trainer.transformers_scorer import TransformersScorer
-
+    def __init__(self, before: Path, after: Path, trace: Trace, model: Path | None = None) -> None:
         if trace.weight_versions is None:
             raise UsageError(
                 "this trace does not say which weights wrote its tokens: it comes of no engine.update_weights(...); give "
@@ -167,8 +170,9 @@ class UpdateReference:
             raise UsageError(
                 f"a weight update is checked on processed logprobs without truncation and penalties, not {trace.distribution()}"
             )
-        self._old = TransformersScorer(before).model
-        self._new = TransformersScorer(after).model
+        #: The cause of weights that did not come.
+        self.stale = "adapter" if is_adapter(after) else "stale_weights"
+        self._old, self._new = _load(before, model), _load(after, model)
         self._trace = trace
         self._temperature = temperature_of(trace.sampling)
         self._known: dict[str, FloatArray] = {}
@@ -277,8 +281,13 @@ class UpdateReference:
         return rows.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].numpy()
 
     def _mixed(self, part: str) -> Any:
-        """The new model with the old weights in one layer, or in embeddings, norm or head."""
+        """The new model with the old weights in one layer, or in embeddings, norm or head; a tied head goes by itself."""
+        import torch
+
         mixed = copy.deepcopy(self._new)
+        head, embeddings = mixed.get_output_embeddings(), mixed.get_input_embeddings()
+        if head is not None and head.weight is embeddings.weight:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
         key = f".{part.replace(' ', 's.')}." if part.startswith("layer ") else f".{part}."
         old = {n: t for n, t in self._old.state_dict().items() if key in f".{n}."}
         mixed.load_state_dict(old, strict=False)
@@ -303,6 +312,17 @@ class UpdateReference:
         gain = self._squares(other)[0] - self._squares(one)[0]
         spread = float(gain.std(ddof=1)) / len(gain) ** 0.5 if len(gain) > 1 else np.inf
         return mine < _FAR_BETTER * others or bool(gain.mean() > t_quantile(_SURE, max(len(gain) - 1, 1)) * spread)
+
+
+def _load(weights: Path, model: Path | None) -> Any:
+    """The transformers model of a checkpoint, or of an adapter merged into `model`, in float32."""
+    from ..trainer.transformers_scorer import TransformersScorer
+
+    if not is_adapter(weights):
+        return TransformersScorer(weights).model
+    if model is None:
+        raise UsageError(f"{weights} is an adapter: say which model it is on, model=...")
+    return TransformersScorer(model, adapter=weights).model
 
 
 def _suspicious(dtype: str) -> float:

@@ -56,17 +56,17 @@ class WeightUpdate:
             raise UsageError(f"at_token={self.at_token!r}: the number of tokens that a request has written by then")
 
 
-def shapes_of(weights: Path | Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def shapes_of(weights: Path | Mapping[str, Any], what: str = "weight update") -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a checkpoint folder, from the headers of its files, or of a mapping of tensors.
 
-    Raises UsageError, in one line, for a folder that holds no safetensors, lacks a file of its index, or holds one that is
-    cut short.
+    Raises UsageError, in one line that begins with `what`, for a folder that holds no safetensors, lacks a file of its index,
+    or holds one that is cut short.
     """
     if isinstance(weights, Mapping):
         return {name: tuple(int(n) for n in tensor.shape) for name, tensor in weights.items()}
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in _files(weights):
-        shapes |= _shapes_in(file)
+    for file in _files(weights, what):
+        shapes |= _shapes_in(file, what)
     return shapes
 
 
@@ -79,7 +79,7 @@ def check_fits(update: WeightUpdate, model: Path) -> None:
     what = str(update.weights) if isinstance(update.weights, Path) else "the mapping of tensors"
     if not come:
         raise UsageError(f"weight update: {what} holds no tensors")
-    tied = _tied(model)
+    tied = tied_heads(model)
     for name, shape in come.items():
         if name not in have and name not in tied:
             raise UsageError(
@@ -99,37 +99,37 @@ def check_fits(update: WeightUpdate, model: Path) -> None:
         )
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, what: str) -> list[Path]:
     if not folder.is_dir():
-        raise UsageError(f"weight update: there is no folder {folder}")
+        raise UsageError(f"{what}: there is no folder {folder}")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
-            raise UsageError(f"weight update: {index} is no index: half-written, or damaged") from None
+            raise UsageError(f"{what}: {index} is no index: half-written, or damaged") from None
         files = [folder / name for name in names]
         for file in files:
             if not file.is_file():
-                raise UsageError(f"weight update: {folder} lacks {file.name}, which its index names: half-written")
+                raise UsageError(f"{what}: {folder} lacks {file.name}, which its index names: half-written")
         return files
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UsageError(f"weight update: {folder} holds no safetensors")
+        raise UsageError(f"{what}: {folder} holds no safetensors")
     return files
 
 
-def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+def _shapes_in(file: Path, what: str) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), "numpy") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"weight update: {file} cannot be read ({error}): half-written, or damaged") from None
+        raise UsageError(f"{what}: {file} cannot be read ({error}): half-written, or damaged") from None
 
 
-def _tied(model: Path) -> set[str]:
+def tied_heads(model: Path) -> set[str]:
     """Tensors that a checkpoint may leave out: an output head that is the embeddings."""
     config = json.loads((model / "config.json").read_text("utf-8"))
     config = config.get("text_config", config)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 
+from ...logit_grid import ENOUGH, grid_of
 from ...trace import Trace
 from ..result import Finding
 from .positions import Positions
-
-#: Grids from 8 down to 1/256: bfloat16 logits of 8 to 16 lie on one of 1/16, e4m3 ones on one of 1.
-_STEPS: Final = tuple(2.0**-n for n in range(-3, 9))
-#: A difference is on the grid when it is so near to it (nats): float32 logprobs round at this size.
-_NEAR: Final = 3e-5
-_MOST: Final = 0.9
-_ENOUGH: Final = 50
 
 
 def head_finding(positions: Positions) -> Finding | None:
@@ -51,16 +43,9 @@ def logit_step(positions: Positions, *, golden: bool) -> float | None:
         return None
     top = trace.top_logprobs[rows, :2].astype(np.float64)
     usable = np.isfinite(top).all(axis=1)
-    if np.count_nonzero(usable) < _ENOUGH:
+    if np.count_nonzero(usable) < ENOUGH:
         return None
-    gaps = (top[usable, 0] - top[usable, 1]) * _temperature(trace)
-    gaps = gaps[gaps > 4 * _NEAR]
-    if len(gaps) < _ENOUGH:
-        return None
-    for step in _STEPS:
-        if np.mean(np.abs(gaps - np.round(gaps / step) * step) <= _NEAR) >= _MOST:
-            return step
-    return 0.0
+    return grid_of((top[usable, 0] - top[usable, 1]) * _temperature(trace))
 
 
 def _temperature(trace: Trace) -> float:
