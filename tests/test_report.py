@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reporting import MOVED, PROJECT, command, one_line
 
-from conftest import MODEL
+from conftest import MODEL, ROOT
 from pytest_logprob_parity import Trace, UsageError
 from pytest_logprob_parity.files import compare_files
 from pytest_logprob_parity.report.results import PLOTS, excess, read_results
@@ -303,6 +303,29 @@ def test_the_command_renders_for_github_what_shards_have_found(report, pytester,
     assert "GITHUB_STEP_SUMMARY is not set" in command(capsys, "report", report, "--github")[1]
 
 
+def test_the_workflow_to_copy_is_one_and_asks_for_what_there_is(report, capsys):
+    """It is YAML, each command in it is one of ours, and what it uploads is what a run leaves."""
+    import shlex
+
+    import yaml
+
+    text = (ROOT / "examples" / "ci" / "logprob-parity.yml").read_text()
+    jobs = yaml.safe_load(text)["jobs"]
+    assert set(jobs) == {"cpu", "gpu", "report"}
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    ours = [step["run"] for step in steps if "logprob-parity report" in step.get("run", "")]
+    (line,) = ours
+    _, *arguments = shlex.split(line)
+    arguments[arguments.index("shards")] = report
+    assert command(capsys, *arguments[:2], "--out", report)[0] == 1  # it is understood, and renders
+    assert sum("--parity-report=parity-report" in step.get("run", "") for step in steps) == 2
+    uploads = [step["with"]["path"] for step in steps if "upload-artifact" in step.get("uses", "")]
+    assert sum("parity-obtained/**/*.safetensors" in path and "parity-report/" in path for path in uploads) == 2
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    wanted = {name for group in re.findall(r"pytest-logprob-parity\[([\w,]+)\]", text) for name in group.split(",")}
+    assert wanted == {"cpu", "vllm", "report"} <= set(extras)
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -413,7 +436,7 @@ def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
         about = dict.fromkeys(("node_id", "name", "file", "message", "obtained", "refusal"), "")
         about |= {"golden": "g", "line": 0, "commands": []}
         sizes.append(len(to_text(make_entry(about, "failed", "", checked.comparison, checked, tmp_path))))
-    assert max(sizes) < 100_000
+    assert max(sizes) < 90_000
 
 
 def test_a_shape_that_does_not_fit_names_the_place():
@@ -421,5 +444,9 @@ def test_a_shape_that_does_not_fit_names_the_place():
 
     shape = {"a": [Maybe({str: int})]}
     check_shape({"a": [None, {"x": 1}], "more": 2}, shape, "it")
+    for value in (True, None, [1], {}):
+        check_shape(value, object, "it")
+    with pytest.raises(UsageError, match="it is not int but True"):
+        check_shape(True, int, "it")
     with pytest.raises(UsageError, match=r"it\.a\[1\]\['x'\] is not int but 'y'"):
         check_shape({"a": [None, {"x": "y"}]}, shape, "it")

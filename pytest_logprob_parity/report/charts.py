@@ -187,7 +187,7 @@ def _few_decades(axes: Axes) -> None:
 
 def _furthest(data: Mapping[str, Any]) -> str:
     return (
-        "Each cell is darker the more tokens it holds; the tokens furthest off are red dots; on the diagonal nothing changed."
+        "Each cell is stronger the more tokens it holds; the tokens furthest off are red dots; on the diagonal nothing changed."
     )
 
 

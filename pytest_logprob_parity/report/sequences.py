@@ -16,8 +16,9 @@ from .plots import short
 
 #: How many sequences a check that did not pass shows, and one that passed.
 _FAILED, _PASSED = 3, 1
-#: Tokens of a sequence that are shown, around its worst one; tokens of its prompt; places of a top-k.
+#: Tokens that are shown: of a sequence, around its worst one, and of all of them; tokens of a prompt; places of a top-k.
 _TOKENS: Final = 160
+_ALL_TOKENS: Final = 192
 _PROMPT: Final = 24
 _TOP: Final = 5
 
@@ -45,15 +46,25 @@ def worst_sequences(comparison: Comparison) -> list[dict[str, Any]]:
     shown = moved[: _PASSED if comparison.passed else _FAILED]
     subtracted = bool(np.isfinite(comparison.metrics["mean_diff"]))
     weight = np.where(lost, np.inf, size)
-    return [_sequence(comparison, i, partner, d if subtracted else np.full_like(d, np.nan), weight) for i in shown]
+    sequences: list[dict[str, Any]] = []
+    left = _ALL_TOKENS
+    for sequence in shown:
+        if left > 0:
+            width = min(left, _TOKENS)
+            sequences.append(
+                _sequence(comparison, sequence, partner, d if subtracted else np.full_like(d, np.nan), weight, width)
+            )
+            left -= len(sequences[-1]["ids"])
+    return sequences
 
 
-def _sequence(comparison: Comparison, sequence: int, partner: Any, d: Any, weight: Any) -> dict[str, Any]:
+def _sequence(comparison: Comparison, sequence: int, partner: Any, d: Any, weight: Any, width: int) -> dict[str, Any]:
+    """One sequence, `width` tokens of it at most; `weight` [N] says how bad a token is."""
     expected, actual = comparison.expected, comparison.actual
     first, last = expected.bounds(sequence)
     worst = first + int(np.argmax(weight[first:last]))
-    start = min(max(worst - _TOKENS // 2, first), max(last - _TOKENS, first))
-    places = range(start, min(start + _TOKENS, last))
+    start = min(max(worst - width // 2, first), max(last - width, first))
+    places = range(start, min(start + width, last))
     others = [int(partner[place]) for place in places]
     whole = d[first:last][np.isfinite(d[first:last])]
     return {

@@ -22,8 +22,8 @@ class Maybe:
 def check_shape(value: Any, shape: Any, where: str) -> None:
     """Raise UsageError, naming the place below `where`, unless `value` has the shape.
 
-    A shape is a type or a tuple of types; `[shape]`, a list of any length; `{"key": shape, ...}`, a mapping with these keys
-    and any others; `{str: shape}`, a mapping of any keys; a Maybe.
+    A shape is a type or a tuple of types (`object`: anything); `[shape]`, a list of any length; `{"key": shape, ...}`, a
+    mapping with these keys and any others; `{str: shape}`, a mapping of any keys; a Maybe.
     """
     if isinstance(shape, Maybe):
         if value is not None:
@@ -43,7 +43,7 @@ def check_shape(value: Any, shape: Any, where: str) -> None:
                 check_shape(value[key], inner, f"{where}.{key}")
     else:
         types = shape if isinstance(shape, tuple) else (shape,)
-        fits = isinstance(value, types) and (not isinstance(value, bool) or bool in types)
+        fits = isinstance(value, types) and (not isinstance(value, bool) or bool in types or object in types)
         _need(fits, where, " or ".join("null" if t is type(None) else t.__name__ for t in types), value)
 
 
