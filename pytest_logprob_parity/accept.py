@@ -150,7 +150,7 @@ def _check_comparable(golden: Golden, candidate: Golden) -> None:
 
 
 def _difference(comparison: Comparison, golden: Golden, candidate: Golden) -> list[str]:
-    numbers, first = comparison.metrics, next(iter(comparison.findings), None)
+    numbers, found = comparison.metrics, [str(finding) for finding in comparison.findings] or ["none was found"]
     tokens = f"{int(numbers['n_tokens']):,} tokens"
     if np.isfinite(numbers["mean_diff"]):
         measured = (
@@ -164,7 +164,7 @@ def _difference(comparison: Comparison, golden: Golden, candidate: Golden) -> li
         "none was measured: the defaults of its dtype will stand in" if candidate.floor is None else candidate.floor.describe()
     )
     return [
-        f"  cause      {first}" if first else "  cause      none was found",
+        *(f"  {'cause' if number == 0 else '':<11}{text}" for number, text in enumerate(found)),
         f"  measured   {measured}",
         f"  tokens     {'the same' if not other else f'{other} of {golden.trace.num_sequences} completions are other ones'}",
         f"  floor      {floor}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from .belonging import Checked
@@ -11,6 +12,7 @@ from .comparison.verdict import Evidence, judge
 from .errors import IncomparableError
 from .fingerprint import differences, setup_class
 from .golden import Golden
+from .suspects import suspects
 
 
 def compare_files(expected_path: Path, actual_path: Path, level: str = "rl") -> Checked:
@@ -32,4 +34,6 @@ def compare_goldens(expected: Golden, actual: Golden, level: str = "rl") -> Chec
     setup = setup_class(expected.fingerprint if both else {}, apart)
     evidence = Evidence(expected.floor, setup=setup, policy_logprobs=policy)
     comparison = judge(expected.trace, actual.trace, make_tolerance(limits, expected.tolerance), level, evidence)
+    if both and comparison.verdict == "fail" and not comparison.findings:  # as a check of an engine says it
+        comparison = dataclasses.replace(comparison, findings=tuple(suspects(apart)))
     return Checked(expected, comparison, apart, actual.fingerprint, policy)

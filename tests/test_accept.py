@@ -1,5 +1,6 @@
 """Accepting what a failing run left: shown first, whole or not at all, and never what is not known to be comparable."""
 
+import json
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ from reporting import MOVED, command, one_line
 
 from conftest import MODEL
 from pytest_logprob_parity import Golden, Sampling, container
+from pytest_logprob_parity.report.results import read_results
 
 ENGINE_TEST = f"""
 import pytest
@@ -303,15 +305,22 @@ def test_update_missing_records_what_has_no_golden_and_leaves_what_fails(failed,
 # -- on a real engine -------------------------------------------------------------------------------------------------
 
 
-def test_what_is_accepted_is_what_recording_would_have_written_and_passes_there(pytester, run_inner, accept):
+def test_what_is_accepted_is_what_recording_would_have_written_and_passes_there(pytester, run_inner, accept, capsys):
     pytester.makeini("[pytest]\nparity_repeats = 2")
     pytester.makepyfile(test_it=ENGINE_TEST)
     run_inner("--update-golden").assert_outcomes(passed=1)
     (golden,) = pytester.path.glob("golden/test_it/*.safetensors")
     before = golden.read_bytes()
-    run_inner(*STEP2).assert_outcomes(failed=1)
+    run_inner("--parity-report=report", *STEP2).assert_outcomes(failed=1)
+    check = read_results(pytester.path / "report" / "results.json")["checks"][0]
+    obtained = pytester.path / "parity-obtained" / golden.relative_to(pytester.path / "golden")
+    told = json.loads(command(capsys, "diff", golden, obtained, "--json")[1])
+    assert check["policy_metrics"]
+    for name in ("verdict", "headline", "setup", "metrics", "policy_metrics", "gates", "findings", "fingerprint_differences"):
+        assert check[name] == told[name], name  # an engine's check, its report and diff are one
     status, out = accept("--yes")
     assert status == 0
+    assert f"  cause      {check['findings'][0]['layer']}: " in out
     assert "completions are other ones" in out  # other weights write other tokens: the golden holds theirs
     assert "noise floor of 2 repeats" in out
     accepted = golden.read_bytes()

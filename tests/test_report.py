@@ -11,7 +11,7 @@ from reporting import MOVED, PROJECT, command, one_line
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import Trace, UsageError
 from pytest_logprob_parity.files import compare_files
-from pytest_logprob_parity.report.results import PLOTS, excess, read_results
+from pytest_logprob_parity.report.results import PLOTS, cause_of, excess, read_results
 from pytest_logprob_parity.report.sequences import texts_of
 from pytest_logprob_parity.report.visible import visible, visible_token
 
@@ -185,6 +185,16 @@ def test_shards_are_merged_and_nothing_is_lost(project, pytester, capsys):
     merged, whole = (read_results(pytester.path / name / "results.json") for name in ("all", "whole"))
     assert merged["checks"] == whole["checks"]
     assert command(capsys, "report", pytester.path / "shards" / "b", "--out", pytester.path / "b")[0] == 0  # all passed there
+
+
+def test_candidates_are_never_shown_as_the_cause():
+    def finding(layer, cause, *candidates):
+        return {"layer": layer, "cause": cause, "candidates": candidates}
+
+    several = [finding("path", None, "engine_build"), finding("weights", None, "weights_differ")]
+    assert cause_of({"findings": several}) == "one of engine_build, weights_differ"
+    assert cause_of({"findings": [*several, finding("semantic", "temperature")]}) == "semantic: temperature"
+    assert cause_of({"findings": []}) == ""
 
 
 def test_worst_first():

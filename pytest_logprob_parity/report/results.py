@@ -201,10 +201,10 @@ def merge(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
 
 
 def cause_of(check: Mapping[str, Any]) -> str:
-    """The first finding in a few words: `semantic: raw_vs_processed`, `weights: weights_differ or stale_weights`; or ""."""
-    for finding in check["findings"]:
-        return f"{finding['layer']}: {finding['cause'] or ' or '.join(finding['candidates'])}"
-    return ""
+    """The cause in a few words: the first that is named, else all candidates as such (`one of adapter, ...`); or ""."""
+    named = [f"{finding['layer']}: {finding['cause']}" for finding in check["findings"] if finding["cause"]]
+    candidates = dict.fromkeys(name for finding in check["findings"] for name in finding["candidates"])
+    return named[0] if named else f"one of {', '.join(candidates)}" if candidates else ""
 
 
 def title_of(check: Mapping[str, Any]) -> str:
