@@ -97,3 +97,17 @@ def questions():
         return [[{"role": "user", "content": arith.make_problem(rng).question}] for _ in range(count)]
 
     return make
+
+
+@pytest.fixture
+def project(pytester, run_inner, monkeypatch):
+    """A repo with two goldens of its own rollouts; `project("--parity-report=r")` runs its tests, one of which fails."""
+    from reporting import PROJECT
+
+    for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_REPOSITORY"):
+        monkeypatch.delenv(name, raising=False)
+    pytester.makepyfile(test_it=PROJECT.format(texts=("4", " 2", "=", "\n")))
+    run_inner("--update-golden").assert_outcomes(passed=2)
+    monkeypatch.setenv("SHIFT", "-0.3")
+    monkeypatch.setenv("NOISE", "0.05")
+    return run_inner

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from . import fingerprint
 from .errors import IncomparableError
@@ -13,6 +14,9 @@ from .pool import Engine
 from .prompts import tokenize
 from .spec import Sampling
 from .trace import Trace
+
+if TYPE_CHECKING:
+    from .comparison.result import Comparison
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,31 @@ class Context:
     tolerance_lines: tuple[str, ...] = ()
     max_megabytes: float | None = None
     metrics: str = ""
+    observe: Callable[[Checked], None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What a check saw: for whoever runs it to keep, or to report.
+
+    `differences` are those of the two fingerprints (dotted name, the golden's value, the value now), `fingerprint` is the
+    engine's, {} for a trace in hand, `policy_logprobs` [N] are without truncation, where both sides have them.
+    """
+
+    golden: Golden
+    comparison: Comparison
+    differences: Sequence[tuple[str, Any, Any]] = ()
+    fingerprint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    policy_logprobs: Any = None
+
+
+#: Parts of a fingerprint without which two goldens are not about the same thing.
+_PARTS: Final = ("model", "tokenizer", "chat_template")
+
+
+def another_part(golden: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The part of a fingerprint that makes two of them incomparable (`model`, `tokenizer`, `chat_template`), or ""."""
+    return next((part for part in _PARTS if golden.get(part) != now.get(part)), "")
 
 
 def check_belongs(
@@ -44,13 +73,12 @@ def check_belongs(
         _check_prompt_tokens(golden.trace, engine, given, context, again)
     if isinstance(engine, Engine) and golden.fingerprint:
         now = engine.model_fingerprint()
-        for part in ("model", "tokenizer", "chat_template"):
-            if golden.fingerprint.get(part) != now[part]:
-                then = f"{golden.fingerprint.get('name')} ({golden.fingerprint.get(part)})"
-                raise IncomparableError(
-                    f"{context.shown_path} was recorded with another {part.replace('_', ' ')}: {then}, now {now['name']} "
-                    f"({now[part]}). {again}"
-                )
+        if part := another_part(golden.fingerprint, now):
+            then = f"{golden.fingerprint.get('name')} ({golden.fingerprint.get(part)})"
+            raise IncomparableError(
+                f"{context.shown_path} was recorded with another {part.replace('_', ' ')}: {then}, now {now['name']} "
+                f"({now[part]}). {again}"
+            )
 
 
 def _check_prompt_tokens(trace: Trace, engine: Engine | Trace, given: list[Any], context: Context, again: str) -> None:

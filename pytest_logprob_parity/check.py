@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from . import fingerprint
 from .answers import Answers, ask
-from .belonging import Context, check_belongs
+from .belonging import Checked, Context, check_belongs
 from .comparison.free_run import compare_free_run
 from .comparison.gaps import with_gap
 from .comparison.result import Comparison, MismatchError
@@ -70,12 +70,12 @@ def check_golden(
     golden = _load(path, context)
     check_belongs(golden, engine, given, asked, context)
     if isinstance(engine, Trace):
-        differences: list[tuple[str, Any, Any]] = []
         limits = _limits(golden, engine.path, tolerance, context)
         evidence = Evidence(golden.floor, policy_logprobs=engine.untruncated_logprobs)
-        comparison = with_gap(judge(golden.trace, engine, limits, level, evidence), tolerance)
+        checked = Checked(golden, with_gap(judge(golden.trace, engine, limits, level, evidence), tolerance))
     else:
-        comparison, differences = _compare_engine(golden, engine, replay, tolerance, level, context)
+        checked = _compare_engine(golden, engine, replay, tolerance, level, context)
+    comparison, differences = checked.comparison, checked.differences
     if golden.tolerance:
         kept = ", ".join(f"{name} {value:g}" for name, value in sorted(golden.tolerance.items()))
         note = f"limits recorded with the golden: {kept}; recording it again without tolerance= drops them"
@@ -84,6 +84,8 @@ def check_golden(
         from .trainer.frameworks import with_metrics
 
         comparison = with_metrics(comparison, context.metrics)
+    if context.observe is not None:
+        context.observe(dataclasses.replace(checked, comparison=comparison))
     if not comparison.passed:
         message = failure_message(
             comparison,
@@ -109,7 +111,7 @@ def _load(path: Path, context: Context) -> Golden:
 
 def _compare_engine(
     golden: Golden, engine: Engine, replay: Sequence[str], tolerance: Any, level: str, context: Context
-) -> tuple[Comparison, list[tuple[str, Any, Any]]]:
+) -> Checked:
     trace = golden.trace
     if "prefill" in replay and trace.distribution() != "raw":
         raise UsageError(
@@ -118,7 +120,9 @@ def _compare_engine(
         )
     if not [p for p in replay if p != "regenerate" or can_regenerate(trace)]:
         raise UsageError("replay 'regenerate' alone: the golden does not know its seeds; use 'decode'")
-    return judge_answers(golden, ask(engine, golden, replay), tolerance, level, context)
+    answers = ask(engine, golden, replay)
+    comparison, differences = judge_answers(golden, answers, tolerance, level, context)
+    return Checked(golden, comparison, differences, answers.fingerprint, answers.policy_logprobs)
 
 
 def judge_answers(

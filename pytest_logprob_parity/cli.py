@@ -1,4 +1,4 @@
-"""The command line: `show` and `diff` need no engine, `selftest` plants faults in a real one, `matrix` runs many."""
+"""The command line: `show`, `diff`, `report` and `accept` need no engine, `selftest` plants faults in a real one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import IncomparableError, ParityError, UsageError
+from .errors import ParityError, UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +27,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     diff.add_argument("--level", choices=("bitwise", "rl"), default="rl", help="what counts as a difference")
     for verb in (show, diff):
         verb.add_argument("--json", action="store_true", help="print JSON")
+    report = verbs.add_parser("report", help="render results.json again, merge several, or report two traces")
+    report.add_argument(
+        "places", nargs="+", type=Path, metavar="DIR_OR_FILE",
+        help="reports or their results.json (CI's shards are merged); or a golden and a trace, both .safetensors",
+    )  # fmt: skip
+    report.add_argument("--out", type=Path, help="folder to write (default: the report given, or parity-report)")
+    report.add_argument("--github", action="store_true", help="annotate, and append to $GITHUB_STEP_SUMMARY, as in a workflow")
+    accept = verbs.add_parser("accept", help="make goldens of what a failing run left; needs no engine")
+    accept.add_argument(
+        "places", nargs="*", type=Path, metavar="DIR_OR_FILE", help="obtained traces (default: parity-obtained)"
+    )
+    accept.add_argument(
+        "--name", action="append", default=[], metavar="TEXT",
+        help="only checks whose test, name or golden contains this text or fits this glob; may be given again",
+    )  # fmt: skip
+    accept.add_argument("--yes", action="store_true", help="accept all that may be, without asking for each")
+    accept.add_argument("--root", type=Path, default=Path(), help="root of the repo whose goldens they are (default: here)")
     selftest = verbs.add_parser("selftest", help="plant faults in a real engine and see whether the verdicts find them")
     selftest.add_argument("--model", default="models/tiny-arith", help="model folder or hub id (default: %(default)s)")
     selftest.add_argument("--other-step", type=Path, help="a later checkpoint of it (default: MODEL-step2 where there is one)")
@@ -112,6 +129,14 @@ def _run(given: argparse.Namespace) -> int:
         return _bisect(given)
     if given.verb == "matrix":
         return _matrix(given)
+    if given.verb == "report":
+        from .report.command import report
+
+        return report(given.places, given.out, given.github)
+    if given.verb == "accept":
+        from .accept import review
+
+        return review(given.places, given.name, given.root, ask=None if given.yes else input)
     if given.verb == "show":
         return _show(given.golden, given.json)
     return _diff(given.expected, given.actual, given.level, given.json)
@@ -269,33 +294,21 @@ def _selftest(given: argparse.Namespace) -> int:
 
 
 def _diff(expected_path: Path, actual_path: Path, level: str, as_json: bool) -> int:
-    from .comparison.alignment import align
-    from .comparison.tolerance import default_tolerance, make_tolerance, with_floor
-    from .comparison.verdict import Evidence, judge
-    from .fingerprint import differences, setup_class
-    from .golden import Golden, describe
+    from .files import compare_files
+    from .golden import describe
     from .message import failure_message
+    from .report.entry import differences_to_json
 
-    expected, actual = Golden.load(expected_path), Golden.load(actual_path)
-    limits = with_floor(default_tolerance(expected.trace.dtype, (expected.trace.path, actual.trace.path)), expected.floor)
-    if align(expected.trace, actual.trace).missing_sequences == expected.trace.num_sequences:
-        raise IncomparableError(f"{actual_path} belongs to other prompts than {expected_path}: they have none in common")
-    both = expected.fingerprint and actual.fingerprint
-    apart = differences(expected.fingerprint, actual.fingerprint) if both else []
-    if expected.trace.sampling != actual.trace.sampling:
-        apart.append(("sampling", expected.trace.sampling.processing(), actual.trace.sampling.processing()))
-    evidence = Evidence(expected.floor, setup=setup_class(expected.fingerprint if both else {}, apart))
-    comparison = judge(expected.trace, actual.trace, make_tolerance(limits, expected.tolerance), level, evidence)
+    checked = compare_files(expected_path, actual_path, level)
+    comparison, apart = checked.comparison, checked.differences
     if as_json:
-        apart_json = [{"name": n, "expected": e, "actual": a} for n, e, a in apart]
-        print(json.dumps({**comparison.to_json(), "fingerprint_differences": apart_json}, indent=1, sort_keys=True))
+        told = {**comparison.to_json(), "fingerprint_differences": differences_to_json(apart)}
+        print(json.dumps(told, indent=1, sort_keys=True))
     elif comparison.passed:
         print("\n".join([f"pass: {comparison.headline}", *comparison.shows, *comparison.notes]))
     else:
-        accept = f"cp {actual_path} {expected_path}"
-        print(
-            failure_message(comparison, golden=str(expected_path), about=describe(expected), differences=apart, accept=accept)
-        )
+        about, accept = describe(checked.golden), f"cp {actual_path} {expected_path}"
+        print(failure_message(comparison, golden=str(expected_path), about=about, differences=apart, accept=accept))
     return 0 if comparison.passed else 1
 
 

@@ -47,7 +47,7 @@ def write(path: Path, columns: Mapping[str, npt.NDArray[Any]], metadata: Mapping
     data = bytearray(save({n: np.ascontiguousarray(c) for n, c in columns.items()}, {_KEY: text}))
     place = _digest_place(data)
     data[place : place + 64] = hashlib.sha256(data).hexdigest().encode()
-    _replace(path, data)
+    replace_all({path: data})
 
 
 def read(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
@@ -139,19 +139,27 @@ def _digest_place(data: bytes | bytearray) -> int:
     return place + len(key) if place >= 0 else 8 + length
 
 
-def _replace(path: Path, data: bytes | bytearray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+def replace_all(files: Mapping[Path, bytes | bytearray]) -> None:
+    """Write several files: each whole or not at all, and none of them before all are on the disk.
+
+    Raises OSError where one cannot be written; old files then stay.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    staged: dict[Path, str] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner may read
-        os.replace(name, path)
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, staged[path] = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(staged[path], 0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        for path, name in staged.items():
+            os.replace(name, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
+        for name in staged.values():
+            with contextlib.suppress(OSError):
+                os.unlink(name)
         raise

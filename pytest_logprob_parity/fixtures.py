@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from .comparison.result import MismatchError
 from .errors import IncomparableError, ParityError, UsageError
+from .records import Records
 from .settings import make_spec
-from .state import ITEM, SESSION, note_outcome, pool_of, tell
+from .state import ITEM, SESSION, pool_of, tell
 
 if TYPE_CHECKING:
+    from .belonging import Checked, Context
     from .comparison.result import Comparison
     from .comparison.tolerance import Tolerance
     from .pool import Engine, Pool
     from .spec import EngineSpec
     from .trace import Trace
     from .trainer.transformers_scorer import TransformersScorer
-
-#: Where a failing check leaves what it obtained, below the root.
-OBTAINED: Final = "parity-obtained"
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +110,7 @@ class GoldenTrace:
         self._session = request.config.stash[SESSION]
         settings = request.node.stash.get(ITEM, None)
         self._node_id = settings.node_id if settings is not None else request.node.nodeid
+        self._records = Records(request.node, self._node_id)
         self._names: set[str] = set()
 
     def path(self, name: str | None = None) -> Path:
@@ -144,53 +142,61 @@ class GoldenTrace:
         if name is not None and not isinstance(name, str):
             raise UsageError(f"check(name={name!r}): must be a string")
         path = self.path(name)
+        seen: list[Checked] = []
+        context = self._context(path, name, seen.append)
+        arguments: dict[str, Any] = {
+            "prompts": prompts,
+            "sampling": sampling,
+            "replay": replay,
+            "tolerance": tolerance,
+            "level": level or self._session.level,
+            "repeats": self._session.repeats,
+        }
         try:
-            comparison = self._check(
-                path,
-                engine_or_trace,
-                name,
-                prompts=prompts,
-                sampling=sampling,
-                replay=replay,
-                tolerance=tolerance,
-                level=level or self._session.level,
-                repeats=self._session.repeats,
-            )
-        except ParityError as error:
-            if isinstance(error, MismatchError) and self._config.getoption("--parity-diagnose"):
-                error = self._diagnosed(error, path, engine_or_trace)
-            verdict = error.comparison.verdict if isinstance(error, MismatchError) else ""
-            outcome = "unverified" if verdict == "unverified" else error.kind
-            found = error.comparison if isinstance(error, MismatchError) else None
-            self._note(name, path, outcome, str(error).splitlines()[0], found)
-            if found is not None:
-                self._keep_obtained(path, found)
+            comparison = self._check(path, engine_or_trace, context, **arguments)
+        except MismatchError as error:
+            found = self._diagnosed(error, path, engine_or_trace) if self._config.getoption("--parity-diagnose") else error
+            checked = dataclasses.replace(seen[-1], comparison=found.comparison)
+            kept = self._records.keep(path, checked, lambda place: self._candidate(place, engine_or_trace, context, arguments))
+            outcome = "unverified" if found.comparison.verdict == "unverified" else found.kind
+            self._records.note(context, outcome, str(found), found.comparison, checked, kept)
             # The message says it all; the frames and causes below would bury it.
+            raise found.with_traceback(None) from None
+        except ParityError as error:
+            self._records.note(context, error.kind, str(error))
             raise error.with_traceback(None) from None
-        self._note(name, path, "recorded" if comparison.recorded else "passed", comparison.headline, comparison)
+        self._records.forget(path)
+        if comparison.recorded:
+            self._records.note(context, "recorded", comparison.headline, comparison)
+        else:
+            self._records.note(context, "passed", comparison.headline, comparison, seen[-1])
         return comparison
 
-    def _check(self, path: Path, engine: Engine | Trace, name: str | None, **arguments: Any) -> Comparison:
+    def _context(self, path: Path, name: str | None, observe: Callable[[Checked], None]) -> Context:
         from .belonging import Context
-        from .check import check_golden
 
-        __tracebackhide__ = True
-        if (name or "") in self._names:
-            raise UsageError(
-                f"two checks named {name!r} in one test"
-                if name
-                else "a second check in one test needs a name: check(..., name='...')"
-            )
-        self._names.add(name or "")
-        context = Context(
+        return Context(
             node_id=self._node_id,
             name=name or "",
-            shown_path=self._relative(path),
-            accept=self._accept(),
+            shown_path=self._records.shown(path),
+            accept=self._records.command("--update-golden"),
             tolerance_lines=tuple(self._config.getini("parity_tolerance")),
             max_megabytes=float(self._config.getini("parity_max_golden_mb")),
             metrics=self._config.getoption("--parity-metrics") or "",
+            observe=observe,
         )
+
+    def _check(self, path: Path, engine: Engine | Trace, context: Context, **arguments: Any) -> Comparison:
+        from .check import check_golden
+
+        __tracebackhide__ = True
+        if context.name in self._names:
+            raise UsageError(
+                f"two checks named {context.name!r} in one test"
+                if context.name
+                else "a second check in one test needs a name: check(..., name='...')"
+            )
+        self._names.add(context.name)
         update = self._session.update
         record = update == "all" or (update == "missing" and not path.exists())
         try:
@@ -200,6 +206,13 @@ class GoldenTrace:
             if update != "failed" or not replaceable:
                 raise
         return check_golden(path, engine, update=True, context=context, **arguments)
+
+    def _candidate(self, place: Path, engine: Engine | Trace, context: Context, arguments: Mapping[str, Any]) -> Comparison:
+        """Record at `place` what --update-golden would have made the golden."""
+        from .check import check_golden
+
+        told = dataclasses.replace(context, shown_path="a candidate golden", observe=None)
+        return check_golden(place, engine, update=True, context=told, **arguments)
 
     def _diagnosed(self, error: MismatchError, path: Path, engine: Engine | Trace) -> MismatchError:
         """The error with what an ablation found; as it is where there is no engine to ask, or where it cannot be asked."""
@@ -221,46 +234,13 @@ class GoldenTrace:
                 comparison = dataclasses.replace(comparison, findings=tuple(ablation.weigh(comparison.findings)))
                 message = failure_message(
                     comparison,
-                    golden=self._relative(path),
+                    golden=self._records.shown(path),
                     about=describe(golden),
                     differences=differences(golden.fingerprint, engine.fingerprint()) if golden.fingerprint else [],
-                    accept=self._accept(),
+                    accept=self._records.command("--update-golden"),
                 )
                 found = ablation.describe()
             except ParityError as problem:
                 found = [f"not possible: {str(problem).splitlines()[0]}"]
         lines = [f"{'diagnosis' if n == 0 else '':<13}{line}" for n, line in enumerate(found)]
         return MismatchError("\n".join([message, "", *lines]), comparison)
-
-    def _accept(self) -> str:
-        settings = "".join(f" --parity-set {shlex.quote(s)}" for s in self._config.getoption("--parity-set"))
-        file, colons, rest = self._node_id.partition("::")
-        here = os.path.relpath(self._config.rootpath / file, self._config.invocation_params.dir)
-        return f"pytest {shlex.quote(here + colons + rest)} --update-golden{settings}"
-
-    def _relative(self, path: Path) -> str:
-        root = self._config.rootpath
-        return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-
-    def _keep_obtained(self, path: Path, comparison: Comparison) -> None:
-        """What the engine said instead, for reports and for accepting it; a full disk is no reason to hide the failure."""
-        folder = self._config.rootpath / OBTAINED
-        try:
-            folder.mkdir(exist_ok=True)
-            (folder / ".gitignore").write_text("*\n", "utf-8")
-            inside = path.relative_to(self._session.golden_dir)
-            comparison.actual.save(folder / inside)
-        except OSError:
-            return
-
-    def _note(self, name: str | None, path: Path, outcome: str, headline: str, comparison: Comparison | None) -> None:
-        record: dict[str, Any] = {"outcome": outcome, "golden": self._relative(path), "headline": headline}
-        if name:
-            record["name"] = name
-        if comparison is not None:
-            told = comparison.to_json()
-            record |= {key: told[key] for key in ("verdict", "level", "setup", "difference", "shows", "notes")}
-            if told["logged"] is not None:
-                record["logged"] = told["logged"]
-            record["metrics"] = {k: v for k, v in told["metrics"].items() if v is not None}
-        note_outcome(self._item, record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -29,7 +29,8 @@ class Golden:
     `fingerprint` is Engine.fingerprint() of the recording engine, or {} for a trace of someone's own rollouts;
     `prompts_digest` is of the prompts as the test gave them; `node_id` and `name` say which check it belongs to.
     `floor` is its noise floor (None for a trace of someone's own rollouts, and in goldens of schema 1); `tolerance`
-    holds the limits that the recording test asked for.
+    holds the limits that the recording test asked for. `digest` is that of the file it was read from, "" for one that was
+    not read.
     """
 
     trace: Trace
@@ -39,9 +40,10 @@ class Golden:
     name: str = ""
     floor: NoiseFloor | None = None
     tolerance: Mapping[str, float] = field(default_factory=dict)
+    digest: str = ""
 
-    def save(self, path: Path, max_megabytes: float | None = None) -> None:
-        """Write the golden, whole or not at all.
+    def save(self, path: Path, max_megabytes: float | None = None, also: Mapping[str, Any] | None = None) -> None:
+        """Write the golden, whole or not at all; `also` goes into the file's metadata beside it (JSON values).
 
         Raises GoldenError where it would be larger than `max_megabytes` (saying what to sample instead) or cannot be
         written; what stood there before then stays.
@@ -55,6 +57,7 @@ class Golden:
         if path.is_dir():
             raise GoldenError(f"{path}: a directory stands where the golden should be; move it away")
         metadata = {
+            **(also or {}),
             "trace": self.trace.to_metadata(),
             "golden": {
                 "fingerprint": self.fingerprint,
@@ -77,11 +80,12 @@ class Golden:
         repeats = columns.pop(_FLOOR, None)
         trace = Trace.from_file_parts(columns, metadata, path)
         if "golden" not in metadata:
-            return cls(trace)
+            return cls(trace, digest=metadata["digest"])
         try:
-            return cls._from_header(trace, dict(metadata["golden"]), repeats)
+            golden = cls._from_header(trace, dict(metadata["golden"]), repeats)
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
             raise container.damaged(path, f"its golden header does not hold what it should ({error})") from None
+        return replace(golden, digest=metadata["digest"])
 
     @classmethod
     def _from_header(cls, trace: Trace, about: dict[str, Any], repeats: Any) -> Golden:

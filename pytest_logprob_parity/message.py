@@ -41,7 +41,7 @@ def failure_message(
     blocks = [
         _fields(
             (sides[0], [golden, *about]),
-            (sides[1], [_side(comparison.actual)]),
+            (sides[1], [side(comparison.actual)]),
             ("setup", [_SETUPS[comparison.setup]] if sides == SIDES else []),
             ("level", [_LEVELS[comparison.level]]),
         ),
@@ -60,7 +60,8 @@ def failure_message(
     return "\n\n".join([f"{comparison.verdict}: {comparison.headline}", *filter(None, blocks)])
 
 
-def _side(trace: Trace) -> str:
+def side(trace: Trace) -> str:
+    """Who said the numbers of a trace, which ones, and by which replay."""
     return (
         f"{trace.engine} {trace.engine_version}, {trace.dtype}, {trace.logprobs_mode.replace('_', ' ')} by "
         f"{trace.replay or trace.path}"

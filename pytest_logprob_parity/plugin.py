@@ -67,8 +67,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="show each check also in this training framework's own metrics: the golden as rollout, now as trainer",
     )
+    group.addoption(
+        "--parity-report",
+        default=None,
+        metavar="DIR",
+        help="write a report of all checks there: index.html, results.json, summary.md",
+    )
     parser.addini("parity_level", "what fails: bitwise, noise or rl", default="rl")
     parser.addini("parity_repeats", "how often recording replays its tokens, for the noise floor; 0: none", default="5")
+    parser.addini(
+        "parity_obtained",
+        "what a failing check leaves: golden (its trace, and a golden to accept, recorded there and then), or trace",
+        default="golden",
+    )
     parser.addini("parity_golden_dir", "folder of the goldens, relative to the root", default="golden")
     parser.addini("parity_engine", "engine settings for all tests, KEY=VALUE a line", type="linelist", default=[])
     parser.addini("parity_tolerance", "limits, [dtype.[path.]]limit = number a line", type="linelist", default=[])
@@ -107,6 +118,10 @@ def pytest_configure(config: pytest.Config) -> None:
         repeats = str(config.getini("parity_repeats"))
         if not repeats.isdecimal() or repeats == "1":
             raise UsageError(f"parity_repeats: {repeats!r} must be 2 or more, or 0 for no noise floor")
+        obtained = str(config.getini("parity_obtained"))
+        if obtained not in ("golden", "trace"):
+            raise UsageError(f"parity_obtained: {obtained!r} is neither golden nor trace")
+        report = _report_folder(config)
         if lines := config.getini("parity_tolerance"):
             from .comparison.tolerance import parse_tolerance
 
@@ -117,10 +132,24 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"parity_max_golden_mb: {config.getini('parity_max_golden_mb')!r} must be a number above 0"
         ) from None
-    session = Session(update, config.rootpath / config.getini("parity_golden_dir"), ini, override, level, int(repeats))
+    golden_dir = config.rootpath / config.getini("parity_golden_dir")
+    session = Session(update, golden_dir, ini, override, level, int(repeats), report, obtained == "golden")
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(session), "logprob_parity_outcomes")
+
+
+def _report_folder(config: pytest.Config) -> Path | None:
+    """Where the report goes; made, and seen to be writable, before anything runs. Raises UsageError."""
+    if (handed := getattr(config, "workerinput", {}).get("logprob_parity_report")) is not None:
+        return Path(handed) if handed else None
+    if (given := config.getoption("--parity-report")) is None:
+        return None
+    from .report.folder import prepare
+
+    folder: Path = config.invocation_params.dir / given
+    prepare(folder)
+    return folder
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -221,6 +250,7 @@ class Outcomes:
         self._session = session
         self._counts: dict[str, int] = {}
         self._good: list[dict[str, Any]] = []
+        self._parts: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "teardown":  # every phase carries all properties so far
@@ -231,16 +261,34 @@ class Outcomes:
                 self._counts[record["outcome"]] = self._counts.get(record["outcome"], 0) + 1
                 if record["outcome"] in ("passed", "recorded"):
                     self._good.append(record)
+                self._parts.append(record.get("part", ""))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         node.workerinput["logprob_parity_update"] = self._session.update
+        node.workerinput["logprob_parity_report"] = str(self._session.report or "")
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         self._session.unused |= set(getattr(node, "workeroutput", {}).get("logprob_parity_unused", ()))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        self._tell(terminalreporter)
+        if self._session.report is not None:
+            self._report(self._session.report, terminalreporter)
+
+    def _report(self, folder: Path, terminalreporter: pytest.TerminalReporter) -> None:
+        from .report.run import report_run
+
+        try:
+            lines = report_run(folder, self._parts, terminalreporter.config.rootpath, sorted(self._session.unused))
+        except (UsageError, OSError) as error:
+            terminalreporter.write_line(f"logprob-parity: no report: {error}", red=True)
+            return
+        for line in lines:
+            terminalreporter.write_line(line)
+
+    def _tell(self, terminalreporter: pytest.TerminalReporter) -> None:
         counts = self._counts
         checked = sum(counts.get(o, 0) for o in ("passed", "failed", "unverified"))
         unused = sorted(self._session.unused)

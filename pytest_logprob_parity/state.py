@@ -28,6 +28,8 @@ class Session:
     set_settings: dict[str, Any]
     level: str
     repeats: int
+    report: Path | None = None
+    keep_candidates: bool = True
     node_ids: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
 

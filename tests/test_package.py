@@ -9,7 +9,7 @@ import pytest
 
 import pytest_logprob_parity
 
-HEAVY = ("torch", "vllm", "transformers", "numpy", "safetensors")
+HEAVY = ("torch", "vllm", "transformers", "numpy", "safetensors", "jinja2", "matplotlib")
 
 
 def test_the_plugin_loads_nothing_heavy():

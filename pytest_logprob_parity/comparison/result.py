@@ -249,7 +249,7 @@ class Comparison:
                 {
                     "name": g.name,
                     "value": _finite(g.value),
-                    "limit": g.limit,
+                    "limit": _finite(g.limit),
                     "unit": g.unit,
                     "ok": g.ok,
                     "bound": None if g.bound is None else _finite(g.bound),

@@ -1,0 +1,134 @@
+"""What a check leaves when it is over: its record, what it obtained, its part of the report. Light until it has to write."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .errors import GoldenError
+from .state import SESSION, note_outcome, tell
+
+if TYPE_CHECKING:
+    from .belonging import Checked, Context
+    from .comparison.result import Comparison
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where an obtained trace lies, from the root, and why it cannot be accepted ("" where it can)."""
+
+    path: str
+    refusal: str
+
+
+class Records:
+    """Those of the checks of one test."""
+
+    def __init__(self, item: pytest.Item, node_id: str) -> None:
+        self._item = item
+        self._config = item.config
+        self._session = item.config.stash[SESSION]
+        self._node_id = node_id
+
+    def shown(self, path: Path) -> str:
+        """A path as people see it: from the root, where it lies below."""
+        root = self._config.rootpath
+        return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+    def command(self, flag: str) -> str:
+        """How to run this test alone, from where pytest was called, with a flag and this run's settings."""
+        settings = "".join(f" --parity-set {shlex.quote(s)}" for s in self._config.getoption("--parity-set"))
+        file, colons, rest = self._node_id.partition("::")
+        here = os.path.relpath(self._config.rootpath / file, self._config.invocation_params.dir)
+        return f"pytest {shlex.quote(here + colons + rest)} {flag}{settings}"
+
+    def keep(self, path: Path, checked: Checked, record: Callable[[Path], object]) -> Kept | None:
+        """What an engine said in place of the golden at `path`; a full disk is no reason to hide the failure."""
+        from .obtained import folder_for, keep
+
+        try:
+            kept = folder_for(self._config.rootpath) / path.relative_to(self._session.golden_dir)
+            keeps = record if self._session.keep_candidates else None
+            return Kept(self.shown(kept), keep(kept, checked, self.shown(path), keeps).refusal)
+        except (OSError, GoldenError):
+            return None
+
+    def forget(self, path: Path) -> None:
+        """Remove what an earlier run kept."""
+        from .obtained import OBTAINED, forget
+
+        forget(self._config.rootpath / OBTAINED / path.relative_to(self._session.golden_dir))
+
+    def note(
+        self,
+        context: Context,
+        outcome: str,
+        message: str,
+        comparison: Comparison | None = None,
+        checked: Checked | None = None,
+        kept: Kept | None = None,
+    ) -> None:
+        """Leave the record of one check, for the summary and junitxml, and its part of the report where there is to be one."""
+        record: dict[str, Any] = {"outcome": outcome, "golden": context.shown_path, "headline": message.splitlines()[0]}
+        if context.name:
+            record["name"] = context.name
+        if comparison is not None:
+            told = comparison.to_json()
+            record |= {key: told[key] for key in ("verdict", "level", "setup", "difference", "shows", "notes")}
+            if told["logged"] is not None:
+                record["logged"] = told["logged"]
+            record["metrics"] = {k: v for k, v in told["metrics"].items() if v is not None}
+        if self._session.report is not None:
+            about = self._about(context, outcome, message, kept)
+            record["part"] = self._write_part(self._session.report, about, record, comparison, checked)
+        note_outcome(self._item, record)
+
+    def _about(self, context: Context, outcome: str, message: str, kept: Kept | None) -> dict[str, Any]:
+        file, line, _ = self._item.location
+        bad = outcome not in ("passed", "recorded")
+        return {
+            "node_id": self._node_id,
+            "name": context.name,
+            "file": file.replace(os.sep, "/"),
+            "line": 0 if line is None else line + 1,
+            "golden": context.shown_path,
+            "message": message if bad else "",
+            "obtained": "" if kept is None else kept.path,
+            "refusal": "" if kept is None else kept.refusal,
+            "commands": self._commands(context, kept) if bad else [],
+        }
+
+    def _commands(self, context: Context, kept: Kept | None) -> list[dict[str, str]]:
+        commands = [("record again", self.command("--update-golden"))]
+        if kept is not None:
+            commands.append(("diagnose", self.command("--parity-diagnose")))
+            commands.append(("look closer", f"logprob-parity diff {shlex.quote(context.shown_path)} {shlex.quote(kept.path)}"))
+            if not kept.refusal:
+                commands.insert(0, ("accept", f"logprob-parity accept {shlex.quote(kept.path)}"))
+        return [{"what": what, "command": command} for what, command in commands]
+
+    def _write_part(
+        self,
+        report: Path,
+        about: Mapping[str, Any],
+        record: Mapping[str, Any],
+        comparison: Comparison | None,
+        checked: Checked | None,
+    ) -> str:
+        """The name of this check's part of the report; "" where it could not be written, which the report then says."""
+        from .report.entry import make_entry
+        from .report.folder import write_part
+
+        headline = record["headline"] if comparison is None else comparison.headline
+        entry = make_entry(about, record["outcome"], headline, comparison, checked, self._config.rootpath)
+        try:
+            return write_part(report, entry)
+        except OSError as error:
+            tell(self._config, f"{report}: not written: {error.strerror or error}")
+            return ""

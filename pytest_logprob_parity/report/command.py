@@ -1,0 +1,65 @@
+"""`logprob-parity report`: render results again, merge those of several runs, or report two traces without pytest."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import UsageError
+from ..files import compare_files
+from ..golden import SUFFIX
+from ..message import failure_message
+from .entry import make_entry
+from .github import add_to_summary, workflow_commands
+from .results import counts_of
+from .write import read_all, results_of, write_report
+
+_OUT: Final = Path("parity-report")
+_OUTCOMES: Final = {"pass": "passed", "fail": "failed"}
+
+
+def report(places: Sequence[Path], out: Path | None, github: bool) -> int:
+    """Write a report of `places`; exit status 0 where everything passed or was recorded, 1 otherwise. Raises ParityError."""
+    if any(place.suffix == SUFFIX for place in places):
+        if len(places) != 2:
+            raise UsageError("a report of traces takes two of them: GOLDEN OBTAINED")
+        content = _report_of_two(*places)
+        folder = out or _OUT
+    else:
+        content = read_all(places)
+        alone = places[0] if len(places) == 1 else None
+        folder = out or (alone if alone is not None and (alone / "results.json").is_file() else _OUT)
+    page = write_report(folder, content)
+    if github:
+        summary = add_to_summary(content)
+        print("\n".join(workflow_commands(content)))
+        if summary is None:
+            print("GITHUB_STEP_SUMMARY is not set: no step summary was written")
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts_of(content).items())
+    print(f"{page}: {told or 'no checks'}")
+    return 0 if set(counts_of(content)) <= {"passed", "recorded"} else 1
+
+
+def _report_of_two(golden: Path, obtained: Path) -> dict[str, Any]:
+    """results.json's content for a golden and a trace that lie on the disk: one check, with `logprob-parity diff`'s numbers."""
+    checked = compare_files(golden, obtained)
+    comparison, told = checked.comparison, checked.golden
+    about: dict[str, Any] = {
+        "node_id": told.node_id,
+        "name": told.name,
+        "file": told.node_id.partition("::")[0],
+        "line": 1 if told.node_id else 0,
+        "golden": str(golden),
+        "message": "",
+        "obtained": str(obtained),
+        "refusal": "",
+        "commands": [],
+    }
+    if not comparison.passed:
+        look = f"logprob-parity diff {shlex.quote(str(golden))} {shlex.quote(str(obtained))}"
+        about["commands"] = [{"what": "look closer", "command": look}]
+        about["message"] = failure_message(comparison, golden=str(golden), about=[], differences=checked.differences, accept="")
+    outcome = _OUTCOMES.get(comparison.verdict, "unverified")
+    return results_of([make_entry(about, outcome, comparison.headline, comparison, checked, Path.cwd())], Path.cwd())

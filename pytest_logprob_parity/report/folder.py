@@ -1,0 +1,64 @@
+"""The folder of a report: made before the run begins, filled by every process that checks, swept by the one that reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import UsageError
+
+_PARTS: Final = ".parts"
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder of a report, so that a run learns of a wrong one before it has spent its time.
+
+    Raises UsageError where the report's libraries are missing or where nothing can be written there.
+    """
+    check_libraries()
+    try:
+        shutil.rmtree(folder / _PARTS, ignore_errors=True)
+        (folder / _PARTS).mkdir(parents=True)
+        write_part(folder, {})
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def check_libraries() -> None:
+    """Raise UsageError where a library that renders reports is missing."""
+    missing = [name for name, module in (("Jinja2", "jinja2"), ("matplotlib", "matplotlib")) if find_spec(module) is None]
+    if missing:
+        raise UsageError(f"a report needs {' and '.join(missing)}: pip install 'pytest-logprob-parity[report]'")
+
+
+def unwritable(folder: Path, error: OSError) -> UsageError:
+    """The one line for a report that cannot be written."""
+    return UsageError(f"the report's folder {folder} cannot be written: {error.strerror or error}; name another one")
+
+
+def write_part(folder: Path, entry: Mapping[str, Any]) -> str:
+    """Leave the entry of one check for the process that reports; gives its name. Raises OSError."""
+    name = f"{uuid.uuid4().hex}.json"
+    partial = folder / _PARTS / f"{name}.part"
+    partial.write_text(json.dumps(entry, allow_nan=False), "ascii")
+    os.replace(partial, folder / _PARTS / name)
+    return name
+
+
+def read_part(folder: Path, name: str) -> dict[str, Any] | None:
+    """The entry of that name; None where it did not get here (a worker on another machine, a full disk)."""
+    try:
+        return dict(json.loads((folder / _PARTS / name).read_text("ascii")))
+    except (OSError, ValueError):
+        return None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what prepare() and the checks left beside the report."""
+    shutil.rmtree(folder / _PARTS, ignore_errors=True)

@@ -1,0 +1,61 @@
+"""The step summary: results.json as a table in GitHub's Markdown. Only the standard library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from .results import IN_WORDS, cause_of, counts_of, title_of
+from .visible import visible
+
+#: Checks that are listed one by one; GitHub cuts a summary off at 1 MiB.
+_LISTED: Final = 60
+_LONGEST: Final = 300
+_MARKS: Final = {"passed": "✅", "recorded": "🆕", "unverified": "⚠️"}
+#: The numbers of a row: name, metric.
+_COLUMNS: Final = (("tokens", "n_tokens"), ("mean d", "mean_diff"), ("RMS", "rms_diff"), ("max \\|d\\|", "max_abs_diff"))
+
+
+def render_markdown(content: Mapping[str, Any]) -> str:
+    """A headline, a table of the checks (worst first, those that pass only counted), and how to accept."""
+    counts = counts_of(content)
+    told = ", ".join(f"{count} {IN_WORDS[outcome]}" for outcome, count in counts.items())
+    lines = [f"### Logprob parity: {told or 'no checks'}", ""]
+    bad = [check for check in content["checks"] if check["outcome"] != "passed"]
+    if bad:
+        names = " | ".join(name for name, _ in _COLUMNS)
+        lines += [f"| | check | verdict | cause | {names} | |", f"|---|---|---|---|{'---:|' * len(_COLUMNS)}---|"]
+        lines += [_row(check) for check in bad[:_LISTED]]
+        lines += ["", f"and {len(bad) - _LISTED} more: see the report"] if len(bad) > _LISTED else []
+    accept = [command["command"] for check in bad for command in check["commands"] if command["what"] == "accept"]
+    if accept:
+        shown = accept[0] if len(accept) == 1 else "logprob-parity accept"
+        lines += ["", "To accept, with the artifact of this run unpacked in the repository:", "", *_code(shown)]
+    unused = [escape(path) for path in content["unused"]]
+    lines += ["", f"{len(unused)} unused goldens: {', '.join(unused)}"] if unused else []
+    return "\n".join(lines) + "\n"
+
+
+def _row(check: Mapping[str, Any]) -> str:
+    numbers = [_number(check["metrics"].get(metric)) for _, metric in _COLUMNS]
+    cells = [
+        _MARKS.get(check["outcome"], "❌"), escape(title_of(check)), escape(IN_WORDS.get(check["outcome"], check["outcome"])),
+        escape(cause_of(check)), *numbers, escape(check["headline"]),
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.3g}"
+
+
+def _code(command: str) -> list[str]:
+    return ["```sh", visible(command).replace("`", "'").replace("\n", " "), "```"]
+
+
+def escape(text: str) -> str:
+    """Text in a cell: on one line, nothing in it is markup, a mention or a link."""
+    shown = " ".join(visible(text).split())
+    shown = shown if len(shown) <= _LONGEST else shown[:_LONGEST] + "…"
+    return re.sub(r"[&<>|`*_~\[\]()\\@#:!$]", lambda match: f"&#{ord(match[0])};", shown)

@@ -1,0 +1,219 @@
+"""results.json: what a run found, in one versioned file from which everything else is rendered. Only the standard library.
+
+The file is ASCII, and every number in it is finite or null. `CHECK` is the schema of a check.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from .. import __version__
+from ..errors import UsageError
+from .shape import NUMBER, Maybe, check_shape
+
+FORMAT: Final = "logprob-parity results"
+#: Raised where a reader of the last one would go wrong.
+SCHEMA: Final = 1
+NAME: Final = "results.json"
+
+#: From what needs somebody's attention to what does not.
+OUTCOMES: Final = ("failed", "engine", "golden", "incomparable", "usage", "unverified", "recorded", "passed")
+#: What an outcome is called, for people.
+IN_WORDS: Final[Mapping[str, str]] = {
+    "failed": "fail", "engine": "engine error", "golden": "no golden", "incomparable": "incomparable",
+    "usage": "misused", "unverified": "unverified", "recorded": "recorded", "passed": "pass",
+}  # fmt: skip
+
+_HISTOGRAM: Final = {"edges": [(int, float)], "counts": [NUMBER]}
+#: Logprobs in nats, d = now - golden; `edges` are one more than `counts`.
+PLOTS: Final = {
+    "subtracted": bool,
+    "scatter": Maybe({"edges": [(int, float)], "cells": [[int]], "points": [[(int, float)]]}),
+    "by_position": Maybe({"positions": [int], "median": [NUMBER], "p95": [NUMBER], "max": [NUMBER], "floor": NUMBER}),
+    "histogram": Maybe({**_HISTOGRAM, "floor": Maybe([NUMBER])}),
+    "ratio": Maybe({**_HISTOGRAM, "clip": (int, float), "outside": NUMBER}),
+    "divergence": Maybe({**_HISTOGRAM, "turns": int, "diverged": int}),
+}
+#: One sequence token by token, from its token `start` on: columns of one length, top-k as [id, logprob, id, logprob, ...].
+SEQUENCE: Final = {
+    "sequence": int, "group": int, "sample": int, "start": int, "length": int, "rms": NUMBER, "max": NUMBER, "prompt": [int],
+    "ids": [int], "golden": [NUMBER], "now": [NUMBER], "diff": [NUMBER], "golden_ranks": [int], "now_ranks": [int],
+    "golden_top": [[NUMBER]], "now_top": [[NUMBER]], "states": {str: str},
+}  # fmt: skip
+_COLUMNS: Final = ("ids", "golden", "now", "diff", "golden_ranks", "now_ranks", "golden_top", "now_top")
+CHECK: Final = {
+    "node_id": str,
+    "name": str,
+    "file": str,  # below the root of the run, with `line` from 1; "" and 0 where there is no test
+    "line": int,
+    "outcome": str,
+    "headline": str,
+    "message": str,  # the whole failure; "" for a pass
+    "golden": {"path": str, "digest": str, "about": [str]},
+    "now": str,
+    "verdict": Maybe(str),  # from here to `logged`: as `logprob-parity diff --json` prints them; null where nothing was judged
+    "level": Maybe(str),
+    "setup": Maybe(str),
+    "difference": Maybe({"different": (bool, type(None)), "text": str, "p_value": NUMBER}),
+    "findings": [{"layer": str, "cause": Maybe(str), "candidates": [str], "evidence": str}],
+    "metrics": {str: NUMBER},
+    "policy_metrics": {str: NUMBER},
+    "gates": [{"name": str, "value": NUMBER, "limit": NUMBER, "unit": str, "ok": bool, "bound": NUMBER}],
+    "shows": [str],
+    "notes": [str],
+    "free_run": Maybe({str: object}),
+    "logged": Maybe({"framework": str, "metrics": {str: NUMBER}, "lines": [str]}),
+    "fingerprint_differences": [{"name": str, "expected": object, "actual": object}],
+    "obtained": str,  # the trace's path below the root, "" where none was kept
+    "refusal": str,  # why it cannot be accepted, "" where it can
+    "commands": [{"what": str, "command": str}],
+    "plots": Maybe(PLOTS),
+    "sequences": [SEQUENCE],
+    "token_texts": {str: str},
+    "outlier": NUMBER,  # the |d| (nats) that the tokens' colours are scaled to
+}
+RESULTS: Final = {
+    "format": str,
+    "schema": int,
+    "version": str,
+    "created": str,
+    "project": str,
+    "prefix": str,  # the run's root below the repository's, "" where they are one; else with a slash at the end
+    "checks": [CHECK],
+    "unused": [str],
+}
+
+
+def make_results(
+    checks: Sequence[Mapping[str, Any]], *, created: str, project: str, prefix: str = "", unused: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The content of results.json, worst check first, every number in it finite or None."""
+    about = {"format": FORMAT, "schema": SCHEMA, "version": __version__, "created": created, "project": project}
+    content = {**about, "prefix": prefix, "checks": worst_first(checks), "unused": sorted(unused)}
+    return dict(finite(content))
+
+
+def worst_first(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """By outcome, then by how far the worst number is beyond its limit, then by name."""
+
+    def key(check: Mapping[str, Any]) -> tuple[int, float, str, str]:
+        order = OUTCOMES.index(check["outcome"]) if check["outcome"] in OUTCOMES else 0
+        return order, -excess(check), check["node_id"], check["name"]
+
+    return sorted(checks, key=key)
+
+
+def excess(check: Mapping[str, Any]) -> float:
+    """How many times its limit the worst number is; inf where the limit is 0, or where nothing could be subtracted."""
+    worst = 0.0 if check["gates"] or not check["findings"] else math.inf
+    for gate in check["gates"]:
+        value, limit = gate["value"], gate["limit"]
+        if value is None:
+            worst = math.inf
+        elif limit is not None and value:
+            worst = max(worst, value / limit if limit else math.inf)
+    return worst
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with None in place of every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def to_text(content: Any) -> str:
+    """JSON as we write it: ASCII, so that lone surrogates survive, and without NaN. Raises ValueError for one."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a results.json. Raises UsageError, in one line, for what is none."""
+    try:
+        content = json.loads(path.read_text("utf-8"), parse_constant=_no_number)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file; pytest --parity-report=DIR writes it") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path}: cut short, or no results.json ({error}); write it again: pytest --parity-report=DIR"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UsageError(f"{path}: no results.json of pytest-logprob-parity; give one that pytest --parity-report=DIR wrote")
+    if content.get("schema") != SCHEMA:
+        raise UsageError(
+            f"{path}: schema {content.get('schema')!r:.20}, this version of pytest-logprob-parity reads {SCHEMA}: render it "
+            f"with the version that wrote it ({content.get('version')!r:.20})"
+        )
+    try:
+        check_shape(content, RESULTS, "it")
+        for check in content["checks"]:
+            for sequence in check["sequences"]:
+                _check_columns(sequence, check["node_id"])
+    except UsageError as error:
+        raise UsageError(f"{path}: not as pytest-logprob-parity writes it: {error}; write it again") from None
+    return content
+
+
+def _check_columns(sequence: Mapping[str, Any], test: str) -> None:
+    """Raise UsageError unless the columns of a sequence have one length."""
+    lengths = {name: len(sequence[name]) for name in _COLUMNS}
+    if len(set(lengths.values())) > 1:
+        raise UsageError(f"sequence {sequence['sequence']} of {test!r:.80} has columns of lengths {lengths}")
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} in place of a number")
+
+
+def merge(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
+    """One content of several: CI's shards, or engines side by side.
+
+    Raises UsageError for results of different projects, and for one golden in two states: two revisions.
+    """
+    (first_path, first), *_ = results
+    digests: dict[str, tuple[str, Path]] = {}
+    for path, content in results:
+        if content["project"] != first["project"]:
+            raise UsageError(
+                f"{path} is of project {content['project']!r}, {first_path} of {first['project']!r}: render them apart"
+            )
+        for check in content["checks"]:
+            golden = check["golden"]
+            known, where = digests.setdefault(golden["path"], (golden["digest"], path))
+            if golden["digest"] and known and golden["digest"] != known:
+                raise UsageError(
+                    f"{golden['path']} is one golden in {where} and another in {path}: two revisions; render them apart"
+                )
+    checks = [check for _, content in results for check in content["checks"]]
+    unused = {name for _, content in results for name in content["unused"]}
+    newest = max(content["created"] for _, content in results)
+    return make_results(checks, created=newest, project=first["project"], prefix=first["prefix"], unused=sorted(unused))
+
+
+def cause_of(check: Mapping[str, Any]) -> str:
+    """The cause in a few words: the first that is named, else all candidates as such (`one of adapter, ...`); or ""."""
+    named = [f"{finding['layer']}: {finding['cause']}" for finding in check["findings"] if finding["cause"]]
+    candidates = dict.fromkeys(name for finding in check["findings"] for name in finding["candidates"])
+    return named[0] if named else f"one of {', '.join(candidates)}" if candidates else ""
+
+
+def title_of(check: Mapping[str, Any]) -> str:
+    """Which check it is: its test and its name, or its golden where there is no test."""
+    name = f" [{check['name']}]" if check["name"] else ""
+    return str(check["node_id"] or check["golden"]["path"]) + name
+
+
+def counts_of(content: Mapping[str, Any]) -> dict[str, int]:
+    """How many checks there are of each outcome, worst first; only those that occur."""
+    outcomes = [check["outcome"] for check in content["checks"]]
+    return {name: outcomes.count(name) for name in OUTCOMES if name in outcomes}

@@ -1,0 +1,462 @@
+"""The report: one results.json, and the page, the Markdown and the annotations that are rendered from it. No engine needed."""
+
+import html
+import json
+import re
+
+import numpy as np
+import pytest
+from reporting import MOVED, PROJECT, command, one_line
+
+from conftest import MODEL, ROOT
+from pytest_logprob_parity import Trace, UsageError
+from pytest_logprob_parity.files import compare_files
+from pytest_logprob_parity.report.results import PLOTS, cause_of, excess, read_results
+from pytest_logprob_parity.report.sequences import texts_of
+from pytest_logprob_parity.report.visible import visible, visible_token
+
+HOSTILE = (
+    "<script>window.pwned = 1</script>", '"><img src=x onerror="window.pwned = 1">', "\u202egnp.exe", "\ud800", "\x00\x1b[31m",
+    "</script><script>window.pwned = 1</script>", "{{ 7 * 7 }}", "<!--", "a\u2028b", "&lt;", "\u0301", "\nnew\tline", "\u200b",
+    "%0A::error::x",
+)  # fmt: skip
+
+
+@pytest.fixture
+def report(project, pytester):
+    """The folder of the report of a run in which one of two checks failed."""
+    project("--parity-report=report").assert_outcomes(passed=1, failed=1)
+    return pytester.path / "report"
+
+
+def numbers_in(value):
+    """Every number in a JSON value."""
+    if isinstance(value, dict):
+        return [n for item in value.values() for n in numbers_in(item)]
+    if isinstance(value, list):
+        return [n for item in value for n in numbers_in(item)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+# -- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_page_its_numbers_and_a_summary(project, pytester):
+    result = project("--parity-report=report")
+    result.stdout.fnmatch_lines(["logprob-parity: 2 checked, 1 failed", "logprob-parity: report in report/index.html"])
+    assert {file.name for file in (pytester.path / "report").iterdir()} == {"index.html", "results.json", "summary.md"}
+    content = read_results(pytester.path / "report" / "results.json")
+    failed, passed = content["checks"]  # worst first
+    assert (failed["node_id"], failed["outcome"], failed["verdict"]) == ("test_it.py::test_moves", "failed", "fail")
+    assert (failed["file"], failed["line"]) == ("test_it.py", 25)
+    assert failed["headline"].startswith("Logprobs are not close: ")
+    assert failed["message"].startswith("fail: Logprobs are not close: ")
+    assert [c["what"] for c in failed["commands"]] == ["accept", "record again", "diagnose", "look closer"]
+    assert (passed["node_id"], passed["outcome"], passed["message"]) == ("test_it.py::test_stays", "passed", "")
+    assert (passed["plots"], passed["sequences"]) == (None, [])  # every bit is the same: there is nothing to plot
+
+
+def test_without_the_option_nothing_is_written(project, pytester):
+    project().assert_outcomes(passed=1, failed=1)
+    assert {path.name for path in pytester.path.iterdir()} >= {"golden", "parity-obtained"}
+    assert not list(pytester.path.rglob("results.json"))
+
+
+def test_its_numbers_are_those_of_diff(report, pytester, capsys):
+    (golden,) = pytester.path.glob(MOVED)
+    obtained = pytester.path / "parity-obtained" / golden.relative_to(pytester.path / "golden")
+    status, out, _ = command(capsys, "diff", golden, obtained, "--json")
+    told, check = json.loads(out), read_results(report / "results.json")["checks"][0]
+    assert status == 1
+    for name in ("verdict", "headline", "metrics", "policy_metrics", "gates", "findings", "difference", "notes", "shows"):
+        assert check[name] == told[name], name
+    assert told["metrics"]["rms_diff"] > 0.2
+    status, out, _ = command(capsys, "report", golden, obtained, "--out", pytester.path / "two")  # and of a report of two files
+    again = read_results(pytester.path / "two" / "results.json")["checks"][0]
+    assert (status, again["metrics"], again["gates"], again["plots"]) == (1, check["metrics"], check["gates"], check["plots"])
+
+
+def test_the_page_and_the_summary_show_the_numbers_of_results_json(report):
+    check = read_results(report / "results.json")["checks"][0]
+    page = html.unescape((report / "index.html").read_text())
+    for gate in check["gates"]:
+        numbers = "".join(f'<td class="num">{x}</td>' for x in _shown(gate["value"], gate["bound"], gate["limit"]))
+        assert f"<td>{gate['name']}</td>{numbers}" in page, gate
+    for name, value in check["metrics"].items():
+        assert f'<td>{name}</td><td class="num">{value:.4g}</td>' in page, name
+    row = next(line for line in (report / "summary.md").read_text().splitlines() if "test&#95;moves" in line)
+    shown = [f"{check['metrics'][name]:.3g}" for name in ("mean_diff", "rms_diff", "max_abs_diff")]
+    assert " | ".join(["360", *shown]) in row
+
+
+def _shown(value, bound, limit):
+    return f"{value:.4g}", "" if bound is None else f"{bound:.4g}", f"{limit:.4g}"
+
+
+def test_plots_and_tokens_are_the_traces_numbers(report, pytester):
+    (golden,) = pytester.path.glob(MOVED)
+    obtained = pytester.path / "parity-obtained" / golden.relative_to(pytester.path / "golden")
+    comparison = compare_files(golden, obtained).comparison
+    e, a = comparison.expected, comparison.actual
+    d = a.logprobs.astype(np.float64) - e.logprobs
+    check = read_results(report / "results.json")["checks"][0]
+    plots = check["plots"]
+    assert set(plots) == set(PLOTS)
+    assert sum(count for _, _, count in plots["scatter"]["cells"]) == sum(plots["histogram"]["counts"]) == 360
+    edges, counts = np.array(plots["histogram"]["edges"]), plots["histogram"]["counts"]
+    np.testing.assert_array_equal(np.histogram(np.clip(d, edges[0], edges[-1]), edges)[0], counts)
+    by_position = np.abs(d).reshape(12, 30)
+    np.testing.assert_allclose(plots["by_position"]["max"], by_position.max(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(plots["by_position"]["median"], np.median(by_position, axis=0), rtol=1e-5)
+    ratio = plots["ratio"]
+    inside = np.abs(np.array(ratio["edges"]) - 1) < ratio["clip"]
+    assert ratio["outside"] == check["metrics"]["share_outside_clip"] == np.mean(np.abs(np.exp(d) - 1) > 0.2)
+    assert inside.any()
+    assert len(check["sequences"]) == 3
+    worst = check["sequences"][0]
+    rms = np.sqrt(np.mean(d.reshape(12, 30) ** 2, axis=1))
+    assert worst["sequence"] == int(np.argmax(rms))
+    rows = slice(*e.bounds(worst["sequence"]))
+    np.testing.assert_allclose(worst["golden"], e.logprobs[rows], rtol=1e-5)
+    np.testing.assert_allclose(worst["now"], a.logprobs[rows], rtol=1e-5)
+    np.testing.assert_allclose(worst["diff"], d[rows], rtol=1e-3)
+    assert worst["ids"] == e.token_ids[rows].tolist()
+    assert worst["golden_ranks"] == e.ranks[rows].tolist()
+
+
+@pytest.mark.parametrize("arguments", [("-n", "2"), ("-n", "2", "--dist=loadfile"), ("-p", "no:cacheprovider")])
+def test_workers_and_one_process_leave_the_same_report(report, pytester, arguments):
+    pytester.runpytest_subprocess("--parity-report=workers", *arguments).assert_outcomes(passed=1, failed=1)
+    alone, workers = (read_results(folder / "results.json") for folder in (report, pytester.path / "workers"))
+    assert workers["checks"] == alone["checks"]
+    assert not list((pytester.path / "workers").glob(".*"))
+
+
+def test_a_check_without_numbers_is_in_it(project, pytester):
+    (golden,) = pytester.path.glob(MOVED)
+    golden.unlink()
+    pytester.makepyfile(test_usage="def test_usage(golden_trace): golden_trace.check(3)")
+    project("--parity-report=report").assert_outcomes(passed=1, failed=2)
+    checks = {c["node_id"]: c for c in read_results(pytester.path / "report" / "results.json")["checks"]}
+    missing, misused = checks["test_it.py::test_moves"], checks["test_usage.py::test_usage"]
+    assert (missing["outcome"], missing["verdict"], missing["metrics"], missing["plots"]) == ("golden", None, {}, None)
+    assert missing["headline"].startswith("no golden at golden/test_it/test_moves-")
+    assert [c["command"] for c in missing["commands"]] == ["pytest test_it.py::test_moves --update-golden"]
+    assert misused["outcome"] == "usage"
+    assert "no golden at golden/test_it/" in (pytester.path / "report" / "index.html").read_text()
+
+
+def test_every_number_is_finite_or_null(project, pytester, monkeypatch):
+    monkeypatch.setenv("SHIFT", "nan")
+    project("--parity-report=report").assert_outcomes(passed=1, failed=1)
+    text = (pytester.path / "report" / "results.json").read_text()
+    content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in results.json"))
+    assert np.isfinite(numbers_in(content)).all()
+    check = content["checks"][0]
+    assert "360 of 360 logprobs are NaN" in check["headline"]
+    assert check["metrics"]["rms_diff"] is None
+    assert set(check["sequences"][0]["states"].values()) == {"no number"}
+
+
+def test_nothing_of_the_environment_is_in_it(project, pytester, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_a_secret_of_the_environment")
+    project("--parity-report=report")
+    for file in (pytester.path / "report").iterdir():
+        assert "a_secret_of_the_environment" not in file.read_text(), file
+        assert str(pytester.path) not in file.read_text(), file
+
+
+# -- from results to results ------------------------------------------------------------------------------------------
+
+
+def test_rendering_again_gives_the_same_report(report, capsys):
+    before = {file.name: file.read_bytes() for file in report.iterdir()}
+    status, out, _ = command(capsys, "report", report)
+    assert (status, out) == (1, f"{report}/index.html: 1 failed, 1 passed\n")
+    assert {file.name: file.read_bytes() for file in report.iterdir()} == before
+
+
+def test_shards_are_merged_and_nothing_is_lost(project, pytester, capsys):
+    project("--parity-report=shards/a", "-k", "moves")
+    project("--parity-report=shards/b", "-k", "stays")
+    status, out, _ = command(capsys, "report", pytester.path / "shards", "--out", pytester.path / "all")
+    assert (status, out) == (1, f"{pytester.path}/all/index.html: 1 failed, 1 passed\n")
+    project("--parity-report=whole")
+    merged, whole = (read_results(pytester.path / name / "results.json") for name in ("all", "whole"))
+    assert merged["checks"] == whole["checks"]
+    assert command(capsys, "report", pytester.path / "shards" / "b", "--out", pytester.path / "b")[0] == 0  # all passed there
+
+
+def test_candidates_are_never_shown_as_the_cause():
+    def finding(layer, cause, *candidates):
+        return {"layer": layer, "cause": cause, "candidates": candidates}
+
+    several = [finding("path", None, "engine_build"), finding("weights", None, "weights_differ")]
+    assert cause_of({"findings": several}) == "one of engine_build, weights_differ"
+    assert cause_of({"findings": [*several, finding("semantic", "temperature")]}) == "semantic: temperature"
+    assert cause_of({"findings": []}) == ""
+
+
+def test_worst_first():
+    def check(*gates, findings=()):
+        return {"gates": [dict(zip(("value", "limit"), gate, strict=True)) for gate in gates], "findings": findings}
+
+    assert excess(check((1, 2), (3, 1))) == 3
+    assert excess(check((0, 0))) == 0
+    assert excess(check((1, 0))) == excess(check((None, 1))) == excess(check(findings=["raw_vs_processed"])) == np.inf
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ü 漢 🙂", "plain ü 漢 🙂"),
+        ("\u202eevil", "⟨U+202E⟩evil"),
+        ("\ud800", "⟨U+D800⟩"),
+        ("\x00\x1b[31m\x7f", "␀␛[31m␡"),
+        ("a\u2028\u200b\u2066\ufeff\x85", "a⟨U+2028⟩⟨U+200B⟩⟨U+2066⟩⟨U+FEFF⟩⟨U+0085⟩"),
+        ("two\nlines\t", "two\nlines\t"),
+    ],
+)
+def test_what_would_be_obeyed_is_shown(text, shown):
+    assert visible(text) == shown
+    visible(text).encode()  # what could not be written as UTF-8 is gone
+
+
+def test_the_text_of_a_token_stays_on_its_line_and_on_its_own_letter():
+    assert visible_token("\n\tx") == "⏎⇥x"
+    assert visible_token("\u0301") == "◌\u0301"
+    assert len(visible_token("x" * 10_000)) == 401
+
+
+def test_hostile_texts_are_escaped_everywhere(pytester, run_inner, monkeypatch):
+    pytester.makepyfile(test_it=PROJECT.format(texts=HOSTILE) + "\ndef test_name(golden_trace):\n"
+                        "    golden_trace.check(rollouts(SHIFT), name='</script><b onclick=x>|`\\n::error::x')")  # fmt: skip
+    run_inner("--update-golden").assert_outcomes(passed=3)
+    monkeypatch.setenv("SHIFT", "-0.3")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "summary"))
+    result = run_inner("--parity-report=report")
+    content = read_results(pytester.path / "report" / "results.json")
+    texts = set(content["checks"][0]["token_texts"].values())
+    assert texts == set(HOSTILE)  # results.json keeps them as they are
+    page = (pytester.path / "report" / "index.html").read_text("utf-8")
+    assert page.count("<script") == page.count("</script>") == 1 + sum(bool(c["sequences"]) for c in content["checks"])
+    assert "<img" not in page
+    assert "<b onclick" not in page
+    assert not set(page) & set("\u202e\u2028\u200b\x00\x1b")
+    assert "&lt;script&gt;window.pwned = 1&lt;/script&gt;" in page
+    assert "⟨U+202E⟩gnp.exe" in page
+    assert "{{ 7 * 7 }}" in page
+    summary = (pytester.path / "summary").read_text("utf-8")
+    assert not re.search(r"<(script|b|img)", summary)
+    table = [line for line in summary.splitlines() if line.startswith("| ❌")]
+    assert len(table) == 2
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 10 for line in table)
+    commands = [line for line in result.outlines if line.startswith("::")]
+    assert len(commands) == 2  # none that a text smuggled in
+    assert all(line.startswith("::error file=test_it.py,line=") for line in commands)
+
+
+def test_texts_come_from_the_trace_else_from_the_models_tokenizer_else_they_are_ids(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    sequences = [{"ids": [20, 21, 10**6], "prompt": [22], "golden_top": [[23, -1.0]], "now_top": [[]]}]
+    trace = Trace.from_sequences([{"prompt_token_ids": [1], "token_ids": [2], "logprobs": [-1.0]}], token_texts={20: "mine"})
+    told = {str(i): tokenizer.decode([i]) for i in (21, 22, 23)}
+    assert texts_of(sequences, trace, tmp_path.joinpath(MODEL)) == {"20": "mine", **told}
+    assert texts_of(sequences, trace, tmp_path) == texts_of(sequences, trace, None) == {"20": "mine"}
+
+
+# -- GitHub -----------------------------------------------------------------------------------------------------------
+
+
+def test_on_github_the_failing_test_is_annotated_and_the_step_has_a_summary(project, pytester, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "step"))
+    assert "::error" not in project("--parity-report=report").stdout.str()  # the variable alone is not GitHub
+    assert not (pytester.path / "step").exists()
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_REPOSITORY", "us/rollouts")
+    (pytester.path / "step").write_text("what was there\n")
+    result = project("--parity-report=report")
+    (line,) = [line for line in result.outlines if line.startswith("::")]
+    title = "test_it.py%3A%3Atest_moves%3A fail"
+    assert line.startswith(f"::error file=test_it.py,line=25,title={title}::Logprobs are not close: ")
+    assert "%0Aaccept: logprob-parity accept parity-obtained/test_it/test_moves-" in line
+    step = (pytester.path / "step").read_text()
+    assert step.startswith("what was there\n### Logprob parity: 1 fail, 1 pass\n")
+    assert step.endswith((pytester.path / "report" / "summary.md").read_text())
+    assert read_results(pytester.path / "report" / "results.json")["project"] == "us/rollouts"
+
+
+def test_a_repo_below_the_repositorys_root_is_annotated_where_it_is(pytester, run_inner, monkeypatch):
+    (pytester.path / ".git").mkdir()
+    below = pytester.mkdir("trainer")
+    (below / "pytest.ini").write_text("[pytest]")
+    (below / "test_it.py").write_text("def test_it(golden_trace): golden_trace.check(3)")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    result = run_inner("--rootdir", below, "--parity-report=report", below)
+    result.stdout.fnmatch_lines(["::error file=trainer/test_it.py,line=1,title=*"])
+
+
+def test_the_command_renders_for_github_what_shards_have_found(report, pytester, capsys, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "step"))
+    status, out, _ = command(capsys, "report", report, "--github")
+    assert status == 1
+    assert out.startswith("::error file=test_it.py,line=25,title=")
+    assert (pytester.path / "step").read_text() == (report / "summary.md").read_text()
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY")
+    assert "GITHUB_STEP_SUMMARY is not set" in command(capsys, "report", report, "--github")[1]
+
+
+def test_the_workflow_to_copy_is_one_and_asks_for_what_there_is(report, capsys):
+    """It is YAML, each command in it is one of ours, and what it uploads is what a run leaves."""
+    import shlex
+
+    import yaml
+
+    text = (ROOT / "examples" / "ci" / "logprob-parity.yml").read_text()
+    jobs = yaml.safe_load(text)["jobs"]
+    assert set(jobs) == {"cpu", "gpu", "report"}
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    ours = [step["run"] for step in steps if "logprob-parity report" in step.get("run", "")]
+    (line,) = ours
+    _, *arguments = shlex.split(line)
+    arguments[arguments.index("shards")] = report
+    assert command(capsys, *arguments[:2], "--out", report)[0] == 1  # it is understood, and renders
+    assert sum("--parity-report=parity-report" in step.get("run", "") for step in steps) == 2
+    uploads = [step["with"]["path"] for step in steps if "upload-artifact" in step.get("uses", "")]
+    assert sum("parity-obtained/**/*.safetensors" in path and "parity-report/" in path for path in uploads) == 2
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    wanted = {name for group in re.findall(r"pytest-logprob-parity\[([\w,]+)\]", text) for name in group.split(",")}
+    assert wanted == {"cpu", "vllm", "report"} <= set(extras)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def edit(report, change):
+    """Change results.json's content in place."""
+    content = json.loads((report / "results.json").read_text())
+    change(content)
+    (report / "results.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, -1])
+def test_results_cut_short(report, capsys, length):
+    file = report / "results.json"
+    file.write_bytes(file.read_bytes()[:length])
+    assert f"{file}: cut short, or no results.json (" in one_line(capsys, "report", report)
+
+
+BAD = {
+    "schema 2, this version of pytest-logprob-parity reads 1: render it with": lambda c: c.update(schema=2),
+    "no results.json of pytest-logprob-parity": lambda c: c.pop("format"),
+    "it is not a mapping with 'checks'": lambda c: c.pop("checks"),
+    "it.checks[0].metrics is not a mapping but 'none'": lambda c: c["checks"][0].update(metrics="none"),
+    "it.checks[1].line is not int but True": lambda c: c["checks"][1].update(line=True),
+    "it.checks[0].gates[2].value is not int or float or null": lambda c: c["checks"][0]["gates"][2].update(value="0"),
+    "has columns of lengths": lambda c: c["checks"][0]["sequences"][0]["golden"].pop(),
+    "NaN in place of a number": lambda c: c["checks"][0]["metrics"].update(rms_diff=float("nan")),
+    "plot 'histogram' is not as": lambda c: c["checks"][0]["plots"]["histogram"].update(edges=[]),
+}
+
+
+@pytest.mark.parametrize("told", BAD)
+def test_results_that_are_none_of_ours(report, capsys, told):
+    edit(report, BAD[told])
+    assert told in one_line(capsys, "report", report)
+
+
+def test_artifacts_of_another_repo_or_revision_are_not_merged(project, pytester, report, capsys, monkeypatch):
+    project("--parity-report=other")
+    edit(pytester.path / "other", lambda c: c.update(project="theirs"))
+    told = one_line(capsys, "report", report, pytester.path / "other", "--out", pytester.path / "out")
+    assert "is of project 'theirs'" in told
+    assert "render them apart" in told
+    project("--update-golden")
+    monkeypatch.setenv("SHIFT", "0.5")
+    project("--parity-report=revision")
+    told = one_line(capsys, "report", report, pytester.path / "revision", "--out", pytester.path / "out")
+    assert re.search(
+        r"golden/test_it/test_moves-.* is one golden in .* and another in .*: two revisions; render them apart", told
+    )
+    assert not (pytester.path / "out").exists()
+
+
+def test_places_without_results(tmp_path, capsys):
+    assert f"{tmp_path}/none: there is no such file" in one_line(capsys, "report", tmp_path / "none")
+    assert f"{tmp_path}: no results.json in it" in one_line(capsys, "report", tmp_path)
+    assert "takes two of them: GOLDEN OBTAINED" in one_line(capsys, "report", tmp_path / "a.safetensors")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(project, pytester, report, capsys):
+    (pytester.path / "file").write_text("somebody's")
+    for folder in ("file", "file/below"):
+        result = project(f"--parity-report={folder}")
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        (line,) = [line for line in result.errlines if line.strip()]
+        assert re.fullmatch(r"ERROR: the report's folder .*file.* cannot be written: .*; name another one", line)
+        assert "cannot be written: " in one_line(capsys, "report", report, "--out", pytester.path / folder)
+    assert (pytester.path / "file").read_text() == "somebody's"
+
+
+def test_a_disk_that_fills_during_the_run_costs_the_report_and_no_verdict(project, pytester, report, monkeypatch):
+    from pytest_logprob_parity import container
+
+    before = {file.name: file.read_bytes() for file in report.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(container, "replace_all", full)
+    result = project("--parity-report=report", "-k", "stays")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(
+        ["logprob-parity: no report: the report's folder * cannot be written: No space left on device*"]
+    )
+    assert {file.name: file.read_bytes() for file in report.iterdir() if file.is_file()} == before
+
+
+def test_libraries_that_are_missing_are_named_before_anything_runs(project, report, capsys, monkeypatch):
+    monkeypatch.setattr("pytest_logprob_parity.report.folder.find_spec", lambda name: None)
+    told = "a report needs Jinja2 and matplotlib: pip install 'pytest-logprob-parity[report]'"
+    result = project("--parity-report=report")
+    assert [line for line in result.errlines if line.strip()] == [f"ERROR: {told}"]
+    assert told in one_line(capsys, "report", report)
+
+
+def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
+    from pytest_logprob_parity.belonging import Checked
+    from pytest_logprob_parity.comparison.verdict import compare
+    from pytest_logprob_parity.golden import Golden
+    from pytest_logprob_parity.report.entry import make_entry
+    from pytest_logprob_parity.report.results import to_text
+
+    scope = {}
+    exec(PROJECT.format(texts=("x",)), scope)
+    sizes = []
+    for sequences, length in ((200, 64), (20, 5000)):
+        golden = scope["rollouts"](sequences=sequences, length=length)
+        checked = Checked(Golden(golden), compare(expected=golden, actual=golden.with_(logprobs=golden.logprobs - 0.3)))
+        about = dict.fromkeys(("node_id", "name", "file", "message", "obtained", "refusal"), "")
+        about |= {"golden": "g", "line": 0, "commands": []}
+        sizes.append(len(to_text(make_entry(about, "failed", "", checked.comparison, checked, tmp_path))))
+    assert max(sizes) < 90_000
+
+
+def test_a_shape_that_does_not_fit_names_the_place():
+    from pytest_logprob_parity.report.shape import Maybe, check_shape
+
+    shape = {"a": [Maybe({str: int})]}
+    check_shape({"a": [None, {"x": 1}], "more": 2}, shape, "it")
+    for value in (True, None, [1], {}):
+        check_shape(value, object, "it")
+    with pytest.raises(UsageError, match="it is not int but True"):
+        check_shape(True, int, "it")
+    with pytest.raises(UsageError, match=r"it\.a\[1\]\['x'\] is not int but 'y'"):
+        check_shape({"a": [None, {"x": "y"}]}, shape, "it")
