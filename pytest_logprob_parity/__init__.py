@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .trainer.scoring import Scorer, scorer
     from .trainer.transformers_scorer import TransformersScorer
     from .weights.adapter import merge_adapter
+    from .weights.probe import write_probe
     from .weights.semantics import assert_weight_update
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ __all__ = [
     "merge_adapter",
     "open_engine",
     "scorer",
+    "write_probe",
 ]
 
 if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt name
@@ -72,6 +74,7 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
         "trainer.scoring": ("Scorer", "scorer"),
         "trainer.transformers_scorer": ("TransformersScorer",),
         "weights.adapter": ("merge_adapter",),
+        "weights.probe": ("write_probe",),
         "weights.semantics": ("assert_weight_update",),
     }
     _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -8,7 +8,16 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import MODEL
-from pytest_logprob_parity import EngineError, EngineSpec, MismatchError, Sampling, Trace, UsageError, assert_weight_update
+from pytest_logprob_parity import (
+    EngineError,
+    EngineSpec,
+    MismatchError,
+    Sampling,
+    Trace,
+    UsageError,
+    assert_weight_update,
+    write_probe,
+)
 
 STEP_2 = f"{MODEL}-step2"
 SAMPLING = Sampling(temperature=0.7, max_tokens=32, ignore_eos=True, seed=1)
@@ -113,6 +122,28 @@ def test_a_prefix_cache_that_outlives_the_weights(pool, questions):
             finding = finding_of(trace, clear_cache=True)
             assert finding.cause == "stale_kv_cache"
             assert "old keys and values of the prompt" in finding.evidence
+
+
+def test_a_probe_tells_old_keys_and_values_from_new_ones_in_bfloat16(pool, questions, tmp_path):
+    probe = write_probe(MODEL, tmp_path / "probe")
+    prompts = [[{"role": "user", "content": " ".join(q[0]["content"] for q in questions(6, seed))}] for seed in range(8)]
+    for caching in (False, True):
+        engine = pool.engine(EngineSpec(MODEL, dtype="bfloat16", enable_prefix_caching=caching))
+        engine.generate(prompts, SAMPLING)
+        engine.update_weights(probe)
+        trace = engine.generate(prompts, SAMPLING)
+        how = {"before": MODEL, "after": probe, "clear_cache": True}
+        if not caching:
+            assert assert_weight_update(trace, **how).passed
+            continue
+        with pytest.raises(MismatchError) as error:
+            assert_weight_update(trace, **how)
+        assert error.value.comparison.findings[0].cause == "stale_kv_cache"
+    with pytest.raises(UsageError, match="exists; give a folder that does not"):
+        write_probe(MODEL, probe)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no safetensors"):
+        write_probe(tmp_path / "empty", tmp_path / "other")
 
 
 def test_others_get_an_engine_with_the_checkpoints_own_weights(pool, spec, questions, updated):
