@@ -41,6 +41,7 @@ def draw(results: Mapping[str, Any], out: Path) -> None:
         axis.set_xlabel("step")
         if name in LOGARITHMIC:
             axis.set_yscale("log")
+            axis.set_ylim(bottom=1e-5)  # the first step of the reference, on its own weights, is far below
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(results), frameon=False)
     figure.savefig(out / "figures.svg", metadata={"Date": None})
 
