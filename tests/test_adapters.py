@@ -179,6 +179,10 @@ def test_merged_and_unmerged_give_the_same_in_float32(pool, steps, rollouts, pro
     assert np.array_equal(engine.replay(rollouts).logprobs, comparison.actual.logprobs)  # it goes on
     with pytest.raises(UsageError, match="is there already"):
         merge_adapter(MODEL, steps[0], tmp_path / "merged")
+    for dtype in ("fp32", "int8"):
+        with pytest.raises(UsageError, match=f"dtype='{dtype}'.*known are float64, float32"):
+            merge_adapter(MODEL, steps[0], tmp_path / "other", dtype=dtype)
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_transformers_engine_merges_it(pool, steps, rollouts):
@@ -251,7 +255,12 @@ BAD = {
     "no config": "has no adapter_config.json",
     "half a config": "adapter_config.json is no JSON object: half-written, or damaged",
     "no rank": "has r=None: a number above 0 is needed",
+    "half a rank": "has r=4.5: a rank is a whole number",
+    "no alpha": "has lora_alpha=inf: a number above 0 is needed",
+    "no pattern": "has rank_pattern={'(q': 4}: numbers above 0 by module names are needed",
+    "a rank of 0": "has rank_pattern={'q_proj': 0}: numbers above 0",
     "dora": "use_dora=True is not supported",
+    "turned around": "fan_in_fan_out=True is not supported",
     "pissa": "init_lora_weights='pissa' changed the weights beneath",
     "no tensors": "has no adapter_model.safetensors",
     "cut short": "half-written, or damaged",
@@ -278,6 +287,12 @@ def bad_adapter(folder, name):
     if name == "no folder":
         return folder
     config = {"no rank": {"r": None}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}.get(name, {})
+    config |= {
+        "half a rank": {"r": 4.5},
+        "no alpha": {"lora_alpha": float("inf")},
+        "no pattern": {"rank_pattern": {"(q": 4}},
+    }.get(name, {})
+    config |= {"a rank of 0": {"rank_pattern": {"q_proj": 0}}, "turned around": {"fan_in_fan_out": True}}.get(name, {})
     config |= {"another rank": {"r": 4}, "another target": {"target_modules": ["q_proj", "c_attn"]}}.get(name, {})
     write_adapter(folder, modules=("self_attn.q_proj",), **config)
     file, q_proj = folder / "adapter_model.safetensors", "base_model.model.model.layers.0.self_attn.q_proj.lora_"

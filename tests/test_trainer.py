@@ -255,6 +255,8 @@ def rollout(**changes):
     ("sequence", "says"),
     [
         (rollout(token_ids=[7, 9999]), "token id 9999 is beyond the 384 of transformers float32: another tokenizer or model"),
+        (rollout(token_ids=[7, -100]), "token id -100 is no token: a label or a filler among the ids"),
+        (rollout(prompt_token_ids=[]), "prompt 0 is empty"),
         (rollout(mask=[False, False]), "every token of these rollouts is masked"),
         (rollout(logprobs=[None, None]), "these rollouts have no logprobs"),
         (rollout(logprobs=[-1.0]), "has 2 token_ids but 1 logprobs"),
@@ -265,6 +267,26 @@ def test_rollouts_that_cannot_be_scored_are_one_line(float32, sequence, says):
         assert_trainer_parity(Trace.from_sequences([sequence]), float32)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_that_only_the_trainer_lacks_accuse_no_engine(rollouts, float32):
+    def broken(token_ids, attention_mask, temperature):
+        logprobs = float32(token_ids, attention_mask, temperature)
+        logprobs[0, -3:] = float("nan")
+        return logprobs
+
+    comparison = compare_with_trainer(rollouts, broken)
+    assert comparison.verdict == "fail"
+    (finding,) = comparison.findings
+    assert (finding.layer, finding.candidates) == ("weights", ("weights_differ", "adapter"))
+    assert "the trainer gives NaN or +inf for" in finding.evidence
+
+
+def test_a_scorer_of_no_known_dtype():
+    with pytest.raises(UsageError, match=r"scorer.dtype='flaot32'.: known are .*, did you mean 'float32'"):
+        scorer(dtype="flaot32")
+    with pytest.raises(UsageError, match=r"scorer.head_dtype='bf16'.: known are"):
+        scorer(dtype="bfloat16", head_dtype="bf16")
 
 
 def test_another_tokenizer_is_told_by_the_texts(float32):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from conftest import MODEL
@@ -139,11 +140,34 @@ def test_a_probe_tells_old_keys_and_values_from_new_ones_in_bfloat16(pool, quest
         with pytest.raises(MismatchError) as error:
             assert_weight_update(trace, **how)
         assert error.value.comparison.findings[0].cause == "stale_kv_cache"
-    with pytest.raises(UsageError, match="exists; give a folder that does not"):
-        write_probe(MODEL, probe)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="holds no safetensors"):
-        write_probe(tmp_path / "empty", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("empty", "holds no safetensors"),
+        ("cut short", "half-written, or damaged"),
+        ("an index without its files", "which its index names: half-written"),
+        ("another architecture", "has no v_proj whose sign could be turned"),
+        ("whole numbers", "a checkpoint of floating point is needed"),
+        ("there already", "is there already"),
+    ],
+)
+def test_a_probe_is_written_whole_or_not_at_all(tmp_path, name, says):
+    out = tmp_path / "probe"
+    if name == "there already":
+        out.mkdir()
+    source = MODEL if name == "there already" else bad_checkpoint(tmp_path, name)
+    with pytest.raises(UsageError, match="^write_probe.*" + says):
+        write_probe(source, out)
+    assert sorted(tmp_path.glob("*probe*")) == ([out] if name == "there already" else [])
+
+
+def test_a_half_written_checkpoint_accuses_no_engine(tmp_path):
+    trace = Trace.from_sequences([{"prompt_token_ids": [5], "token_ids": [6, 7], "logprobs": [-1.0, -1.0]}], dtype="float32")
+    half = bad_checkpoint(tmp_path, "part of it")
+    with pytest.raises(EngineError, match=r"lacks 11 tensors, 'model.layers.3.*half-written"):
+        assert_weight_update(trace.with_(weight_versions=np.ones(2, np.int32)), before=MODEL, after=half)
 
 
 def test_others_get_an_engine_with_the_checkpoints_own_weights(pool, spec, questions, updated):
@@ -190,8 +214,10 @@ def bad_checkpoint(folder: Path, name):
         weights.write_bytes(weights.read_bytes()[:-1000])
     elif name == "an index without its files":
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-2.safetensors"}}')
+    elif name == "whole numbers":
+        save_file({k: (v * 100).to(torch.int8) for k, v in load_file(str(weights)).items()}, str(weights))
     elif name == "another architecture":
-        save_file({f"transformer.{k}": v for k, v in load_file(str(weights)).items()}, str(weights))
+        save_file({f"transformer.{k.replace('v_proj', 'qkv')}": v for k, v in load_file(str(weights)).items()}, str(weights))
     else:
         save_file({k: v for k, v in load_file(str(weights)).items() if ".layers.3." not in k}, str(weights))
     return folder

@@ -12,7 +12,8 @@ from .. import fingerprint
 from ..errors import EngineError, UsageError
 from ..spec import EngineSpec, Sampling, nearest
 from ..weights.adapter import Adapter, apply_adapter
-from .base import Completion, Request, ResolvedConfig, check_readback, reason_of
+from .base import Completion, Request, ResolvedConfig, check_readback
+from .checkpoint import load_whole
 from .float64 import compute_in_float64
 from .head import Head
 
@@ -68,7 +69,7 @@ class TransformersBackend:
                 raise UsageError(f"engine='transformers' has no setting {name!r}{nearest(name, SETTINGS)}")
         try:
             import torch
-            from transformers import AutoModelForCausalLM
+            import transformers  # noqa: F401
         except ImportError as error:
             raise EngineError(f"transformers cannot be imported ({error}); install pytest-logprob-parity[trainer]") from None
         from ..prompts import load_tokenizer
@@ -77,10 +78,7 @@ class TransformersBackend:
         attention = (
             {"attn_implementation": spec.settings["attn_implementation"]} if "attn_implementation" in spec.settings else {}
         )
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(str(model), torch_dtype=dtype, local_files_only=True, **attention)
-        except Exception as error:
-            raise EngineError(f"transformers did not load {spec.model}: {reason_of(error)}") from error
+        loaded = load_whole(model, spec.model, torch_dtype=dtype, **attention)
         if adapter is not None:
             apply_adapter(loaded, adapter)
         if loaded.dtype == torch.float64:

@@ -75,6 +75,8 @@ def compare_with_trainer(
     expected = _as_the_trainer_sees_it(trace, scored)
     limits = trainer_tolerance(trace.dtype, scored.dtype, tolerance)
     comparison = judge(expected, scored, limits, "rl", Evidence(sides=("rollout", "trainer")))
+    if of_trainer := _not_a_number(expected, scored):
+        return dataclasses.replace(comparison, findings=(of_trainer,))
     findings, notes = list(comparison.findings), list(comparison.notes)
     if comparison.verdict == "fail" and not findings and (other := _other_adapter(expected, scored, scorer, batch_size)):
         findings.append(other)
@@ -145,6 +147,17 @@ def _by_a_head(trace: Trace) -> float:
     """The largest RMS (nats) that one side's head in half precision can make: two steps of its grid, over the temperature."""
     step = logit_step(positions_of(trace, trace, align(trace, trace)), golden=True) or _STEP
     return 2 * step / (temperature_of(trace.sampling) or 1.0)
+
+
+def _not_a_number(trace: Trace, scored: Trace) -> Finding | None:
+    """The trainer's own NaN and infinities, of tokens that the rollouts have a number for: its weights, or the scorer."""
+    wrong = trace.mask & np.isfinite(trace.logprobs) & (np.isnan(scored.logprobs) | (scored.logprobs == np.inf))
+    if not wrong.any():
+        return None
+    text = f"the trainer gives NaN or +inf for {int(wrong.sum()):,} tokens that the rollouts have a logprob of"
+    return Finding(
+        "weights", None, f"{text}: its weights or its adapter hold NaN, or the scorer makes them", ("weights_differ", "adapter")
+    )
 
 
 def _forgotten_temperature(trace: Trace, scored: Trace) -> Finding | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..comparison.signatures.truncation import listed_whole
 from ..errors import UsageError
-from ..spec import Sampling
+from ..spec import DTYPES, Sampling, nearest
 from ..trace import FloatArray, Trace
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -42,10 +42,13 @@ class Scorer(Protocol):
 def scorer(*, dtype: str, head_dtype: str = "", divides: str = "float32", name: str = "") -> Callable[[_F], _F]:
     """Declare what a scoring function is: `@scorer(dtype="bfloat16", head_dtype="float32", divides="logits")`.
 
-    Raises UsageError for a place of division that is none.
+    Raises UsageError for a dtype or a place of division that is none.
     """
-    if divides not in DIVISIONS:
-        raise UsageError(f"scorer(divides={divides!r}): known are {', '.join(DIVISIONS)}")
+    for field, value, known in (
+        ("dtype", dtype, DTYPES), ("head_dtype", head_dtype or dtype, DTYPES), ("divides", divides, DIVISIONS),
+    ):  # fmt: skip
+        if value not in known:
+            raise UsageError(f"scorer({field}={value!r}): known are {', '.join(known)}{nearest(str(value), known)}")
 
     def declare(function: _F) -> _F:
         @functools.wraps(function)
@@ -108,6 +111,11 @@ def _check_can_score(trace: Trace, scorer: Any) -> None:
             f"these rollouts were sampled with {trace.sampling.processing()}: a trainer applies no penalty, so its "
             "logprobs are of another distribution; sample without, or compare an engine's raw logprobs"
         )
+    if (empty := np.flatnonzero(np.diff(trace.prompt_offsets) == 0)).size:
+        raise UsageError(f"prompt {empty[0]} is empty: a trainer has no logprob of a token that nothing stands before")
+    for what, ids in (("token id", trace.token_ids), ("prompt token id", trace.prompt_token_ids)):
+        if ids.min(initial=0) < 0:
+            raise UsageError(f"{what} {int(ids.min())} is no token: a label or a filler among the ids")
     vocabulary = getattr(scorer, "vocabulary", None)
     largest = int(max(trace.token_ids.max(initial=0), trace.prompt_token_ids.max(initial=0)))
     if vocabulary is not None and largest >= vocabulary:

@@ -185,20 +185,15 @@ def _other_factors(model: Path, adapter: Path) -> Iterator[tuple[str, float]]:
 def _load(
     folder: Path, dtype: str, device: str | None, adapter: str | Path | None, factor: float
 ) -> tuple[Any, Any]:  # fmt: skip
-    from ..engines.base import reason_of
+    from ..engines.checkpoint import load_whole
 
     found = fingerprint.find_model(str(folder), Path.cwd())
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        import transformers  # noqa: F401
     except ImportError as error:
         raise EngineError(f"transformers cannot be imported ({error}); install pytest-logprob-parity[trainer]") from None
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(found), torch_dtype="auto" if dtype == "auto" else getattr(torch, dtype), local_files_only=True
-        )
-    except Exception as error:
-        raise EngineError(f"transformers did not load {folder}: {reason_of(error)}") from error
+    model = load_whole(found, str(folder), torch_dtype="auto" if dtype == "auto" else getattr(torch, dtype))
     if adapter is not None:
         apply_adapter(model, read_adapter(Path(adapter).absolute(), found), factor)
     from ..prompts import load_tokenizer

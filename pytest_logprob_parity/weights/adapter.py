@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ import numpy as np
 
 from ..errors import UsageError
 from ..fingerprint import digest_of
-from ..spec import nearest
+from ..spec import DTYPES, nearest
+from .rewrite import rewrite_checkpoint
 from .update import shapes_of
 
 CONFIG: Final = "adapter_config.json"
@@ -25,7 +26,8 @@ WEIGHTS: Final = "adapter_model.safetensors"
 _TENSOR: Final = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 #: What changes more than W + scale B A, and the values under which it does not.
 _PLAIN: Final[Mapping[str, tuple[Any, ...]]] = {
-    "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "use_qalora": (False,),
+    "peft_type": ("LORA",), "fan_in_fan_out": (False,), "trainable_token_indices": (None, []),
+    "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "use_qalora": (False,),
     "modules_to_save": (None, []), "layer_replication": (None, []), "alora_invocation_tokens": (None, []),
 }  # fmt: skip
 #: Ways to initialise that change the weights beneath, so that the adapter alone is not what was trained.
@@ -125,23 +127,21 @@ def merge_adapter(model: str | Path, adapter: str | Path, out: str | Path, *, dt
     The merged weights are rounded to `dtype` (by default what each tensor of the checkpoint is in): in bfloat16 this moves
     logprobs by about as much as the checkpoint's own rounding did. Returns `out`.
 
-    Raises UsageError for an adapter that does not fit, and where `out` is there already.
+    Raises UsageError for an adapter that does not fit, a dtype that is none, and where `out` is there already.
     """
     import torch
-    from safetensors.torch import load_file, save_file
 
+    known = [name for name in DTYPES if name != "auto"]
+    if dtype is not None and dtype not in known:
+        raise UsageError(f"merge_adapter(dtype={dtype!r}): known are {', '.join(known)}{nearest(str(dtype), known)}")
     model, out = Path(model), Path(out)
-    read = read_adapter(Path(adapter), model)
-    if out.exists():
-        raise UsageError(f"merge_adapter(out={str(out)!r}): is there already")
-    shutil.copytree(model, out)
-    deltas = dict(read.deltas())
-    for file in sorted(out.glob("*.safetensors")):
-        tensors = load_file(file)
-        for name in tensors:
-            tensor = tensors[name].float() + deltas[name] if name in deltas else tensors[name]
-            tensors[name] = tensor.to(tensors[name].dtype if dtype is None else getattr(torch, dtype)).contiguous()
-        save_file(tensors, file, {"format": "pt"})
+    deltas = dict(read_adapter(Path(adapter), model).deltas())
+
+    def merged(name: str, tensor: Any) -> Any:
+        changed = tensor.float() + deltas[name] if name in deltas else tensor
+        return changed.to(tensor.dtype if dtype is None else getattr(torch, dtype))
+
+    rewrite_checkpoint(model, out, merged, "merge_adapter")
     return out
 
 
@@ -158,8 +158,12 @@ def _config(folder: Path) -> Mapping[str, Any]:
         raise UsageError(f"adapter {folder}: {CONFIG} is no JSON object: half-written, or damaged")
     for name in ("r", "lora_alpha"):
         value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if not _is_positive(value):
             raise UsageError(f"adapter {folder}: {CONFIG} has {name}={value!r}: a number above 0 is needed")
+    if config["r"] != int(config["r"]):
+        raise UsageError(f"adapter {folder}: {CONFIG} has r={config['r']!r}: a rank is a whole number")
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(folder, pattern, config.get(pattern) or {})
     for name, plain in _PLAIN.items():
         if config.get(name, plain[0]) not in plain:
             raise UsageError(f"adapter {folder}: {name}={config[name]!r} is not supported: a plain LoRA has {plain[0]!r}")
@@ -167,6 +171,19 @@ def _config(folder: Path) -> Mapping[str, Any]:
     if isinstance(initial, str) and initial.lower().startswith(_MOVES_THE_BASE):
         raise UsageError(f"adapter {folder}: init_lora_weights={initial!r} changed the weights beneath; convert it with PEFT")
     return config
+
+
+def _is_positive(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+
+
+def _check_pattern(folder: Path, name: str, pattern: Any) -> None:
+    """Raise UsageError for a rank_pattern or alpha_pattern that does not say a number for names."""
+    whole = isinstance(pattern, dict) and all(_is_positive(value) for value in pattern.values())
+    with contextlib.suppress(re.error):
+        if whole and all(re.compile(key) for key in pattern):
+            return
+    raise UsageError(f"adapter {folder}: {CONFIG} has {name}={pattern!r}: numbers above 0 by module names are needed")
 
 
 def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:

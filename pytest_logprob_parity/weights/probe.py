@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import UsageError
+from .rewrite import rewrite_checkpoint
+from .update import shapes_of
+
+_LAYER: Final = re.compile(r".*\blayers\.\d+\.")
 
 #: Noise on every matrix, as a share of its spread: enough for an update to be told from none in bfloat16.
 _NOISE: Final = 0.1
@@ -20,29 +24,26 @@ def write_probe(model: str | Path, out: str | Path) -> Path:
     two cancel, so that the text stays sensible, and values that the old weights computed are wrong by twice their size. A
     little seeded noise on every matrix shows that the update arrived.
 
-    Raises UsageError where the checkpoint has no value and output projections by those names, or `out` exists.
+    Raises UsageError where the checkpoint is not whole, has a layer without value and output projections by those names, or
+    is not of floating point, and where `out` exists.
     """
-    from safetensors.torch import load_file, save_file
-
     source, folder = Path(model), Path(out)
-    files = sorted(source.glob("*.safetensors"))
-    if folder.exists():
-        raise UsageError(f"write_probe: {folder} exists; give a folder that does not")
-    if not files:
-        raise UsageError(f"write_probe: {source} holds no safetensors")
-    shards = {file.name: load_file(str(file)) for file in files}
-    names = [name for tensors in shards.values() for name in tensors]
-    if not any(".v_proj." in n for n in names) or not any(".o_proj." in n for n in names):
-        raise UsageError(f"write_probe: {source} has no v_proj and o_proj, whose signs could cancel: another architecture")
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    for file, tensors in shards.items():
-        save_file({n: _moved(n, t) for n, t in tensors.items()}, str(folder / file), metadata={"format": "pt"})
+    names = shapes_of(source, "write_probe")
+    for layer in sorted({found[0] for name in names if (found := _LAYER.match(name))}):
+        for part in ("v_proj", "o_proj"):
+            if not any(name.startswith(layer) and f".{part}.weight" in name for name in names):
+                raise UsageError(f"write_probe: {layer}* of {source} has no {part} whose sign could be turned")
+    if not any(".v_proj." in name for name in names):
+        raise UsageError(f"write_probe: {source} has no v_proj whose sign could be turned")
+    rewrite_checkpoint(source, folder, _moved, "write_probe")
     return folder
 
 
 def _moved(name: str, tensor: Any) -> Any:
     import torch
 
+    if not tensor.is_floating_point():
+        raise UsageError(f"write_probe: {name} is {tensor.dtype}: a checkpoint of floating point is needed")
     moved = tensor.float()
     if tensor.ndim == 2:
         seeded = torch.Generator().manual_seed(sum(name.encode()))
