@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .pool import Engine, Pool, open_engine
     from .spec import EngineSpec, Sampling
     from .trace import Trace
+    from .trainer.chain import assert_trainer_chain, trainer_chain
     from .trainer.parity import assert_trainer_parity
     from .trainer.scoring import Scorer, scorer
     from .trainer.transformers_scorer import TransformersScorer
@@ -48,6 +49,7 @@ __all__ = [
     "UsageError",
     "assert_logprobs_close",
     "assert_tokens_equal",
+    "assert_trainer_chain",
     "assert_trainer_parity",
     "assert_weight_update",
     "check_golden",
@@ -55,6 +57,7 @@ __all__ = [
     "merge_adapter",
     "open_engine",
     "scorer",
+    "trainer_chain",
     "write_probe",
 ]
 
@@ -70,6 +73,7 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
         "pool": ("Engine", "Pool", "open_engine"),
         "spec": ("EngineSpec", "Sampling"),
         "trace": ("Trace",),
+        "trainer.chain": ("assert_trainer_chain", "trainer_chain"),
         "trainer.parity": ("assert_trainer_parity",),
         "trainer.scoring": ("Scorer", "scorer"),
         "trainer.transformers_scorer": ("TransformersScorer",),

@@ -81,7 +81,7 @@ def _not_subtracted(comparison: Comparison) -> bool:
 
 
 def _numbers(comparison: Comparison) -> list[str]:
-    numbers = comparison.metrics
+    numbers, sides = comparison.metrics, comparison.sides
     total = int(numbers["n_tokens"])
     if _not_subtracted(comparison):
         return [
@@ -91,9 +91,8 @@ def _numbers(comparison: Comparison) -> list[str]:
     if not total:
         return []
     changed = [g for g in comparison.gates if g.name.startswith("tokens off by")]
-    lines = [
-        f"compared     {total:,} tokens of {int(numbers['n_sequences'])} sequences ({numbers['coverage']:.1%} of the golden)"
-    ]
+    share = f"{numbers['coverage']:.1%} of the {sides[0]}"
+    lines = [f"compared     {total:,} tokens of {int(numbers['n_sequences'])} sequences ({share})"]
     if changed:
         gate = changed[0]
         lines.append(

@@ -174,6 +174,7 @@ def test_merged_and_unmerged_give_the_same_in_float32(pool, steps, rollouts, pro
     comparison = compare(expected=rollouts, actual=engine.replay(rollouts))
     assert comparison.verdict == "pass"
     assert comparison.metrics["rms_diff"] < 1e-5
+    assert "float32" in {json.loads((merged / "config.json").read_text()).get(name) for name in ("torch_dtype", "dtype")}
     with pytest.raises(UsageError, match="this engine was started without; give EngineSpec"):
         engine.update_weights(steps[0])
     assert np.array_equal(engine.replay(rollouts).logprobs, comparison.actual.logprobs)  # it goes on
@@ -269,6 +270,9 @@ BAD = {
     "another target": "target module 'c_attn' is none of tiny-arith",
     "another layer": "which tiny-arith does not have, did you mean 'model.layers.",
     "another model": "it belongs to another model",
+    "a target left out": "names 'v_proj' as a target, and no tensor is of one: half-written",
+    "whole numbers": "is I8: one of F32, F16, BF16, F64 is needed",
+    "not a number": "holds 1 NaN or infinities",
     "an embedding": "is no lora_A or lora_B of a linear layer, and would be left out",
 }
 
@@ -294,6 +298,7 @@ def bad_adapter(folder, name):
     }.get(name, {})
     config |= {"a rank of 0": {"rank_pattern": {"q_proj": 0}}, "turned around": {"fan_in_fan_out": True}}.get(name, {})
     config |= {"another rank": {"r": 4}, "another target": {"target_modules": ["q_proj", "c_attn"]}}.get(name, {})
+    config |= {"a target left out": {"target_modules": ["q_proj", "v_proj"]}}.get(name, {})
     write_adapter(folder, modules=("self_attn.q_proj",), **config)
     file, q_proj = folder / "adapter_model.safetensors", "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     tensors = load_file(file)
@@ -311,6 +316,11 @@ def bad_adapter(folder, name):
         save_file({k.replace("layers.0", "layers.9"): v for k, v in tensors.items()}, file)
     elif name == "another model":
         save_file(tensors | {f"{q_proj}B.weight": torch.zeros(64, 8)}, file)
+    elif name == "whole numbers":
+        save_file({k: v.to(torch.int8) for k, v in tensors.items()}, file)
+    elif name == "not a number":
+        tensors[f"{q_proj}A.weight"][1, 1] = float("nan")
+        save_file(tensors, file)
     elif name == "an embedding":
         save_file(tensors | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(8, 384)}, file)
     return folder

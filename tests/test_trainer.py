@@ -12,12 +12,13 @@ from pytest_logprob_parity import (
     Trace,
     TransformersScorer,
     UsageError,
+    assert_trainer_chain,
     assert_trainer_parity,
     check_golden,
     scorer,
+    trainer_chain,
 )
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.trainer.chain import assert_trainer_chain, trainer_chain
 from pytest_logprob_parity.trainer.parity import compare_with_trainer
 from pytest_logprob_parity.trainer.scoring import score
 
@@ -141,6 +142,15 @@ def test_a_trainer_that_forgets_the_temperature_or_shifts_by_one_is_told_so(roll
     assert compare_with_trainer(rollouts, shifted).findings[0].cause == "shifted_positions"
 
 
+def test_rollouts_labelled_with_another_temperature_than_they_were_sampled_at(rollouts, float32):
+    labelled = rollouts.with_(sampling=Sampling(temperature=1.0))  # as a reader does that is not told the sampling
+    comparison = compare_with_trainer(labelled, float32)
+    (finding,) = comparison.findings
+    assert (finding.layer, finding.cause) == ("semantic", "temperature")
+    assert "at a temperature of 0.700 the trainer gives what the rollouts report" in finding.evidence
+    assert "golden" not in " ".join([comparison.headline, *comparison.notes, finding.evidence])
+
+
 def test_truncated_rollouts_are_compared_over_their_kept_sets_or_without_truncation(pool, questions, float32, tmp_path):
     engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
     top_k = Sampling(temperature=0.7, top_k=5, max_tokens=32, n=4, seed=1, logprobs=5)
@@ -259,6 +269,10 @@ def rollout(**changes):
         (rollout(prompt_token_ids=[]), "prompt 0 is empty"),
         (rollout(mask=[False, False]), "every token of these rollouts is masked"),
         (rollout(logprobs=[None, None]), "these rollouts have no logprobs"),
+        (
+            rollout(logprobs=[0.3, 0.9]),
+            "the largest logprob of these rollouts is +0.9: none is above 0; are they probabilities?",
+        ),
         (rollout(logprobs=[-1.0]), "has 2 token_ids but 1 logprobs"),
     ],
 )
@@ -282,6 +296,15 @@ def test_numbers_that_only_the_trainer_lacks_accuse_no_engine(rollouts, float32)
     assert "the trainer gives NaN or +inf for" in finding.evidence
 
 
+def test_zeros_in_place_of_missing_logprobs_are_noted(rollouts, float32):
+    filled = np.where(np.arange(rollouts.num_tokens) % 7, rollouts.logprobs, 0).astype(np.float32)
+    comparison = compare_with_trainer(rollouts.with_(logprobs=filled), float32)
+    assert comparison.verdict == "fail"
+    assert any("logprobs are exactly 0 where the trainer's are not: fillers" in note for note in comparison.notes)
+    unknown = compare_with_trainer(rollouts.with_(dtype="int4"), float32)
+    assert "the rollouts' dtype is not known: the limits are those of bfloat16" in unknown.notes
+
+
 def test_a_scorer_of_no_known_dtype():
     with pytest.raises(UsageError, match=r"scorer.dtype='flaot32'.: known are .*, did you mean 'float32'"):
         scorer(dtype="flaot32")
@@ -301,6 +324,14 @@ def test_logprobs_of_another_shape_and_things_that_are_no_scorer(float32):
         assert_trainer_parity(trace, lambda ids, mask, t: torch.zeros((1, 9)))
     with pytest.raises(UsageError, match="a scorer is a callable"):
         assert_trainer_parity(trace, "float32")
+    with pytest.raises(UsageError, match=r"cannot be called as .token ids, attention mask, temperature.: too many positional"):
+        assert_trainer_parity(trace, lambda ids, mask: ids)
+    with pytest.raises(UsageError, match="gave tuple: one tensor or array of logprobs is expected"):
+        assert_trainer_parity(trace, lambda ids, mask, t: (torch.zeros((1, 3)), None))
+    with pytest.raises(UsageError, match=r"batch_size=2.5: must be a whole number, 1 or more"):
+        assert_trainer_parity(trace, float32, batch_size=2.5)
+    with pytest.raises(UsageError, match=r"dtype=.bfloat16..: the model is loaded already, in float32"):
+        TransformersScorer(float32.model, dtype="bfloat16")
     with pytest.raises(UsageError, match="did you mean 'float32'"):
         TransformersScorer(MODEL, dtype="float23")
 

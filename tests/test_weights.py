@@ -1,5 +1,6 @@
 """Weight updates in flight on a real engine: what it really did to the requests that ran, against transformers."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -163,6 +164,20 @@ def test_a_probe_is_written_whole_or_not_at_all(tmp_path, name, says):
     assert sorted(tmp_path.glob("*probe*")) == ([out] if name == "there already" else [])
 
 
+def test_a_probe_of_a_tied_checkpoint_stays_tied(tmp_path):
+    from safetensors.torch import save_file
+
+    tied = tmp_path / "tied"
+    shutil.copytree(MODEL, tied)
+    tensors = load_file(str(tied / "model.safetensors"))
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, str(tied / "model.safetensors"))
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    probe = load_file(str(write_probe(tied, tmp_path / "probe") / "model.safetensors"))
+    assert torch.equal(probe["lm_head.weight"], probe["model.embed_tokens.weight"])
+    assert not torch.equal(probe["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
 def test_a_half_written_checkpoint_accuses_no_engine(tmp_path):
     trace = Trace.from_sequences([{"prompt_token_ids": [5], "token_ids": [6, 7], "logprobs": [-1.0, -1.0]}], dtype="float32")
     half = bad_checkpoint(tmp_path, "part of it")
@@ -186,6 +201,9 @@ def test_others_get_an_engine_with_the_checkpoints_own_weights(pool, spec, quest
         ("an index without its files", "which its index names: half-written"),
         ("another architecture", "another architecture; the engine keeps the weights it has"),
         ("part of it", "lacks"),
+        ("whole numbers", "is of whole numbers in"),
+        ("another model type", "is 'llama' by its config.json, tiny-arith is 'qwen3'"),
+        ("half a config", "config.json is no JSON object: half-written, or damaged"),
     ],
 )
 def test_what_cannot_be_loaded_leaves_the_engine_with_the_weights_it_had(pool, spec, questions, tmp_path, name, says):
@@ -214,6 +232,10 @@ def bad_checkpoint(folder: Path, name):
         weights.write_bytes(weights.read_bytes()[:-1000])
     elif name == "an index without its files":
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-2.safetensors"}}')
+    elif name == "another model type":
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    elif name == "half a config":
+        (folder / "config.json").write_text('{"model_type": ')
     elif name == "whole numbers":
         save_file({k: (v * 100).to(torch.int8) for k, v in load_file(str(weights)).items()}, str(weights))
     elif name == "another architecture":
@@ -232,6 +254,8 @@ def test_modes_and_traces_that_do_not_exist(pool, spec, questions, updated):
     plain = Trace.from_sequences([{"prompt_token_ids": [5], "token_ids": [6, 7], "logprobs": [-1.0, -1.0]}])
     with pytest.raises(UsageError, match="does not say which weights wrote its tokens"):
         check(plain)
+    with pytest.raises(UsageError, match=r"'lm_head.weight' is list: torch tensors by checkpoint names are needed"):
+        engine.update_weights({"lm_head.weight": [1.0, 2.0]})
 
 
 def test_an_engine_that_died_says_that_its_updates_died_with_it(pool, spec):

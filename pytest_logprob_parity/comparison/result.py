@@ -38,6 +38,13 @@ def in_words(side: str) -> str:
     return side if side == SIDES[1] else f"in the {side}"
 
 
+def by_their_names(text: str, sides: tuple[str, str]) -> str:
+    """A sentence about `the golden` and `this run`, where the two sides are called otherwise."""
+    if sides == SIDES:
+        return text
+    return text.replace("the golden", f"the {sides[0]}").replace("this run", f"the {sides[1]}")
+
+
 @dataclass(frozen=True)
 class Finding:
     """One cause: its layer, its name (None where the evidence does not single one out), candidates, and evidence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,7 +20,7 @@ from .effects import gates_of, what_it_shows
 from .free_run import judge_free_run
 from .gaps import with_gap
 from .permutation import ALPHA, block_permutation_test
-from .result import SIDES, Comparison, Difference, Finding, FreeRun, Gate, TokenDiff
+from .result import SIDES, Comparison, Difference, Finding, FreeRun, Gate, TokenDiff, by_their_names
 from .signatures.head import head_finding
 from .signatures.positions import positions_of
 from .signatures.semantics import bears_out, different_meaning, label_findings, semantic_findings, unsure_of
@@ -154,23 +155,24 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
     )
     if verdict == "pass" and not exact:
         findings.append(_noise(numbers, gates))
+    sides = evidence.sides
     return Comparison(
         verdict=verdict,
-        headline=headline,
+        headline=by_their_names(headline, sides),
         metrics=numbers,
-        findings=tuple(findings),
+        findings=tuple(dataclasses.replace(f, evidence=by_their_names(f.evidence, sides)) for f in findings),
         gates=gates,
         worst=_worst(expected, actual, rows, e, a),
         expected=expected,
         actual=actual,
         policy_metrics=_policy_metrics(expected, evidence.policy_logprobs, rows),
         free_run=evidence.free_run,
-        notes=tuple(notes),
+        notes=tuple(by_their_names(note, sides) for note in notes),
         level=level,
         setup=evidence.setup,
         difference=difference,
         clusters=clusters,
-        sides=evidence.sides,
+        sides=sides,
         shows=()
         if clusters is None or not gates
         else what_it_shows(clusters, gates, limits, int(numbers["n_tokens"]), int(numbers["n_sequences"])),

@@ -190,7 +190,7 @@ class VllmBackend:
         """What a started engine says of itself and does not do. Raises EngineError."""
         self._check_adapter()
         wish = (asked.get("hf_overrides") or {}).get("head_dtype") if isinstance(asked.get("hf_overrides"), dict) else None
-        if wish == "float32" and self.config.dtype in ("bfloat16", "float16"):
+        if str(wish).removeprefix("torch.") in ("float32", "float", "fp32") and self.config.dtype in ("bfloat16", "float16"):
             grid = measured_grid(self._probe(self._lora.request).top_logprobs)
             if grid:
                 raise EngineError(

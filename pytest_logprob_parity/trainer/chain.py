@@ -74,13 +74,14 @@ def trainer_chain(
         )
     small, large = (score(rollouts, scorer, batch_size=size) for size in batch_sizes)
     prefill, decode = engine.replay(rollouts, "prefill"), engine.replay(rollouts, "decode")
-    ends: tuple[tuple[str, Trace, Trace], ...] = (
-        (f"trainer, batches of {batch_sizes[0]} = of {batch_sizes[1]}", small, large),
-        ("trainer = engine prefill", prefill, large),
-        ("engine prefill = engine decode", decode, prefill),
-        ("engine decode, one at a time = all at once", decode, _one_at_a_time(engine, rollouts)),
+    alone = _one_at_a_time(engine, rollouts)
+    ends: tuple[tuple[str, tuple[str, str], Trace, Trace], ...] = (
+        (f"trainer, batches of {batch_sizes[0]} = of {batch_sizes[1]}", ("small batches", "large batches"), small, large),
+        ("trainer = engine prefill", ("prefill", "trainer"), prefill, large),
+        ("engine prefill = engine decode", ("decode", "prefill"), decode, prefill),
+        ("engine decode, one at a time = all at once", ("batched decode", "decode one at a time"), decode, alone),
     )
-    return Chain(tuple(Link(name, _judge(a, b, tolerance)) for name, a, b in ends))
+    return Chain(tuple(Link(name, _judge(a, b, sides, tolerance)) for name, sides, a, b in ends))
 
 
 def assert_trainer_chain(
@@ -103,10 +104,10 @@ def _one_at_a_time(engine: Engine, rollouts: Trace) -> Trace:
                           top_token_ids=rollouts.top_token_ids[:, :0])  # fmt: skip
 
 
-def _judge(one: Trace, other: Trace, tolerance: Any) -> Comparison:
+def _judge(one: Trace, other: Trace, sides: tuple[str, str], tolerance: Any) -> Comparison:
     one, other = (_bare(trace) for trace in (one, other))
     limits = make_tolerance(trainer_tolerance(one.dtype, other.dtype), tolerance)
-    return judge(one, other, limits, "rl", Evidence(sides=("one end", "other end")))
+    return judge(one, other, limits, "rl", Evidence(sides=sides))
 
 
 def _bare(trace: Trace) -> Trace:

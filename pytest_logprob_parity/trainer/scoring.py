@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
@@ -17,6 +19,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 #: Where a scorer divides by the temperature: the logits as the head gave them, or after they were made float32.
 DIVISIONS: Final = ("logits", "float32")
+
+#: What rounding makes of a logprob of 0, in nats.
+_POSITIVE: Final = 0.02
 
 
 class Scorer(Protocol):
@@ -61,8 +66,17 @@ def scorer(*, dtype: str, head_dtype: str = "", divides: str = "float32", name: 
     return declare
 
 
-def score(trace: Trace, scorer: Scorer, *, batch_size: int = 16) -> Trace:
+def score(
+    trace: Trace,
+    scorer: Scorer,
+    *,
+    batch_size: int = 16,
+    temperature: float | None = None,
+    sequences: Sequence[int] | None = None,
+) -> Trace:
     """The scorer's logprobs of the tokens of `trace`, as a trace of its own: path `prefill`, no top-k.
+
+    `temperature` takes the place of the rollouts' own; `sequences` are those to score (default: all), NaN in the others.
 
     Masked tokens are context and get no logprob. Where the rollouts were truncated the scorer's numbers are over the kept
     sets, if it can do that and the trace lists them whole; else over all tokens, to go with `untruncated_logprobs`.
@@ -71,9 +85,9 @@ def score(trace: Trace, scorer: Scorer, *, batch_size: int = 16) -> Trace:
     """
     _check_can_score(trace, scorer)
     kept = _kept_sets(trace, scorer)
-    temperature = temperature_of(trace.sampling)
+    temperature = temperature_of(trace.sampling) if temperature is None else temperature
     logprobs = np.full(trace.num_tokens, np.nan, np.float32)
-    for batch in _batches(trace, batch_size):
+    for batch in _batches(trace, range(trace.num_sequences) if sequences is None else sequences, batch_size):
         for sequence, values in zip(batch, _score_batch(trace, scorer, batch, temperature, kept), strict=True):
             start, stop = trace.bounds(sequence)
             logprobs[start:stop] = values
@@ -102,10 +116,19 @@ def name_of(scorer: Any) -> str:
 def _check_can_score(trace: Trace, scorer: Any) -> None:
     if not callable(scorer):
         raise UsageError(f"a scorer is a callable (token ids, attention mask, temperature) -> logprobs, not {scorer!r:.60}")
+    with contextlib.suppress(ValueError):  # what is written in C does not tell
+        try:
+            inspect.signature(scorer).bind(None, None, 1.0)
+        except TypeError as error:
+            raise UsageError(
+                f"{name_of(scorer)} cannot be called as (token ids, attention mask, temperature): {error}"
+            ) from None
     if not trace.mask.any():
         raise UsageError("every token of these rollouts is masked: there is nothing for a trainer to score")
     if np.isnan(trace.logprobs[trace.mask]).all():
         raise UsageError("these rollouts have no logprobs: ask the engine for them (SamplingParams(logprobs=0) or more)")
+    if (largest := float(trace.logprobs[trace.mask & np.isfinite(trace.logprobs)].max(initial=-np.inf))) > _POSITIVE:
+        raise UsageError(f"the largest logprob of these rollouts is {largest:+.3g}: none is above 0; are they probabilities?")
     if trace.sampling.penalizes:
         raise UsageError(
             f"these rollouts were sampled with {trace.sampling.processing()}: a trainer applies no penalty, so its "
@@ -157,12 +180,12 @@ def _kept_sets(trace: Trace, scorer: Any) -> Any:
     return np.where(np.isfinite(trace.top_logprobs), trace.top_token_ids, -1)
 
 
-def _batches(trace: Trace, size: int) -> Iterator[list[int]]:
+def _batches(trace: Trace, sequences: Sequence[int], size: int) -> Iterator[list[int]]:
     """Sequences of like lengths together, longest first."""
-    if size < 1:
-        raise UsageError(f"batch_size={size}: must be 1 or more")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UsageError(f"batch_size={size!r}: must be a whole number, 1 or more")
     lengths = np.diff(trace.prompt_offsets)[trace.group] + np.diff(trace.sequence_offsets)
-    order = np.argsort(-lengths, kind="stable").tolist()
+    order = sorted(sequences, key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
@@ -179,8 +202,7 @@ def _score_batch(
         ids[n, : len(row)] = torch.tensor(row)
         mask[n, : len(row)] = 1
     more = {} if kept is None else _padded_kept(trace, kept, batch, rows, width)
-    answer = scorer(ids, mask, temperature, **more)
-    values = answer.detach().float().cpu().numpy() if hasattr(answer, "detach") else np.asarray(answer, np.float32)
+    values = _as_array(scorer(ids, mask, temperature, **more), scorer)
     if values.shape not in {(len(rows), width - 1), (len(rows), width)}:
         raise UsageError(
             f"{name_of(scorer)} gave logprobs of shape {list(values.shape)} for token ids of shape {[len(rows), width]}: "
@@ -190,6 +212,14 @@ def _score_batch(
     for n, sequence in enumerate(batch):
         stop, length = len(rows[n]) - 1, len(trace.completion(sequence))
         yield values[n, stop - length : stop]
+
+
+def _as_array(answer: Any, scorer: Any) -> FloatArray:
+    if hasattr(answer, "detach"):
+        return answer.detach().float().cpu().numpy()  # type: ignore[no-any-return]
+    if isinstance(answer, np.ndarray) and answer.dtype.kind in "fiu":
+        return answer.astype(np.float32)
+    raise UsageError(f"{name_of(scorer)} gave {type(answer).__name__}: one tensor or array of logprobs is expected")
 
 
 def _padded_kept(trace: Trace, kept: Any, batch: Sequence[int], rows: Sequence[Sequence[int]], width: int) -> dict[str, Any]:

@@ -15,17 +15,20 @@ from .scoring import DIVISIONS
 
 #: Tokens whose logits over the whole vocabulary are in memory at once.
 CHUNK: Final = 1024
+#: Numbers that a CPU's cache holds, of a few megabytes.
+_CACHED: Final = 1 << 20
 
 
 class TransformersScorer:
     """Logprobs of given tokens by a causal transformers model (see Scorer).
 
     `model` is a folder (nothing is fetched) or a loaded model, `adapter` the folder of a LoRA adapter to merge into it (times
-    `adapter_factor`), for a model that comes as a folder; `dtype` its precision (`float64` to `bfloat16`), `head_dtype`
-    that of its head (by default the model's), `divides` where the temperature goes: `logits`, in the head's precision, as
-    TRL and veRL do, or `float32`. `packed` puts a batch's sequences one after another in one row, with positions that begin
-    anew, as trainers without padding do. `chunk_tokens` rows of logits [tokens, vocabulary] are in memory at once; logprobs
-    do not depend on it. Runs where the model is: on a GPU if there is one, for a folder.
+    `adapter_factor`), for a model that comes as a folder; `dtype` its precision (`float64` to `bfloat16`; by default float32,
+    and that of a loaded model), `head_dtype` that of its head (by default the model's), `divides` where the temperature goes:
+    `logits`, in the head's precision, as TRL and veRL do, or `float32`. `packed` puts a batch's sequences one after another
+    in one row, with positions that begin anew, as trainers without padding do. `chunk_tokens` rows of logits [tokens,
+    vocabulary] are in memory at once; logprobs do not depend on it. Runs where the model is: on a GPU if there is one, for a
+    folder.
 
     Raises UsageError for a folder or settings that do not exist, EngineError where the model does not load.
     """
@@ -36,7 +39,7 @@ class TransformersScorer:
         self,
         model: Any,
         *,
-        dtype: str = "float32",
+        dtype: str | None = None,
         head_dtype: str | None = None,
         divides: str = "float32",
         packed: bool = False,
@@ -49,13 +52,15 @@ class TransformersScorer:
         from ..engines.head import Head
 
         for name, value, known in (
-            ("dtype", dtype, DTYPES), ("head_dtype", head_dtype or dtype, DTYPES), ("divides", divides, DIVISIONS),
-        ):  # fmt: skip
+            ("dtype", dtype or "auto", DTYPES),
+            ("head_dtype", head_dtype or dtype or "auto", DTYPES),
+            ("divides", divides, DIVISIONS),
+        ):
             if value not in known:
                 hint = f"known are {', '.join(known)}{nearest(str(value), known)}"
                 raise UsageError(f"TransformersScorer({name}={value!r}): {hint}")
-        if chunk_tokens < 1:
-            raise UsageError(f"TransformersScorer(chunk_tokens={chunk_tokens}): must be 1 or more")
+        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+            raise UsageError(f"TransformersScorer(chunk_tokens={chunk_tokens!r}): must be a whole number, 1 or more")
         self.tokenizer: Any = None
         self._settings: dict[str, Any] = {
             "dtype": dtype, "head_dtype": head_dtype, "divides": divides, "packed": packed, "chunk_tokens": chunk_tokens,
@@ -63,13 +68,17 @@ class TransformersScorer:
         }  # fmt: skip
         self._adapter = (model, adapter) if adapter is not None else None
         if isinstance(model, (str, Path)):
-            model, self.tokenizer = _load(Path(model), dtype, device, adapter, adapter_factor)
+            model, self.tokenizer = _load(Path(model), dtype or "float32", device, adapter, adapter_factor)
         elif adapter is not None:
             raise UsageError(
                 "TransformersScorer(adapter=...): the model is loaded already; give its folder, or merge it yourself"
             )
         self.model = model.eval()
         self.dtype = str(model.dtype).removeprefix("torch.")
+        if dtype not in (None, "auto", self.dtype):
+            raise UsageError(
+                f"TransformersScorer(dtype={dtype!r}): the model is loaded already, in {self.dtype}; give its folder"
+            )
         if self.dtype == "float64":
             compute_in_float64(model)
         self._head = Head(model, head_dtype)
@@ -159,13 +168,22 @@ class TransformersScorer:
             else:
                 logits = logits.to(exact)
                 logits = logits.div_(temperature) if temperature != 1 else logits
-            total = logits.logsumexp(-1)
+            total = _logsumexp(logits)
             if kept is not None:
                 ids, used = kept[0][chunk], kept[1][chunk]
                 inside = logits.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf).logsumexp(-1)
                 total = torch.where(used, inside, total)
             pieces.append(logits.gather(-1, targets[chunk][:, None])[:, 0] - total)
         return torch.cat(pieces) if pieces else rows.new_zeros(0, dtype=exact)
+
+
+def _logsumexp(logits: Any) -> Any:
+    """log sum exp [n] over the last axis of [n, V]; on a CPU by so few rows that its temporaries stay in the cache."""
+    import torch
+
+    if logits.device.type != "cpu":
+        return logits.logsumexp(-1)
+    return torch.cat([rows.logsumexp(-1) for rows in logits.split(max(1, _CACHED // logits.shape[-1]))])
 
 
 def _other_factors(model: Path, adapter: Path) -> Iterator[tuple[str, float]]:

@@ -30,6 +30,10 @@ _PLAIN: Final[Mapping[str, tuple[Any, ...]]] = {
     "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "use_qalora": (False,),
     "modules_to_save": (None, []), "layer_replication": (None, []), "alora_invocation_tokens": (None, []),
 }  # fmt: skip
+#: Floating-point formats of safetensors: the unsigned integer of their width, and the bits whose being set means no number.
+_EXPONENTS: Final[Mapping[str, tuple[str, int]]] = {
+    "F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F64": ("<u8", 0x7FF0000000000000),
+}  # fmt: skip
 #: Ways to initialise that change the weights beneath, so that the adapter alone is not what was trained.
 _MOVES_THE_BASE: Final = ("pissa", "olora", "corda", "loftq")
 
@@ -141,7 +145,7 @@ def merge_adapter(model: str | Path, adapter: str | Path, out: str | Path, *, dt
         changed = tensor.float() + deltas[name] if name in deltas else tensor
         return changed.to(tensor.dtype if dtype is None else getattr(torch, dtype))
 
-    rewrite_checkpoint(model, out, merged, "merge_adapter")
+    rewrite_checkpoint(model, out, merged, "merge_adapter", dtype)
     return out
 
 
@@ -226,6 +230,11 @@ def _check_fits(
                 f"adapter {folder}: target module {target!r} is none of {model.name}"
                 f"{nearest(str(target), {name.rpartition('.')[2] for name in known})}"
             )
+    for target in targets if isinstance(targets, list) else []:
+        if not any(f".{module}".endswith(f".{target}") for module in shapes):
+            raise UsageError(
+                f"adapter {folder}: {CONFIG} names target module {target!r}, and no tensor is of one: half-written"
+            )
     for module, sides in shapes.items():
         weight, change = have.get(f"{module}.weight"), (sides["B"][0], sides["A"][1])
         if weight is None:
@@ -249,11 +258,22 @@ def _content(file: Path) -> tuple[dict[str, Any], bool]:
     for name in sorted(header.keys() - {"__metadata__"}):
         first, last = header[name]["data_offsets"]
         values = data[start + first : start + last]
+        _check_finite(file, name, header[name]["dtype"], values)
         tensors["-".join(_module_and_side(name))] = [
             header[name]["dtype"], header[name]["shape"], hashlib.sha256(values).hexdigest()
         ]  # fmt: skip
         is_zero = is_zero and (_module_and_side(name)[1] == "A" or _all_zero(values, header[name]["shape"]))
     return tensors, is_zero
+
+
+def _check_finite(file: Path, name: str, dtype: str, values: memoryview) -> None:
+    """Raise UsageError for a tensor that is not of floating point, or that holds NaN or infinities."""
+    if dtype not in _EXPONENTS:
+        raise UsageError(f"adapter {file.parent}: {name} is {dtype}: one of {', '.join(_EXPONENTS)} is needed")
+    kind, exponent = _EXPONENTS[dtype]
+    broken = int(np.count_nonzero(np.frombuffer(values, kind) & exponent == exponent))
+    if broken:
+        raise UsageError(f"adapter {file.parent}: {name} holds {broken:,} NaN or infinities")
 
 
 def _all_zero(values: memoryview, shape: Sequence[int]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ..errors import UsageError
 from .rewrite import rewrite_checkpoint
-from .update import shapes_of
+from .update import shapes_of, tied_heads
 
 _LAYER: Final = re.compile(r".*\blayers\.\d+\.")
 
@@ -35,7 +35,13 @@ def write_probe(model: str | Path, out: str | Path) -> Path:
                 raise UsageError(f"write_probe: {layer}* of {source} has no {part} whose sign could be turned")
     if not any(".v_proj." in name for name in names):
         raise UsageError(f"write_probe: {source} has no v_proj whose sign could be turned")
-    rewrite_checkpoint(source, folder, _moved, "write_probe")
+    tied = tied_heads(source)
+    embeddings = next((name for name in names if name.endswith("embed_tokens.weight")), "")
+
+    def moved(name: str, tensor: Any) -> Any:
+        return _moved(embeddings if name in tied else name, tensor)
+
+    rewrite_checkpoint(source, folder, moved, "write_probe")
     return folder
 
 

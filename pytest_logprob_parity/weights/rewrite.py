@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .update import shapes_of
+from .update import read_config, shapes_of
 
 
-def rewrite_checkpoint(model: Path, out: Path, change: Callable[[str, Any], Any], what: str) -> None:
-    """Write the checkpoint `out`: `model` with every tensor as `change(name, tensor)` gives it. Other files are copied.
+def rewrite_checkpoint(
+    model: Path, out: Path, change: Callable[[str, Any], Any], what: str, dtype: str | None = None
+) -> None:  # fmt: skip
+    """Write the checkpoint `out`: `model` with every tensor as `change(name, tensor)` gives it. Other files are copied; where
+    `change` makes another `dtype` of all of them, config.json says so.
 
     Raises UsageError, in the name of `what`, where `out` is there already or `model` is not whole.
     """
@@ -29,4 +33,8 @@ def rewrite_checkpoint(model: Path, out: Path, change: Callable[[str, Any], Any]
         for file in sorted(half.glob("*.safetensors")):
             tensors = {name: change(name, tensor).contiguous() for name, tensor in load_file(str(file)).items()}
             save_file(tensors, str(file), {"format": "pt"})
+        if dtype is not None:
+            config = read_config(half)
+            name = "torch_dtype" if "torch_dtype" in config else "dtype"
+            (half / "config.json").write_text(json.dumps({**config, name: dtype}, indent=2) + "\n", "utf-8")
         half.rename(out)

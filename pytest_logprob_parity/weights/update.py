@@ -62,12 +62,7 @@ def shapes_of(weights: Path | Mapping[str, Any], what: str = "weight update") ->
     Raises UsageError, in one line that begins with `what`, for a folder that holds no safetensors, lacks a file of its index,
     or holds one that is cut short.
     """
-    if isinstance(weights, Mapping):
-        return {name: tuple(int(n) for n in tensor.shape) for name, tensor in weights.items()}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in _files(weights, what):
-        shapes |= _shapes_in(file, what)
-    return shapes
+    return {name: shape for name, (shape, _) in _headers(weights, what).items()}
 
 
 def check_fits(update: WeightUpdate, model: Path) -> None:
@@ -75,21 +70,28 @@ def check_fits(update: WeightUpdate, model: Path) -> None:
 
     Output heads that are tied to the embeddings may be there or not. A mapping may leave tensors out: they stay as they are.
     """
-    have, come = shapes_of(model), shapes_of(update.weights)
+    have, come = _headers(model, "model"), _headers(update.weights, "weight update")
     what = str(update.weights) if isinstance(update.weights, Path) else "the mapping of tensors"
+    if isinstance(update.weights, Path):
+        _check_same_model_type(update.weights, model)
     if not come:
         raise UsageError(f"weight update: {what} holds no tensors")
     tied = tied_heads(model)
-    for name, shape in come.items():
+    for name, (shape, floating) in come.items():
         if name not in have and name not in tied:
             raise UsageError(
                 f"weight update: {what} has a tensor {name!r} that {model.name} does not have{nearest(name, have)}: another "
                 "architecture; the engine keeps the weights it has"
             )
-        if name in have and have[name] != shape:
+        if name in have and have[name][0] != shape:
             raise UsageError(
-                f"weight update: {name!r} is {list(shape)} in {what} and {list(have[name])} in {model.name}: another "
+                f"weight update: {name!r} is {list(shape)} in {what} and {list(have[name][0])} in {model.name}: another "
                 "architecture; the engine keeps the weights it has"
+            )
+        if name in have and have[name][1] and not floating:
+            raise UsageError(
+                f"weight update: {name!r} is of whole numbers in {what}, and of floating point in {model.name}: quantized; the "
+                "engine keeps the weights it has"
             )
     missing = sorted(set(have) - set(come) - tied)
     if missing and isinstance(update.weights, Path):
@@ -105,8 +107,8 @@ def _files(folder: Path, what: str) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+            names = sorted({str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise UsageError(f"{what}: {index} is no index: half-written, or damaged") from None
         files = [folder / name for name in names]
         for file in files:
@@ -119,18 +121,59 @@ def _files(folder: Path, what: str) -> list[Path]:
     return files
 
 
-def _shapes_in(file: Path, what: str) -> dict[str, tuple[int, ...]]:
+def _headers(weights: Path | Mapping[str, Any], what: str) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Shape of every tensor, and whether it is of floating point; raises as shapes_of."""
+    headers: dict[str, tuple[tuple[int, ...], bool]] = {}
+    if not isinstance(weights, Mapping):
+        for file in _files(weights, what):
+            headers |= _headers_in(file, what)
+        return headers
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not hasattr(tensor, "is_floating_point"):
+            raise UsageError(f"{what}: {name!r} is {type(tensor).__name__}: torch tensors by checkpoint names are needed")
+        headers[name] = (tuple(int(n) for n in tensor.shape), bool(tensor.is_floating_point()))
+    return headers
+
+
+def _headers_in(file: Path, what: str) -> dict[str, tuple[tuple[int, ...], bool]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), "numpy") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            return {name: (tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF"))) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{what}: {file} cannot be read ({error}): half-written, or damaged") from None
 
 
 def tied_heads(model: Path) -> set[str]:
-    """Tensors that a checkpoint may leave out: an output head that is the embeddings."""
-    config = json.loads((model / "config.json").read_text("utf-8"))
+    """Tensors that a checkpoint may leave out: an output head that is the embeddings. Raises as read_config."""
+    config = read_config(model)
     config = config.get("text_config", config)
     return {"lm_head.weight"} if config.get("tie_word_embeddings", False) else set()
+
+
+def read_config(model: Path) -> dict[str, Any]:
+    """The `config.json` of a checkpoint. Raises UsageError, in one line, where it is missing, half-written or damaged."""
+    file = model / "config.json"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{model} has no config.json: half-written, or no checkpoint") from None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("text_config", {}), dict):
+        raise UsageError(f"{file} is no JSON object: half-written, or damaged")
+    return config
+
+
+def _check_same_model_type(weights: Path, model: Path) -> None:
+    """Raise UsageError where a checkpoint that comes with a config is one of another architecture by its own account."""
+    if not (weights / "config.json").is_file():
+        return  # trainers also write tensors alone
+    comes, has = (read_config(folder).get("model_type") for folder in (weights, model))
+    if comes != has:
+        raise UsageError(
+            f"weight update: {weights} is {comes!r} by its config.json, {model.name} is {has!r}: another architecture; the "
+            "engine keeps the weights it has"
+        )

@@ -1,0 +1,184 @@
+"""Why a trainer does not agree with the rollouts, by name where arithmetic or the trainer itself can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from ..comparison.alignment import align
+from ..comparison.result import Comparison, Finding
+from ..comparison.signatures.head import logit_step
+from ..comparison.signatures.positions import positions_of
+from ..comparison.tolerance import DEFAULTS
+from ..golden import Golden
+from ..trace import Trace
+from .scoring import name_of, score, temperature_of
+
+#: Positions whose top-k lists so much of the probability say what their distribution would be at another temperature.
+_LISTED: Final = 0.999
+_ENOUGH: Final = 50
+#: The grid of a trainer's logits, where only the rollouts' own are known: that of bfloat16 logits from 4 to 8.
+_STEP: Final = 1 / 32
+#: A trainer's logprob (nats) beside which one of exactly 0 is no rounding.
+_UNLIKE_ZERO: Final = -0.1
+#: Temperatures at which a trainer is asked whether the rollouts are of them, and on how many sequences.
+_TEMPERATURES: Final = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 2.0)
+_FEW: Final = 8
+
+
+def causes(
+    comparison: Comparison, rollouts: Trace | Golden, expected: Trace, scored: Trace, scorer: Any, batch_size: int
+) -> tuple[list[Finding], list[str]]:
+    """The findings of a comparison of a trainer's logprobs `scored` with the rollouts' own `expected`, and notes besides.
+
+    What the trainer cannot have given is first; then what the comparison found by itself; then adapters, head and
+    temperature, for which the trainer may be asked again; what is left are candidates.
+    """
+    if (of_trainer := _not_a_number(expected, scored)) is not None:
+        return [of_trainer], []
+    trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
+    findings, notes, failed = list(comparison.findings), list[str](), comparison.verdict == "fail"
+    if failed and not findings and (adapter := _other_adapter(expected, scored, scorer, batch_size)):
+        findings.append(adapter)
+    head = _head_finding(trace, scorer)
+    if head is not None and not any(f.layer in ("semantic", "weights") and f.cause for f in findings):
+        if failed and comparison.metrics["rms_diff"] <= _by_a_head(trace):
+            findings.append(head)
+        else:
+            notes.append(f"head precision: {head.evidence}")
+    if failed and not findings:
+        temperature = _forgotten_temperature(expected, scored) or _other_temperature(expected, scorer)
+        findings.append(temperature or _candidates(rollouts, scored, scorer))
+    if fillers := int(np.count_nonzero(expected.mask & (expected.logprobs == 0) & (scored.logprobs < _UNLIKE_ZERO))):
+        notes.append(
+            f"{fillers:,} of the rollouts' logprobs are exactly 0 where the trainer's are not: fillers for missing ones?"
+        )
+    return findings, notes
+
+
+def _head_finding(trace: Trace, scorer: Any) -> Finding | None:
+    """`head_precision` where the rollouts' logits lie on the grid of one precision and the trainer declares another."""
+    declared = getattr(scorer, "head_dtype", "")
+    if declared not in DEFAULTS:
+        return None
+    step = logit_step(positions_of(trace, trace, align(trace, trace)), golden=True)
+    if step is None or (step == 0) == (declared in ("float32", "float64")):
+        return None
+    if step:
+        text = (
+            f"the rollouts' logits lie on a grid of {step:g}, as those of a head in half precision; the trainer's head is in "
+        )
+        return Finding("head", "head_precision", text + f"{declared}: one side alone makes it worse, not better")
+    text = f"the rollouts' logits lie on no grid, as those of a head in float32; the trainer's head is in {declared}"
+    return Finding("head", "head_precision", text)
+
+
+def _by_a_head(trace: Trace) -> float:
+    """The largest RMS (nats) that one side's head in half precision can make: two steps of its grid, over the temperature."""
+    step = logit_step(positions_of(trace, trace, align(trace, trace)), golden=True) or _STEP
+    return 2 * step / (temperature_of(trace.sampling) or 1.0)
+
+
+def _not_a_number(trace: Trace, scored: Trace) -> Finding | None:
+    """The trainer's own NaN and infinities, of tokens that the rollouts have a number for: its weights, or the scorer."""
+    wrong = trace.mask & np.isfinite(trace.logprobs) & (np.isnan(scored.logprobs) | (scored.logprobs == np.inf))
+    if not wrong.any():
+        return None
+    text = f"the trainer gives NaN or +inf for {int(wrong.sum()):,} tokens that the rollouts have a logprob of"
+    return Finding(
+        "weights", None, f"{text}: its weights or its adapter hold NaN, or the scorer makes them", ("weights_differ", "adapter")
+    )
+
+
+def _forgotten_temperature(trace: Trace, scored: Trace) -> Finding | None:
+    """`temperature` where the rollouts' own numbers with their temperature undone are the trainer's.
+
+    A logprob l at temperature T is T l - log sum exp(T l') at 1, over all tokens l' of its position: of positions whose top-k
+    lists nearly all of them.
+    """
+    temperature = temperature_of(trace.sampling)
+    if temperature == 1 or trace.distribution() == "raw" or not trace.top_k:
+        return None
+    top = np.where(np.isfinite(trace.top_logprobs), trace.top_logprobs, -np.inf).astype(np.float64)
+    listed = trace.top_token_ids == trace.token_ids[:, None]
+    chosen = np.where(listed.any(axis=1), -np.inf, trace.logprobs.astype(np.float64))
+    both = np.column_stack([chosen, top])
+    scaled = temperature * both
+    raw = temperature * trace.logprobs - np.log(np.exp(scaled).sum(axis=1))
+    used = trace.mask & (np.exp(both).sum(axis=1) > _LISTED) & np.isfinite(raw) & np.isfinite(scored.logprobs)
+    if np.count_nonzero(used) < _ENOUGH:
+        return None
+    undone, as_told = (np.sqrt(np.mean((scored.logprobs - x)[used] ** 2)) for x in (raw, trace.logprobs))
+    if undone > as_told / 2:
+        return None
+    text = (
+        f"the trainer does not divide by the rollouts' temperature {temperature:g}: with that undone they agree to an RMS of "
+        f"{undone:.2g} nats, as told to {as_told:.2g} ({int(np.count_nonzero(used)):,} positions)"
+    )
+    return Finding("semantic", "temperature", text)
+
+
+def _other_temperature(trace: Trace, scorer: Any) -> Finding | None:
+    """`temperature` where the trainer at another one gives the rollouts' numbers: they were sampled at that one, whatever
+    their label says. The RMS is least squares over temperatures, on a few sequences; then held against all that were asked.
+    """
+    from scipy.optimize import minimize_scalar
+
+    if trace.distribution() == "raw" and not trace.sampling.raw_is_processed:
+        return None
+
+    def rms(temperature: float | None) -> float:
+        few = range(min(trace.num_sequences, _FEW))
+        return _rms(trace, score(trace, scorer, temperature=temperature, sequences=few))
+
+    told, start = rms(None), min(_TEMPERATURES, key=rms)
+    found = minimize_scalar(rms, bounds=(start / 1.2, start * 1.2), method="bounded", options={"xatol": 1e-4})
+    if not found.fun < told / 4:
+        return None
+    text = (
+        f"at a temperature of {found.x:.3f} the trainer gives what the rollouts report (RMS {found.fun:.2g} nats), at that of "
+        f"their label, {temperature_of(trace.sampling):g}, it does not ({told:.2g}): they were sampled at another one"
+    )
+    return Finding("semantic", "temperature", text)
+
+
+def _other_adapter(trace: Trace, scored: Trace, scorer: Any, batch_size: int) -> Finding | None:
+    """`adapter` where the rollouts are those of an engine that lacks the scorer's adapter, or scales it otherwise."""
+    as_told = _rms(trace, scored)
+    for words, load in getattr(scorer, "other_adapters", tuple)():
+        other = _rms(trace, score(trace, load(), batch_size=batch_size))
+        if other < as_told / 2:
+            text = f"the rollouts are those of {words}: RMS {other:.2g} nats, with {name_of(scorer)} {as_told:.2g}"
+            return Finding("weights", "adapter", text)
+    return None
+
+
+def _rms(trace: Trace, scored: Trace) -> float:
+    d = (scored.logprobs.astype(np.float64) - trace.logprobs)[trace.mask]
+    return float(np.sqrt(np.mean(d[np.isfinite(d)] ** 2)))
+
+
+def _candidates(rollouts: Trace | Golden, scored: Trace, scorer: Any) -> Finding:
+    """What is left where nothing is named: another model than the engine's, or another precision."""
+    trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
+    if isinstance(rollouts, Golden) and (fewer := _fewer_bits(rollouts.fingerprint)):
+        return Finding(
+            "weights", None, f"{fewer}: a gap that is there on purpose can be declared", ("quantization", "weights_differ")
+        )
+    if next(iter(getattr(scorer, "other_adapters", tuple)()), None) is not None:
+        text = "the rollouts are neither those of the trainer's adapter nor those without it: another step's comes first"
+        return Finding("weights", None, text, ("adapter", "stale_weights", "weights_differ"))
+    if trace.dtype != scored.dtype:
+        text = f"{trace.dtype} rollouts, a {scored.dtype} trainer; or the two do not have the same weights"
+        return Finding("weights", None, text, ("weight_dtype", "weights_differ", "stale_weights"))
+    text = "the same distribution by its labels, and no arithmetic that tells more: other weights on the two sides come first"
+    return Finding("weights", None, text, ("weights_differ", "stale_weights", "adapter"))
+
+
+def _fewer_bits(prints: Mapping[str, Any]) -> str:
+    """What a fingerprint says of weights or a cache in fewer bits than the model's, in words; empty where nothing."""
+    config = prints.get("config", {})
+    names = [name for name in ("quantization", "kv_cache_dtype") if config.get(name) not in (None, "auto")]
+    return ", ".join(f"rollouts with {name} {config[name]!r}" for name in names)
