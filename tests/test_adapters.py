@@ -270,7 +270,7 @@ BAD = {
     "another target": "target module 'c_attn' is none of tiny-arith",
     "another layer": "which tiny-arith does not have, did you mean 'model.layers.",
     "another model": "it belongs to another model",
-    "a target left out": "names 'v_proj' as a target, and no tensor is of one: half-written",
+    "a target left out": "names target module 'v_proj', and no tensor is of one: half-written",
     "whole numbers": "is I8: one of F32, F16, BF16, F64 is needed",
     "not a number": "holds 1 NaN or infinities",
     "an embedding": "is no lora_A or lora_B of a linear layer, and would be left out",

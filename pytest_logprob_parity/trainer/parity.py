@@ -107,7 +107,7 @@ def _as_the_trainer_sees_it(trace: Trace, scored: Trace) -> Trace:
 
 
 def _unknown_dtypes(trace: Trace, scored: Trace) -> str:
-    sides = [f"{side}'s" for side, side_of in (("rollouts", trace), ("trainer", scored)) if side_of.dtype not in DEFAULTS]
+    sides = [side for side, trace in (("rollouts'", trace), ("trainer's", scored)) if trace.dtype not in DEFAULTS]
     return f"the {' and the '.join(sides)} dtype is not known: the limits are those of bfloat16" if sides else ""
 
 
