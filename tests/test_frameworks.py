@@ -572,6 +572,14 @@ def test_a_damaged_jsonl_is_refused(rollouts, tmp_path):
         framework("pipelinerl").read(tmp_path / "none.jsonl")
 
 
+@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("given", [None, "text", 3, [], {}, [None], ["x"]], ids=repr)
+def test_what_is_no_batch_is_refused_in_a_line(name, given):
+    with pytest.raises(UsageError) as refused:
+        framework(name).read(given)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_framework_nobody_knows():
     with pytest.raises(UsageError, match="no framework 'vrl', did you mean 'verl'"):
         framework("vrl")

@@ -119,7 +119,7 @@ class Framework:
         least, most = self.thresholds.get(name, (-np.inf, np.inf))
         return f" (normal: {least:g} to {most:g})" if not least <= value <= most and name in self.thresholds else ""
 
-    def scorer(self, model: Any, *, dtype: str = "float32", head_dtype: str | None = None) -> Scorer:
+    def scorer(self, model: Any, *, dtype: str | None = None, head_dtype: str | None = None) -> Scorer:
         """A scorer that makes logits of `model` (see TransformersScorer) and takes the framework's own function from there
         on: the package's where it is installed, else its formula.
         """
@@ -134,7 +134,7 @@ class FrameworkScorer:
     """See Framework.scorer. Whole logits, as the frameworks' functions want them: for sequences of ordinary length."""
 
     def __init__(
-        self, framework: Framework, model: Any, dtype: str, head_dtype: str | None, function: Any, how: str
+        self, framework: Framework, model: Any, dtype: str | None, head_dtype: str | None, function: Any, how: str
     ) -> None:  # fmt: skip
         from ..transformers_scorer import TransformersScorer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -109,6 +109,8 @@ def read(records: Any, *, sampling: Any = None, tokenizer: Any = None, **labels:
 
 def _records(records: Any, where: Batch) -> Sequence[Any]:
     if not isinstance(records, (str, Path)):
+        if not isinstance(records, Iterable):
+            raise where.refuse(f"records or the path of a .jsonl file are wanted, not {type(records).__name__}")
         return list(records)
     found = []
     try:
