@@ -16,6 +16,8 @@ _SURE: Final = 5.0
 #: out as the one that was recorded.
 _REMOVED, _REMOVED_BY_RECORD = 0.8, 0.5
 _ENOUGH_BY_RECORD: Final = 10
+#: A penalty that is off by no more than this share of the recorded one is the recorded one.
+_AS_RECORDED: Final = 0.05
 #: Seen tokens are so many times as far from the line as others where a repetition penalty moved them; where only they are.
 _MOVED, _ONLY = 2.0, 5.0
 
@@ -64,7 +66,7 @@ def find_penalties(positions: Positions, scale: float, temperature: float) -> li
         alone = [found[0]]
     repetition, slope = found
     rest = _additive(positions, positions.off_line(slope), positions.common & positions.seen, temperature, slope / scale)
-    return [repetition, *rest] if rest else alone
+    return alone if rest is None else [repetition, *rest]
 
 
 def moves_only_seen(positions: Positions, scale: float) -> bool:
@@ -121,8 +123,9 @@ def _repetition(positions: Positions, off: Doubles, scale: float, classes: Any) 
     return Penalty("repetition_penalty", change, error * change, line.positions), line.slope
 
 
-def _additive(positions: Positions, off: Doubles, used: Any, temperature: float, steeper: float = 1.0) -> list[Penalty]:
+def _additive(positions: Positions, off: Doubles, used: Any, temperature: float, steeper: float = 1.0) -> list[Penalty] | None:
     """Presence: a constant for every token written before. Frequency: so much for each time. The prompt does not count.
+    None where they explain nothing, an empty list where those that were recorded do, on both sides.
 
     Both are fitted together, and each alone where together they are not told apart. `steeper` is what a repetition penalty
     has done to the slope of the tokens in use; it counts before these.
@@ -130,7 +133,7 @@ def _additive(positions: Positions, off: Doubles, used: Any, temperature: float,
     written = positions.counts > 0
     rows = np.flatnonzero((used & written).any(axis=1) & (used & ~written).any(axis=1))
     if len(rows) < ENOUGH:
-        return []
+        return None
     used = used[rows]
     y = _centred(off[rows], used)
     columns = {
@@ -143,7 +146,7 @@ def _additive(positions: Positions, off: Doubles, used: Any, temperature: float,
     best = min(single, key=lambda fit: fit.left)
     fit = together if all(together.sure(name) for name in columns) else best
     if not total or fit.left > (1 - _REMOVED) * total or not all(fit.sure(name) for name in fit.slopes):
-        return []
+        return None
     alike = ""
     if fit is best:
         alike = next((n for s in single if s is not best and s.left <= 1.05 * best.left + 1e-12 for n in s.slopes), "")
@@ -152,7 +155,13 @@ def _additive(positions: Positions, off: Doubles, used: Any, temperature: float,
     found = []
     for name, slope in fit.slopes.items():  # a penalty lowers what it meets: where it is higher now, the golden had it
         unit = temperature / steeper if slope > 0 else temperature
-        found.append(Penalty(name, slope * unit, fit.errors[name] * unit, len(rows), alike))
+        change, error = slope * unit, fit.errors[name] * unit
+        asked = getattr(positions.golden.sampling, name)
+        if steeper != 1 and asked:  # the line has made the golden's so many times as large: what this run has is left of it
+            change, error = asked - (steeper * asked - slope * temperature), fit.errors[name] * temperature
+            if abs(change) <= max(_AS_RECORDED * abs(asked), _SURE * error):
+                continue
+        found.append(Penalty(name, change, error, len(rows), alike))
     return found
 
 

@@ -117,7 +117,8 @@ def _whole(stages: Sequence[_Stage], positions: Positions) -> Iterator[Finding]:
     for on_golden, text in ((True, "the golden's logprobs are processed, these are raw"),
                             (False, "these logprobs are processed, the golden's are raw")):  # fmt: skip
         found = {stage.finding.cause for stage in stages if stage.on_golden == on_golden and stage.recorded}
-        if asked and found == asked:
+        other = any(s.on_golden != on_golden and s.finding.cause and not s.recorded for s in stages)  # it processes, otherwise
+        if asked and found == asked and not other:
             steps = ", ".join(s.finding.evidence.partition(":")[0].partition(" (")[0] for s in stages if s.recorded)
             if on_golden or asked not in ({"temperature"}, {"penalties"}):
                 yield Finding("semantic", "raw_vs_processed", f"{text}: {steps.replace(_OR_TWICE, '')}")
@@ -223,6 +224,8 @@ def _penalty_stage(penalty: Penalty, sampling: Sampling) -> _Stage:
     text = f"{words} {asked if recorded else round(fitted, 3):g} "
     if recorded or asked == neutral:
         text += f"was {_GOLDEN if on_golden else _NOW}{_OR_TWICE if recorded and not on_golden else ''}"
+        if on_golden and not recorded:
+            text += f", or {now:.3g} to this run and none to the golden"
     else:
         text += f"in place of the recorded {asked:g}"
     text += f" (fitted {fitted:.3f} +- {penalty.error:.1g} from {penalty.positions:,} positions)"
@@ -285,13 +288,17 @@ def _one_truncates(
     power = 1 / slope if on_golden else slope
     rows = kept.complete & np.isfinite(free).any(axis=1)
     inside = np.isfinite(truncated[rows])
-    limits = truncation.fit_limits(inside, *truncation.before_truncation(free[rows], power))
+    noise = _noise(positions, slope)
+    limits = truncation.fit_limits(inside, *truncation.before_truncation(free[rows], power), noise)
     if penalised:  # masses after a penalty are not known
         limits = dataclasses.replace(limits, top_p=None, min_p=None)
+    if np.mean(kept.complete) < _ONE_WAY:  # of the others the sets are larger than what is listed
+        limits = dataclasses.replace(limits, top_k=None)
     sampling = positions.golden.sampling
     names = _families(limits)
-    recorded = _is_recorded(limits, sampling, masses=not penalised)
-    name = _asked(sampling) if recorded else " or ".join(names) or "a truncation"
+    recorded = _is_recorded(limits, sampling, masses=not penalised, noise=noise)
+    other = "" if on_golden and sampling.truncates else " or ".join(names)  # none is named beside the one that was recorded
+    name = _asked(sampling) if recorded else other or "a truncation"
     text = (
         f"{name} was {_GOLDEN if on_golden else _NOW}: kept mass {limits.mass:.2f} on average ({limits.positions:,} positions"
     )
@@ -305,8 +312,9 @@ def _both_truncate(
     positions: Positions, golden: truncation.Kept, now: truncation.Kept, *, alone: bool
 ) -> Iterator[_Stage]:  # fmt: skip
     fewer, more = np.mean(now.counts < golden.counts), np.mean(now.counts > golden.counts)
+    enough = (fewer + more) * len(now.counts) >= truncation.ENOUGH
     one_way = max(fewer, more) > _ONE_WAY * (fewer + more)  # noise moves as many tokens in as out
-    if alone and one_way and fewer + more > _OTHER_SETS and _one_constant(positions.of(now.counts != golden.counts)):
+    if alone and enough and one_way and fewer + more > _OTHER_SETS and _one_constant(positions.of(now.counts != golden.counts)):
         less = fewer > more
         counts = golden.counts.mean(), now.counts.mean()
         text = (
@@ -317,7 +325,7 @@ def _both_truncate(
         if len(common) == 1:
             text += f"; always {int(common[0])}, as top-k {int(common[0])} would leave"
         yield _Stage(Finding("semantic", "truncation", text), bool(not less), False)
-    elif golden.renormalised != now.renormalised:
+    elif golden.renormalised != now.renormalised and max(side.mean_total for side in (golden, now)) < 1 + truncation.WHOLE:
         side, kept = ("the golden", golden) if now.renormalised else ("this run", now)
         text = (
             f"{_asked(positions.golden.sampling)} was not followed by a normalisation in {side}: what was kept adds up to "
@@ -342,8 +350,18 @@ def _families(limits: truncation.Limits) -> list[str]:
     return names
 
 
-def _is_recorded(limits: truncation.Limits, sampling: Sampling, *, masses: bool) -> bool:
-    """Whether the recorded truncation is among the limits that the kept sets allow, within 1 %.
+def _noise(positions: Positions, slope: float) -> float:
+    """What is left of the differences between tokens of one position (nats, RMS without the furthest tenth), after `slope`."""
+    two = positions.of(positions.common.sum(axis=1) >= 2)
+    if not len(two.rows):
+        return 0.0
+    off = two.off_line(slope)
+    spread = np.nanmean((off - np.nanmean(off, axis=1, keepdims=True)) ** 2, axis=1)
+    return float(np.sqrt(np.mean(np.sort(spread)[: max(int(_ONE_WAY * len(spread)), 1)])))
+
+
+def _is_recorded(limits: truncation.Limits, sampling: Sampling, *, masses: bool, noise: float) -> bool:
+    """Whether the recorded truncation is among the limits that the kept sets allow, within 1 % and the noise (nats).
 
     Without `masses` they say nothing of top-p and min-p; with them, None says that no such limit explains the kept sets.
     """
@@ -352,10 +370,11 @@ def _is_recorded(limits: truncation.Limits, sampling: Sampling, *, masses: bool)
     top_k = sampling.top_k == 0 or limits.top_k is None or limits.top_k <= sampling.top_k
     top_p = sampling.top_p == 1 or not masses
     if limits.top_p is not None:
-        top_p = top_p or limits.top_p[0] - 0.01 <= sampling.top_p <= limits.top_p[1] + 0.01
+        top_p = top_p or limits.top_p[0] - 0.01 - noise <= sampling.top_p <= limits.top_p[1] + 0.01 + noise
     min_p = sampling.min_p == 0 or not masses
     if limits.min_p is not None:
-        min_p = min_p or limits.min_p[0] * 0.9 <= sampling.min_p <= limits.min_p[1] * 1.1
+        room = 1.1 * np.exp(2 * noise)
+        min_p = min_p or limits.min_p[0] / room <= sampling.min_p <= limits.min_p[1] * room
     combined = sum((sampling.top_k > 0, sampling.top_p < 1, sampling.min_p > 0)) > 1
     return combined or (top_k and top_p and min_p)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ _STRAY: Final = 0.01
 _BLUR: Final = 0.01
 _VOCABULARY: Final = 200_000
 #: Kept sets whose probabilities are further from 1 than this, on average, were not made a distribution again.
-_WHOLE: Final = 1e-3
+WHOLE: Final = 1e-3
 #: Mass that may be missing where what is listed is taken for all: it moves a logprob by as much.
 _ALL: Final = 1e-5
 #: A constant of a position stands out when it is so many times as large as what is left between its tokens (nats).
@@ -42,14 +43,22 @@ class Kept:
         return int(np.count_nonzero(self.complete)) >= ENOUGH
 
     @property
+    def mean_total(self) -> float:
+        """The mean probability among what is left; NaN without such sets."""
+        return float(np.mean(self.total[self.complete])) if self.complete.any() else math.nan
+
+    @property
     def renormalised(self) -> bool:
         """Whether what was left was made a distribution again."""
-        return bool(np.mean(np.abs(1 - self.total[self.complete])) < _WHOLE)
+        return bool(np.mean(np.abs(1 - self.total[self.complete])) < WHOLE)
 
 
 def kept(positions: Positions, *, golden: bool) -> Kept:
-    """The kept sets of the golden or of the other side, from its own top-k."""
-    return kept_of(*((positions.golden, positions.rows) if golden else (positions.now, positions.others)))
+    """The kept sets of the golden or of the other side, from its own top-k as far as the other one's goes: a side that lists
+    fewer tokens shows fewer sets whole, and would pass for one that does not truncate.
+    """
+    trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
+    return kept_of(trace, rows, min(positions.golden.top_k, positions.now.top_k))
 
 
 def listed_whole(trace: Trace) -> Bools:
@@ -58,9 +67,9 @@ def listed_whole(trace: Trace) -> Bools:
     return np.asarray(sets.complete | (sets.total > 1 - _ALL))
 
 
-def kept_of(trace: Trace, rows: Any) -> Kept:
-    """The kept sets of these tokens of a trace, from its top-k."""
-    ids, top, chosen = trace.top_token_ids[rows], trace.top_logprobs[rows].astype(np.float64), trace.logprobs[rows]
+def kept_of(trace: Trace, rows: Any, k: int | None = None) -> Kept:
+    """The kept sets of these tokens of a trace, from its top-k or the first `k` of it."""
+    ids, top, chosen = trace.top_token_ids[rows, :k], trace.top_logprobs[rows, :k].astype(np.float64), trace.logprobs[rows]
     left = np.isfinite(top) & (ids >= 0)
     listed = (ids == trace.token_ids[rows][:, None]).any(axis=1)
     apart = np.isfinite(chosen) & ~listed
@@ -69,7 +78,7 @@ def kept_of(trace: Trace, rows: Any) -> Kept:
     total += np.where(apart, np.exp(np.minimum(chosen, 0)), 0)
     listed_out = (np.isneginf(top) & (ids >= 0)).any(axis=1)
     # A place that is not used says less: some engines give the chosen token a place of its own only where it needs one.
-    whole = (ids < 0).any(axis=1) & (total > 1 - _WHOLE)
+    whole = (ids < 0).any(axis=1) & (total > 1 - WHOLE)
     complete = (listed_out | whole) & (counts > 0) & ~apart if top.shape[1] else np.zeros(len(rows), bool)
     return Kept(np.asarray(complete), counts, np.asarray(total, np.float64))
 
@@ -105,11 +114,12 @@ def before_truncation(logprobs: Doubles, power: float) -> tuple[Doubles, Doubles
     return np.where(known, scaled / (listed + tail)[:, None], np.nan), stretch
 
 
-def fit_limits(inside: Bools, listed: Doubles, stretch: Doubles) -> Limits:
+def fit_limits(inside: Bools, listed: Doubles, stretch: Doubles, noise: float = 0.0) -> Limits:
     """From kept sets, and what `before_truncation` says of the tokens.
 
     `inside` bool [n, m]: the token is kept. Bounds, not point estimates, for a kept mass says only that p lies between it
-    and the mass before the last token. A share of 1 % of the positions may stray.
+    and the mass before the last token. A share of 1 % of the positions may stray; `noise` (nats) is what else moves the
+    logprobs, and widens what is allowed.
     """
     known = np.isfinite(listed)
     listed = np.where(known, listed, 0.0)
@@ -127,8 +137,8 @@ def fit_limits(inside: Bools, listed: Doubles, stretch: Doubles) -> Limits:
         len(mass),
         float(mass.mean()),
         common if by_count else None,
-        _interval(low, high, low - high <= _BLUR),
-        _interval(reached, floor, reached <= floor * (1 + _BLUR)),
+        _interval(low, high, low - high <= _BLUR + noise),
+        _interval(reached, floor, reached <= floor * math.exp(_BLUR + 2 * noise)),
     )
 
 
