@@ -198,7 +198,7 @@ def test_a_constant_that_no_truncation_can_add_is_none():
         moved = golden.with_(logprobs=golden.logprobs + np.float32(constant),
                              top_logprobs=golden.top_logprobs + np.float32(constant))  # fmt: skip
         result = compare(expected=golden, actual=moved)
-        assert (result.verdict, causes(result)) == ("fail", [])
+        assert (result.verdict, causes(result)) == ("fail", ["wrong_values"])
 
 
 def test_a_kept_set_that_was_not_made_a_distribution_again():
@@ -243,6 +243,75 @@ def test_a_number_that_its_own_top_k_contradicts_was_reported_wrongly(fault, cau
     found = compare(expected=trace, actual=fault(trace)).findings[0]
     assert (found.layer, found.cause) == ("semantic", cause)
     assert how in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("fault", "how"),
+    [
+        (lambda x: -x, "of 1,200 positions: probabilities, or a sign turned around"),
+        (np.exp, "are above 0 at 1,200 of 1,200 positions"),
+        (lambda x: np.maximum(x, -1.0), "probabilities of one position add up to more than 1"),
+        (lambda x: x / np.log(2), "is 1.443 times the golden's, as log2 is of the natural logarithm"),
+        (lambda x: x - 0.1, "is the golden's -0.1: no distribution has a normaliser like that"),
+    ],
+    ids=["sign", "probabilities", "clipped", "log2", "constant"],
+)
+@pytest.mark.parametrize("recipe", [{"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}], ids=str)
+def test_numbers_that_are_no_logprobs_are_called_that_and_no_temperature(recipe, fault, how):
+    trace = policy(**recipe).trace()
+    kept = np.isfinite(trace.top_logprobs)
+    actual = trace.with_(
+        logprobs=np.float32(fault(trace.logprobs)), top_logprobs=np.where(kept, np.float32(fault(trace.top_logprobs)), -np.inf)
+    )
+    (found,) = compare(expected=trace, actual=actual).findings
+    assert (found.layer, found.cause) == ("semantic", "wrong_values")
+    assert how in found.evidence
+
+
+@pytest.mark.parametrize("ks", [(0, 5), (1, 5), (5, 0), (5, 1)], ids=str)
+@pytest.mark.parametrize("noise", [0.3, 1.0])
+def test_a_side_that_lists_fewer_tokens_is_no_side_that_truncates(ks, noise):
+    rollouts = policy(temperature=0.7, top_p=0.9)
+    golden, now = (rollouts.trace(k=k or 1, noise=n) for k, n in zip(ks, (0.0, noise), strict=True))
+    golden, now = (t if k else without_top_k(t) for k, t in zip(ks, (golden, now), strict=True))
+    comparison = compare(expected=golden, actual=now)
+    assert comparison.verdict == "fail"
+    assert not causes(comparison)
+
+
+def test_a_side_that_processes_otherwise_is_not_raw():
+    rollouts = policy(temperature=0.7)
+    other = Sampling(top_p=0.9, repetition_penalty=1.1)
+    named = causes(compare(expected=rollouts.trace(), actual=rollouts.trace(other)))
+    assert "temperature" in named
+    assert "raw_vs_processed" not in named
+
+
+def test_penalties_that_both_sides_have_are_not_named_beside_a_repetition_that_one_lacks():
+    asked = {"repetition_penalty": 1.2, "presence_penalty": 0.8, "frequency_penalty": 0.6}
+    rollouts = policy(**asked)
+    without = Sampling(**{**asked, "repetition_penalty": 1.0})
+    found = [f for f in compare(expected=rollouts.trace(), actual=rollouts.trace(without)).findings if f.layer == "semantic"]
+    assert [f.evidence.partition(" (")[0] for f in found] == [
+        "repetition penalty 1.2 was applied to the golden and not to this run"
+    ]
+
+
+def test_a_negative_penalty_is_one_of_two_readings():
+    rollouts = policy(temperature=0.7)
+    rewarded = rollouts.trace(Sampling(temperature=0.7, presence_penalty=-0.5))
+    found = compare(expected=rollouts.trace(), actual=rewarded).findings[0]
+    text = "presence penalty 0.5 was applied to the golden and not to this run, or -0.5 to this run and none to the golden"
+    assert text in found.evidence
+
+
+@pytest.mark.parametrize("recipe", [{"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "min_p": 0.1}], ids=str)
+def test_beside_other_faults_no_limit_is_named_but_the_recorded_one(recipe):
+    rollouts = policy(**recipe)
+    comparison = compare(expected=rollouts.trace(), actual=rollouts.trace("raw", noise=0.3))
+    (found,) = [f for f in comparison.findings if f.cause == "truncation"]
+    name = found.evidence.partition(" was applied to the golden")[0]
+    assert name in ("a truncation", "top-p 0.9" if "top_p" in recipe else "min-p 0.1")
 
 
 def test_a_shift_is_seen_without_a_top_k_and_nothing_else_is():

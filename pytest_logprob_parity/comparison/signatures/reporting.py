@@ -17,6 +17,15 @@ _MOST: Final = 0.9
 _ENOUGH: Final = 5
 #: A smaller share of the tokens is few; a number that is nearer than this (nats) was rounded.
 _FEW, _ROUNDING = 0.01, 0.02
+#: A number this large tells a factor from a constant, and so many of them do; how exact a factor or a constant is, and at
+#: which share of the numbers.
+_LARGE: Final = 0.1
+ENOUGH: Final = 20
+_EXACT, _ALL_BUT_FEW = 1e-4, 0.99
+#: A factor that is as near to 1, or a constant to 0, rewrites nothing.
+_CHANGED: Final = 1e-3
+#: What a factor means.
+_LOGARITHMS: Final = {1.443: ", as log2 is of the natural logarithm", 0.434: ", as log10 is of the natural logarithm"}
 #: Neighbours nearer to each other than this (nats) do not tell a shift from noise.
 _TELLING: Final = 0.05
 
@@ -54,6 +63,43 @@ def misreport(positions: Positions, *, golden: bool) -> Misreport | None:
         minor = (count < _ENOUGH and count < _FEW * of) or float(np.median(np.abs(said - own)[wrong])) < _ROUNDING
     text = f"{side} reports for {count:,} of {of:,} chosen tokens another number than its own top-k: {how}"
     return Misreport(cause, text, minor)
+
+
+def no_logprobs(positions: Positions, *, golden: bool) -> Misreport | None:
+    """A side whose numbers are no logprobs: some are above 0, or the probabilities of a position add up to more than 1."""
+    trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
+    side, of = "the golden's" if golden else "this run's", len(rows)
+    chosen, top = trace.logprobs[rows].astype(np.float64), trace.top_logprobs[rows].astype(np.float64)
+    above = int(np.count_nonzero(np.nan_to_num(np.column_stack([chosen, top]), nan=0.0, posinf=0.0).max(axis=1) > _ROUNDING))
+    if above >= _ENOUGH:
+        text = f"{side} numbers are above 0 at {above:,} of {of:,} positions: probabilities, or a sign turned around"
+        return Misreport("wrong_values", text)
+    total = np.where(trace.top_token_ids[rows] >= 0, np.exp(np.minimum(np.nan_to_num(top, nan=-np.inf), 0)), 0).sum(axis=1)
+    beyond = int(np.count_nonzero(total > 1 + _ROUNDING))
+    if trace.top_k and beyond >= _ENOUGH:
+        text = (
+            f"{side} probabilities of one position add up to more than 1 at {beyond:,} of {of:,}, to {total.max():.3g} at most"
+        )
+        return Misreport("wrong_values", text)
+    return None
+
+
+def find_rewritten(positions: Positions) -> Misreport | None:
+    """All numbers of one side times a factor, or plus a constant: no distribution comes out of another so, for each position
+    has a normaliser of its own.
+    """
+    x, y = positions.expected[positions.common], positions.actual[positions.common]
+    if np.count_nonzero(np.abs(x) > _LARGE) < ENOUGH:
+        return None
+    factor, constant = float((x * y).sum() / (x * x).sum()), float(np.median(y - x))
+    for size, change, text in (
+        (factor - 1, y - factor * x, f"{factor:.4g} times the golden's{_LOGARITHMS.get(round(factor, 3), '')}"),
+        (constant, y - x - constant, f"the golden's {constant:+.4g}"),
+    ):
+        exact = np.mean(np.abs(change) <= _EXACT * np.maximum(1, np.abs(y))) >= _ALL_BUT_FEW
+        if exact and abs(size) > _CHANGED and np.sqrt(np.mean((y - x) ** 2)) > _ROUNDING:
+            return Misreport("wrong_values", f"every number of this run is {text}: no distribution has a normaliser like that")
+    return None
 
 
 def find_shift(positions: Positions) -> Misreport | None:

@@ -16,7 +16,7 @@ from ..result import Finding
 from . import truncation
 from .penalties import Penalty, find_penalties, moves_only_seen
 from .positions import Positions, positions_of
-from .reporting import Misreport, find_shift, find_shifted_rows, misreport
+from .reporting import Misreport, find_rewritten, find_shift, find_shifted_rows, misreport, no_logprobs
 from .scale import ENOUGH, NO_SCALE, Scale, fit_scale
 
 _GOLDEN: Final = "applied to the golden and not to this run"
@@ -27,6 +27,8 @@ _OTHER_SETS: Final = 0.03
 _ONE_WAY: Final = 0.9
 #: A side that does not truncate excludes nothing: it has less than this share of the other's kept sets.
 _NONE: Final = 0.01
+#: What moves logprobs by more than this (nats) hides which limit a truncation had.
+_BLURRED: Final = 0.05
 #: A truncation moves all that it keeps by one constant: this share of the squares may lie between tokens of one position.
 _WITHIN: Final = 0.25
 
@@ -102,6 +104,9 @@ def semantic_findings(expected: Trace, actual: Trace, rows: Alignment, off: Sequ
 
 def _reported(positions: Positions) -> list[Misreport]:
     """Numbers that were reported wrongly."""
+    for found in (no_logprobs(positions, golden=True), no_logprobs(positions, golden=False), find_rewritten(positions)):
+        if found is not None:
+            return [found]
     told = [misreport(positions, golden=golden) for golden in (False, True)]
     reports = [report for report in told if report is not None]
     if shifted := find_shifted_rows(positions):
@@ -118,12 +123,18 @@ def _whole(stages: Sequence[_Stage], positions: Positions) -> Iterator[Finding]:
                             (False, "these logprobs are processed, the golden's are raw")):  # fmt: skip
         found = {stage.finding.cause for stage in stages if stage.on_golden == on_golden and stage.recorded}
         other = any(s.on_golden != on_golden and s.finding.cause and not s.recorded for s in stages)  # it processes, otherwise
-        if asked and found == asked and not other:
+        penalties = sum(s.finding.cause == "penalties" for s in stages if s.on_golden == on_golden and s.recorded)
+        if asked and found == asked and not other and penalties == _penalties(positions.golden.sampling):
             steps = ", ".join(s.finding.evidence.partition(":")[0].partition(" (")[0] for s in stages if s.recorded)
             if on_golden or asked not in ({"temperature"}, {"penalties"}):
                 yield Finding("semantic", "raw_vs_processed", f"{text}: {steps.replace(_OR_TWICE, '')}")
             else:  # nothing tells it from a step that this run took twice
                 yield Finding("semantic", None, f"{text}, or it was applied twice: {steps}", ("raw_vs_processed", *asked))
+
+
+def _penalties(sampling: Sampling) -> int:
+    """How many penalties this sampling has."""
+    return (sampling.repetition_penalty != 1) + (sampling.presence_penalty != 0) + (sampling.frequency_penalty != 0)
 
 
 def _recorded(sampling: Sampling) -> set[str]:
@@ -262,6 +273,10 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[_Stage]
     recorded = positions.golden.sampling.truncates
     both = recorded and positions.now.sampling.truncates  # noise alone moves a few over the edge of a kept set
     least = max(truncation.ENOUGH, _OTHER_SETS * len(now) if both else 0)
+    kept = positions.common[:, 0]
+    raised = (positions.actual[kept, 0] - positions.expected[kept, 0]) * (-1 if excluded[True] > excluded[False] else 1)
+    if both and np.mean(raised < -_BLURRED) > 1 - _ONE_WAY:
+        return  # a truncation lowers none of those that it keeps; other logits do, and have other kept sets
     for on_golden, count in excluded.items():
         lift, what = None, []
         if alone and (recorded or not on_golden):
@@ -297,7 +312,8 @@ def _one_truncates(
     sampling = positions.golden.sampling
     names = _families(limits)
     recorded = _is_recorded(limits, sampling, masses=not penalised, noise=noise)
-    other = "" if on_golden and sampling.truncates else " or ".join(names)  # none is named beside the one that was recorded
+    blurred = on_golden and sampling.truncates and noise > _BLURRED  # none is named in place of the one that was recorded
+    other = "" if blurred else " or ".join(names)
     name = _asked(sampling) if recorded else other or "a truncation"
     text = (
         f"{name} was {_GOLDEN if on_golden else _NOW}: kept mass {limits.mass:.2f} on average ({limits.positions:,} positions"
