@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     matrix.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
     matrix.add_argument("--executor", choices=("local", "ray"), default="local")
     matrix.add_argument("--ray-address", help="of the Ray cluster (default: one of this machine)")
-    matrix.add_argument("--cores", type=int, help="how many to share among cells (default: all)")
+    matrix.add_argument("--cores", type=_from_1, help="how many to share among cells (default: all)")
     matrix.add_argument("--update-golden", action="store_true", help="record the reference's goldens anew")
     diagnose = verbs.add_parser("diagnose", help="which engine settings account for a mismatch with a golden")
     diagnose.add_argument("golden", type=Path)
@@ -187,6 +187,7 @@ def _diagnose(given: argparse.Namespace) -> int:
     known = {"model": golden.fingerprint["name"], "dtype": golden.fingerprint["dtype"]}
     spec = make_spec({**known, **parse_settings(given.settings, "diagnose")})
     assert spec is not None
+    _check_model(spec.model, known["model"])
     with Pool(notify=_tell) as pool:
         try:
             comparison = check_golden(given.golden, pool.engine(spec), context=Context(accept="pytest --update-golden"))
@@ -202,10 +203,47 @@ def _diagnose(given: argparse.Namespace) -> int:
     return 1
 
 
+def _from_1(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, 1 or more")
+    return int(text)
+
+
+def _check_model(model: str, recorded: str | None) -> None:
+    """Raise UsageError where there is no such model; the golden knows a name, not where this machine keeps it."""
+    from .fingerprint import find_model
+
+    try:
+        find_model(model, Path.cwd())
+    except UsageError as error:
+        hint = "; the golden knows its model by that name: give model=FOLDER" if model == recorded else ""
+        raise UsageError(f"{error}{hint}") from None
+
+
+def _check_bisect(spec: Mapping[str, Any], given: argparse.Namespace) -> None:
+    """Raise UsageError for what would be found wrong only when an environment has been made."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    from .engine_arguments import vllm_engine_arguments
+    from .spec import EngineSpec, nearest
+
+    if given.good == given.bad:
+        raise UsageError(f"--good and --bad are the same release, {given.good}: there is nothing between")
+    for text in given.also:
+        try:
+            Requirement(text)
+        except InvalidRequirement:
+            raise UsageError(f'--with {text!r} is no requirement, such as "transformers<5"') from None
+    known = {*EngineSpec.field_names(), *vllm_engine_arguments()}
+    for name in spec:  # another release may have arguments that the installed one has not, under names of their own
+        if name not in known and (hint := nearest(name, known)):
+            raise UsageError(f"{name!r} is no engine argument of the installed vLLM{hint}")
+
+
 def _bisect(given: argparse.Namespace) -> int:
     """Exit status 0 where the switch was found."""
     from .comparison.result import CAUSES
-    from .fingerprint import find_model, installed_version
+    from .fingerprint import installed_version
     from .golden import Golden
     from .matrix.bisect import Tried, bisect, environment_of, known_releases, releases_between, try_release
     from .matrix.environments import default_home
@@ -221,8 +259,9 @@ def _bisect(given: argparse.Namespace) -> int:
     spec = {**known, **parse_settings(given.settings, "bisect")}
     if not spec["model"]:
         raise UsageError(f"{given.golden} does not know its model: give it as model=FOLDER")
+    _check_bisect(spec, given)
+    _check_model(EngineSpec(**spec).model, known["model"])
     versions = releases_between(known_releases(package), given.good, given.bad)
-    find_model(EngineSpec(**spec).model, Path.cwd())  # engine arguments are for each release to know
     home, out = given.environments or default_home(), given.out.absolute()
     _tell(f"{len(versions)} releases of {package} from {versions[0]} to {versions[-1]}")
 

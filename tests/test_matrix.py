@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -93,19 +94,23 @@ def test_an_interrupted_run_goes_on_where_it_was(plan, tmp_path, capsys):
 
 def test_a_cell_that_cannot_run_is_a_row_with_its_reason(plan, tmp_path, capsys):
     killed = tmp_path / "killed"
-    killed.write_text("#!/bin/sh\necho about to die\nkill -9 $$\n")
+    killed.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho about to die\nkill -9 $$\n')
     killed.chmod(0o755)
     cells = f"""
 [environment.missing]
 python = "no-such-python"
 [environment.killed]
 python = "{killed}"
+[environment.noPython]
+python = "/bin/ls"
 [environment.nowhere]
 packages = ["logprob-parity-no-such-thing==9.9.9"]
 [cell.missing]
 environment = "missing"
 [cell.killed]
 environment = "killed"
+[cell.noPython]
+environment = "noPython"
 [cell.nowhere]
 environment = "nowhere"
 [cell.slow]
@@ -119,6 +124,7 @@ settings = {{ engine = "transformers", logprob_mode = "raw_logprobs" }}
     told = {row["cell"]: row["headline"] for row in rows if row["verdict"] == "not run"}
     assert status == 1
     assert told["missing"] == "environment missing: there is no interpreter no-such-python"
+    assert told["noPython"] == "environment noPython: /bin/ls is no Python"
     assert told["killed"] == "its worker was killed (SIGKILL): about to die"
     assert told["nowhere"].startswith("environment nowhere was not made: ")
     assert "logprob-parity-no-such-thing" in told["nowhere"]
@@ -156,6 +162,7 @@ def test_a_reference_that_cannot_run_ends_it(plan, tmp_path, capsys):
         (('dtypes = ["float32"]', 'dtypes = "float32"'), "the file: dtypes must be a list"),
         (('dtypes = ["float32"]', 'dtypes = ["flot32"]'), "the file: dtypes must be a list"),
         (('python = "', 'python = 3 # "'), "environment 'here': python must be a text, not 3"),
+        (('python = "', 'packages = ["x"]\npython = "'), "environment 'here' has both python and packages"),
         (('python = "', 'packages = "x" # "'), "environment 'here': packages must be a list of texts, not 'x'"),
         (('python = "', 'variables = { A = 1 }\npython = "'), "environment 'here': variables must be a table of texts"),
         (("settings = {", 'settings = "raw" # {'), "cell 'asked for': settings must be a table, not 'raw'"),
@@ -335,6 +342,16 @@ def test_ray_that_is_not_installed_is_said_in_a_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match="Ray is not installed; pip install ray, or use --executor local"):
         RayExecutor()
+
+
+def test_a_cluster_where_nobody_listens_is_said_at_once(plan, tmp_path, capsys):
+    pytest.importorskip("ray")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        status = main(["matrix", str(plan()), "--out", str(tmp_path), "--executor", "ray", "--ray-address", address])
+    assert status == 2
+    assert f"no Ray cluster: nobody listens at {address}" in capsys.readouterr().err
 
 
 def test_cells_as_tasks_of_a_local_ray_cluster(plan, tmp_path, capsys):

@@ -288,12 +288,12 @@ def test_a_side_that_processes_otherwise_is_not_raw():
 
 
 def test_penalties_that_both_sides_have_are_not_named_beside_a_repetition_that_one_lacks():
-    asked = {"repetition_penalty": 1.2, "presence_penalty": 0.8, "frequency_penalty": 0.6}
+    asked = {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.2}
     rollouts = policy(**asked)
     without = Sampling(**{**asked, "repetition_penalty": 1.0})
     found = [f for f in compare(expected=rollouts.trace(), actual=rollouts.trace(without)).findings if f.layer == "semantic"]
     assert [f.evidence.partition(" (")[0] for f in found] == [
-        "repetition penalty 1.2 was applied to the golden and not to this run"
+        "repetition penalty 1.1 was applied to the golden and not to this run"
     ]
 
 

@@ -23,7 +23,14 @@ from .permutation import ALPHA, block_permutation_test
 from .result import SIDES, Comparison, Difference, Finding, FreeRun, Gate, TokenDiff, by_their_names
 from .signatures.head import head_finding
 from .signatures.positions import positions_of
-from .signatures.semantics import bears_out, different_meaning, label_findings, semantic_findings, unsure_of
+from .signatures.semantics import (
+    bears_out,
+    different_meaning,
+    label_findings,
+    left_unexplained,
+    semantic_findings,
+    unsure_of,
+)
 from .support import support_flips
 from .tolerance import DEFAULTS, Tolerance, default_tolerance, make_tolerance, whose_defaults, with_floor
 
@@ -106,6 +113,13 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
         if not any(finding.cause for finding in findings) and (head := head_finding(positions_of(expected, actual, rows))):
             findings.append(head)
         notes += [unsure] if (unsure := unsure_of(expected, actual, rows)) else []
+    penalties = any(f.cause == "penalties" for f in findings)  # what they move is no remainder
+    if (
+        any(f.cause for f in findings)
+        and not penalties
+        and (rest := left_unexplained(expected, actual, rows, 2 * limits.rms_diff))
+    ):
+        notes.append(rest)
     if numbers["n_nan"]:
         evidence_of = f"{int(numbers['n_nan'])} logprobs are NaN or +inf"
         findings.insert(0, Finding("path", None, evidence_of, ("engine_build", "kv_cache_dtype")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -65,14 +66,15 @@ class Ablation:
     """All steps, the first being the failing configuration itself.
 
     `differs` are the settings that differ, setting -> (golden's value, value now); `reading` what an independent
-    implementation says of both sides, where one was asked; `left_out` says what the budget did not allow. `noise` (nats) is
-    an RMS that the golden's own noise explains.
+    implementation says of both sides, where one was asked, now with the settings `reading_of` as the golden had them;
+    `left_out` says what the budget did not allow. `noise` (nats) is an RMS that the golden's own noise explains.
     """
 
     steps: tuple[Step, ...]
     differs: Mapping[str, tuple[Any, Any]]
     noise: float
     reading: Reading | None = None
+    reading_of: tuple[str, ...] = ()
     left_out: str = ""
 
     def share(self, step: Step) -> float:
@@ -96,13 +98,17 @@ class Ablation:
             f"as it failed: RMS {self.steps[0].rms:.3g} nats over the golden's tokens (noise explains {self.noise:.2g})",
             *(self._line(step) for step in [*singles, *several]),
             self._conclusion(),
-            *([] if self.reading is None else [_third_opinion(self.reading)]),
+            *([] if self.reading is None else [_third_opinion(self.reading, self.reading_of)]),
             *([self.left_out] if self.left_out else []),
         ]
 
     def weigh(self, findings: Sequence[Finding]) -> list[Finding]:
         """The findings of the comparison that failed, with what the reading adds to them."""
-        return list(findings) if self.reading is None else weigh(findings, self.reading)
+        if self.reading is None:
+            return list(findings)
+        if self.reading_of:  # what those settings do not explain has a cause of its own
+            return [*findings, *weigh((), self.reading)]
+        return weigh(findings, self.reading)
 
     def _conclusion(self) -> str:
         best = self.best
@@ -110,12 +116,16 @@ class Ablation:
             tried = {name for step in self.steps if not step.problem for name in step.moved}
             unknown = [name for name in self.differs if name not in tried]
             if unknown:
-                known = f"of {', '.join(n for n in self.differs if n in tried) or 'nothing'}, the settings that were tried"
-                return f"{known}, none accounts for the mismatch; not known of {', '.join(unknown)}: not tried, or not started"
+                known = ", ".join(n for n in self.differs if n in tried)
+                said = f"of {known}, the settings that were tried, none accounts for the mismatch; " if known else ""
+                return f"{said}not known of {', '.join(unknown)}: not tried, or not started"
             what = "accounts for the mismatch" if self.differs else "differs"
             return f"no setting {what}: the weights, the build or the hardware are left"
         verb = "accounts" if len(best.moved) == 1 else "account"
+        untried = [name for name in self.differs if not any(name in step.moved and not step.problem for step in self.steps)]
         rest = "noise" if best.rms <= self.noise else "what no setting that was tried explains"
+        if untried and best.rms > self.noise:
+            rest += f"; not known of {', '.join(untried)}: not tried, or not started"
         return (
             f"{' and '.join(best.moved)} {verb} for {self.share(best):.0%} of the mismatch; what remains, RMS {best.rms:.2g} "
             f"nats, is {rest}"
@@ -131,9 +141,10 @@ class Ablation:
         return f"  {layer:<9} {changes}: RMS {step.rms:.3g}, {what}"
 
 
-def _third_opinion(reading: Reading) -> str:
+def _third_opinion(reading: Reading, moved: Sequence[str]) -> str:
     says = {"now": "the golden agrees with it, this run does not", "golden": "this run agrees with it, the golden does not"}
-    return f"{reading}: {says.get(reading.off, 'it sides with neither')}"
+    where = f" (now with {' and '.join(moved)} as the golden had it)" if moved else ""
+    return f"{reading}{where}: {says.get(reading.off, 'it sides with neither')}"
 
 
 def layer_of(setting: str) -> str:
@@ -157,6 +168,7 @@ def ablate(
     engine = pool.engine(spec)
     now = engine.replay(trace)
     steps = [Step((), _rms(trace, now))]
+    replays: dict[tuple[str, ...], Trace] = {(): now}
     differs = _differences(
         {**golden.fingerprint.get("config", {}), "dtype": golden.fingerprint.get("dtype")},
         {**engine.config.values, "dtype": engine.config.dtype},
@@ -174,6 +186,7 @@ def ablate(
         try:
             replayed = pool.engine(_moved(spec, moved, differs)).replay(trace)
             step = Step(moved, _rms(trace, replayed))
+            replays[moved] = replayed
         except ParityError as error:
             step = Step(moved, float("nan"), str(error).splitlines()[0])
         steps.append(step)
@@ -192,9 +205,13 @@ def ablate(
                 if _least([step for step in steps if step is not whole]) > max(1.05 * whole.rms, noise):
                     for company in itertools.combinations(rest, size):
                         measure((*helped, *company))
-    reading = _reading(golden, now, spec, pool, limits.outlier, notify) if read else None
     text = f"{left} more steps were left out: the budget is {budget.engines} engines and {budget.minutes:g} minutes"
-    return Ablation(tuple(steps), differs, noise, reading, text if left > 0 else "")
+    found = Ablation(tuple(steps), differs, noise, left_out=text if left > 0 else "")
+    if not read:
+        return found
+    moved = found.best.moved if found.best.rms > noise else ()
+    reading = _reading(golden, replays[moved], spec, pool, limits.outlier, notify)
+    return dataclasses.replace(found, reading=reading, reading_of=moved if reading is not None else ())
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -87,6 +87,8 @@ def python_of(
         given = shutil.which(environment.python)
         if given is None:
             raise EngineError(f"environment {environment.name}: there is no interpreter {environment.python}")
+        if _ask(given, "print('Python')").stdout.strip() != "Python":
+            raise EngineError(f"environment {environment.name}: {environment.python} is no Python")
         return Path(given)
     folder = home / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', environment.name)}-{environment.digest[:8]}"
     python = folder / "bin" / "python"

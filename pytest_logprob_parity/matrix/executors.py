@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -33,6 +34,8 @@ _PROTOCOL: Final = 2
 _MODEL_FILES: Final = ("*.json", "*.safetensors*", "*.bin", "*.model", "*.jinja", "*.txt")
 #: How often a waiting thread looks whether it is to stop, in seconds.
 _LOOK: Final = 0.2
+#: How long a cluster's address may take to answer, in seconds.
+_CONNECT_SECONDS: Final = 5.0
 _STOPPED: Final = "was ended: the run was interrupted"
 
 
@@ -224,6 +227,7 @@ class RayExecutor:
             raise UsageError("--executor ray: Ray is not installed; pip install ray, or use --executor local") from None
         self._ray: Any = ray
         if not ray.is_initialized():
+            _check_listens(address)
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
             except Exception as error:
@@ -264,6 +268,19 @@ class RayExecutor:
                 (out / job.name / name).write_bytes(data)
             notify(f"{job.name}: {why or 'answered'}")
             yield job, why
+
+
+def _check_listens(address: str | None) -> None:
+    """Raise EngineError where nobody listens at HOST:PORT: Ray would try for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise EngineError(
+            f"no Ray cluster: nobody listens at {address} ({getattr(error, 'strerror', None) or error})"
+        ) from None
 
 
 def _run_remotely(job: Job, home: str) -> tuple[str, dict[str, bytes]]:

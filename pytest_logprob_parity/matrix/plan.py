@@ -164,6 +164,9 @@ def _environment(name: str, values: Mapping[str, Any], folder: Path) -> Environm
     _check(values, _ENVIRONMENT_KEYS, (), where)
     if not any(values.get(key) for key in ("requirements", "packages", "resolved", "python")):
         raise UsageError(f"{where} says neither what to install nor which python to use")
+    installs = [key for key in ("requirements", "packages", "resolved") if values.get(key)]
+    if values.get("python") and installs:
+        raise UsageError(f"{where} has both python and {installs[0]}: nothing is installed beside an interpreter that is there")
     return Environment(
         name,
         requirements=tuple(_read(folder / file, where) for file in values.get("requirements", ())),

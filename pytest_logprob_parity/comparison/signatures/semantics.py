@@ -124,7 +124,9 @@ def _whole(stages: Sequence[_Stage], positions: Positions) -> Iterator[Finding]:
         found = {stage.finding.cause for stage in stages if stage.on_golden == on_golden and stage.recorded}
         other = any(s.on_golden != on_golden and s.finding.cause and not s.recorded for s in stages)  # it processes, otherwise
         penalties = sum(s.finding.cause == "penalties" for s in stages if s.on_golden == on_golden and s.recorded)
-        if asked and found == asked and not other and penalties == _penalties(positions.golden.sampling):
+        if asked == {"penalties"} and penalties < _penalties(positions.golden.sampling):
+            continue  # those that are left were applied
+        if asked and found == asked and not other:
             steps = ", ".join(s.finding.evidence.partition(":")[0].partition(" (")[0] for s in stages if s.recorded)
             if on_golden or asked not in ({"temperature"}, {"penalties"}):
                 yield Finding("semantic", "raw_vs_processed", f"{text}: {steps.replace(_OR_TWICE, '')}")
@@ -406,6 +408,20 @@ def _applied_temperature(trace: Trace) -> float:
     """What the logits of a trace's logprobs were divided by, as its labels say."""
     applies = trace.logprobs_mode == "processed_logprobs" and not trace.sampling.greedy
     return trace.sampling.temperature if applies and trace.sampling.temperature else 1.0
+
+
+def left_unexplained(expected: Trace, actual: Trace, rows: Alignment, most: float) -> str:
+    """What a temperature leaves between tokens of one position, where that is more than `most` (nats): something else differs
+    besides. Empty where it is not, where penalties would be part of it, and where no temperature is between the two sides.
+    """
+    positions = positions_of(expected, actual, rows)
+    scale = _scale(positions)
+    if not scale.claimed or expected.sampling.penalizes or any(_reported(positions)):
+        return ""
+    rest = _noise(positions, scale.slope)
+    if rest <= most:
+        return ""
+    return f"left unexplained between tokens of one position: RMS {rest:.2g} nats, beyond noise: weights or path differ, too"
 
 
 def unsure_of(expected: Trace, actual: Trace, rows: Alignment) -> str:
