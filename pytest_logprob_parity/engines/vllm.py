@@ -32,7 +32,7 @@ _ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1
 def check_settings(spec: EngineSpec) -> None:
     """Raise UsageError for a setting that the installed vLLM does not have, with the nearest name."""
     known = vllm_engine_arguments()
-    for name in spec.settings:
+    for name in spec.claims():
         if known and name not in known and name not in BY_NATURE:
             fields = spec.field_names()
             raise UsageError(
