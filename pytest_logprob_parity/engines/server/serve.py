@@ -51,7 +51,9 @@ def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str
     arguments.worker_extension_cls = EXTENSION
     arguments.middleware = [*arguments.middleware, MIDDLEWARE]
     os.environ[ASKED_VARIABLE] = json.dumps(asked, default=str)
-    if not cpu:
+    if cpu:
+        _prepare_cpu()
+    else:
         _prepare_gpu(arguments)
     print(f"logprob-parity: {spec} starts; it will listen at http://{host}:{port}", flush=True)
     _run(arguments)
@@ -86,6 +88,15 @@ def _pin(arguments: Any, spec: EngineSpec, asked: Mapping[str, Any]) -> None:
     for name in ("tokenizer", "revision"):
         if (value := getattr(spec, name)) is not None:
             setattr(arguments, name, value)
+
+
+def _prepare_cpu() -> None:
+    """As many threads as an engine in this process has: sums over another number of them have other last digits."""
+    import torch
+
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 def _prepare_gpu(arguments: Any) -> None:
