@@ -147,6 +147,7 @@ def judge_answers(
             draw=answers.draw if path == "decode" else None,
             setup=setup,
             same_stream=bool(golden.fingerprint) and not any(fingerprint.moves_the_stream(*d) for d in differences),
+            same_schedule=fingerprint.keeps_schedule(answers.fingerprint),
             free_run=free,
             policy_logprobs=answers.policy_logprobs if path == "decode" else None,
         )
