@@ -18,7 +18,9 @@ from gateway import COMPLETIONS, Gateway
 
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import EngineSpec, ParityError, Sampling, check_golden
+from pytest_logprob_parity.engines.base import Request
 from pytest_logprob_parity.engines.server.client import Client
+from pytest_logprob_parity.engines.server.wire import completion_of, post_of
 from pytest_logprob_parity.errors import EngineError, IncomparableError, UsageError
 from pytest_logprob_parity.fingerprint import differences
 from pytest_logprob_parity.golden import Golden
@@ -44,7 +46,7 @@ def server():
     """The address of a real server in float32; in development mode, so that vLLM's own routes can tell of it too."""
     command = [sys.executable, "-m", "pytest_logprob_parity.cli", "serve", MODEL, "--dtype", "float32", "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_SERVER_DEV_MODE": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=open("/tmp/server.err", "w"), text=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         url = next(line.split()[-1] for line in process.stdout if "it will listen at" in line)
         threading.Thread(target=process.stdout.read, daemon=True).start()
@@ -388,6 +390,27 @@ def test_raw_and_processed_are_told_apart_by_measuring(gateway, server, clients)
     with pytest.raises(EngineError, match=r"did not take logprobs_mode: asked for 'processed_logprobs', .* 'raw_logprobs'"):
         _ = clients(gateway.url).config
     assert clients(gateway.url, profile="serving").config.logprobs_mode == "raw_logprobs"
+
+
+def test_native_trace_replay_goes_by_the_generate_route():
+    """The wire alone: Model Runner V2, which replays traces itself, runs on GPUs only."""
+    request = Request([9, 8], Sampling(temperature=0.7, logprobs=2), forced_token_ids=[5, 6, 7])
+    path, body = post_of(request, "native", "m")
+    assert (path, body["model"], body["token_ids"]) == ("/inference/v1/generate", "m", [9, 8])
+    assert body["sampling_params"]["trace_decode_token_ids"] == [5, 6, 7]
+    assert json.dumps(body)
+
+    def at(token, logprob, rank, *others):
+        top = [{"token_id": t, "logprob": v, "rank": r} for t, v, r in ((token, logprob, rank), *others)]
+        return {**top[0], "top_logprobs": top}
+
+    content = [at(5, -0.5, 1, (1, -1.5, 2)), at(6, -3.0, 9, (2, -0.25, 1)), at(7, -9999.0, None, (3, -9999.0, 2))]
+    choice = {"token_ids": [5, 6, 7], "finish_reason": "length", "logprobs": {"content": content}}
+    completion = completion_of(request, {"choices": [choice]}, 1024)
+    np.testing.assert_array_equal(completion.logprobs, np.float32([-0.5, -3.0, np.nan]))
+    np.testing.assert_array_equal(completion.ranks, [1, 9, 0])
+    np.testing.assert_array_equal(completion.top_token_ids[:2], [[5, 1], [2, -1]])
+    np.testing.assert_array_equal(completion.top_logprobs[:2], np.float32([[-0.5, -1.5], [-0.25, -np.inf]]))
 
 
 # -- bad days ---------------------------------------------------------------------------------------------------------
