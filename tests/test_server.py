@@ -219,6 +219,9 @@ def test_the_address_is_an_engine_of_ones_own(pytester, run_inner, server):
             assert parity_engine.generate([[9, 8, 7]], dict(max_tokens=4)).num_tokens == 4
     """)
     run_inner().assert_outcomes(passed=1)
+    pytester.makeconftest((pytester.path / "conftest.py").read_text().replace(server, "http://127.0.0.1:9"))
+    pytester.makepyfile("def test_it(parity_engine): pass")
+    run_inner().stdout.fnmatch_lines(["E*EngineError: no server answers at http://127.0.0.1:9: *; start one: *"])
 
 
 def test_four_workers_share_a_server_and_nothing_is_lost(pytester, server):
@@ -552,6 +555,7 @@ def test_a_server_that_is_down_is_one_line_with_the_command_that_starts_one(clie
         pytester.makepyfile(TEST + TEST.replace("test_rollouts", "test_second"))
         result = run_inner("--update-golden", f"--parity-server={url}")
         result.assert_outcomes(failed=2)
+        result.stdout.fnmatch_lines(["E  *pytest_logprob_parity.EngineError: no server answers at *"])
         assert not list(pytester.path.glob("golden/**/*.safetensors"))
 
 
@@ -620,6 +624,7 @@ def test_serve_refuses_in_one_line(capsys, server):
     assert f"cannot listen at 127.0.0.1 port {port}: Address already in use" in one_line(capsys, "serve", MODEL, "--port", port)
     assert "no such folder" in one_line(capsys, "serve", "models/none", "--port", "0")
     assert "did you mean 'max_num_seqs'" in one_line(capsys, "serve", MODEL, "max_num_seq=1", "--port", "0")
+    assert "'y' is not KEY=VALUE" in one_line(capsys, "serve", MODEL, "--port", "0", "seed=1", "y")
     assert "'x' is not KEY=VALUE" in one_line(capsys, "serve", MODEL, "--set", "x")
 
 
