@@ -19,13 +19,14 @@ class Answers:
     """Replays by path, and the `fingerprint` of the engine that made them.
 
     `policy_logprobs` [N] are without truncation, where the golden has its own; `draw` gives the logprobs [N] of a replay in
-    shapes drawn as the golden's floor was, where it has one.
+    shapes drawn as the golden's floor was, where it has one; `remarks` are what there is to say of the engine beside them.
     """
 
     replays: Mapping[str, Trace]
     fingerprint: Mapping[str, Any]
     policy_logprobs: FloatArray | None = None
     draw: Callable[[], FloatArray] | None = None
+    remarks: Sequence[str] = ()
 
 
 def ask(engine: Engine, golden: Golden, paths: Sequence[str]) -> Answers:
@@ -38,6 +39,7 @@ def ask(engine: Engine, golden: Golden, paths: Sequence[str]) -> Answers:
         engine.fingerprint(),
         _policy_replay(golden.trace, engine) if decoded else None,
         _drawn(golden, engine) if decoded else None,
+        engine.remarks(),
     )
 
 

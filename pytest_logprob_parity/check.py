@@ -26,6 +26,7 @@ from .replay import REPLAYS, can_regenerate
 from .spec import Sampling
 from .suspects import adapter_finding, suspects
 from .trace import Trace
+from .unforced import as_unforced, why_unforced, without_decode
 
 DEFAULT_REPLAY: Final = ("decode", "regenerate")
 
@@ -120,8 +121,11 @@ def _compare_engine(
         )
     if not [p for p in replay if p != "regenerate" or can_regenerate(trace)]:
         raise UsageError("replay 'regenerate' alone: the golden does not know its seeds; use 'decode'")
-    answers = ask(engine, golden, replay)
+    reason = why_unforced(engine, replay)
+    answers = ask(engine, golden, without_decode(replay) if reason else replay)
     comparison, differences = judge_answers(golden, answers, tolerance, level, context)
+    if reason:
+        comparison = as_unforced(comparison, trace, reason)
     return Checked(golden, comparison, differences, answers.fingerprint, answers.policy_logprobs)
 
 
@@ -142,7 +146,8 @@ def judge_answers(
             floor=golden.floor,
             draw=answers.draw if path == "decode" else None,
             setup=setup,
-            same_stream=bool(golden.fingerprint) and not any(fingerprint.moves_the_stream(name) for name, _, _ in differences),
+            same_stream=bool(golden.fingerprint) and not any(fingerprint.moves_the_stream(*d) for d in differences),
+            same_schedule=fingerprint.keeps_schedule(answers.fingerprint),
             free_run=free,
             policy_logprobs=answers.policy_logprobs if path == "decode" else None,
         )
@@ -158,7 +163,8 @@ def judge_answers(
             headline = f"{comparison.headline}; {note}"
             comparison = dataclasses.replace(comparison, headline=headline, notes=(*comparison.notes, note))
         judged.append(with_gap(comparison, tolerance, answers.fingerprint.get("config", {})))
-    return min(judged, key=lambda c: ("fail", "unverified", "pass").index(c.verdict)), differences
+    worst = min(judged, key=lambda c: ("fail", "unverified", "pass").index(c.verdict))
+    return dataclasses.replace(worst, notes=(*worst.notes, *answers.remarks)), differences
 
 
 def _limits(golden: Golden, path: str, tolerance: Any, context: Context) -> Tolerance:

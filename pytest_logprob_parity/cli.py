@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import signal
 import sys
@@ -70,6 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     diagnose.add_argument("--max-minutes", type=float, default=10, help="minutes to take at most (default: %(default)g)")
     diagnose.add_argument("--no-reading", action="store_true", help="no third opinion by transformers")
+    serve = verbs.add_parser("serve", help="vLLM's own OpenAI server, as tests can ask it: --parity-server=URL")
+    serve.add_argument("model", help="model folder or hub id")
+    serve.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="EngineSpec fields, engine arguments")
+    serve.add_argument("--set", action="append", default=[], dest="also", metavar="KEY=VALUE", help="the same, anywhere")
+    serve.add_argument("--profile", default="rl", help="pinned defaults (default: %(default)s)")
+    serve.add_argument("--dtype", default="auto")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine only)")
+    serve.add_argument("--port", type=int, default=8000, help="0: one that is free (default: %(default)s)")
+    serve.epilog = "Any other option is handed to vLLM's server: --tensor-parallel-size 8, --distributed-executor-backend ray."
     bisect = verbs.add_parser("bisect", help="which release of the engine changed a golden's logprobs")
     bisect.add_argument("golden", type=Path)
     bisect.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="the engine: EngineSpec fields, engine arguments")
@@ -82,7 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bisect.add_argument("--out", type=Path, default=Path("parity-bisect"), help="answers (default: %(default)s)")
     bisect.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
     given, rest = parser.parse_known_args(arguments)  # settings behind options are left over: argparse fills a list once
-    if hasattr(given, "settings"):
+    if given.verb == "serve":
+        given.flags = []
+        for before, text in itertools.pairwise(["", *rest]):  # what stands behind an option is its value
+            (given.flags if text.startswith("-") or before.startswith("-") else given.settings).append(text)
+        rest = []
+    elif hasattr(given, "settings"):
         given.settings += [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in given.settings]
     if rest:
@@ -121,6 +136,8 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
 
 
 def _run(given: argparse.Namespace) -> int:
+    if given.verb == "serve":
+        return _serve(given)
     if given.verb == "selftest":
         return _selftest(given)
     if given.verb == "diagnose":
@@ -238,6 +255,15 @@ def _check_bisect(spec: Mapping[str, Any], given: argparse.Namespace) -> None:
     for name in spec:  # another release may have arguments that the installed one has not, under names of their own
         if name not in known and (hint := nearest(name, known)):
             raise UsageError(f"{name!r} is no engine argument of the installed vLLM{hint}")
+
+
+def _serve(given: argparse.Namespace) -> int:
+    from .engines.server.serve import serve
+    from .settings import parse_settings
+
+    settings = {"model": given.model, "profile": given.profile, "dtype": given.dtype}
+    settings |= parse_settings([*given.settings, *given.also], "serve")
+    return serve(settings, given.host, given.port, given.flags)
 
 
 def _bisect(given: argparse.Namespace) -> int:

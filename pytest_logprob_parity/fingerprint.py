@@ -178,8 +178,21 @@ def setup_class(golden: Mapping[str, Any], apart: Sequence[tuple[str, Any, Any]]
     return "unknown" if not golden else "compatible" if apart else "same"
 
 
-def moves_the_stream(name: str) -> bool:
-    """Whether another value of this part of a fingerprint may draw other random numbers from the same seeds."""
+def keeps_schedule(now: Mapping[str, Any]) -> bool:
+    """Whether an engine of this fingerprint runs the same requests in the same batches every time.
+
+    Requests that arrive at a server several at a time meet in others.
+    """
+    return int(now.get("config", {}).get("concurrency") or 1) == 1
+
+
+def moves_the_stream(name: str, golden: Any = None, now: Any = None) -> bool:
+    """Whether another value of this part of a fingerprint may draw other random numbers from the same seeds.
+
+    A server draws as the engine in it does.
+    """
+    if name == "engine.kind" and {golden, now} == {"vllm", "vllm-server"}:
+        return False
     return not name.startswith("config.") or name in {"config.seed", "config.model_runner", "config.tensor_parallel_size"}
 
 

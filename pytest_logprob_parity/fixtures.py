@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def parity_engine_factory() -> Any:
-    """Override it to bring your own engine: return a `vllm.LLM`, or a callable `(spec or None) -> LLM`."""
+    """Override it to bring your own engine: a `vllm.LLM`, a server's address, or a callable `(spec or None)` giving one."""
     return None
 
 
@@ -45,7 +45,7 @@ def parity_engines(request: pytest.FixtureRequest) -> Callable[..., Engine]:
             made = spec.replace(**{**settings, **session.set_settings})
         if made is None:
             raise UsageError("parity_engines(): name a model, or give an EngineSpec")
-        return pool.engine(made)
+        return pool.engine(session.point(made) or made)
 
     return engines
 
@@ -56,8 +56,10 @@ def parity_engine(request: pytest.FixtureRequest, parity_engine_factory: Any) ->
     __tracebackhide__ = True
     settings = request.node.stash.get(ITEM, None)
     session = request.config.stash[SESSION]
-    spec = settings.spec if settings else make_spec({**session.ini_settings, **session.set_settings})
+    spec = settings.spec if settings else session.point(make_spec({**session.ini_settings, **session.set_settings}))
     pool = _pool(request)
+    if parity_engine_factory is not None and session.server:
+        return pool.adopt(session.server, spec)
     if parity_engine_factory is not None:
         return pool.adopt_from(parity_engine_factory, spec)
     if spec is None:

@@ -11,6 +11,7 @@ import pytest
 
 from .errors import ParityError, UsageError
 from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity_engines, trainer_scorer
+from .server_settings import check_url
 from .settings import make_spec, marker_settings, parse_settings
 from .state import ITEM, PROPERTY, SESSION, ItemSettings, Session
 from .trainer.frameworks import FRAMEWORKS
@@ -48,6 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="override an engine setting in every test of this run, e.g. logprobs_mode=raw_logprobs",
+    )
+    group.addoption(
+        "--parity-server",
+        default=None,
+        metavar="URL",
+        help="ask a running vLLM server (see `logprob-parity serve`) in place of every vLLM engine of this run",
     )
     group.addoption(
         "--parity-level",
@@ -121,6 +128,8 @@ def pytest_configure(config: pytest.Config) -> None:
         obtained = str(config.getini("parity_obtained"))
         if obtained not in ("golden", "trace"):
             raise UsageError(f"parity_obtained: {obtained!r} is neither golden nor trace")
+        given = config.getoption("--parity-server")
+        server = "" if given is None else check_url(given, "--parity-server")
         report = _report_folder(config)
         if lines := config.getini("parity_tolerance"):
             from .comparison.tolerance import parse_tolerance
@@ -133,7 +142,7 @@ def pytest_configure(config: pytest.Config) -> None:
             f"parity_max_golden_mb: {config.getini('parity_max_golden_mb')!r} must be a number above 0"
         ) from None
     golden_dir = config.rootpath / config.getini("parity_golden_dir")
-    session = Session(update, golden_dir, ini, override, level, int(repeats), report, obtained == "golden")
+    session = Session(update, golden_dir, ini, override, level, int(repeats), report, obtained == "golden", server)
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(session), "logprob_parity_outcomes")
@@ -194,7 +203,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         if not isinstance(parameter, dict):
             raise UsageError(f"parametrize('parity_engine', ..., indirect=True) takes dicts of settings, not {parameter!r}")
         spec = make_spec({**session.ini_settings, **marker_settings(marks), **parameter, **session.set_settings})
-        item.stash[ITEM] = ItemSettings(item.nodeid, spec, None)
+        item.stash[ITEM] = ItemSettings(item.nodeid, session.point(spec), None)
     except ParityError as error:
         item.stash[ITEM] = ItemSettings(item.nodeid, None, error)
 

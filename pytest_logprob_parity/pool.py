@@ -13,10 +13,12 @@ import numpy as np
 
 from . import fingerprint
 from .errors import EngineError, ParityError, UsageError
+from .server_settings import SERVER, SERVER_SETTINGS
 from .spec import EngineSpec, Sampling
 
 if TYPE_CHECKING:
     from .engines.base import Backend, ResolvedConfig
+    from .engines.server.client import Client
     from .floor import Shapes
     from .trace import FloatArray, Trace
     from .weights.adapter import Adapter
@@ -103,6 +105,7 @@ class Engine:
         from .weights.adapter import is_adapter, read_adapter
         from .weights.update import WeightUpdate, check_fits
 
+        self._check_here("weight updates")
         given = weights if isinstance(weights, Mapping) else self._pool.absolute(weights)
         update = WeightUpdate(given, mode, clear_cache, at_token)
         model, adapter = self._pool.folders(self.spec)[0], None
@@ -129,10 +132,12 @@ class Engine:
 
         The engine has to be started with `enable_sleep_mode=True`. Raises UsageError where it cannot sleep: on CPUs none can.
         """
+        self._check_here("sleep")
         self._guard(lambda backend: _can(backend, "sleep")(level))
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
         """End a sleep: of `weights`, of `kv_cache`, or of all. After level 2 the weights are anybody's until an update."""
+        self._check_here("sleep")
         self._guard(lambda backend: _can(backend, "wake_up")(None if tags is None else list(tags)))
 
     @property
@@ -180,16 +185,27 @@ class Engine:
             "dtype": config.dtype,
             "config": {k: v for k, v in sorted(config.values.items()) if v is not None},
             "hardware": dict(config.hardware),
-            "libraries": fingerprint.libraries(),
+            "libraries": fingerprint.libraries() if config.libraries is None else dict(config.libraries),
         }
 
     def model_fingerprint(self) -> dict[str, Any]:
         """The part of the fingerprint that needs no engine: name and digests of model, tokenizer, chat template, adapter."""
-        model, tokenizer = self._pool.folders(self.spec)
+        digests = self._pool.digests(self.spec)
         name = Path(self.spec.model).name if Path(self.spec.model).is_absolute() else self.spec.model
         adapter = self.adapter
         laid_on = {} if adapter is None else {"adapter": str(adapter)}
-        return {"name": name, **fingerprint.model_digests(model, tokenizer), **laid_on}
+        return {"name": name, **digests, **laid_on}
+
+    def remarks(self) -> list[str]:
+        """What a report should say of this engine beside its numbers: pins that nobody could verify, trouble on the way."""
+        backend = self._backend()
+        unverified = backend.config.unverified
+        told = [f"could not be verified, for the engine does not tell: {', '.join(unverified)}"] if unverified else []
+        return told + (backend.remarks() if hasattr(backend, "remarks") else [])
+
+    def _check_here(self, what: str) -> None:
+        if self.spec.engine == SERVER:
+            raise UsageError(f"{what}: not over a server ({self.spec.settings['url']}); take engine='vllm', in this process")
 
     def _backend(self) -> Backend:
         return self._pool.backend(self.spec, self)
@@ -239,20 +255,25 @@ class Pool:
         self._folders: dict[EngineSpec, tuple[Path, Path]] = {}
         self._adapters: dict[EngineSpec, Adapter] = {}
         self._updated: dict[EngineSpec, Engine] = {}
+        self._clients: dict[str, Client] = {}
 
     def engine(self, spec: EngineSpec) -> Engine:
         """The handle of a spec; nothing starts yet."""
         return Engine(spec, self)
 
-    def adopt(self, llm: Any) -> Engine:
-        """A handle on a `vllm.LLM` that the caller built and keeps: nothing is pinned, its configuration is read back.
+    def adopt(self, llm: Any, asked: EngineSpec | None = None) -> Engine:
+        """A handle on a `vllm.LLM` that the caller built and keeps, or on the server at an address: nothing is pinned, its
+        configuration is read back. `asked` is the spec of the test, which names a server's model.
 
         Raises UsageError for anything else.
         """
+        if isinstance(llm, str):
+            return self.engine(self._server_spec(llm, asked))
         if id(llm) in self._adopted:
             return self._adopted[id(llm)][1]
         if not hasattr(llm, "llm_engine"):
-            raise UsageError(f"parity_engine_factory must give a vllm.LLM, not {type(llm).__module__}.{type(llm).__qualname__}")
+            given = f"{type(llm).__module__}.{type(llm).__qualname__}"
+            raise UsageError(f"parity_engine_factory must give a vllm.LLM or a server's address, not {given}")
         from .engines.vllm import VllmBackend
 
         backend = VllmBackend.adopt(llm)
@@ -265,13 +286,40 @@ class Pool:
         self._folders[spec] = (find(str(model.model), self.root), find(str(model.tokenizer), self.root))
         self._adopted[id(llm)] = (llm, Engine(spec, self))
         if self.notify is not None:
-            different = backend.config.differences_from_rl()
-            text = ", ".join(f"{k} is {now!r} (rl: {pin!r})" for k, (pin, now) in different.items())
-            self.notify(
-                f"own engine, vllm {backend.config.version}: "
-                + (f"differs from profile rl: {text}" if text else "as profile rl")
-            )
+            self.notify(f"own engine, vllm {backend.config.version}: {_beside_rl(backend.config)}")
         return self._adopted[id(llm)][1]
+
+    def _server_spec(self, url: str, asked: EngineSpec | None) -> EngineSpec:
+        from .engines.server.readback import served_root
+        from .server_settings import check_url
+
+        url = check_url(url, "parity_engine_factory")
+        settings: dict[str, Any] = {k: v for k, v in asked.settings.items() if k in SERVER_SETTINGS} if asked else {}
+        model = asked.model if asked else served_root(self._client(url))
+        tokenizer = asked.tokenizer if asked else None
+        return EngineSpec(model, engine=SERVER, tokenizer=tokenizer, profile="own", **{**settings, "url": url})
+
+    def _client(self, url: str) -> Client:
+        from .engines.server.client import Client
+
+        if url not in self._clients:
+            self._clients[url] = Client(url, self.notify)
+        return self._clients[url]
+
+    def digests(self, spec: EngineSpec) -> Mapping[str, str]:
+        """The digests of a spec's model: of its folder, or, where only its server has that, as the server tells them.
+
+        Raises UsageError where neither is there.
+        """
+        try:
+            return fingerprint.model_digests(*self.folders(spec))
+        except UsageError:
+            if spec.engine != SERVER:
+                raise
+            digests: Mapping[str, str] = getattr(self.backend(spec), "digests", {})
+            if not digests:
+                raise
+            return digests
 
     def folders(self, spec: EngineSpec) -> tuple[Path, Path]:
         """The folders of a spec's model and tokenizer. Raises UsageError; starts nothing."""
@@ -359,12 +407,14 @@ class Pool:
         key = (id(factory), spec)
         if key not in self._given:
             self._given[key] = factory(spec) if callable(factory) else factory
-        return self.adopt(self._given[key])
+        return self.adopt(self._given[key], spec)
 
     def close(self) -> None:
         """Shut all engines down."""
         for spec in list(self._alive):
             self.discard(spec)
+        for client in self._clients.values():
+            client.close()
 
     def __enter__(self) -> Pool:
         return self
@@ -379,14 +429,21 @@ class Pool:
         self.starts.append(start)
         if self.notify is not None:
             where = ", in its own process" if own_process else ""
-            self.notify(f"started {spec} ({backend.config.engine} {start.version}) in {start.seconds:.1f} s{where}")
+            verb = "connected to" if spec.engine == SERVER else "started"
+            self.notify(f"{verb} {spec} ({backend.config.engine} {start.version}) in {start.seconds:.1f} s{where}")
+            if spec.profile == "own":
+                self.notify(f"own engine, vllm {start.version}: {_beside_rl(backend.config)}")
             if backend.config.unverified:
                 self.notify(f"could not be read back: {', '.join(backend.config.unverified)}")
+            if spec.engine == SERVER and not backend.config.forces:
+                self.notify(backend.config.forcing)
         return backend
 
     def _start_where_possible(self, spec: EngineSpec) -> tuple[Backend, bool]:
         from .engines.process import start_in_process
 
+        if spec.engine == SERVER:
+            return self._connect(spec), False
         model, tokenizer = self.folders(spec)
         gpu = _has_gpu()
         came_back = any(start.spec == spec for start in self.starts)
@@ -397,11 +454,20 @@ class Pool:
             return start_in_process(spec, model, tokenizer, self._adapters.get(spec)), False
         except EngineError as error:
             settings_are_wrong = error.__cause__ is None or isinstance(error.__cause__, ValueError)
-            if settings_are_wrong or spec.engine != "vllm" or not self.starts:
+            if settings_are_wrong or spec.engine != "vllm" or not any(start.spec.engine != SERVER for start in self.starts):
                 raise
         started = self._start_apart(spec, gpu=gpu)
         self._place_is_spoilt = True  # by what has lived in this process before; the next ones need not try
         return started
+
+    def _connect(self, spec: EngineSpec) -> Backend:
+        from .engines.server.backend import ServerBackend
+
+        try:
+            digests = fingerprint.model_digests(*self.folders(spec))
+        except UsageError:
+            digests = None  # the server may be the only one who has the model
+        return ServerBackend(spec, self._client(spec.settings["url"]), digests)
 
     def _start_apart(self, spec: EngineSpec, *, gpu: bool) -> tuple[Backend, bool]:
         """Start an engine in a process of its own. A GPU's memory has room for one; on a CPU a few stay."""
@@ -423,6 +489,11 @@ class Pool:
     def _make_room(self, candidates: list[EngineSpec], *, keep: int) -> None:
         for spec in candidates[: max(len(candidates) - keep, 0)]:
             self.discard(spec)
+
+
+def _beside_rl(config: ResolvedConfig) -> str:
+    text = ", ".join(f"{k} is {now!r} (rl: {pin!r})" for k, (pin, now) in config.differences_from_rl().items())
+    return f"differs from profile rl: {text}" if text else "as profile rl"
 
 
 def _take(backend: Any, update: WeightUpdate) -> None:

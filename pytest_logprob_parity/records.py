@@ -44,6 +44,7 @@ class Records:
     def command(self, flag: str) -> str:
         """How to run this test alone, from where pytest was called, with a flag and this run's settings."""
         settings = "".join(f" --parity-set {shlex.quote(s)}" for s in self._config.getoption("--parity-set"))
+        settings += f" --parity-server {shlex.quote(self._session.server)}" if self._session.server else ""
         file, colons, rest = self._node_id.partition("::")
         here = os.path.relpath(self._config.rootpath / file, self._config.invocation_params.dir)
         return f"pytest {shlex.quote(here + colons + rest)} {flag}{settings}"

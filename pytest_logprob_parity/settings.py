@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import UsageError
+from .server_settings import SERVER, SERVER_SETTINGS
 from .spec import EngineSpec, nearest
 
 
@@ -47,7 +48,10 @@ def make_spec(settings: Mapping[str, Any]) -> EngineSpec | None:
     from .engine_arguments import vllm_engine_arguments
 
     fields = EngineSpec.field_names()
-    known = vllm_engine_arguments() if settings.get("engine", "vllm") == "vllm" else frozenset()
+    kind = settings.get("engine", "vllm")
+    known = vllm_engine_arguments() if kind in ("vllm", SERVER) else frozenset()
+    if known and kind == SERVER:
+        known |= {*SERVER_SETTINGS}
     for name in settings:
         hint = nearest(name, [*fields, *known])
         if name not in fields and (name not in known if known else hint):

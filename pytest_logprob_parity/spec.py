@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from .errors import UsageError
+from .server_settings import SERVER, SERVER_SETTINGS, server_settings
 
 #: Pinned runtime defaults by profile name. `rl` is what makes a rollout's logprobs mean what a trainer takes them for;
 #: `serving` pins nothing: vLLM's own defaults, as they resolve. Those with the name of a training framework pin what it asks
@@ -56,7 +57,7 @@ PROFILES: Final[Mapping[str, Mapping[str, Any]]] = {
 #: requests carry seeds.
 RL_ON_CPU: Final[Mapping[str, Any]] = {"enable_chunked_prefill": False}
 
-ENGINES: Final = ("vllm", "transformers")
+ENGINES: Final = ("vllm", "transformers", SERVER)
 DTYPES: Final = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
@@ -121,6 +122,10 @@ class EngineSpec:
         ):
             if not isinstance(value, str) or value not in known:
                 raise UsageError(f"EngineSpec({field}={value!r}): known are {', '.join(known)}{nearest(str(value), known)}")
+        if engine == SERVER:
+            if adapter is not None:
+                raise UsageError(f"EngineSpec(adapter={adapter!r}): not over a server; merge it, or take engine='vllm'")
+            settings["url"] = server_settings(settings).url
         try:
             settings_json = json.dumps(settings, sort_keys=True)
         except TypeError as error:
@@ -140,12 +145,20 @@ class EngineSpec:
         loaded: dict[str, Any] = json.loads(self.settings_json)
         return loaded
 
+    def claims(self) -> dict[str, Any]:
+        """Those of the settings that are about the engine: all, but for how to talk to a server."""
+        return {k: v for k, v in self.settings.items() if self.engine != SERVER or k not in SERVER_SETTINGS}
+
     def pins(self, *, cpu: bool) -> dict[str, Any]:
         """Every engine argument that is asked for: the profile's, then the settings, which win."""
         profile = dict(PROFILES[self.profile])
         if cpu and profile:
             profile |= RL_ON_CPU
-        return profile | {"seed": self.seed} | ({} if self.dtype == "auto" else {"dtype": self.dtype}) | self.settings
+        return profile | {"seed": self.seed} | ({} if self.dtype == "auto" else {"dtype": self.dtype}) | self.claims()
+
+    def at_server(self, url: str) -> EngineSpec:
+        """The same, of a server at `url` in place of an engine of this run; specs of other engines stay as they are."""
+        return self.replace(engine=SERVER, url=url) if self.engine in ("vllm", SERVER) else self
 
     def replace(self, **changes: Any) -> EngineSpec:
         """This spec with other fields or engine arguments."""

@@ -30,8 +30,13 @@ class Session:
     repeats: int
     report: Path | None = None
     keep_candidates: bool = True
+    server: str = ""
     node_ids: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
+
+    def point(self, spec: EngineSpec | None) -> EngineSpec | None:
+        """A vLLM's spec as one of the server that --parity-server names, where it names one."""
+        return spec.at_server(self.server) if spec is not None and self.server else spec
 
 
 @dataclass(frozen=True)

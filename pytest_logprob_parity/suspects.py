@@ -16,6 +16,7 @@ SUSPECTS: Final = {
     "config.enable_chunked_prefill": ("path", "chunked_prefill"),
     "config.max_num_batched_tokens": ("path", "batch_shape"),
     "config.max_num_seqs": ("path", "batch_shape"),
+    "config.concurrency": ("path", "batch_shape"),
     "config.enforce_eager": ("path", "compilation"),
     "config.compilation_mode": ("path", "compilation"),
     "config.cudagraph_mode": ("path", "compilation"),
@@ -67,7 +68,8 @@ def suspects(differences: Sequence[tuple[str, Any, Any]]) -> list[Finding]:
         return [adapter, *(suspects(others) if others else [])]
     found: dict[str, dict[str, list[str]]] = {}
     for name, golden, now in differences:
-        unknown = name.startswith("config.") and (golden is None or now is None)  # one of the two versions does not say
+        # One of the two versions does not say, or the server does not.
+        unknown = name.startswith(("config.", "hardware.", "libraries.")) and (golden is None or now is None)
         if name in SUSPECTS and not unknown:
             layer, cause = SUSPECTS[name]
             found.setdefault(layer, {}).setdefault(cause, []).append(f"{name} {golden!r} -> {now!r}")

@@ -47,7 +47,8 @@ class ResolvedConfig:
     """What a started engine really uses, read back from it.
 
     `values` are JSON values under engine-argument names; `unverified` names settings that were asked for and that the
-    engine does not tell; `forcing` says how decode replay forces tokens: `sampler`, `native`, or why it cannot.
+    engine does not tell; `forcing` says how decode replay forces tokens: `sampler`, `native`, or why it cannot. `libraries`
+    are the engine's, {} where it tells none, None where they are this process's.
     """
 
     engine: str
@@ -57,6 +58,12 @@ class ResolvedConfig:
     unverified: tuple[str, ...] = ()
     forcing: str = "sampler"
     hardware: Mapping[str, Any] = field(default_factory=dict)
+    libraries: Mapping[str, str] | None = None
+
+    @property
+    def forces(self) -> bool:
+        """Whether decode replay can force tokens."""
+        return self.forcing in ("sampler", "native")
 
     @property
     def logprobs_mode(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from ..fingerprint import hardware
 from .applied_head import applied_head
 
 #: Key in `SamplingParams.extra_args`: the token ids to decode, in order.
@@ -83,6 +84,10 @@ class WorkerExtension:
     def logprob_parity_install(self) -> str:
         """Wrap the sampler of this worker; see `install`."""
         return install(self)
+
+    def logprob_parity_hardware(self) -> dict[str, Any]:
+        """What this worker computes on; see `fingerprint.hardware`."""
+        return hardware()
 
     def logprob_parity_head(self) -> str | None:
         """The precision of this worker's head; see `applied_head`."""

@@ -21,18 +21,8 @@ from ..weights.update import WeightUpdate
 from . import forced_decode, in_flight, lora
 from .applied_head import applied_head, measured_grid, probe_tokens
 from .base import Completion, Request, ResolvedConfig, check_readback, json_value, reason_of
-
-#: What a report and a fingerprint show of a configuration, whether it was asked for or not.
-_SHOWN: Final = (
-    "logprobs_mode", "enable_prefix_caching", "async_scheduling", "enable_chunked_prefill", "generation_config",
-    "enforce_eager", "dtype", "seed", "kv_cache_dtype", "head_dtype", "quantization", "max_model_len", "max_num_seqs",
-    "max_num_batched_tokens", "block_size", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
-    "enable_expert_parallel", "attention_backend", "compilation_mode", "cudagraph_mode", "speculative_decoding",
-    "enable_lora", "max_logprobs", "model_runner",
-)  # fmt: skip
-
-#: Arguments that profiles pin and that early versions do not have: they do one thing, by nature.
-_BY_NATURE: Final = ("logprobs_mode", "async_scheduling")
+from .sampling_parameters import sampling_parameters
+from .vllm_config import BY_NATURE, SHOWN, before_its_time, settings_of, why_not_forced
 
 #: Environment variables that decide what a started engine is, and how they are set while it starts.
 _IN_PROCESS: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -42,8 +32,8 @@ _ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1
 def check_settings(spec: EngineSpec) -> None:
     """Raise UsageError for a setting that the installed vLLM does not have, with the nearest name."""
     known = vllm_engine_arguments()
-    for name in spec.settings:
-        if known and name not in known and name not in _BY_NATURE:
+    for name in spec.claims():
+        if known and name not in known and name not in BY_NATURE:
             fields = spec.field_names()
             raise UsageError(
                 f"{name!r} is neither a field of EngineSpec nor an engine argument of the installed vLLM"
@@ -58,14 +48,14 @@ class VllmBackend:
         self._llm = llm
         self._owned = owned
         self._lora = lora.Lora(llm)
-        values = _by_nature(llm, asked) | _read_config(llm.llm_engine.vllm_config, asked, _applied_head(llm))
+        values = settings_of(llm.llm_engine, llm.llm_engine.vllm_config, asked, _applied_head(llm))
         name = f"vllm {_version()}"
         unverified = check_readback(asked, values, name)
         self.config = ResolvedConfig(
             engine="vllm",
             version=_version(),
             dtype=str(json_value(values["dtype"])),
-            values={k: json_value(v) for k, v in values.items() if k in _SHOWN or k in asked},
+            values={k: json_value(v) for k, v in values.items() if k in SHOWN or k in asked},
             unverified=unverified,
             forcing=_install_forcing(llm, values),
             hardware=fingerprint.hardware(),
@@ -100,7 +90,7 @@ class VllmBackend:
                 "disable_log_stats": True,
                 **({"use_tqdm_on_load": False} if "use_tqdm_on_load" in vllm_engine_arguments() else {}),
                 **({"revision": spec.revision} if spec.revision else {}),
-                **{name: value for name, value in asked.items() if name not in _before_its_time(asked)},
+                **{name: value for name, value in asked.items() if name not in before_its_time(asked)},
             }
             llm = None
             try:
@@ -130,7 +120,7 @@ class VllmBackend:
         from vllm import SamplingParams
 
         try:
-            params = [SamplingParams(**self._parameters(r)) for r in requests]
+            params = [SamplingParams(**sampling_parameters(r, self.config.forcing), **_flat()) for r in requests]
             outputs = self._llm.generate(_prompts(requests), params, lora_request=lora_request, use_tqdm=False)
         except Exception as error:
             if not _is_refusal(error):
@@ -149,7 +139,7 @@ class VllmBackend:
         from vllm import SamplingParams
 
         self._check_steps_alone()
-        params = [SamplingParams(**self._parameters(r)) for r in requests]
+        params = [SamplingParams(**sampling_parameters(r, self.config.forcing), **_flat()) for r in requests]
         outputs, before = in_flight.run_through(
             self._llm, _prompts(requests), params, update, self._load, self._lora.request
         )  # fmt: skip
@@ -222,44 +212,6 @@ class VllmBackend:
         if self._owned:
             _shut_down(llm)
 
-    def _parameters(self, request: Request) -> dict[str, Any]:
-        sampling = request.sampling
-        if request.scored_token_ids is not None:
-            return {
-                "max_tokens": 1,
-                "temperature": 0.0,
-                "prompt_logprobs": sampling.logprobs,
-                "detokenize": False,
-            } | _flat()
-        parameters: dict[str, Any] = {
-            name: getattr(sampling, name)
-            for name in (
-                "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-                "max_tokens", "min_tokens", "ignore_eos", "logprobs",
-            )
-        }  # fmt: skip
-        if not sampling.top_k:
-            parameters["top_k"] = -1  # no top-k, as all versions write it
-        parameters |= {"seed": request.seed, "detokenize": bool(sampling.stop), **_flat()}
-        stop_token_ids = list(sampling.stop_token_ids)
-        if request.forced_token_ids is None:
-            return parameters | {"stop": list(sampling.stop), "stop_token_ids": stop_token_ids}
-        forced = [int(token) for token in request.forced_token_ids]
-        # min_tokens masks the stop ids, which moves the logprobs; without it they must not end the replay early.
-        parameters |= {
-            "seed": None,
-            "detokenize": False,
-            "ignore_eos": True,
-            "max_tokens": len(forced),
-            "min_tokens": min(sampling.min_tokens, len(forced)),
-            "stop_token_ids": stop_token_ids if sampling.min_tokens else [],
-        }
-        if self.config.forcing == "native":
-            if sampling.min_tokens:
-                raise EngineError("vLLM's trace replay drops the stop ids of min_tokens: it cannot replay min_tokens > 0")
-            return parameters | {"trace_decode_token_ids": forced}
-        return parameters | {"extra_args": {forced_decode.FORCED: forced}}
-
 
 def _prompts(requests: Sequence[Request]) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": [*r.prompt_token_ids, *(r.scored_token_ids or ())]} for r in requests]
@@ -315,13 +267,8 @@ def _columns(tokens: Any, logprobs: Any, k: int) -> tuple[Any, Any, Any, Any]:
 
 def _install_forcing(llm: Any, values: Mapping[str, Any]) -> str:
     config = llm.llm_engine.vllm_config
-    for untried in ("pipeline_parallel_size", "data_parallel_size"):
-        if values.get(untried, 1) > 1:
-            return f"{untried}={values[untried]} was not tried"
-    if getattr(config.model_config, "enable_trace_replay", False):
-        return "native"
-    if values.get("model_runner") == "v2":
-        return "Model Runner V2 was started without enable_trace_replay=True"
+    if known := why_not_forced(config, values):
+        return known
     if getattr(config.parallel_config, "worker_extension_cls", ""):
         with contextlib.suppress(AttributeError, NotImplementedError):
             return str(llm.collective_rpc("logprob_parity_install")[0])
@@ -339,62 +286,6 @@ def _applied_head(llm: Any) -> str | None:
         head = llm.collective_rpc("logprob_parity_head" if extended else applied_head)[0]
         return None if head is None else str(head)
     return None
-
-
-def _read_config(config: Any, asked: Mapping[str, Any], head: str | None = None) -> dict[str, Any]:
-    """The started engine's configuration under engine-argument names, those asked for among them; `head` is its head's
-    precision as the worker has it, which counts more than what the configuration says.
-    """
-    model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
-    chunked = getattr(scheduler, "enable_chunked_prefill", None)
-    compilation = getattr(config, "compilation_config", None)
-    values: dict[str, Any] = {
-        "dtype": model.dtype,
-        "kv_cache_dtype": cache.cache_dtype,
-        "enable_chunked_prefill": getattr(scheduler, "chunked_prefill_enabled", None) if chunked is None else chunked,
-        "enable_lora": getattr(config, "lora_config", None) is not None,
-        "speculative_decoding": getattr(getattr(config, "speculative_config", None), "method", None),
-        "attention_backend": getattr(getattr(config, "attention_config", None), "backend", None),
-        "compilation_mode": getattr(compilation, "mode", getattr(compilation, "level", None)),
-        "cudagraph_mode": getattr(compilation, "cudagraph_mode", None),
-    }
-    parts = [model, cache, scheduler, config.parallel_config, getattr(config, "load_config", None), compilation]
-    parts += [getattr(config, "lora_config", None), getattr(config, "attention_config", None), config]
-    for name in (*_SHOWN, *asked):
-        if name not in values:
-            for part in parts:
-                if part is not None and hasattr(part, name):
-                    values[name] = getattr(part, name)
-                    break
-    if head is not None:
-        values["head_dtype"] = head
-    if "logprobs_mode" in values:  # an enum in some versions, whose members are written in capitals
-        values["logprobs_mode"] = getattr(values["logprobs_mode"], "value", values["logprobs_mode"])
-    if isinstance(overrides := asked.get("hf_overrides"), dict):
-        values["hf_overrides"] = {
-            k: values[k] if k == "head_dtype" and k in values else getattr(model.hf_config, k, None) for k in overrides
-        }
-    return values
-
-
-def _before_its_time(asked: Mapping[str, Any]) -> set[str]:
-    """Pinned defaults that this vLLM is too old to have as arguments."""
-    known = vllm_engine_arguments()
-    return {name for name in _BY_NATURE if name in asked and known and name not in known}
-
-
-def _by_nature(llm: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What a started engine does because of what it is: the V0 engine reports processed logprobs, a V1 before the argument
-    existed raw ones.
-    """
-    first = type(llm.llm_engine).__module__.startswith("vllm.engine.")
-    config = llm.llm_engine.vllm_config
-    nature = {
-        "logprobs_mode": "processed_logprobs" if first else "raw_logprobs",
-        "async_scheduling": False,
-    }
-    runner = "v0" if first else "v2" if getattr(config, "use_v2_model_runner", False) else "v1"
-    return {"model_runner": runner} | {name: nature[name] for name in _before_its_time(asked or nature)}
 
 
 def _flat() -> dict[str, bool]:

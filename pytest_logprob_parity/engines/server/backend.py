@@ -1,0 +1,102 @@
+"""A server as an engine: every request is a completion over HTTP, every pin is read back as far as the server tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from ...errors import EngineError, IncomparableError, UsageError
+from ...server_settings import SERVER, server_settings
+from ...spec import EngineSpec
+from ..base import Completion, Request, ResolvedConfig, reason_of
+from .client import Client, DownError
+from .readback import name_of, read_server
+from .wire import completion_of, post_of
+
+#: Parts of the digests of a model that make two of them different models.
+_PARTS: Final = ("model", "tokenizer", "chat_template")
+
+
+class ServerBackend:
+    """A vLLM behind a server. Nothing starts and nothing ends with it; `digests` are the server's, {} where it tells none."""
+
+    def __init__(self, spec: EngineSpec, client: Client, digests: Mapping[str, str] | None) -> None:
+        """Read a server back. `digests` are those of the model that is asked for, None where only the server has it.
+
+        Raises EngineError for one that is down and for a pin that is not the server's, IncomparableError for another model.
+        """
+        from ..vllm import check_settings
+
+        check_settings(spec)
+        self._client = client
+        self._settings = server_settings(spec.settings)
+        try:
+            told = read_server(client, spec, self._settings)
+        except DownError as error:
+            raise EngineError(f"{error}; start one: {start_command(spec)}") from None
+        self._served = told.served
+        self.digests = told.digests
+        if digests is not None and told.digests:
+            self._check_model(spec, digests)
+        values = {**told.values, "concurrency": self._settings.concurrency}
+        self._retried: list[str] = []
+        client.retried.clear()
+        self.config = ResolvedConfig(
+            engine=SERVER,
+            version=told.version,
+            dtype=str(values.get("dtype") or ("unknown" if spec.dtype == "auto" else spec.dtype)),
+            values=values,
+            unverified=told.unverified,
+            forcing=told.forcing,
+            hardware=told.hardware,
+            libraries=told.libraries,
+        )
+
+    def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """See Backend.run; at most `concurrency` requests are under way at a time."""
+        posts = [post_of(request, self.config.forcing, self._served) for request in requests]
+
+        def read(number: int, content: Any) -> Completion:
+            try:
+                return completion_of(requests[number], content, self.config.max_model_len)
+            except (TypeError, KeyError, ValueError, AttributeError) as error:
+                raise EngineError(f"the server's answer is no completion as vLLM writes them: {reason_of(error)}") from None
+
+        try:
+            return self._client.post_all(posts, read, self._settings)
+        except (EngineError, UsageError) as error:
+            text = str(error)
+            where = "" if self._client.url in text else f"{name_of(self._client, self.config.version)}: "
+            raise (EngineError if isinstance(error, DownError) else type(error))(f"{where}{text}") from None
+        finally:
+            if self._client.retried:
+                self._retried.append(", ".join(f"{count} for {reason}" for reason, count in self._client.retried.items()))
+                self._client.retried.clear()
+
+    def remarks(self) -> list[str]:
+        """What there was to say of its answers since it was last asked: requests that had to be sent again."""
+        told, self._retried = self._retried, []
+        return [f"requests sent again: {'; '.join(told)} ({self._client.url})"] if told else []
+
+    def close(self) -> None:
+        """Close the connections; the server stays as it is."""
+        self._client.close()
+
+    def _check_model(self, spec: EngineSpec, digests: Mapping[str, str]) -> None:
+        for part in _PARTS:
+            if self.digests.get(part) != digests.get(part):
+                raise IncomparableError(
+                    f"the server at {self._client.url} has another {part.replace('_', ' ')}: {self._served} "
+                    f"({self.digests.get(part)}), the test asks for {spec.model} ({digests.get(part)})"
+                )
+
+
+def start_command(spec: EngineSpec) -> str:
+    """The command that starts a server as `spec` asks for."""
+    port = server_settings(spec.settings).url.rpartition(":")[2]
+    parts = ["logprob-parity serve", spec.model]
+    parts += [f"{name}={value}" for name, value in spec.claims().items()]
+    parts += [] if spec.profile in ("rl", "own") else [f"--profile {spec.profile}"]
+    parts += [] if spec.dtype == "auto" else [f"--dtype {spec.dtype}"]
+    parts += [f"--port {port}"] if port.isdecimal() else []
+    return " ".join(parts)

@@ -1,0 +1,156 @@
+"""Runs in vLLM's server: wraps the sampler before the first request, and answers what the started engine really uses.
+
+For `vllm serve --middleware`, beside `--worker-extension-cls`; `logprob-parity serve` gives both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from ... import fingerprint
+from ...errors import EngineError, UsageError
+from ..base import check_readback, json_value, reason_of
+from ..vllm_config import SHOWN, settings_of, why_not_forced
+from .readback import EXTENSION, ROUTE
+
+#: What `logprob-parity serve` pinned, as JSON: the server ends at its start where a pin was not taken.
+ASKED_VARIABLE: Final = "LOGPROB_PARITY_ASKED"
+_LARGEST: Final = 1_000_000
+
+
+class ParityMiddleware:
+    """ASGI middleware of one server. `problems` are what kept servers of this process from starting."""
+
+    problems: Final[list[str]] = []
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._lock = asyncio.Lock()
+        self._server: StartedServer | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """One request, or the server's own start and end."""
+        if scope["type"] == "lifespan":
+            try:
+                await (await self._started(scope["app"].state)).tell(
+                    json.loads(os.environ.get(ASKED_VARIABLE, "{}")), strict=True
+                )
+            except Exception as error:
+                self.problems.append(str(error) if isinstance(error, EngineError) else reason_of(error))
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": self.problems[-1]})
+                return
+        elif scope["type"] == "http":
+            server = await self._started(scope["app"].state)
+            if scope["path"].endswith(ROUTE):
+                status, content = await _respond(server, scope["method"], receive)
+                body = json.dumps(content).encode()
+                headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+                await send({"type": "http.response.start", "status": status, "headers": headers})
+                await send({"type": "http.response.body", "body": body})
+                return
+        await self._app(scope, receive, send)
+
+    async def _started(self, state: Any) -> StartedServer:
+        async with self._lock:
+            if self._server is None:
+                self._server = await StartedServer.look_at(state)
+            return self._server
+
+
+async def _respond(server: StartedServer, method: str, receive: Any) -> tuple[int, Any]:
+    if method == "GET":
+        return 200, await server.tell({})
+    if method != "POST":
+        return 405, {"error": f"{method} is not supported; GET, or POST what is asked for"}
+    body, more = b"", True
+    while more and len(body) < _LARGEST:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    try:
+        asked = json.loads(body)["asked"]
+        if not isinstance(asked, Mapping):
+            raise TypeError
+    except (ValueError, TypeError, KeyError):
+        return 400, {"error": 'the body is JSON such as {"asked": {"seed": 0}}'}
+    return 200, await server.tell(asked)
+
+
+class StartedServer:
+    """What is known of a started server, once."""
+
+    def __init__(
+        self, client: Any, forcing: str, head: str | None, hardware: Mapping[str, Any], about: Mapping[str, Any]
+    ) -> None:
+        self._client = client
+        self._forcing = forcing
+        self._head = head
+        self._hardware = hardware
+        self._about = about
+
+    @classmethod
+    async def look_at(cls, state: Any) -> StartedServer:
+        """Wrap the sampler of a server whose engine runs, where that is how to force its tokens, and look at its workers."""
+        client, config = state.engine_client, state.engine_client.vllm_config
+        extended = getattr(config.parallel_config, "worker_extension_cls", "") == EXTENSION
+        head, hardware = None, {}
+        forcing = why_not_forced(config, settings_of(client, config, {}, None))
+        if extended:
+            head = await _on_worker(client, "logprob_parity_head")
+            hardware = await _on_worker(client, "logprob_parity_hardware")
+            forcing = forcing or await _on_worker(client, "logprob_parity_install")
+        forcing = forcing or f"the server was started without --worker-extension-cls {EXTENSION}"
+        names = getattr(state.args, "served_model_name", None) or [config.model_config.model]
+        return cls(client, forcing, head, hardware, {"served": str(names[0]), "model": _model(config.model_config)})
+
+    async def tell(self, asked: Mapping[str, Any], *, strict: bool = False) -> dict[str, Any]:
+        """What the route answers; `refused` is the pin among `asked` that the engine did not take, if any.
+
+        Raises EngineError instead where that is `strict`.
+        """
+        import vllm
+        from vllm.platforms import current_platform
+
+        from ... import __version__
+
+        config = self._client.vllm_config
+        values = settings_of(self._client, config, asked, self._head)
+        refused = ""
+        unverified: tuple[str, ...] = ()
+        try:
+            unverified = check_readback(asked, values, f"vllm {vllm.__version__}")
+        except EngineError as error:
+            if strict:
+                raise
+            refused = str(error)
+        return {
+            "logprob_parity": __version__,
+            "version": str(vllm.__version__),
+            "cpu": bool(current_platform.is_cpu()),
+            **self._about,
+            "values": {k: json_value(v) for k, v in values.items() if k in SHOWN or k in asked},
+            "forcing": self._forcing,
+            "hardware": self._hardware,
+            "libraries": fingerprint.libraries(),
+            "unverified": list(unverified),
+            "refused": refused,
+        }
+
+
+async def _on_worker(client: Any, method: str) -> Any:
+    return (await client.collective_rpc(method))[0]
+
+
+def _model(config: Any) -> dict[str, Any]:
+    """The digests of the model that is served; {} and the reason where its folder cannot be read."""
+    try:
+        model, tokenizer = (fingerprint.find_model(str(name), Path.cwd()) for name in (config.model, config.tokenizer))
+        return {"name": str(config.model), "digests": dict(fingerprint.model_digests(model, tokenizer)), "problem": ""}
+    except (UsageError, OSError, ValueError) as error:
+        return {"name": str(config.model), "digests": {}, "problem": str(error)}
