@@ -6,16 +6,17 @@ BIN := $(VENV)/bin
 PINS := requirements/vllm-0.32.0-cpu.txt
 TOOLS := requirements/tools.txt
 TRAINERS := requirements/trainers.txt
+SITE := requirements/docs.txt
 # Where a CPU build of torch is found if what pip is configured for has none.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint setup bench clean
+.PHONY: demo test lint setup docs bench clean
 
 demo: setup
 	$(BIN)/python examples/demo.py
 
-test: setup lint
+test: setup lint $(VENV)/.docs
 	$(BIN)/python -m pytest --durations=10
 
 lint: setup
@@ -34,6 +35,15 @@ $(VENV)/.ready: $(PINS) $(TOOLS) $(TRAINERS) pyproject.toml
 	$(PIP) install -r $(TOOLS)
 	$(PIP) install --no-deps -r $(TRAINERS)
 	$(PIP) install --no-deps --editable .
+	touch $@
+
+# The site, from docs/ and the code: a broken link, a missing anchor, a page in no menu is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -n -W --keep-going -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
+$(VENV)/.docs: $(VENV)/.ready $(SITE)
+	$(PIP) install --no-deps -r $(SITE)
 	touch $@
 
 bench: setup

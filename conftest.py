@@ -28,7 +28,10 @@ def keep_installed_modules():
 
     def restore_and_keep(self):
         places = ("site-packages", str(ROOT / "pytest_logprob_parity"))
-        kept = {n: m for n, m in sys.modules.items() if any(p in str(getattr(m, "__file__", None)) for p in places)}
+        kept = {
+            n: m for n, m in sys.modules.items()
+            if n.startswith("torch._C.") or any(p in str(getattr(m, "__file__", None)) for p in places)
+        }  # fmt: skip
         restore(self)
         for name, module in kept.items():
             sys.modules.setdefault(name, module)

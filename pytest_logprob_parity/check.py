@@ -55,6 +55,7 @@ def check_golden(
     Raises ParityError: GoldenError, IncomparableError, UsageError, EngineError; MismatchError for the verdicts `fail`
     and `unverified`.
     """
+    __tracebackhide__ = True
     path = Path(path)
     context = context or Context()
     context = dataclasses.replace(context, shown_path=context.shown_path or str(path))

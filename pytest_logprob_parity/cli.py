@@ -16,8 +16,8 @@ from typing import Any
 from .errors import ParityError, UsageError
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit status as diff(1): 0 no difference beyond tolerance, or no wrong verdict; 1 one; 2 trouble."""
+def make_parser() -> argparse.ArgumentParser:
+    """The verbs and their arguments."""
     parser = argparse.ArgumentParser(prog="logprob-parity", description="Look at golden traces and compare them.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     show = verbs.add_parser("show", help="what a golden holds and what it was recorded from")
@@ -91,6 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help='installed besides, for what a release did not foresee, e.g. "transformers<5"')  # fmt: skip
     bisect.add_argument("--out", type=Path, default=Path("parity-bisect"), help="answers (default: %(default)s)")
     bisect.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit status as diff(1): 0 no difference beyond tolerance, or no wrong verdict; 1 one; 2 trouble."""
+    parser = make_parser()
     given, rest = parser.parse_known_args(arguments)  # settings behind options are left over: argparse fills a list once
     if given.verb == "serve":
         given.flags = []

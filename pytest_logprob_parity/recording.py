@@ -24,7 +24,7 @@ from .pool import Engine
 from .spec import Sampling
 from .trace import FloatArray, Trace
 
-#: RMS (nats) between clean builds of vLLM 0.8.5 to 0.32.0 on the same tokens (docs/diagnosis.md, the migration).
+#: RMS (nats) between clean builds of vLLM 0.8.5 to 0.32.0 on the same tokens (docs/how-to/diagnosis.md, the migration).
 _OTHER_BUILDS: Final = {"float64": 1e-6, "float32": 1e-6, "float16": 0.0025, "bfloat16": 0.02}
 #: Sequences beyond this many are not counted on to make a golden pass.
 _MOST_SEQUENCES: Final = 100_000

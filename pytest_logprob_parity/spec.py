@@ -15,7 +15,7 @@ from .server_settings import SERVER, SERVER_SETTINGS, server_settings
 
 #: Pinned runtime defaults by profile name. `rl` is what makes a rollout's logprobs mean what a trainer takes them for;
 #: `serving` pins nothing: vLLM's own defaults, as they resolve. Those with the name of a training framework pin what it asks
-#: of vLLM, and where it asks for nothing what its recipe rests on (see docs/frameworks.md).
+#: of vLLM, and where it asks for nothing what its recipe rests on (see docs/reference/frameworks.md).
 PROFILES: Final[Mapping[str, Mapping[str, Any]]] = {
     "rl": {
         "logprobs_mode": "processed_logprobs",

@@ -1,5 +1,5 @@
-"""`logprob-parity bisect`: the release between two where a golden's check comes out otherwise. docs/diagnosis.md has a real
-search; here releases answer what the test says, so that every way through the search is taken."""
+"""`logprob-parity bisect`: the release between two where a golden's check comes out otherwise. The how-to on diagnosis has a
+real search; here releases answer what the test says, so that every way through the search is taken."""
 
 import dataclasses
 

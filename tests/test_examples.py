@@ -1,4 +1,4 @@
-"""The quickstart is a downstream repo in miniature, and the README's Python runs as it stands."""
+"""The quickstart is a downstream repo in miniature, and the README quotes what it prints today."""
 
 import re
 import shutil
@@ -25,20 +25,6 @@ def test_the_quickstart_checks_its_committed_golden(tmp_path):
         quoted = []
     for line in quoted:
         assert _shape(line) in printed, line
-
-
-def test_the_readme_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    test, trainer, script = (block.replace("path/to/your/model", "models/tiny-arith") for block in blocks)
-    (tmp_path / "models").symlink_to(ROOT / "models")
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_rollouts.py").write_text(test)
-    (tmp_path / "tests" / "test_trainer.py").write_text(trainer)
-    (tmp_path / "script.py").write_text(script)
-    for command in (["-m", "pytest", "--update-golden", "--rootdir=."], ["-m", "pytest", "--rootdir=."], ["script.py"]):
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert (tmp_path / "golden" / "by-hand.safetensors").is_file()
 
 
 def test_the_readme_quotes_a_message_of_today(run_inner, pytester):

@@ -645,8 +645,8 @@ def test_a_framework_that_is_none_is_refused_before_anything_runs(pytester):
 
 
 def test_the_pages_snippets_run(rollouts, scorer):
-    """docs/frameworks.md, every snippet, with the batch that it says it has in hand."""
-    page = (ROOT / "docs" / "frameworks.md").read_text()
+    """docs/reference/frameworks.md, every snippet, with the batch that it says it has in hand."""
+    page = (ROOT / "docs" / "reference" / "frameworks.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     told = {name for text in snippets for name in FRAMEWORKS if f'framework("{name}")' in text}
     assert told == set(FRAMEWORKS)
@@ -655,7 +655,7 @@ def test_the_pages_snippets_run(rollouts, scorer):
         trace = score(rollouts.with_(sampling=Sampling()), scorer) if name in WITHOUT_T else rollouts
         batch = example(name)(*((trace, scorer) if name in WITHOUT_T else (trace,)))
         names = {"batch": batch, "model": scorer.model, "tokenizer": scorer.tokenizer, "engine": _Replays(trace)}
-        exec(compile(text, f"docs/frameworks.md, {name}", "exec"), names)
+        exec(compile(text, f"docs/reference/frameworks.md, {name}", "exec"), names)
 
 
 class _Replays:
@@ -670,7 +670,7 @@ class _Replays:
 
 
 def test_the_page_names_every_mistake_and_metric(rollouts):
-    page = " ".join((ROOT / "docs" / "frameworks.md").read_text().split())
+    page = " ".join((ROOT / "docs" / "reference" / "frameworks.md").read_text().split())
     for name in FRAMEWORKS:
         row = framework(name)
         assert row.title in page

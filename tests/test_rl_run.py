@@ -1,4 +1,4 @@
-"""The RL run of the examples: its gate on the real engine, and a step of its loop. docs/rl-run.md has the whole run."""
+"""The RL run of the examples: its gate on the real engine, a step of its loop. docs/explanation/rl-run.md has the whole run."""
 
 import importlib
 import sys

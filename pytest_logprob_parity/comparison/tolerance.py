@@ -25,6 +25,7 @@ class Tolerance:
       gen_kl limit in bfloat16.
     - `rms_diff`: root mean square of d, each d cut off at `winsorize`. k3 is about its square over 2: in bfloat16 twice
       prime-rl's nightly limit; in float32 60 times what was seen across versions of vLLM.
+    - `winsorize`: where each d is cut off for the mean and for the RMS: one wild token is for the outliers to count.
     - `clip_share`: share of tokens (0 to 1) whose policy ratio exp(d) is outside 1 +- 0.2, PPO's clip.
     - `outlier`: a token further off than this is an outlier; one is allowed, and one more for every 5,000 tokens.
     - `sequence_rms`: a sequence with a larger RMS, each d cut off, is an outlier; one is allowed for every 200 sequences.

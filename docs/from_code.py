@@ -1,0 +1,247 @@
+"""Tables and entries of the reference, written from the code: options, commands, names, limits. `fill` puts them into pages."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import pytest_logprob_parity
+from pytest_logprob_parity import plugin
+from pytest_logprob_parity.cli import make_parser
+from pytest_logprob_parity.comparison import tolerance
+from pytest_logprob_parity.fixtures import GoldenTrace
+from pytest_logprob_parity.spec import PROFILES, RL_ON_CPU
+
+_MARK: Final = re.compile(r"^<!-- generated: (\w+)(.*?) -->$", re.MULTILINE | re.DOTALL)
+
+
+def fill(page: str) -> str:
+    """The page with every `<!-- generated: NAME ARGUMENTS -->` replaced. Raises KeyError for a name that is none."""
+    return _MARK.sub(lambda mark: "\n".join(PARTS[mark[1]](*mark[2].split())), page)
+
+
+# -- pytest -----------------------------------------------------------------------------------------------------------
+
+
+class Registered:
+    """A pytest parser that only remembers: `options` and `ini`, name -> keywords."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, dict[str, Any]] = {}
+        self.ini: dict[str, dict[str, Any]] = {}
+        plugin.pytest_addoption(self)  # type: ignore[arg-type]
+
+    def getgroup(self, *_: str) -> Registered:
+        """Itself: there is one group."""
+        return self
+
+    def addoption(self, name: str, **how: Any) -> None:
+        """Remember an option."""
+        self.options[name] = how
+
+    def addini(self, name: str, help: str, **how: Any) -> None:
+        """Remember an ini key."""
+        self.ini[name] = {"help": help, **how}
+
+
+def options() -> Iterator[str]:
+    """A table of the pytest options."""
+    yield from ("| option | |", "|---|---|")
+    for name, how in Registered().options.items():
+        values = "\\|".join(how["choices"]) if how.get("choices") else how.get("metavar", "")
+        yield f"| `{name}{'=' + values if values else ''}` | {_cell(how['help'])} |"
+
+
+def ini_keys() -> Iterator[str]:
+    """A table of the ini keys."""
+    yield from ("| key | default | |", "|---|---|---|")
+    for name, how in Registered().ini.items():
+        default = "one a line" if how.get("type") == "linelist" else f"`{how['default']}`"
+        yield f"| `{name}` | {default} | {_cell(how['help'])} |"
+
+
+def fixtures() -> Iterator[str]:
+    """The fixtures with their docstrings."""
+    for name in plugin.__all__:
+        definition = getattr(plugin, name)
+        function = getattr(definition, "__wrapped__", None) or definition._get_wrapped_function()
+        marker = getattr(definition, "_fixture_function_marker", None)
+        yield f"`{name}` ({getattr(marker, 'scope', 'function')} scope)"
+        yield from _definition(inspect.getdoc(function) or "")
+
+
+def check() -> Iterator[str]:
+    """How golden_trace.check is called."""
+    method = GoldenTrace.check
+    yield from ("```python", *_wrapped(f"golden_trace.check{short_signature(method, bound=True)}"), "```", "")
+    yield inspect.getdoc(method) or ""
+
+
+def profiles() -> Iterator[str]:
+    """What each profile pins."""
+    yield from ("| profile | pins |", "|---|---|")
+    for name, pins in PROFILES.items():
+        yield f"| `{name}` | {', '.join(f'`{key}={value!r}`' for key, value in pins.items()) or 'nothing'} |"
+    yield ""
+    yield f"On CPUs those that pin something pin {', '.join(f'`{k}={v!r}`' for k, v in RL_ON_CPU.items())} too."
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each verb of the command line."""
+    (action,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def commands() -> Iterator[str]:
+    """Every verb with its arguments."""
+    (action,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    helps = {choice.dest: choice.help for choice in action._choices_actions}
+    for name, parser in action.choices.items():
+        yield from (f"### {name}", "", f"{(helps[name] or '').capitalize()}.", "")
+        yield from (
+            "```text",
+            *textwrap.dedent(f"       {parser.format_usage().removeprefix('usage: ')}").splitlines(),
+            "```",
+            "",
+        )
+        rows = [a for a in parser._actions if a.dest != "help"]
+        yield from ("| argument | |", "|---|---|")
+        for row in rows:
+            label = row.option_strings[-1] if row.option_strings else str(row.metavar or row.dest)
+            taken = row.metavar or (None if row.nargs == 0 else row.dest.upper())
+            label += f" {taken}" if row.option_strings and taken else ""
+            choices = f" ({', '.join(map(str, row.choices))})" if row.choices else ""
+            yield f"| `{label}` | {_cell(row.help % vars(row) if row.help else _PLAIN[row.dest])}{choices} |"
+        yield ""
+
+
+#: What needs no help text of its own.
+_PLAIN: Final = {
+    "golden": "the golden's file",
+    "expected": "a trace or golden",
+    "actual": "the one that is held against it",
+    "executor": "where cells run",
+}
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+class _Bare:
+    """An annotation that shows as it was written."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def signature(thing: Any) -> str:
+    """The signature of a callable as it is written."""
+    found = inspect.signature(thing)
+    shown = [
+        p if p.annotation is p.empty else p.replace(annotation=_Bare(str(p.annotation))) for p in found.parameters.values()
+    ]
+    told = found.empty if inspect.isclass(thing) else _Bare(str(found.return_annotation))
+    return str(found.replace(parameters=shown, return_annotation=told))
+
+
+def short_signature(method: Any, *, bound: bool) -> str:
+    """The parameters of a method without their types, which its docstring tells; `bound` leaves out self or cls."""
+    found = inspect.signature(method)
+    shown = [p.replace(annotation=p.empty) for p in list(found.parameters.values())[1 if bound else 0 :]]
+    return str(found.replace(parameters=shown, return_annotation=_Bare(str(found.return_annotation))))
+
+
+def name(*names: str) -> Iterator[str]:
+    """Entries for names: of the package's face, or `module.Name` below the package."""
+    for full in names:
+        home, _, short = full.rpartition(".")
+        module = importlib.import_module(f"pytest_logprob_parity.{home}") if home else pytest_logprob_parity
+        yield from _entry(short, getattr(module, short))
+
+
+def _entry(name: str, thing: Any) -> Iterator[str]:
+    yield from (f"### {name}", "")
+    if inspect.isclass(thing) and (issubclass(thing, BaseException) or getattr(thing, "_is_protocol", False)):
+        bases = ", ".join(base.__name__ for base in thing.__bases__)
+        yield from ("```python", f"class {name}({bases})", "```", "")
+    else:
+        kind = "class " if inspect.isclass(thing) else ""
+        yield from ("```python", *_wrapped(f"{kind}{name}{signature(thing)}"), "```", "")
+    yield from (inspect.getdoc(thing) or "").splitlines()
+    yield ""
+    if inspect.isclass(thing):
+        for member, label, text in members(thing):
+            yield f"`{label}`"
+            yield from _definition(text or f"{member}.")
+
+
+def members(thing: type) -> Iterator[tuple[str, str, str]]:
+    """Public methods and properties that have a docstring: name, signature, docstring."""
+    for member, raw in vars(thing).items():
+        if member.startswith("_"):
+            continue
+        if isinstance(raw, property) or type(raw).__name__ == "cached_property":
+            function = raw.fget if isinstance(raw, property) else raw.func
+            yield member, member, inspect.getdoc(function) or ""
+        elif isinstance(raw, (classmethod, staticmethod)) or inspect.isfunction(raw):
+            function = raw.__func__ if isinstance(raw, (classmethod, staticmethod)) else raw
+            label = f"{member}{short_signature(function, bound=not isinstance(raw, staticmethod))}"
+            yield member, label, inspect.getdoc(function) or ""
+
+
+def _wrapped(line: str) -> list[str]:
+    """A signature, one parameter a line where it is long."""
+    if len(line) <= 88:
+        return [line]
+    head, rest = line.split("(", 1)
+    depth, parts, current = 0, [], ""
+    body, _, tail = rest.rpartition(")")
+    for letter in body:
+        depth += letter in "([{"
+        depth -= letter in ")]}"
+        if letter == "," and depth == 0:
+            parts.append(current.strip())
+            current = ""
+        else:
+            current += letter
+    return [f"{head}(", *(f"    {part}," for part in [*parts, current.strip()]), f"){tail}"]
+
+
+def _definition(text: str) -> list[str]:
+    return [": " + textwrap.indent(text, "  ").lstrip(), ""]
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+
+
+def limits() -> Iterator[str]:
+    """The limits of Tolerance with their defaults by dtype and what they are."""
+    told = dict(
+        re.findall(r"^- `(\w+)`: (.*?)(?=\n- |\Z)", inspect.getdoc(tolerance.Tolerance) or "", re.DOTALL | re.MULTILINE)
+    )
+    dtypes = ("float32", "bfloat16", "float16")
+    yield from (f"| limit | {' | '.join(dtypes)} | |", "|---|---|---|---|---|")
+    for field in dataclasses.fields(tolerance.Tolerance):
+        values = " | ".join(f"{getattr(tolerance.DEFAULTS[dtype], field.name):g}" for dtype in dtypes)
+        yield f"| `{field.name}` | {values} | {_cell(told[field.name])} |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+PARTS: Final[dict[str, Callable[..., Iterator[str]]]] = {
+    part.__name__: part for part in (options, ini_keys, fixtures, check, profiles, commands, name, limits)
+}
