@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="EngineSpec fields, engine arguments")
     serve.add_argument("--set", action="append", default=[], dest="also", metavar="KEY=VALUE", help="the same, anywhere")
     serve.add_argument("--profile", default="rl", help="pinned defaults (default: %(default)s)")
-    serve.add_argument("--dtype", default="auto")
+    serve.add_argument("--dtype", default="auto", help="of the weights (default: %(default)s, the checkpoint's)")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine only)")
     serve.add_argument("--port", type=int, default=8000, help="0: one that is free (default: %(default)s)")
     serve.epilog = "Any other option is handed to vLLM's server: --tensor-parallel-size 8, --distributed-executor-backend ray."
