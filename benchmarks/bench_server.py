@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -41,6 +42,7 @@ def serve(model: str, dtype: str) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     url = next(line.split()[-1] for line in process.stdout if "it will listen at" in line)
+    threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stop the server
     began = time.monotonic()
     while True:
         try:

@@ -280,6 +280,11 @@ def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evide
         return Difference(True, "the same engine on the same schedule gives other bits, where recording got every bit back")
     if floor is None:
         return Difference(None, "not bit for bit the same, and the golden has no noise floor to hold that against")
+    if evidence.draw is None and not evidence.same_schedule:
+        text = (
+            "not bit for bit the same; a server's requests meet in batches of their own, not in the floor's: level 'noise' asks"
+        )
+        return Difference(None, f"{text} all the same")
     if evidence.draw is None:
         return Difference(None, "not bit for bit the same; only an engine can be asked again in the floor's shapes")
     if floor.changed == 0:

@@ -52,6 +52,7 @@ def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str
     _pin(arguments, spec, {name: value for name, value in asked.items() if name not in before_its_time(asked)})
     arguments.host, arguments.port = host, port
     arguments.worker_extension_cls = EXTENSION
+    arguments.disable_uvicorn_access_log = True  # a line for each request, of which a check sends thousands
     arguments.middleware = [*arguments.middleware, MIDDLEWARE]
     os.environ[ASKED_VARIABLE] = json.dumps(asked, default=str)
     if cpu:
