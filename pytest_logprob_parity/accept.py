@@ -16,6 +16,7 @@ from .errors import GoldenError, ParityError, UsageError
 from .files import compare_goldens
 from .golden import Golden
 from .obtained import OBTAINED, Obtained, candidate_path, find, headline_of
+from .report.visible import visible
 from .trace import Trace
 
 
@@ -42,7 +43,13 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
     block = [head, f"  golden     {obtained.golden}", f"  {obtained.verdict:<10} {obtained.headline}"]
     try:
         _check_inside(obtained.golden)
+        if not target.exists():
+            raise GoldenError(
+                f"there is no {obtained.golden} below {root.absolute()}: --root names the repo, git brings goldens"
+            )
         golden = Golden.load(target)
+        if (golden.node_id, golden.name) != (obtained.node_id, obtained.name):
+            raise GoldenError(f"incomparable: the golden belongs to {golden.node_id or 'no test'}")
         if golden.digest == obtained.candidate:
             return Proposal(obtained, (*block, "  accepted   the golden is this candidate already"), target, done=True)
         if golden.digest != obtained.golden_digest:
@@ -85,7 +92,7 @@ def review(places: Sequence[Path], names: Sequence[str], root: Path, ask: Callab
     proposals = [propose(path, obtained, root) for path, obtained in found]
     agreed: list[Proposal] = []
     for proposal in proposals:
-        print("\n".join(proposal.lines))
+        print(visible("\n".join(proposal.lines)))
         if not proposal.refusal and not proposal.done and (ask is None or _agreed(ask)):
             agreed.append(proposal)
         print()

@@ -368,6 +368,7 @@ def _diff(expected_path: Path, actual_path: Path, level: str, as_json: bool) -> 
     from .files import compare_files
     from .golden import describe
     from .message import failure_message
+    from .obtained import is_obtained
     from .report.entry import differences_to_json
 
     checked = compare_files(expected_path, actual_path, level)
@@ -378,7 +379,7 @@ def _diff(expected_path: Path, actual_path: Path, level: str, as_json: bool) -> 
     elif comparison.passed:
         print("\n".join([f"pass: {comparison.headline}", *comparison.shows, *comparison.notes]))
     else:
-        about, accept = describe(checked.golden), f"cp {actual_path} {expected_path}"
+        about, accept = describe(checked.golden), f"logprob-parity accept {actual_path}" if is_obtained(actual_path) else ""
         print(failure_message(comparison, golden=str(expected_path), about=about, differences=apart, accept=accept))
     return 0 if comparison.passed else 1
 

@@ -40,12 +40,12 @@ def parity_engines(request: pytest.FixtureRequest) -> Callable[..., Engine]:
         __tracebackhide__ = True
         session = request.config.stash[SESSION]
         if spec is None:
-            made = make_spec({**session.ini_settings, **settings, **session.set_settings})
+            made = make_spec(session.point({**session.ini_settings, **settings, **session.set_settings}))
         else:
-            made = spec.replace(**{**settings, **session.set_settings})
+            made = spec.replace(**session.point({"engine": spec.engine, **settings, **session.set_settings}))
         if made is None:
             raise UsageError("parity_engines(): name a model, or give an EngineSpec")
-        return pool.engine(session.point(made) or made)
+        return pool.engine(made)
 
     return engines
 
@@ -56,7 +56,7 @@ def parity_engine(request: pytest.FixtureRequest, parity_engine_factory: Any) ->
     __tracebackhide__ = True
     settings = request.node.stash.get(ITEM, None)
     session = request.config.stash[SESSION]
-    spec = settings.spec if settings else session.point(make_spec({**session.ini_settings, **session.set_settings}))
+    spec = settings.spec if settings else make_spec(session.point({**session.ini_settings, **session.set_settings}))
     pool = _pool(request)
     if parity_engine_factory is not None and session.server:
         return pool.adopt(session.server, spec)

@@ -74,8 +74,9 @@ class Golden:
             raise GoldenError(f"{path}: not written ({error.strerror or error}); the old golden is as it was") from None
 
     @classmethod
-    def load(cls, path: Path) -> Golden:
+    def load(cls, path: str | Path) -> Golden:
         """Read a golden. Raises GoldenError, in one line, for a file that is missing or cannot be trusted."""
+        path = Path(path)
         columns, metadata = container.read(path)
         repeats = columns.pop(_FLOOR, None)
         trace = Trace.from_file_parts(columns, metadata, path)

@@ -98,8 +98,8 @@ def _numbers(comparison: Comparison) -> list[str]:
         lines.append(
             f"{gate.name.replace('tokens off by', 'off by')}: {int(gate.value):,} / {total:,} tokens ({gate.value / total:.1%})"
         )
-    if comparison.worst:
-        worst = comparison.worst[0]
+    worst = next((token for token in comparison.worst if math.isfinite(token.diff)), None)
+    if worst is not None:
         lines.append(
             f"greatest     |d| {abs(worst.diff):.3g} nats at sequence {worst.sequence} (prompt {worst.group}, sample "
             f"{worst.sample}), position {worst.position}: {worst.text!r}"

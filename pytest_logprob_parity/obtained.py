@@ -115,6 +115,11 @@ def find(places: Sequence[Path]) -> Iterator[tuple[Path, Obtained]]:
         yield from found
 
 
+def is_obtained(path: Path) -> bool:
+    """Whether a readable file is an obtained trace. Raises GoldenError for one that is damaged."""
+    return _KEY in container.read(path)[1]
+
+
 def folder_for(root: Path) -> Path:
     """The folder below `root`, which carries its own .gitignore. Raises OSError."""
     folder = root / OBTAINED

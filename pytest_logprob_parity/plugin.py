@@ -154,6 +154,8 @@ def _report_folder(config: pytest.Config) -> Path | None:
         return Path(handed) if handed else None
     if (given := config.getoption("--parity-report")) is None:
         return None
+    if not given.strip():
+        raise UsageError("--parity-report: name a folder")
     from .report.folder import prepare
 
     folder: Path = config.invocation_params.dir / given
@@ -202,8 +204,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         parameter = getattr(getattr(item, "callspec", None), "params", {}).get("parity_engine", {})
         if not isinstance(parameter, dict):
             raise UsageError(f"parametrize('parity_engine', ..., indirect=True) takes dicts of settings, not {parameter!r}")
-        spec = make_spec({**session.ini_settings, **marker_settings(marks), **parameter, **session.set_settings})
-        item.stash[ITEM] = ItemSettings(item.nodeid, session.point(spec), None)
+        settings = {**session.ini_settings, **marker_settings(marks), **parameter, **session.set_settings}
+        item.stash[ITEM] = ItemSettings(item.nodeid, make_spec(session.point(settings)), None)
     except ParityError as error:
         item.stash[ITEM] = ItemSettings(item.nodeid, None, error)
 

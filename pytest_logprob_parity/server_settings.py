@@ -43,6 +43,8 @@ def check_url(text: Any, source: str) -> str:
         parts.port  # noqa: B018 - raises where it is no number
     except ValueError as error:
         raise UsageError(f"{source}: {text!r} is no address of a server ({error}); {example}") from None
+    if parts.username or parts.password:
+        raise UsageError(f"{source}: a user or a password in an address would be printed; VLLM_API_KEY holds the key")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or " " in text:
         raise UsageError(f"{source}: {text!r} is no address of a server; {example}")
     return text.rstrip("/").removesuffix("/v1").rstrip("/")

@@ -156,10 +156,6 @@ class EngineSpec:
             profile |= RL_ON_CPU
         return profile | {"seed": self.seed} | ({} if self.dtype == "auto" else {"dtype": self.dtype}) | self.claims()
 
-    def at_server(self, url: str) -> EngineSpec:
-        """The same, of a server at `url` in place of an engine of this run; specs of other engines stay as they are."""
-        return self.replace(engine=SERVER, url=url) if self.engine in ("vllm", SERVER) else self
-
     def replace(self, **changes: Any) -> EngineSpec:
         """This spec with other fields or engine arguments."""
         fields = {name: getattr(self, name) for name in self.field_names()}

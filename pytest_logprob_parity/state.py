@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from .errors import ParityError
+from .server_settings import SERVER
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -34,9 +35,11 @@ class Session:
     node_ids: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
 
-    def point(self, spec: EngineSpec | None) -> EngineSpec | None:
-        """A vLLM's spec as one of the server that --parity-server names, where it names one."""
-        return spec.at_server(self.server) if spec is not None and self.server else spec
+    def point(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """A vLLM's settings as those of the server that --parity-server names, where it names one."""
+        if not self.server or settings.get("engine", "vllm") not in ("vllm", SERVER):
+            return settings
+        return {**settings, "engine": SERVER, "url": self.server}
 
 
 @dataclass(frozen=True)

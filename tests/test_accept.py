@@ -57,6 +57,17 @@ def test_a_failing_check_leaves_its_trace_and_a_golden_to_accept(failed, pyteste
     assert (told["node_id"], told["verdict"], told["refusal"]) == ("test_it.py::test_moves", "fail", "")
 
 
+def test_diff_says_accept_and_never_to_copy_the_trace(failed, capsys):
+    from pytest_logprob_parity.cli import main
+
+    golden, trace, candidate = failed
+    assert main(["diff", str(golden), str(trace)]) == 1
+    shown = capsys.readouterr().out
+    assert f"to accept    logprob-parity accept {trace}" in shown
+    main(["diff", str(golden), str(candidate)])
+    assert "to accept" not in capsys.readouterr().out
+
+
 def test_accepting_shows_the_difference_asks_and_writes(failed, project, accept, monkeypatch):
     golden, _, candidate = failed
     before = golden.read_bytes()

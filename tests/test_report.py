@@ -405,6 +405,17 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(project, p
     assert (pytester.path / "file").read_text() == "somebody's"
 
 
+def test_files_that_no_report_wrote_are_left_alone(project, pytester):
+    site = pytester.path / "public"
+    site.mkdir()
+    (site / "index.html").write_text("my homepage")
+    result = project("--parity-report=public")
+    result.stderr.fnmatch_lines(["*public/index.html is there already, and is no report's: name another folder"])
+    assert [file.name for file in site.iterdir()] == ["index.html"]
+    assert (site / "index.html").read_text() == "my homepage"
+    project("--parity-report=").stderr.fnmatch_lines(["*--parity-report: name a folder"])
+
+
 def test_a_disk_that_fills_during_the_run_costs_the_report_and_no_verdict(project, pytester, report, monkeypatch):
     from pytest_logprob_parity import container
 

@@ -539,6 +539,24 @@ def test_a_server_of_another_model_names_both(server, clients, tmp_path):
         _ = clients(server, model=str(other)).config
 
 
+def test_another_checkpoint_of_one_run_is_told_by_its_name(server, clients):
+    """Digests are of configuration, shapes and index: those of the next step are the same."""
+    with pytest.raises(
+        IncomparableError, match=rf"has the model '{MODEL}', the test asks for '{MODEL}-step2'; if that is anot"
+    ):
+        _ = clients(server, model=f"{MODEL}-step2").config
+    assert clients(server, model=f"{MODEL}-step2", served_model=MODEL).config.forces  # whoever says so knows
+
+
+def test_the_option_goes_with_settings_of_a_server(pytester, run_inner):
+    pytester.makepyfile(
+        test_it=TEST.replace('dtype="float32"', 'dtype="float32", engine="vllm-server", timeout=1.5, retries=0')
+    )
+    result = run_inner("--update-golden", "--parity-server=http://127.0.0.1:1")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E*no server answers at http://127.0.0.1:1: connection refused; start one: *"])
+
+
 def test_a_server_that_is_down_is_one_line_with_the_command_that_starts_one(clients, golden, pytester, run_inner):
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
@@ -588,6 +606,12 @@ def test_a_wrong_address_is_told_as_one(url, pytester):
     result.stderr.fnmatch_lines(["ERROR: --parity-server: * is no address of a server*"])
 
 
+def test_a_password_in_an_address_is_not_printed():
+    with pytest.raises(UsageError, match="a user or a password in an address would be printed; VLLM_API_KEY holds") as error:
+        spec_at("http://me:secret@127.0.0.1:8000")
+    assert "secret" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"concurrency": 0}, "concurrency=0: must be a whole number, 1 or m"), ({"timeout": -1}, "timeout=-1: must be a number"),
@@ -625,6 +649,8 @@ def test_serve_refuses_in_one_line(capsys, server):
     assert "no such folder" in one_line(capsys, "serve", "models/none", "--port", "0")
     assert "did you mean 'max_num_seqs'" in one_line(capsys, "serve", MODEL, "max_num_seq=1", "--port", "0")
     assert "'y' is not KEY=VALUE" in one_line(capsys, "serve", MODEL, "--port", "0", "seed=1", "y")
+    assert "engine='transformers' is nothing to serve" in one_line(capsys, "serve", MODEL, "engine=transformers")
+    assert "profile 'own' is nothing to serve" in one_line(capsys, "serve", MODEL, "--profile", "own")
     assert "'x' is not KEY=VALUE" in one_line(capsys, "serve", MODEL, "--set", "x")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import UsageError
+from .results import FORMAT
 
 _PARTS: Final = ".parts"
 
@@ -22,12 +23,26 @@ def prepare(folder: Path) -> None:
     Raises UsageError where the report's libraries are missing or where nothing can be written there.
     """
     check_libraries()
+    check_ours(folder)
     try:
         shutil.rmtree(folder / _PARTS, ignore_errors=True)
         (folder / _PARTS).mkdir(parents=True)
         write_part(folder, {})
     except OSError as error:
         raise unwritable(folder, error) from None
+
+
+def check_ours(folder: Path) -> None:
+    """Raise UsageError where the folder holds files by a report's names that no report wrote."""
+    there = [name for name in ("index.html", "results.json", "summary.md") if (folder / name).exists()]
+    if not there:
+        return
+    try:
+        ours = json.loads((folder / "results.json").read_text("utf-8"))["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise UsageError(f"{folder / there[0]} is there already, and is no report's: name another folder")
 
 
 def check_libraries() -> None:

@@ -194,7 +194,9 @@ def merge(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
                 raise UsageError(
                     f"{golden['path']} is one golden in {where} and another in {path}: two revisions; render them apart"
                 )
-    checks = [check for _, content in results for check in content["checks"]]
+    checks: list[Mapping[str, Any]] = []
+    for _, content in results:
+        checks += [check for check in content["checks"] if check not in checks]  # one file that was brought along twice
     unused = {name for _, content in results for name in content["unused"]}
     newest = max(content["created"] for _, content in results)
     return make_results(checks, created=newest, project=first["project"], prefix=first["prefix"], unused=sorted(unused))

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from .. import container
 from ..errors import UsageError
-from .folder import check_libraries, unwritable
+from .folder import check_libraries, check_ours, unwritable
 from .github import repository
 from .markdown import render_markdown
 from .results import NAME, make_results, merge, read_results, to_text
@@ -30,6 +30,7 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> Path:
     Raises UsageError where libraries are missing or the folder cannot be written; an older report then stays.
     """
     check_libraries()
+    check_ours(folder)
     from .page import render_page
 
     texts = {NAME: to_text(content), PAGE: render_page(content), SUMMARY: render_markdown(content)}

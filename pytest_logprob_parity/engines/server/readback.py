@@ -29,13 +29,16 @@ _MOVED: Final = 1e-3
 
 @dataclass(frozen=True)
 class Told:
-    """What a server tells. `served` is what it calls its model, `digests` are its model's ({} where it tells none)."""
+    """What a server tells. `served` is what it calls its model, `model` what it was started with, `digests` are
+    that model's ({} where it tells none).
+    """
 
     version: str
     served: str
     values: Mapping[str, Any]
     forcing: str
     unverified: tuple[str, ...]
+    model: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
     libraries: Mapping[str, str] = field(default_factory=dict)
@@ -82,6 +85,7 @@ def _by_our_route(client: Client, spec: EngineSpec, settings: ServerSettings, ab
         values=told["values"],
         forcing=str(told["forcing"]),
         unverified=tuple(told["unverified"]),
+        model=str(told["model"]["name"]),
         digests=told["model"]["digests"],
         hardware=told["hardware"],
         libraries=told["libraries"],

@@ -38,6 +38,9 @@ def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str
         os.environ.setdefault(name, value)
     spec = make_spec(settings)
     assert spec is not None
+    if spec.engine != "vllm" or spec.profile == "own":
+        what = f"engine={spec.engine!r}" if spec.engine != "vllm" else "profile 'own'"
+        raise UsageError(f"serve: {what} is nothing to serve: it starts vLLM with a profile's pins")
     if spec.adapter is not None:
         raise UsageError("serve: adapters over a server are not supported; merge it into the model")
     fingerprint.find_model(spec.model, Path.cwd())
