@@ -141,12 +141,14 @@ def judge_answers(
     if "regenerate" in replays:
         free = compare_free_run(trace, replays["regenerate"], limits["regenerate"].near_tie)
     judged = []
+    scheduled = fingerprint.keeps_schedule(answers.fingerprint)
     for path in [p for p in replays if p != "regenerate"] or ["regenerate"]:
         evidence = Evidence(
             floor=golden.floor,
-            draw=answers.draw if path == "decode" else None,
+            draw=answers.draw if path == "decode" and (scheduled or level == "noise") else None,
             setup=setup,
             same_stream=bool(golden.fingerprint) and not any(fingerprint.moves_the_stream(*d) for d in differences),
+            same_schedule=scheduled,
             free_run=free,
             policy_logprobs=answers.policy_logprobs if path == "decode" else None,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import signal
 import sys
@@ -92,7 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bisect.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
     given, rest = parser.parse_known_args(arguments)  # settings behind options are left over: argparse fills a list once
     if given.verb == "serve":
-        given.flags, rest = rest, []
+        given.flags = []
+        for before, text in itertools.pairwise(["", *rest]):  # what stands behind an option is its value
+            (given.flags if text.startswith("-") or before.startswith("-") else given.settings).append(text)
+        rest = []
     elif hasattr(given, "settings"):
         given.settings += [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in given.settings]

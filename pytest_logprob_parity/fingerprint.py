@@ -174,12 +174,16 @@ def setup_class(golden: Mapping[str, Any], apart: Sequence[tuple[str, Any, Any]]
 
     Another adapter is `compatible` too, unlike another model: adapters are what changes from step to step, and whether the
     logprobs follow is what a check is asked. Limits and bounds are those of any other setting; its name goes with the verdict.
-
-    Requests that arrive at a server several at a time meet in other batches every time: `compatible`, though nothing differs.
     """
-    if golden.get("config", {}).get("concurrency", 1) > 1:
-        return "compatible"
     return "unknown" if not golden else "compatible" if apart else "same"
+
+
+def keeps_schedule(now: Mapping[str, Any]) -> bool:
+    """Whether an engine of this fingerprint runs the same requests in the same batches every time.
+
+    Requests that arrive at a server several at a time meet in others.
+    """
+    return int(now.get("config", {}).get("concurrency") or 1) == 1
 
 
 def moves_the_stream(name: str, golden: Any = None, now: Any = None) -> bool:

@@ -23,7 +23,7 @@ class ServerSettings:
     """
 
     url: str
-    concurrency: int = 32
+    concurrency: int = 128
     timeout: float = 600.0
     retries: int = 4
     served_model: str | None = None

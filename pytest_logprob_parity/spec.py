@@ -124,9 +124,7 @@ class EngineSpec:
                 raise UsageError(f"EngineSpec({field}={value!r}): known are {', '.join(known)}{nearest(str(value), known)}")
         if engine == SERVER:
             if adapter is not None:
-                raise UsageError(
-                    f"EngineSpec(adapter={adapter!r}): an adapter over a server was not tried; merge it, or use 'vllm'"
-                )
+                raise UsageError(f"EngineSpec(adapter={adapter!r}): not over a server; merge it, or take engine='vllm'")
             settings["url"] = server_settings(settings).url
         try:
             settings_json = json.dumps(settings, sort_keys=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -70,13 +70,21 @@ def compare_free_run(golden: Trace, regenerated: Trace, near_tie: float) -> Free
         len({regenerated.token_ids[start:stop].tobytes() for start, stop in now}),
     )
     surprises = (
-        sum(int(np.count_nonzero(golden.ranks[s.start : s.stop] > 1)) for s in segments),
-        int(np.count_nonzero(regenerated.ranks > 1)),
+        sum(int(np.count_nonzero(_not_likeliest(golden)[s.start : s.stop])) for s in segments),
+        int(np.count_nonzero(_not_likeliest(regenerated))),
     )
     return FreeRun(
         len(segments), len(divergences), stops, tuple(divergences), shift, p, distinct, surprises, relabelled,
         _fewer_distinct(golden, segments, regenerated),
     )  # fmt: skip
+
+
+def _not_likeliest(trace: Trace) -> Any:
+    """Tokens [N] that are not the likeliest: by their rank, or, where that is not known, by the first of the top k."""
+    if not trace.top_k:
+        return trace.ranks > 1
+    first = trace.top_token_ids[:, 0]
+    return (trace.ranks > 1) | ((trace.ranks == 0) & (first >= 0) & (first != trace.token_ids))
 
 
 def judge_free_run(

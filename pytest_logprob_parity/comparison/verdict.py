@@ -37,13 +37,15 @@ class Evidence:
 
     `floor` is the golden's; `draw` asks the engine for its logprobs [N] in shapes drawn as the floor's were; `setup` says
     how the fingerprints compare (`same`, `compatible`, `unknown`); `same_stream` that nothing which random numbers come
-    from has changed; `policy_logprobs` [N] are the engine's without truncation; `sides` is what the two are called.
+    from has changed; `same_schedule` that equal requests run in equal batches; `policy_logprobs` [N] are the engine's without
+    truncation; `sides` is what the two are called.
     """
 
     floor: NoiseFloor | None = None
     draw: Callable[[], FloatArray] | None = None
     setup: str = "unknown"
     same_stream: bool = False
+    same_schedule: bool = True
     free_run: FreeRun | None = None
     policy_logprobs: Any = None
     sides: tuple[str, str] = SIDES
@@ -110,14 +112,14 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
         findings.insert(0, Finding("path", None, evidence_of, ("engine_build", "kv_cache_dtype")))
     problem, finding = "", None
     if not failed and not findings:
-        same_bits = exact and evidence.setup == "same"
-        floor_noise = evidence.floor.mean_abs if evidence.floor is not None else 0.0
+        same_bits = exact and evidence.setup == "same" and evidence.same_schedule
+        noise = max(evidence.floor.mean_abs if evidence.floor is not None else 0.0, numbers["mean_abs_diff"])
         problem, finding = judge_free_run(
             evidence.free_run,
             expected,
             exact=same_bits,
-            same_stream=evidence.same_stream,
-            mean_abs_diff=max(floor_noise, numbers["mean_abs_diff"]),
+            same_stream=evidence.same_stream and (evidence.same_schedule or noise > 0),
+            mean_abs_diff=noise,
         )
     if finding is not None:
         findings.append(finding)
@@ -257,10 +259,16 @@ def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evide
         return Difference(True, "not bit for bit the same")
     if decided:
         return Difference(True, "see the headline")
-    if evidence.setup == "same" and floor is not None and floor.reproduces and level != "noise":
+    scheduled = evidence.setup == "same" and evidence.same_schedule
+    if scheduled and floor is not None and floor.reproduces and level != "noise":
         return Difference(True, "the same engine on the same schedule gives other bits, where recording got every bit back")
     if floor is None:
         return Difference(None, "not bit for bit the same, and the golden has no noise floor to hold that against")
+    if evidence.draw is None and not evidence.same_schedule:
+        text = (
+            "not bit for bit the same; a server's requests meet in batches of their own, not in the floor's: level 'noise' asks"
+        )
+        return Difference(None, f"{text} all the same")
     if evidence.draw is None:
         return Difference(None, "not bit for bit the same; only an engine can be asked again in the floor's shapes")
     if floor.changed == 0:

@@ -15,6 +15,7 @@ from ..comparison.tolerance import default_tolerance, with_floor
 from ..errors import EngineError, ParityError, UsageError
 from ..golden import Golden
 from ..pool import Pool
+from ..server_settings import SERVER
 from ..spec import EngineSpec
 from ..suspects import SUSPECTS
 from ..trace import Trace
@@ -147,8 +148,11 @@ def ablate(
     """Replay a golden under the failing `spec`, then with each setting that differs moved to the golden's value, then with
     what helped together and with what helps only in that company: one setting, or two.
 
-    An engine that does not start is a step with its reason. Raises EngineError where the failing one itself does not.
+    An engine that does not start is a step with its reason. Raises EngineError where the failing one itself does not,
+    UsageError for a server, whose settings stay as they are.
     """
+    if spec.engine == SERVER:
+        raise UsageError("a server's settings cannot be moved: run it with engine='vllm', without --parity-server")
     began, started, left = time.monotonic(), 0, 0
     trace = golden.trace
     limits = with_floor(default_tolerance(trace.dtype), golden.floor)

@@ -23,7 +23,7 @@ class ServerBackend:
     def __init__(self, spec: EngineSpec, client: Client, digests: Mapping[str, str] | None) -> None:
         """Read a server back. `digests` are those of the model that is asked for, None where only the server has it.
 
-        Raises DownError, EngineError for a pin that is not the server's, IncomparableError for another model.
+        Raises EngineError for one that is down and for a pin that is not the server's, IncomparableError for another model.
         """
         from ..vllm import check_settings
 
@@ -33,7 +33,7 @@ class ServerBackend:
         try:
             told = read_server(client, spec, self._settings)
         except DownError as error:
-            raise DownError(f"{error}; start one: {start_command(spec)}") from None
+            raise EngineError(f"{error}; start one: {start_command(spec)}") from None
         self._served = told.served
         self.digests = told.digests
         if digests is not None and told.digests:
@@ -67,7 +67,7 @@ class ServerBackend:
         except (EngineError, UsageError) as error:
             text = str(error)
             where = "" if self._client.url in text else f"{name_of(self._client, self.config.version)}: "
-            raise type(error)(f"{where}{text}") from None
+            raise (EngineError if isinstance(error, DownError) else type(error))(f"{where}{text}") from None
         finally:
             if self._client.retried:
                 self._retried.append(", ".join(f"{count} for {reason}" for reason, count in self._client.retried.items()))

@@ -14,7 +14,7 @@ from ...spec import EngineSpec
 from .. import forced_decode
 from ..base import check_readback, json_value
 from ..vllm_config import SHOWN, settings_of, why_not_forced
-from .client import Answer, Client
+from .client import Answer, Client, DownError
 
 #: Where the middleware answers.
 ROUTE: Final = "/logprob_parity/config"
@@ -56,7 +56,10 @@ def read_server(client: Client, spec: EngineSpec, settings: ServerSettings) -> T
 
 def served_root(client: Client) -> str:
     """The model folder or hub id that a server was started with. Raises EngineError."""
-    return str(_model(_get(client, "/v1/models"), client).get("root") or "")
+    try:
+        return str(_model(_get(client, "/v1/models"), client).get("root") or "")
+    except DownError as error:
+        raise EngineError(f"{error}; start one: logprob-parity serve MODEL") from None
 
 
 def name_of(client: Client, version: str) -> str:

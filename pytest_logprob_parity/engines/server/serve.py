@@ -22,6 +22,9 @@ from .readback import EXTENSION, MIDDLEWARE
 
 _ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
+#: How long requests that run may take to end, once the server is told to: without a bound they keep it up for ever.
+_GRACE_SECONDS: Final = 5
+
 
 def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str]) -> int:
     """Serve the engine that `settings` describe, at `host` and `port`, until it is ended; `flags` are vLLM's own, which win.
@@ -49,6 +52,7 @@ def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str
     _pin(arguments, spec, {name: value for name, value in asked.items() if name not in before_its_time(asked)})
     arguments.host, arguments.port = host, port
     arguments.worker_extension_cls = EXTENSION
+    arguments.disable_uvicorn_access_log = True  # a line for each request, of which a check sends thousands
     arguments.middleware = [*arguments.middleware, MIDDLEWARE]
     os.environ[ASKED_VARIABLE] = json.dumps(asked, default=str)
     if cpu:
@@ -131,7 +135,7 @@ def _run(arguments: Any) -> None:
         run = asyncio.run
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            run(run_server(arguments))
+            run(run_server(arguments, timeout_graceful_shutdown=_GRACE_SECONDS))
     except (Exception, SystemExit) as error:
         if not ParityMiddleware.problems:
             raise EngineError(f"the server did not start: {reason_of(error)}") from error

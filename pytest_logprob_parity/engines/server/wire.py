@@ -78,10 +78,7 @@ _Row = tuple[float, int, list[tuple[int, float]]]
 def _rows(logprobs: Mapping[str, Any]) -> list[_Row] | None:
     """The rows of either route; None where there are none. Raises EngineError for token texts in place of ids."""
     if isinstance(content := logprobs.get("content"), list):
-        return [
-            (_number(at["logprob"]), at.get("rank") or 0, [(c["token_id"], _number(c["logprob"])) for c in at["top_logprobs"]])
-            for at in content
-        ]
+        return [(_ranked(at), at.get("rank") or 0, [(c["token_id"], _ranked(c)) for c in at["top_logprobs"]]) for at in content]
     chosen, tops = logprobs.get("token_logprobs"), logprobs.get("top_logprobs")
     if not isinstance(chosen, list) or not isinstance(tops, list):
         return None
@@ -105,7 +102,7 @@ def _completion(ids: Sequence[int], rows: Sequence[_Row], k: int, reason: str) -
     top_logprobs = np.full((length, k), -np.inf, np.float32)
     for i, (token, (value, rank, candidates)) in enumerate(zip(ids, rows, strict=True)):
         logprobs[i] = value
-        among = len(candidates) <= k
+        among = len(candidates) <= k and rank <= k
         top = sorted((c for c in candidates if among or c[0] != token), key=lambda c: -c[1])[:k]
         if not rank and among and any(c[0] == token for c in top):
             rank = sum(c[1] >= value for c in top)
@@ -138,6 +135,12 @@ def _scored(request: Request, choice: Mapping[str, Any]) -> Completion:
         top_ids[i, : len(top)] = [t for t, _ in top]
         top_logprobs[i, : len(top)] = [_number(entry["logprob"]) for _, entry in top]
     return Completion(np.asarray(tokens, np.int32), logprobs, ranks, top_ids, top_logprobs, "unknown")
+
+
+def _ranked(entry: Mapping[str, Any]) -> float:
+    """A logprob of the generate route, which writes NaN as -inf without a rank."""
+    value = _number(entry["logprob"])
+    return math.nan if value == -math.inf and entry.get("rank") is None else value
 
 
 def _number(value: Any) -> float:
