@@ -1,0 +1,636 @@
+"""The same tests against a running server: one real `logprob-parity serve` for all, and a gateway that spoils its answers."""
+
+import asyncio
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from gateway import COMPLETIONS, Gateway
+
+from conftest import MODEL, ROOT
+from pytest_logprob_parity import EngineSpec, ParityError, Sampling, check_golden
+from pytest_logprob_parity.engines.base import Request
+from pytest_logprob_parity.engines.server.client import Client
+from pytest_logprob_parity.engines.server.wire import completion_of, post_of
+from pytest_logprob_parity.errors import EngineError, IncomparableError, UsageError
+from pytest_logprob_parity.fingerprint import differences
+from pytest_logprob_parity.golden import Golden
+from pytest_logprob_parity.pool import Pool
+from pytest_logprob_parity.replay import forced_request
+from pytest_logprob_parity.report.results import read_results
+
+SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=24, n=2, seed=1)
+TEST = f"""
+import pytest
+
+@pytest.mark.logprob_parity(model={MODEL!r}, dtype="float32")
+def test_rollouts(parity_engine, golden_trace):
+    golden_trace.check(
+        parity_engine, prompts=[[9, 8, 7 + i] for i in range(6)],
+        sampling={{"temperature": 0.7, "top_p": 0.9, "max_tokens": 16, "n": 2, "seed": 1}},
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The address of a real server in float32; in development mode, so that vLLM's own routes can tell of it too."""
+    command = [sys.executable, "-m", "pytest_logprob_parity.cli", "serve", MODEL, "--dtype", "float32", "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_SERVER_DEV_MODE": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        url = next(line.split()[-1] for line in process.stdout if "it will listen at" in line)
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, f"the server ended with {process.poll()}"
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def _gateway(server):
+    gateway = Gateway(server)
+    yield gateway
+    gateway.close()
+
+
+@pytest.fixture
+def gateway(_gateway):
+    _gateway.heal()
+    return _gateway
+
+
+@pytest.fixture
+def clients():
+    """Pools of their own: a server that did not answer is remembered by the one that asked."""
+    pools = []
+
+    def make(url, **settings):
+        pools.append(Pool())
+        return pools[-1].engine(spec_at(url, **settings))
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+@pytest.fixture(scope="module")
+def here(request):
+    """The same engine in this process."""
+    from pytest_logprob_parity.state import pool_of
+
+    return pool_of(request.config).engine(EngineSpec(MODEL, dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def trace(here):
+    return here.generate([[9, 8, 7 + i] for i in range(10)], SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def golden(here, tmp_path_factory):
+    path = tmp_path_factory.mktemp("goldens") / "golden.safetensors"
+    check_golden(path, here, prompts=[[9, 8, 7 + i] for i in range(8)], sampling=SAMPLING, update=True, repeats=2)
+    return path
+
+
+def spec_at(url, **settings):
+    return EngineSpec(**{"model": MODEL, "engine": "vllm-server", "dtype": "float32", "url": url, "retries": 2, **settings})
+
+
+def plain(gateway):
+    """As a gateway that lets OpenAI's routes through only."""
+    gateway.hidden = ("/logprob_parity", "/server_info", "/collective_rpc", "/inference", "/version")
+
+
+def seen(comparison_or_error):
+    return comparison_or_error.comparison if isinstance(comparison_or_error, ParityError) else comparison_or_error
+
+
+# -- what a server gives ----------------------------------------------------------------------------------------------
+
+
+def test_concurrent_requests_give_the_logprobs_of_an_engine_in_this_process(server, clients, here, trace):
+    there = clients(server)
+    replayed, own = there.replay(trace), here.replay(trace)
+    np.testing.assert_allclose(replayed.logprobs, own.logprobs, rtol=0, atol=5e-5)
+    np.testing.assert_array_equal(np.isneginf(replayed.top_logprobs), np.isneginf(own.top_logprobs))  # -9999.0 on the wire
+    known = replayed.ranks > 0
+    np.testing.assert_array_equal(replayed.ranks[known], own.ranks[known])
+    assert known.mean() > 0.9
+    assert not np.any(own.ranks[~known] <= 5)  # a rank is unknown only where the token is none of the top 5
+    for path in ("prefill", "regenerate"):
+        ours, theirs = here.replay(trace, path), there.replay(trace, path)
+        np.testing.assert_array_equal(theirs.token_ids, ours.token_ids)
+        np.testing.assert_allclose(theirs.logprobs, ours.logprobs, rtol=0, atol=5e-5)
+
+
+def test_one_at_a_time_gives_its_bits(server, clients, here, questions):
+    trace = here.generate(questions(12), {**SAMPLING.to_json(), "max_tokens": 48})
+    there = clients(server, concurrency=1)
+    requests = [forced_request(trace, segment) for segment in trace.segments()]
+    ours = [here._backend().run([request])[0] for request in requests]
+    theirs = there._backend().run(requests)
+    for one, other in zip(ours, theirs, strict=True):
+        for column in ("token_ids", "logprobs", "top_token_ids", "top_logprobs"):
+            assert getattr(one, column).tobytes() == getattr(other, column).tobytes(), column
+    alone = np.concatenate([completion.logprobs for completion in ours])
+    assert not np.array_equal(here.replay(trace).logprobs, alone)  # in a batch the bits are others
+
+
+def test_every_pin_is_read_back(server, clients, here):
+    there = clients(server)
+    assert there.config.unverified == ()
+    assert there.config.forcing == "sampler"
+    assert there.config.differences_from_rl() == {}
+    apart = {name for name, _, _ in differences(here.fingerprint(), there.fingerprint())}
+    assert apart == {"config.concurrency", "config.max_num_batched_tokens", "config.max_num_seqs", "engine.kind"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "uses"),
+    [({"logprobs_mode": "raw_logprobs"}, "processed_logprobs"), ({"dtype": "bfloat16"}, "float32"), ({"seed": 3}, "0"),
+     ({"max_num_seqs": 7}, "128"), ({"profile": "serving", "enable_prefix_caching": True}, "False")],
+)  # fmt: skip
+def test_a_pin_that_the_server_does_not_have_is_an_error_that_names_it(server, clients, setting, uses):
+    name = list(setting)[-1]
+    with pytest.raises(EngineError, match=rf"^vllm 0.32.0 at {server} did not take {name}: asked for .* uses '?{uses}"):
+        _ = clients(server, **setting).config
+
+
+def test_a_golden_of_an_engine_is_checked_against_a_server(pytester, run_inner, server, gateway):
+    pytester.makeini("[pytest]\nparity_repeats = 2\nparity_obtained = trace")
+    pytester.makepyfile(test_it=TEST)
+    run_inner("--update-golden").assert_outcomes(passed=1)
+    (golden,) = pytester.path.glob("golden/*/*.safetensors")
+    result = run_inner(f"--parity-server={server}/v1/")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["  pass (compatible setup, level rl) golden/*: * logprobs agree*"])
+
+    def shift(content):
+        logprobs = content["choices"][0]["logprobs"]
+        logprobs["token_logprobs"] = [value - 0.3 for value in logprobs["token_logprobs"]]
+
+    gateway.after = shift
+    result = run_inner(f"--parity-server={gateway.url}")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        ["E*MismatchError: fail: *", "E *now *vllm-server 0.32.0, float32, processed logprobs by decode (sampler)",
+         f"E *to accept *pytest test_it.py::test_rollouts --update-golden --parity-server {gateway.url}"]
+    )  # fmt: skip
+    before = golden.read_bytes()
+    run_inner("--update-golden", f"--parity-server={server}").assert_outcomes(passed=1)
+    assert Golden.load(golden).trace.engine == "vllm-server"
+    assert golden.read_bytes() != before
+    run_inner(f"--parity-server={server}").assert_outcomes(passed=1)
+
+
+def test_the_address_is_an_engine_of_ones_own(pytester, run_inner, server):
+    pytester.makeconftest(f"""
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def parity_engine_factory():
+            return {server!r}
+    """)
+    pytester.makepyfile(f"""
+        def test_it(parity_engine):
+            assert parity_engine.spec.engine == "vllm-server"
+            assert parity_engine.spec.model == {MODEL!r}
+            assert parity_engine.config.dtype == "float32"
+            assert parity_engine.generate([[9, 8, 7]], dict(max_tokens=4)).num_tokens == 4
+    """)
+    run_inner().assert_outcomes(passed=1)
+    pytester.makeconftest((pytester.path / "conftest.py").read_text().replace(server, "http://127.0.0.1:9"))
+    pytester.makepyfile("def test_it(parity_engine): pass")
+    run_inner().stdout.fnmatch_lines(["E*EngineError: no server answers at http://127.0.0.1:9: *; start one: *"])
+
+
+def test_four_workers_share_a_server_and_nothing_is_lost(pytester, server):
+    """32 goldens, recorded and checked under -n 4; the reports of all workers are one."""
+    pytester.makepyfile(
+        test_it=f"""
+        import pytest
+
+        @pytest.mark.parametrize("number", range(32))
+        @pytest.mark.logprob_parity(model={MODEL!r}, dtype="float32")
+        def test_many(parity_engine, golden_trace, number):
+            golden_trace.check(
+                parity_engine, prompts=[[9, 8, 7 + number]],
+                sampling=dict(temperature=0.7, max_tokens=4, n=8, seed=number), replay=("decode",),
+            )
+    """
+    )
+    options = ("-n", "4", f"--parity-server={server}", "-o", "parity_repeats=0", "-p", "no:cacheprovider")
+    recorded = pytester.runpytest_subprocess("--update-golden", *options, timeout=200)
+    recorded.assert_outcomes(passed=32)
+    recorded.stdout.fnmatch_lines(["logprob-parity: 32 recorded"])
+    assert len(list(pytester.path.glob("golden/*/*.safetensors"))) == 32
+    checked = pytester.runpytest_subprocess("--parity-report=report", *options, timeout=200)
+    checked.assert_outcomes(passed=32)
+    checked.stdout.fnmatch_lines(["logprob-parity: 32 checked"])
+    checks = read_results(pytester.path / "report" / "results.json")["checks"]
+    assert sorted(c["node_id"] for c in checks) == sorted(f"test_it.py::test_many[{n}]" for n in range(32))
+    assert {c["outcome"] for c in checks} == {"passed"}
+
+
+# -- how it is asked --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_no_more_requests_are_under_way_than_allowed(gateway, clients, trace, concurrency):
+    there = clients(gateway.url, concurrency=concurrency)
+    gateway.delay = 0.02
+    there.replay(trace)
+    assert gateway.most == concurrency
+
+
+def test_a_server_that_fails_half_of_the_time_is_asked_again(gateway, clients, golden):
+    """Every second request is answered by 503, 429, 502, or by a lost connection: the check passes, and counts them."""
+    bad = [(503, "busy"), (429, "slow down"), (502, "<html>bad gateway</html>"), "drop"]
+
+    def before(number, path):
+        return bad[number // 2 % 4] if path == COMPLETIONS and number % 2 == 0 else None
+
+    there = clients(gateway.url, retries=8)
+    assert there.config.forcing == "sampler"
+    gateway.before = before
+    comparison = check_golden(golden, there, replay=("decode",))
+    assert comparison.passed
+    (told,) = [note for note in comparison.notes if note.startswith("requests sent again: ")]
+    for reason in ("for status 503", "for status 429", "for status 502", "for connection lost"):
+        assert reason in told
+    gateway.before = lambda number, path: (503, "busy") if path == COMPLETIONS else None
+    with pytest.raises(EngineError, match=r"failed at /v1/completions \(status 503\): busy$"):
+        check_golden(golden, clients(gateway.url, retries=1))
+
+
+def test_progress_is_told_in_long_work(gateway, trace, monkeypatch):
+    monkeypatch.setattr("pytest_logprob_parity.engines.server.client._PROGRESS_SECONDS", 0.1)
+    lines = []
+    with Pool(notify=lines.append) as pool:
+        gateway.delay = 0.05
+        pool.engine(spec_at(gateway.url, concurrency=4)).replay(trace)
+    assert [line for line in lines if line.startswith(f"{gateway.url}: ") and line.endswith(" of 20 requests")]
+    assert [line for line in lines if line.startswith(f"connected to vllm-server {MODEL}")]
+
+
+def test_ctrl_c_leaves_no_thread_and_no_request(gateway, clients, trace):
+    there = clients(gateway.url.replace("127.0.0.1", "localhost"))  # a name, which a thread resolves
+    assert there.config.forces
+    gateway.delay = 30
+    threads = {t for t in threading.enumerate() if "process_request" not in t.name}
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
+    try:
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            there.replay(trace)
+        assert time.monotonic() - began < 5
+        timer.join()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    left = {t.name for t in threading.enumerate() if "process_request" not in t.name} - {t.name for t in threads}
+    assert not left
+    gateway.heal()
+    assert there.replay(trace).num_tokens == trace.num_tokens  # and it can be asked again
+
+
+def test_inside_of_a_running_loop(server, clients, trace):
+    there = clients(server)
+
+    async def test():
+        return there.replay(trace)
+
+    assert asyncio.run(test()).num_tokens == trace.num_tokens
+
+
+# -- a server that says little ----------------------------------------------------------------------------------------
+
+
+def test_a_plain_server_leaves_a_processed_golden_unverified(gateway, clients, golden):
+    plain(gateway)
+    there = clients(gateway.url)
+    assert there.config.logprobs_mode == "processed_logprobs"  # measured: the logprobs move with the temperature
+    assert there.config.dtype == "float32"
+    assert {"the model's digest", "enable_prefix_caching", "async_scheduling", "dtype", "seed"} < set(there.config.unverified)
+    with pytest.raises(ParityError) as caught:
+        check_golden(golden, there)
+    lines = str(caught.value).splitlines()
+    assert seen(caught.value).verdict == "unverified"
+    assert lines[0] == (
+        "unverified: The server cannot be forced along the golden's tokens, and what is left, a prefill, gives raw logprobs: "
+        "the golden's are processed (T=0.7, top-p 0.9)"
+    )
+    assert "logprob-parity serve MODEL" in str(caught.value)
+    assert "could not be verified, for the engine does not tell: the model's digest, async_scheduling" in str(caught.value)
+    with pytest.raises(EngineError, match="not recorded: its golden could not be replayed: this server cannot force"):
+        check_golden(golden, there, prompts=[[9, 8, 7]], sampling=SAMPLING, update=True)
+
+
+def test_a_plain_server_is_held_against_raw_logprobs_by_a_prefill(gateway, clients, here, tmp_path):
+    """At T=1 without truncation raw is processed; an unchanged server passes, one whose numbers are off does not."""
+    path = tmp_path / "golden.safetensors"
+    sampling = Sampling(max_tokens=24, seed=1)
+    check_golden(path, here, prompts=[[9, 8, 7 + i] for i in range(10)], sampling=sampling, update=True, repeats=2)
+    plain(gateway)
+    there = clients(gateway.url)
+    comparison = check_golden(path, there)
+    assert comparison.passed
+    assert comparison.actual.path == "prefill"
+    assert comparison.notes[0].startswith("not decoded, scored by a prefill: this server cannot force tokens")
+
+    def shift(content):
+        for position in content["choices"][0].get("prompt_logprobs") or []:
+            for entry in (position or {}).values():
+                entry["logprob"] -= 0.3
+
+    gateway.after = shift
+    with pytest.raises(ParityError, match=r"^fail: Logprobs are not close"):
+        check_golden(path, there)
+
+
+def test_the_development_mode_of_vllm_tells_nearly_all(gateway, clients, here, trace):
+    """`vllm serve --worker-extension-cls ...` with VLLM_SERVER_DEV_MODE=1: no middleware of ours, and tokens can be forced."""
+    gateway.hidden = ("/logprob_parity",)
+    there = clients(gateway.url)
+    assert there.config.unverified == ("the model's digest",)
+    assert (there.config.forcing, there.config.version) == ("sampler", "0.32.0")
+    np.testing.assert_allclose(there.replay(trace).logprobs, here.replay(trace).logprobs, rtol=0, atol=5e-5)
+    with pytest.raises(EngineError, match="did not take enable_prefix_caching: asked for True"):
+        _ = clients(gateway.url, enable_prefix_caching=True).config
+
+
+def test_raw_and_processed_are_told_apart_by_measuring(gateway, server, clients):
+    """A server whose logprobs stay as they are at another temperature is a raw one: profile rl does not get what it pins."""
+    plain(gateway)
+    first = {}
+
+    def freeze(content):  # as raw_logprobs: the same numbers at every temperature
+        logprobs = content["choices"][0]["logprobs"]
+        logprobs["top_logprobs"] = first.setdefault("top", logprobs["top_logprobs"])
+
+    gateway.after = freeze
+    with pytest.raises(EngineError, match=r"did not take logprobs_mode: asked for 'processed_logprobs', .* 'raw_logprobs'"):
+        _ = clients(gateway.url).config
+    assert clients(gateway.url, profile="serving").config.logprobs_mode == "raw_logprobs"
+
+
+def test_native_trace_replay_goes_by_the_generate_route():
+    """The wire alone: Model Runner V2, which replays traces itself, runs on GPUs only."""
+    request = Request([9, 8], Sampling(temperature=0.7, logprobs=2), forced_token_ids=[5, 6, 7])
+    path, body = post_of(request, "native", "m")
+    assert (path, body["model"], body["token_ids"]) == ("/inference/v1/generate", "m", [9, 8])
+    assert body["sampling_params"]["trace_decode_token_ids"] == [5, 6, 7]
+    assert json.dumps(body)
+
+    def at(token, logprob, rank, *others):
+        top = [{"token_id": t, "logprob": v, "rank": r} for t, v, r in ((token, logprob, rank), *others)]
+        return {**top[0], "top_logprobs": top}
+
+    content = [at(5, -0.5, 1, (1, -1.5, 2)), at(6, -3.0, 9, (2, -0.25, 1)), at(7, -9999.0, None, (3, -9999.0, 2))]
+    choice = {"token_ids": [5, 6, 7], "finish_reason": "length", "logprobs": {"content": content}}
+    completion = completion_of(request, {"choices": [choice]}, 1024)
+    np.testing.assert_array_equal(completion.logprobs, np.float32([-0.5, -3.0, np.nan]))
+    np.testing.assert_array_equal(completion.ranks, [1, 9, 0])
+    np.testing.assert_array_equal(completion.top_token_ids[:2], [[5, 1], [2, -1]])
+    np.testing.assert_array_equal(completion.top_logprobs[:2], np.float32([[-0.5, -1.5], [-0.25, -np.inf]]))
+
+
+# -- bad days ---------------------------------------------------------------------------------------------------------
+
+
+def first_choice(edit):
+    def after(content):
+        edit(content["choices"][0])
+
+    return after
+
+
+def without(name):
+    return first_choice(lambda choice: choice.pop(name))
+
+
+def fewer(choice):
+    choice["token_ids"] = choice["token_ids"][:-3]
+    for column in choice["logprobs"].values():
+        del column[-3:]
+
+
+def as_texts(choice):
+    choice["logprobs"]["top_logprobs"] = [{"some text": -1.0} for _ in choice["token_ids"]]
+
+
+def other_prompt(choice):
+    choice["prompt_token_ids"] = choice["prompt_token_ids"][1:]
+
+
+def half_the_logprobs(choice):
+    for column in choice["logprobs"].values():
+        del column[::2]
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        (without("logprobs"), "answers without logprobs"),
+        (without("token_ids"), "answers without token ids"),
+        (lambda content: content.pop("choices"), "answers with no completion"),
+        (first_choice(fewer), r"stopped after \d+ of \d+ tokens"),
+        (first_choice(as_texts), "texts in place of token ids"),
+        (first_choice(other_prompt), "took another prompt than was sent: 2 tokens, 3 were sent"),
+        (first_choice(half_the_logprobs), r"answers with \d+ tokens and \d+ logprobs"),
+        (first_choice(lambda choice: choice["logprobs"].update(top_logprobs="x")), "answers without logprobs"),
+        (first_choice(lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(0, "x")), "is no completion as vLLM"),
+    ],
+)
+def test_an_answer_that_lacks_something_is_an_error_in_one_line(gateway, clients, golden, after, message):
+    gateway.after = after
+    before = golden.read_bytes()
+    with pytest.raises(EngineError, match=message) as caught:
+        check_golden(golden, clients(gateway.url))
+    assert str(caught.value).startswith(f"vllm 0.32.0 at {gateway.url}: the server")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(EngineError, match=message):
+        check_golden(golden, clients(gateway.url), prompts=[[9, 8, 7]], sampling=SAMPLING, update=True)
+    assert golden.read_bytes() == before
+
+
+def test_other_tokens_than_the_forced_ones_are_an_error(gateway, clients, golden):
+    gateway.after = first_choice(lambda choice: choice["token_ids"].__setitem__(0, 3))
+    with pytest.raises(EngineError, match="decode replay did not force the tokens: sequence 0 came back with token 3 in place"):
+        check_golden(golden, clients(gateway.url))
+
+
+@pytest.mark.parametrize("number", [None, math.nan])
+def test_nan_fails_the_check(gateway, clients, golden, number):
+    gateway.after = first_choice(lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(1, number))
+    with pytest.raises(ParityError, match=r"^fail: 16 of \d+ logprobs are NaN"):
+        check_golden(golden, clients(gateway.url))
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "message"),
+    [
+        (200, "<html><body>Welcome</body></html>", "answers /v1/completions with something that is no JSON: '<html><body>Wel"),
+        (200, "", "answers /v1/completions with something that is no JSON: ''"),
+        (401, '{"error": "Unauthorized"}', r"wants another key \(status 401\): none is in VLLM_API_KEY"),
+        (404, "nothing here", r"has no /v1/completions \(status 404: nothing here\)"),
+        (400, '{"error": {"message": "logprobs is too large"}}', "refuses a request: logprobs is too large"),
+        (500, '{"error": {"message": "EngineCore died"}}', r"failed at /v1/completions \(status 500\): EngineCore died"),
+    ],
+)
+def test_answers_that_are_none(gateway, clients, golden, status, text, message, monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    there = clients(gateway.url)
+    gateway.before = lambda number, path: (status, text) if path == COMPLETIONS else None
+    with pytest.raises(ParityError, match=message) as caught:
+        check_golden(golden, there)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "message"),
+    [
+        (200, "<html>Welcome</html>", "answers /v1/models with something that is no JSON"),
+        (401, "no", "wants another key"),
+        (404, "no", r"has no /v1/models \(status 404"),
+        (200, "[]", "names no model at /v1/models"),
+        (200, '{"data": [{"id": "gpt-5", "root": "/models/gpt-5"}]}',
+         r"serves 'gpt-5' \(root '/models/gpt-5'\), the test asks for '.*tiny-arith'; .* say served_model='gpt-5'"),
+    ],
+)  # fmt: skip
+def test_what_is_no_server_of_this_model_is_told_before_anything_is_asked(gateway, clients, golden, status, text, message):
+    gateway.hidden = ("/logprob_parity", "/server_info")
+    gateway.before = lambda number, path: (status, text)
+    with pytest.raises(ParityError, match=message) as caught:
+        check_golden(golden, clients(gateway.url))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_of_another_model_names_both(server, clients, tmp_path):
+    """The digests differ: by the marker's folder, which has another configuration."""
+    other = tmp_path / "other-model"
+    other.mkdir()
+    for file in (ROOT / "models" / "tiny-arith").iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 12345.0}))
+    with pytest.raises(IncomparableError, match=rf"has another model: {MODEL} \(\w+\), the test asks for {other} \(\w+\)"):
+        _ = clients(server, model=str(other)).config
+
+
+def test_a_server_that_is_down_is_one_line_with_the_command_that_starts_one(clients, golden, pytester, run_inner):
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        began = time.monotonic()
+        with pytest.raises(EngineError) as caught:
+            check_golden(golden, clients(url, max_num_seqs=8))
+        assert time.monotonic() - began < 2
+        assert str(caught.value) == (
+            f"no server answers at {url}: connection refused; start one: logprob-parity serve {MODEL} max_num_seqs=8 "
+            f"--dtype float32 --port {port}"
+        )
+        pytester.makepyfile(TEST + TEST.replace("test_rollouts", "test_second"))
+        result = run_inner("--update-golden", f"--parity-server={url}")
+        result.assert_outcomes(failed=2)
+        result.stdout.fnmatch_lines(["E  *pytest_logprob_parity.EngineError: no server answers at *"])
+        assert not list(pytester.path.glob("golden/**/*.safetensors"))
+
+
+def test_a_slow_server_is_given_up_and_told(gateway, clients, golden):
+    there = clients(gateway.url, timeout=0.3)
+    assert there.config.forces
+    gateway.delay = 1.5
+    with pytest.raises(EngineError, match=r"no answer within 0.3 s after 2 tries in \d\.\d s; timeout=SECONDS allows more"):
+        check_golden(golden, there)
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_server_that_dies_in_the_middle_leaves_the_golden(gateway, clients, golden, update):
+    before = golden.read_bytes()
+    there = clients(gateway.url, retries=1)
+    gateway.before = lambda number, path: "drop" if path == COMPLETIONS and number > 5 else None
+    with pytest.raises(EngineError, match=r"connection lost \(.*\) after 2 tries"):
+        check_golden(golden, there, prompts=[[9, 8, 7 + i] for i in range(8)], sampling=SAMPLING, update=update)
+    assert golden.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://host", "http://", "http://host:port", "http://a b", "http://host/?x=1", "", "://"]
+)
+def test_a_wrong_address_is_told_as_one(url, pytester):
+    with pytest.raises(UsageError, match=r"^url: .* is no address of a server.*; give one such as http://127.0.0.1:8000$"):
+        spec_at(url)
+    result = pytester.runpytest_inprocess(f"--parity-server={url}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --parity-server: * is no address of a server*"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"concurrency": 0}, "concurrency=0: must be a whole number, 1 or m"), ({"timeout": -1}, "timeout=-1: must be a number"),
+     ({"retries": True}, "retries=True: must be a whole number"), ({"adapter": "x"}, "adapter='x'.*: not over a server"),
+     ({"served_model": 3}, "served_model=3: must be a string"), ({"url": None}, "url: None is no address")],
+)  # fmt: skip
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(UsageError, match=message):
+        spec_at(**{"url": "http://localhost:1", **settings})
+
+
+def test_a_server_needs_an_address_and_known_settings(clients):
+    with pytest.raises(UsageError, match=r"engine='vllm-server' needs url='http://HOST:PORT', or the option --parity-server"):
+        EngineSpec(MODEL, engine="vllm-server")
+    with pytest.raises(UsageError, match=r"'max_num_seq' is neither .* did you mean 'max_num_seqs'"):
+        _ = clients("http://127.0.0.1:1", max_num_seq=1).config
+
+
+def test_what_does_not_go_over_a_server_is_refused(server, clients):
+    there = clients(server)
+    for what, refused in (
+        ("weight updates", lambda: there.update_weights(f"{MODEL}-step2")),
+        ("sleep", there.sleep),
+        ("sleep", there.wake_up),
+    ):
+        with pytest.raises(UsageError, match=rf"^{what}: not over a server \({server}\); take engine='vllm', in this process$"):
+            refused()
+
+
+def test_serve_refuses_in_one_line(capsys, server):
+    from reporting import one_line
+
+    port = server.rpartition(":")[2]
+    assert f"cannot listen at 127.0.0.1 port {port}: Address already in use" in one_line(capsys, "serve", MODEL, "--port", port)
+    assert "no such folder" in one_line(capsys, "serve", "models/none", "--port", "0")
+    assert "did you mean 'max_num_seqs'" in one_line(capsys, "serve", MODEL, "max_num_seq=1", "--port", "0")
+    assert "'y' is not KEY=VALUE" in one_line(capsys, "serve", MODEL, "--port", "0", "seed=1", "y")
+    assert "'x' is not KEY=VALUE" in one_line(capsys, "serve", MODEL, "--set", "x")
+
+
+def test_a_client_closes_and_opens_again(server):
+    client = Client(server)
+    for _ in range(2):
+        assert client.ask("GET", "/version").content == {"version": "0.32.0"}
+        client.close()
+    client.close()
