@@ -238,7 +238,7 @@ def test_a_path_that_leads_out_of_the_repo(failed, accept, place):
 def test_an_artifact_of_another_repo(failed, accept):
     golden, before = failed[0], failed[0].read_bytes()
     golden.unlink()
-    assert "there is no such file" in refused(accept, golden)
+    assert "there is no golden/test_it/" in refused(accept, golden)
     golden.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n")
     assert "a Git LFS pointer, not the file itself; run `git lfs pull`" in refused(accept, golden)
     golden.write_bytes(before[:-1])

@@ -440,7 +440,9 @@ def test_the_users_own_engine(pytester):
 def test_an_own_engine_that_is_none(pytester, run_inner):
     pytester.makeconftest("import pytest\n@pytest.fixture(scope='session')\ndef parity_engine_factory(): return object()")
     pytester.makepyfile(test_it=TEST)
-    run_inner().stdout.fnmatch_lines(["E*UsageError: parity_engine_factory must give a vllm.LLM, not builtins.object"])
+    run_inner().stdout.fnmatch_lines(
+        ["E*UsageError: parity_engine_factory must give a vllm.LLM or a server's address, not builtins.object"]
+    )
 
 
 # -- options beside others --------------------------------------------------------------------------------------------
