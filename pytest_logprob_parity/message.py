@@ -98,12 +98,8 @@ def _numbers(comparison: Comparison) -> list[str]:
         lines.append(
             f"{gate.name.replace('tokens off by', 'off by')}: {int(gate.value):,} / {total:,} tokens ({gate.value / total:.1%})"
         )
-    worst = next((token for token in comparison.worst if math.isfinite(token.diff)), None)
-    if worst is not None:
-        lines.append(
-            f"greatest     |d| {abs(worst.diff):.3g} nats at sequence {worst.sequence} (prompt {worst.group}, sample "
-            f"{worst.sample}), position {worst.position}: {worst.text!r}"
-        )
+    if comparison.worst:
+        lines.append(f"greatest     |d| {numbers['max_abs_diff']:.3g} nats {_place(comparison.worst[0])}")
     lines.append(f"{'':<34}{'measured':>12}{'95 % bound':>12}{'allowed':>12}")
     for gate in comparison.gates:
         mark = "" if gate.sure else "  <-- exceeds" if not gate.ok else "  <-- not shown"
@@ -113,6 +109,13 @@ def _numbers(comparison: Comparison) -> list[str]:
     if comparison.policy_metrics:
         lines.append(_shown("without truncation: ", comparison.policy_metrics))
     return lines
+
+
+def _place(token: TokenDiff) -> str:
+    where = (
+        f"sequence {token.sequence} (prompt {token.group}, sample {token.sample}), position {token.position}: {token.text!r}"
+    )
+    return f"at {where}" if math.isfinite(token.diff) else f"beside tokens that one side excludes, first at {where}"
 
 
 def _shown(label: str, numbers: Any) -> str:

@@ -117,7 +117,7 @@ def test_other_weights_fail_with_numbers_and_the_worst_tokens(pytester, run_inne
         [
             "E*MismatchError: fail: Logprobs are not close: *allowed)",
             "E*compared * tokens of 16 sequences*",
-            "E*greatest * nats at sequence * (prompt *, sample *), position *",
+            "E*greatest * nats *at sequence * (prompt *, sample *), position *",
             "E*measured*allowed*",
             "E*RMS difference (winsorised)*<-- exceeds",
             "E*without truncation: *KL k1*k3*ESS*",
