@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up what they need in .venv (Python 3.10 to 3.13, Linux x86-64, no GPU), then run.
+# `make demo` and `make test` set up what they need in .venv (Python 3.11 to 3.13, Linux x86-64, no GPU), then run.
 
 PYTHON ?= python3
 VENV := .venv
