@@ -290,7 +290,8 @@ def test_commands_that_are_not_run_are_spelt_right(capsys):
         for command in re.findall(r"^[$ ]*logprob-parity (.*(?:\\\n.*)*)", block.text, re.MULTILINE):
             verb, *words = command.split()
             flags = {word.partition("=")[0] for word in words if word.startswith("--")}
-            assert flags <= set(verbs[verb]._option_string_actions), f"{block}: {command}"
+            known = set(verbs[verb]._option_string_actions)
+            assert flags <= known or verb == "serve", f"{block}: {command}"  # serve hands what it does not know to vLLM
             seen += 1
     assert seen > 5
 
