@@ -64,6 +64,10 @@ def test_a_third_opinion_says_which_side_has_changed(golden, pool, tmp_path):
     assert other.reading.golden > 2 * other.reading.now
     assert other.describe()[-1].endswith("this run agrees with it, the golden does not")
     assert "no setting differs: the weights, the build or the hardware are left" in other.describe()
+    both = ablated(golden, pool, EngineSpec(str(tmp_path / "other"), dtype="bfloat16", logprobs_mode="raw_logprobs"), read=True)
+    assert both.reading_of == ("logprobs_mode",)
+    assert both.reading.off == "golden"
+    assert both.weigh(())[0].cause == "weights_differ"
     rotten = ablated(golden, pool, SPEC.replace(kv_cache_dtype="fp8_e5m2"), read=True)
     assert rotten.reading.now > 2 * rotten.reading.golden
 

@@ -297,6 +297,18 @@ def test_penalties_that_both_sides_have_are_not_named_beside_a_repetition_that_o
     ]
 
 
+def test_what_a_temperature_leaves_is_noted_where_more_is_wrong_and_not_where_it_is_alone():
+    rollouts = policy(temperature=0.7)
+
+    def notes(noise):
+        actual = rollouts.trace("raw", noise=noise)
+        return [note for note in compare(expected=rollouts.trace(), actual=actual).notes if note.startswith("left unexplained")]
+
+    assert not notes(0.0)
+    (note,) = notes(0.3)
+    assert note.endswith("beyond noise: weights or path differ, too")
+
+
 def test_a_negative_penalty_is_one_of_two_readings():
     rollouts = policy(temperature=0.7)
     rewarded = rollouts.trace(Sampling(temperature=0.7, presence_penalty=-0.5))

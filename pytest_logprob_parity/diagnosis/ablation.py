@@ -213,7 +213,9 @@ def ablate(
     found = Ablation(tuple(steps), differs, noise, left_out=text if left > 0 else "")
     if not read:
         return found
-    moved = found.best.moved if found.best.rms > noise else ()
+    moved: tuple[str, ...] = ()
+    if found.best.rms > noise:  # two meanings are held against no reading, even where other weights hide what they are worth
+        moved = found.best.moved or next((m for m in replays if m == ("logprobs_mode",)), ())
     reading = _reading(golden, replays[moved], spec, pool, limits.outlier, notify)
     return dataclasses.replace(found, reading=reading, reading_of=moved if reading is not None else ())
 
