@@ -65,6 +65,8 @@ def tell(pytester, run_inner, monkeypatch, pool, finished, tmp_path_factory):
     for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.syspath_prepend(str(pytester.path))
+    for name in [name for name in sys.modules if name.startswith("test_")]:  # a page's tests may be called like ours
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("pytest_logprob_parity.pool.open_engine", lambda spec: Borrowed(pool.engine(spec)))
     monkeypatch.delitem(vars(pytest_logprob_parity), "open_engine", raising=False)
     monkeypatch.setattr(pool, "notify", None)
