@@ -527,6 +527,29 @@ def test_several_penalties_come_out_as_several_or_as_their_layer(penalties):
     assert " in place of " not in str(few)
 
 
+@pytest.mark.parametrize(
+    ("recorded", "applied"),
+    [
+        ({"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}, {}),
+        ({}, {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}),
+        ({}, {"repetition_penalty": 1.2, "presence_penalty": 0.5}),
+        ({"repetition_penalty": 1.2}, {"presence_penalty": 0.5}),
+        ({"presence_penalty": 0.5}, {"repetition_penalty": 1.2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_each_of_several_penalties_has_its_value(recorded, applied, temperature):
+    rollouts = policy(temperature=temperature, **recorded)
+    actual = rollouts.trace(Sampling(temperature=temperature, **applied), k=8)
+    told = [f.evidence for f in compare(expected=rollouts.trace(k=8), actual=actual).findings if f.cause == "penalties"]
+    asked = [(name, value, "the golden") for name, value in recorded.items()] + [(n, v, "this run") for n, v in applied.items()]
+    assert len(told) == len(asked), told
+    for name, value, side in asked:
+        text = next(text for text in told if text.startswith(f"{name.replace('_', ' ')} {value:g} was applied to {side}"))
+        assert float(text.partition("(fitted ")[2].split()[0]) == pytest.approx(value, rel=0.005), text
+
+
 def test_a_mixture_with_other_tokens_is_no_penalty():
     rollouts = policy(temperature=0.7)
     probabilities = np.exp(rollouts.logits - rollouts.logits.max(-1, keepdims=True))

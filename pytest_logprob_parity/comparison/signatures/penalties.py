@@ -18,6 +18,8 @@ _REMOVED, _REMOVED_BY_RECORD = 0.8, 0.5
 _ENOUGH_BY_RECORD: Final = 10
 #: A penalty that is off by no more than this share of the recorded one is the recorded one.
 _AS_RECORDED: Final = 0.05
+#: Tokens that were written so often and more count as equally often written.
+_OFTEN: Final = 8
 #: Seen tokens are so many times as far from the line as others where a repetition penalty moved them; where only they are.
 _MOVED, _ONLY = 2.0, 5.0
 
@@ -53,20 +55,23 @@ def find_penalties(positions: Positions, scale: float, temperature: float) -> li
     has brought the golden's to it: on either side, what is off is the penalty over this temperature.
     """
     off = positions.off_line(scale)
-    found = _repetition(positions, off, scale, np.zeros_like(positions.counts))
+    # Tokens that were written equally often: what presence and frequency penalties move alike.
+    alike = np.minimum(positions.counts, _OFTEN)
+    found = _repetition(positions, off, scale, np.zeros_like(alike))
+    alone = [] if found is None else [found[0]]
     if found is None:
-        if additive := _additive(positions, off, positions.common, temperature):
-            return additive
-        # Tokens that were written equally often: what presence and frequency penalties move alike.
-        found = _repetition(positions, off, scale, np.minimum(positions.counts, 3))
-        if found is None:
-            return []
-        alone = []
-    else:
-        alone = [found[0]]
-    repetition, slope = found
-    rest = _additive(positions, positions.off_line(slope), positions.common & positions.seen, temperature, slope / scale)
-    return alone if rest is None else [repetition, *rest]
+        found = _repetition(positions, off, scale, alike)
+    if found is None:
+        return _additive(positions, off, positions.common, temperature) or []
+    rest = _beside(positions, found[1], scale, temperature)
+    if alone and rest and (apart := _repetition(positions, off, scale, alike)):  # they had bent the line
+        found, rest = apart, _beside(positions, apart[1], scale, temperature)
+    return alone if rest is None else [found[0], *rest]
+
+
+def _beside(positions: Positions, slope: float, scale: float, temperature: float) -> list[Penalty] | None:
+    """Presence and frequency penalties beside a repetition penalty that gave seen tokens this slope."""
+    return _additive(positions, positions.off_line(slope), positions.common & positions.seen, temperature, slope / scale)
 
 
 def moves_only_seen(positions: Positions, scale: float) -> bool:
@@ -141,8 +146,7 @@ def _additive(positions: Positions, off: Doubles, used: Any, temperature: float,
         "frequency_penalty": _centred(positions.counts[rows].astype(float), used),
     }
     total = float((y**2).sum())
-    fits = [_plane(of, y) for of in (columns, *({name: x} for name, x in columns.items()))]
-    together, *single = fits
+    together, *single = [_plane(of, y) for of in (columns, *({name: x} for name, x in columns.items()))]
     best = min(single, key=lambda fit: fit.left)
     fit = together if all(together.sure(name) for name in columns) else best
     if not total or fit.left > (1 - _REMOVED) * total or not all(fit.sure(name) for name in fit.slopes):
