@@ -19,6 +19,8 @@ Bools = npt.NDArray[np.bool_]
 
 #: More positions than this make no fit better; of longer comparisons, sequences are taken at even distances.
 MOST: Final = 20_000
+#: Noise is what most positions have: the others may have another reason to be far.
+_NEAREST: Final = 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,15 @@ class Positions:
         """What is left [n, m] of now - slope x golden; NaN where a side has no finite number."""
         golden, now = np.where(self.common, self.expected, np.nan), np.where(self.common, self.actual, np.nan)
         return np.asarray(now - slope * golden)
+
+    def noise(self, slope: float) -> float:
+        """What `slope` leaves of the differences between tokens of one position (nats, RMS without the furthest tenth)."""
+        two = self.of(self.common.sum(axis=1) >= 2)
+        if not len(two.rows):
+            return 0.0
+        off = two.off_line(slope)
+        spread = np.nanmean((off - np.nanmean(off, axis=1, keepdims=True)) ** 2, axis=1)
+        return float(np.sqrt(np.mean(np.sort(spread)[: max(int(_NEAREST * len(spread)), 1)])))
 
     @functools.cached_property
     def _seen(self) -> tuple[Bools, npt.NDArray[np.int64]]:

@@ -20,7 +20,7 @@ _FEW, _ROUNDING = 0.01, 0.02
 #: A number this large tells a factor from a constant, and so many of them do; how exact a factor or a constant is, and at
 #: which share of the numbers.
 _LARGE: Final = 0.1
-ENOUGH: Final = 20
+_ENOUGH_LARGE: Final = 20
 _EXACT, _ALL_BUT_FEW = 1e-4, 0.99
 #: A factor that is as near to 1, or a constant to 0, rewrites nothing.
 _CHANGED: Final = 1e-3
@@ -89,7 +89,7 @@ def find_rewritten(positions: Positions) -> Misreport | None:
     has a normaliser of its own.
     """
     x, y = positions.expected[positions.common], positions.actual[positions.common]
-    if np.count_nonzero(np.abs(x) > _LARGE) < ENOUGH:
+    if np.count_nonzero(np.abs(x) > _LARGE) < _ENOUGH_LARGE:
         return None
     factor, constant = float((x * y).sum() / (x * x).sum()), float(np.median(y - x))
     for size, change, text in (

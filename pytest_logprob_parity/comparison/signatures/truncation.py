@@ -1,181 +1,170 @@
-"""Kept sets: which tokens top-p, top-k or min-p left on each side, with what mass, and which limits that allows."""
+"""A truncation that one side has and the other has not, or another one, told from their `kept_sets`."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, Final
+import dataclasses
+from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 
-from ...trace import Trace
-from .positions import Bools, Doubles, Positions
+from ...spec import Sampling
+from ..result import Finding
+from . import kept_sets
+from .positions import Positions
+from .stage import ON_GOLDEN, ON_NOW, Stage
 
-#: Fewer positions than this prove no limit.
-ENOUGH: Final = 20
-#: This share of positions may contradict a limit: kernels' noise moves tokens across it.
-_STRAY: Final = 0.01
-#: Bounds that cross by no more than this are one limit, blurred by noise.
-_BLUR: Final = 0.01
-_VOCABULARY: Final = 200_000
-#: Kept sets whose probabilities are further from 1 than this, on average, were not made a distribution again.
-WHOLE: Final = 1e-3
-#: Mass that may be missing where what is listed is taken for all: it moves a logprob by as much.
-_ALL: Final = 1e-5
-#: A constant of a position stands out when it is so many times as large as what is left between its tokens (nats).
-_STANDS_OUT, _LEAST = 20, 1e-6
+#: Kept sets differ where they do at this share of the positions and more; noise alone moves a few.
+_OTHER_SETS: Final = 0.03
+_ONE_WAY: Final = 0.9
+#: A side that does not truncate excludes nothing: it has less than this share of the other's kept sets.
+_NONE: Final = 0.01
+#: What moves logprobs by more than this (nats) hides which limit a truncation had.
+_BLURRED: Final = 0.05
+#: A truncation moves all that it keeps by one constant: this share of the squares may lie between tokens of one position.
+_WITHIN: Final = 0.25
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """One side's kept sets. `complete` bool [n]: truncation excluded something, and what it left is all listed.
+def truncation_stages(positions: Positions, slope: float, *, alone: bool, penalised: bool) -> Iterator[Stage]:
+    """`alone` where nothing else is different: else kept sets differ for that reason. `penalised` where a penalty is."""
+    golden, now = kept_sets.kept(positions, golden=True), kept_sets.kept(positions, golden=False)
+    fewest, most = sorted(int(np.count_nonzero(side.complete)) for side in (golden, now))
+    if most >= kept_sets.ENOUGH and fewest > _NONE * most:
+        yield from _both_truncate(positions, golden, now, alone=alone)
+    elif golden.truncates:
+        yield _one_truncates(positions, golden, slope, on_golden=True, penalised=penalised)
+    elif now.truncates:
+        yield _one_truncates(positions, now, slope, on_golden=False, penalised=penalised)
+    else:
+        yield from _wider_than_listed(positions, alone=alone)
 
-    `counts` [n] tokens are left, with `total` [n] probability among them.
+
+def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Stage]:
+    """A truncation whose kept sets are wider than the top-k that was recorded: what it excludes among the chosen tokens, and,
+    where nothing else is different, by how much it raises what is listed.
     """
-
-    complete: Bools
-    counts: Any
-    total: Doubles
-
-    @property
-    def truncates(self) -> bool:
-        """Whether this side excluded tokens at all."""
-        return int(np.count_nonzero(self.complete)) >= ENOUGH
-
-    @property
-    def mean_total(self) -> float:
-        """The mean probability among what is left; NaN without such sets."""
-        return float(np.mean(self.total[self.complete])) if self.complete.any() else math.nan
-
-    @property
-    def renormalised(self) -> bool:
-        """Whether what was left was made a distribution again."""
-        return bool(np.mean(np.abs(1 - self.total[self.complete])) < WHOLE)
-
-
-def kept(positions: Positions, *, golden: bool) -> Kept:
-    """The kept sets of the golden or of the other side, from its own top-k as far as the other one's goes: a side that lists
-    fewer tokens shows fewer sets whole, and would pass for one that does not truncate.
-    """
-    trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
-    return kept_of(trace, rows, min(positions.golden.top_k, positions.now.top_k))
-
-
-def listed_whole(trace: Trace) -> Bools:
-    """Tokens [N] whose kept set the top-k lists whole: something it lists is excluded, or what it lists adds up to 1."""
-    sets = kept_of(trace, np.arange(trace.num_tokens))
-    return np.asarray(sets.complete | (sets.total > 1 - _ALL))
+    golden, now = np.isneginf(positions.expected[:, 0]), np.isneginf(positions.actual[:, 0])
+    excluded = {False: int(np.count_nonzero(now & ~golden)), True: int(np.count_nonzero(golden & ~now))}
+    if max(excluded.values()) < _ONE_WAY * sum(excluded.values()):
+        return  # no truncation does both
+    recorded = positions.golden.sampling.truncates
+    both = recorded and positions.now.sampling.truncates  # noise alone moves a few over the edge of a kept set
+    least = max(kept_sets.ENOUGH, _OTHER_SETS * len(now) if both else 0)
+    kept = positions.common[:, 0]
+    raised = (positions.actual[kept, 0] - positions.expected[kept, 0]) * (-1 if excluded[True] > excluded[False] else 1)
+    if both and np.mean(raised < -_BLURRED) > 1 - _ONE_WAY:
+        return  # a truncation lowers none of those that it keeps; other logits do, and have other kept sets
+    for on_golden, count in excluded.items():
+        lift, what = None, []
+        if alone and (recorded or not on_golden):
+            free, cut = (positions.actual, positions.expected) if on_golden else (positions.expected, positions.actual)
+            lift = kept_sets.lifted(free, cut)
+        if lift is not None:
+            what.append(
+                f"it raises all tokens of a position by one constant ({lift.positions:,} positions, kept mass {lift.mass:.4f} "
+                "on average)"
+            )
+        if count >= least:
+            what.append(f"it excludes {count} of {len(now):,} tokens")
+        if what:
+            k = (positions.golden if on_golden else positions.now).top_k
+            text = f"a truncation was {ON_GOLDEN if on_golden else ON_NOW}: {' and '.join(what)}"
+            text += f"; top-{k} logprobs do not show how wide its kept sets are: record more"
+            yield Stage(Finding("semantic", "truncation", text), on_golden, recorded)
 
 
-def kept_of(trace: Trace, rows: Any, k: int | None = None) -> Kept:
-    """The kept sets of these tokens of a trace, from its top-k or the first `k` of it."""
-    ids, top, chosen = trace.top_token_ids[rows, :k], trace.top_logprobs[rows, :k].astype(np.float64), trace.logprobs[rows]
-    left = np.isfinite(top) & (ids >= 0)
-    listed = (ids == trace.token_ids[rows][:, None]).any(axis=1)
-    apart = np.isfinite(chosen) & ~listed
-    counts = left.sum(axis=1) + apart
-    total = np.exp(np.where(left, np.minimum(top, 0), -np.inf)).sum(axis=1)
-    total += np.where(apart, np.exp(np.minimum(chosen, 0)), 0)
-    listed_out = (np.isneginf(top) & (ids >= 0)).any(axis=1)
-    # A place that is not used says less: some engines give the chosen token a place of its own only where it needs one.
-    whole = (ids < 0).any(axis=1) & (total > 1 - WHOLE)
-    complete = (listed_out | whole) & (counts > 0) & ~apart if top.shape[1] else np.zeros(len(rows), bool)
-    return Kept(np.asarray(complete), counts, np.asarray(total, np.float64))
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Which limits the kept sets allow: `top_k`, or an interval each for `top_p` and `min_p`; None where they allow none.
-
-    `mass` is the mean mass kept, over `positions`.
-    """
-
-    positions: int
-    mass: float
-    top_k: int | None
-    top_p: tuple[float, float] | None
-    min_p: tuple[float, float] | None
-
-
-def before_truncation(logprobs: Doubles, power: float) -> tuple[Doubles, Doubles]:
-    """Probabilities [n, m] under p^power of tokens whose logprobs without truncation are known, NaN where they are not.
-
-    The tail that is not listed is only bounded, so these are the least they can be; the second result [n] is by what factor
-    they may be larger. With mass t below the last listed p, the sum of p^power over the tail is at most t p^(power - 1) for
-    powers of 1 or more, and at most t^power V^(1 - power) for smaller ones (Hoelder), V the size of the vocabulary.
-    """
-    known = np.isfinite(logprobs)
-    rest = np.maximum(1 - np.exp(np.where(known, logprobs, -np.inf)).sum(axis=1), 0)
-    last = np.where(known, logprobs, np.inf).min(axis=1)
-    scaled = np.exp(np.where(known, power * logprobs, -np.inf))
-    tail = rest * np.exp((power - 1) * last) if power >= 1 else rest**power * _VOCABULARY ** (1 - power)
-    listed = scaled.sum(axis=1)
-    stretch = np.ones(len(listed)) if power == 1 else (listed + tail) / listed
-    return np.where(known, scaled / (listed + tail)[:, None], np.nan), stretch
-
-
-def fit_limits(inside: Bools, listed: Doubles, stretch: Doubles, noise: float = 0.0) -> Limits:
-    """From kept sets, and what `before_truncation` says of the tokens.
-
-    `inside` bool [n, m]: the token is kept. Bounds, not point estimates, for a kept mass says only that p lies between it
-    and the mass before the last token. A share of 1 % of the positions may stray; `noise` (nats) is what else moves the
-    logprobs, and widens what is allowed.
-    """
-    known = np.isfinite(listed)
-    listed = np.where(known, listed, 0.0)
-    mass = np.where(inside, listed, 0.0).sum(axis=1)
-    least = np.where(inside & known, listed, np.inf).min(axis=1)
-    outside = np.maximum(np.where(~inside & known, listed, 0.0).max(axis=1), 0.0)
-    most = np.where(inside, listed, 0.0).max(axis=1)
-    counts = inside.sum(axis=1)
-    low, high = np.quantile(mass - least, 1 - _STRAY), np.quantile(np.minimum(mass * stretch, 1), _STRAY)
-    values, how_often = np.unique(counts, return_counts=True)
-    common = int(values[how_often.argmax()])
-    by_count = how_often.max() >= (1 - _STRAY) * len(counts)
-    reached, floor = np.quantile(outside / most, 1 - _STRAY), np.quantile(least / most, _STRAY)
-    return Limits(
-        len(mass),
-        float(mass.mean()),
-        common if by_count else None,
-        _interval(low, high, low - high <= _BLUR + noise),
-        _interval(reached, floor, reached <= floor * math.exp(_BLUR + 2 * noise)),
+def _one_truncates(
+    positions: Positions, kept: kept_sets.Kept, slope: float, *, on_golden: bool, penalised: bool
+) -> Stage:  # fmt: skip
+    truncated, free = (positions.expected, positions.actual) if on_golden else (positions.actual, positions.expected)
+    power = 1 / slope if on_golden else slope
+    rows = kept.complete & np.isfinite(free).any(axis=1)
+    inside = np.isfinite(truncated[rows])
+    noise = positions.noise(slope)
+    limits = kept_sets.fit_limits(inside, *kept_sets.before_truncation(free[rows], power), noise)
+    if penalised:  # masses after a penalty are not known
+        limits = dataclasses.replace(limits, top_p=None, min_p=None)
+    if np.mean(kept.complete) < _ONE_WAY:  # of the others the sets are larger than what is listed
+        limits = dataclasses.replace(limits, top_k=None)
+    sampling = positions.golden.sampling
+    names = _families(limits)
+    recorded = _is_recorded(limits, sampling, masses=not penalised, noise=noise)
+    blurred = on_golden and sampling.truncates and noise > _BLURRED  # none is named in place of the one that was recorded
+    other = "" if blurred else " or ".join(names)
+    name = _asked(sampling) if recorded else other or "a truncation"
+    text = (
+        f"{name} was {ON_GOLDEN if on_golden else ON_NOW}: "
+        f"kept mass {limits.mass:.2f} on average ({limits.positions:,} positions"
     )
+    text += f"; they allow {', '.join(names)})" if names else "; no single limit explains them)"
+    if not kept.renormalised:
+        text += f"; what was kept adds up to {np.mean(kept.total[kept.complete]):.3f}, not to 1"
+    return Stage(Finding("semantic", "truncation", text), on_golden, recorded)
 
 
-def _interval(low: Any, high: Any, allowed: Any) -> tuple[float, float] | None:
-    return (float(min(low, high)), float(max(low, high))) if allowed else None
+def _both_truncate(
+    positions: Positions, golden: kept_sets.Kept, now: kept_sets.Kept, *, alone: bool
+) -> Iterator[Stage]:  # fmt: skip
+    fewer, more = np.mean(now.counts < golden.counts), np.mean(now.counts > golden.counts)
+    enough = (fewer + more) * len(now.counts) >= kept_sets.ENOUGH
+    one_way = max(fewer, more) > _ONE_WAY * (fewer + more)  # noise moves as many tokens in as out
+    if alone and enough and one_way and fewer + more > _OTHER_SETS and _one_constant(positions.of(now.counts != golden.counts)):
+        less = fewer > more
+        counts = golden.counts.mean(), now.counts.mean()
+        text = (
+            f"{_asked(positions.golden.sampling)} was recorded, and {'fewer' if less else 'more'} tokens are left in this run: "
+            f"{counts[1]:.2f} on average in place of {counts[0]:.2f}, other sets at {fewer + more:.0%} of positions"
+        )
+        common = np.unique(now.counts[now.complete])
+        if len(common) == 1:
+            text += f"; always {int(common[0])}, as top-k {int(common[0])} would leave"
+        yield Stage(Finding("semantic", "truncation", text), bool(not less), False)
+    elif golden.renormalised != now.renormalised and max(side.mean_total for side in (golden, now)) < 1 + kept_sets.WHOLE:
+        side, kept = ("the golden", golden) if now.renormalised else ("this run", now)
+        text = (
+            f"{_asked(positions.golden.sampling)} was not followed by a normalisation in {side}: what was kept adds up to "
+            f"{np.mean(kept.total[kept.complete]):.3f} on average, not to 1 ({int(kept.complete.sum()):,} positions)"
+        )
+        yield Stage(Finding("semantic", "truncation", text), False, False)
 
 
-@dataclass(frozen=True)
-class Lift:
-    """All tokens of a position are likelier by one constant: mass that is not listed was cut away. At `positions` positions
-    the constant stands out; `mass` is what is kept there, on average.
+def _one_constant(positions: Positions) -> bool:
+    """Whether the tokens that both sides keep are apart by one constant for each position, the normaliser's, and no more."""
+    apart = positions.off_line(1.0)[positions.common.sum(axis=1) >= 2]
+    within = apart - np.nanmean(apart, axis=1, keepdims=True)
+    return bool(np.nansum(within**2) <= _WITHIN * np.nansum(apart**2))
+
+
+def _families(limits: kept_sets.Limits) -> list[str]:
+    """The limits that the kept sets allow, in words."""
+    names = [] if limits.top_k is None else [f"top-k {limits.top_k}"]
+    for name, interval in (("top-p", limits.top_p), ("min-p", limits.min_p)):
+        if interval is not None:
+            names.append(f"{name} in [{interval[0]:.4g}, {interval[1]:.4g}]")
+    return names
+
+
+def _is_recorded(limits: kept_sets.Limits, sampling: Sampling, *, masses: bool, noise: float) -> bool:
+    """Whether the recorded truncation is among the limits that the kept sets allow, within 1 % and the noise (nats).
+
+    Without `masses` they say nothing of top-p and min-p; with them, None says that no such limit explains the kept sets.
     """
+    if not sampling.truncates:
+        return False
+    top_k = sampling.top_k == 0 or limits.top_k is None or limits.top_k <= sampling.top_k
+    top_p = sampling.top_p == 1 or not masses
+    if limits.top_p is not None:
+        top_p = top_p or limits.top_p[0] - 0.01 - noise <= sampling.top_p <= limits.top_p[1] + 0.01 + noise
+    min_p = sampling.min_p == 0 or not masses
+    if limits.min_p is not None:
+        room = 1.1 * np.exp(2 * noise)
+        min_p = min_p or limits.min_p[0] / room <= sampling.min_p <= limits.min_p[1] * room
+    combined = sum((sampling.top_k > 0, sampling.top_p < 1, sampling.min_p > 0)) > 1
+    return combined or (top_k and top_p and min_p)
 
-    positions: int
-    mass: float
 
-
-def lifted(free: Doubles, truncated: Doubles) -> Lift | None:
-    """Whether `truncated` [n, m] is `free` [n, m] after a truncation that is wider than the tokens that are listed.
-
-    It then excludes none of them, and raises all of a position by -log of the mass that it keeps: by no more than the mass
-    that is not listed allows, and nowhere are they lowered. Noise does neither. None where that is not so.
-    """
-    common = np.isfinite(free) & np.isfinite(truncated)
-    two = common.sum(axis=1) >= 2
-    if not two.any():
-        return None
-    used = common[two]
-    d = np.where(used, truncated[two], 0.0) - np.where(used, free[two], 0.0)
-    constant = d.sum(axis=1) / used.sum(axis=1)
-    spread = np.where(used, d, -np.inf).max(axis=1) - np.where(used, d, np.inf).min(axis=1)
-    telling = np.abs(constant) > _STANDS_OUT * max(float(np.quantile(spread, 0.9)), _LEAST)
-    if np.count_nonzero(telling) < ENOUGH:
-        return None
-    unlisted = 1 - np.exp(np.where(np.isfinite(free), free, -np.inf)[two]).sum(axis=1)
-    cut = -np.expm1(-constant)
-    fits = (constant > 0) & (cut <= unlisted + _STANDS_OUT * _LEAST)
-    if np.mean(fits[telling]) < 1 - _STRAY:
-        return None
-    return Lift(int(np.count_nonzero(telling)), float(np.mean(1 - cut[telling])))
+def _asked(sampling: Sampling) -> str:
+    """The truncation of a sampling, in words."""
+    parts = ((f"top-k {sampling.top_k}", sampling.top_k > 0), (f"top-p {sampling.top_p:g}", sampling.top_p < 1),
+             (f"min-p {sampling.min_p:g}", sampling.min_p > 0))  # fmt: skip
+    return " and ".join(text for text, there in parts if there) or "no truncation"

@@ -1,0 +1,181 @@
+"""Kept sets: which tokens top-p, top-k or min-p left on each side, with what mass, and which limits that allows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from ...trace import Trace
+from .positions import Bools, Doubles, Positions
+
+#: Fewer positions than this prove no limit.
+ENOUGH: Final = 20
+#: This share of positions may contradict a limit: kernels' noise moves tokens across it.
+_STRAY: Final = 0.01
+#: Bounds that cross by no more than this are one limit, blurred by noise.
+_BLUR: Final = 0.01
+_VOCABULARY: Final = 200_000
+#: Kept sets whose probabilities are further from 1 than this, on average, were not made a distribution again.
+WHOLE: Final = 1e-3
+#: Mass that may be missing where what is listed is taken for all: it moves a logprob by as much.
+_ALL: Final = 1e-5
+#: A constant of a position stands out when it is so many times as large as what is left between its tokens (nats).
+_STANDS_OUT, _LEAST = 20, 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """One side's kept sets. `complete` bool [n]: truncation excluded something, and what it left is all listed.
+
+    `counts` [n] tokens are left, with `total` [n] probability among them.
+    """
+
+    complete: Bools
+    counts: Any
+    total: Doubles
+
+    @property
+    def truncates(self) -> bool:
+        """Whether this side excluded tokens at all."""
+        return int(np.count_nonzero(self.complete)) >= ENOUGH
+
+    @property
+    def mean_total(self) -> float:
+        """The mean probability among what is left; NaN without such sets."""
+        return float(np.mean(self.total[self.complete])) if self.complete.any() else math.nan
+
+    @property
+    def renormalised(self) -> bool:
+        """Whether what was left was made a distribution again."""
+        return bool(np.mean(np.abs(1 - self.total[self.complete])) < WHOLE)
+
+
+def kept(positions: Positions, *, golden: bool) -> Kept:
+    """The kept sets of the golden or of the other side, from its own top-k as far as the other one's goes: a side that lists
+    fewer tokens shows fewer sets whole, and would pass for one that does not truncate.
+    """
+    trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
+    return kept_of(trace, rows, min(positions.golden.top_k, positions.now.top_k))
+
+
+def listed_whole(trace: Trace) -> Bools:
+    """Tokens [N] whose kept set the top-k lists whole: something it lists is excluded, or what it lists adds up to 1."""
+    sets = kept_of(trace, np.arange(trace.num_tokens))
+    return np.asarray(sets.complete | (sets.total > 1 - _ALL))
+
+
+def kept_of(trace: Trace, rows: Any, k: int | None = None) -> Kept:
+    """The kept sets of these tokens of a trace, from its top-k or the first `k` of it."""
+    ids, top, chosen = trace.top_token_ids[rows, :k], trace.top_logprobs[rows, :k].astype(np.float64), trace.logprobs[rows]
+    left = np.isfinite(top) & (ids >= 0)
+    listed = (ids == trace.token_ids[rows][:, None]).any(axis=1)
+    apart = np.isfinite(chosen) & ~listed
+    counts = left.sum(axis=1) + apart
+    total = np.exp(np.where(left, np.minimum(top, 0), -np.inf)).sum(axis=1)
+    total += np.where(apart, np.exp(np.minimum(chosen, 0)), 0)
+    listed_out = (np.isneginf(top) & (ids >= 0)).any(axis=1)
+    # A place that is not used says less: some engines give the chosen token a place of its own only where it needs one.
+    whole = (ids < 0).any(axis=1) & (total > 1 - WHOLE)
+    complete = (listed_out | whole) & (counts > 0) & ~apart if top.shape[1] else np.zeros(len(rows), bool)
+    return Kept(np.asarray(complete), counts, np.asarray(total, np.float64))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which limits the kept sets allow: `top_k`, or an interval each for `top_p` and `min_p`; None where they allow none.
+
+    `mass` is the mean mass kept, over `positions`.
+    """
+
+    positions: int
+    mass: float
+    top_k: int | None
+    top_p: tuple[float, float] | None
+    min_p: tuple[float, float] | None
+
+
+def before_truncation(logprobs: Doubles, power: float) -> tuple[Doubles, Doubles]:
+    """Probabilities [n, m] under p^power of tokens whose logprobs without truncation are known, NaN where they are not.
+
+    The tail that is not listed is only bounded, so these are the least they can be; the second result [n] is by what factor
+    they may be larger. With mass t below the last listed p, the sum of p^power over the tail is at most t p^(power - 1) for
+    powers of 1 or more, and at most t^power V^(1 - power) for smaller ones (Hoelder), V the size of the vocabulary.
+    """
+    known = np.isfinite(logprobs)
+    rest = np.maximum(1 - np.exp(np.where(known, logprobs, -np.inf)).sum(axis=1), 0)
+    last = np.where(known, logprobs, np.inf).min(axis=1)
+    scaled = np.exp(np.where(known, power * logprobs, -np.inf))
+    tail = rest * np.exp((power - 1) * last) if power >= 1 else rest**power * _VOCABULARY ** (1 - power)
+    listed = scaled.sum(axis=1)
+    stretch = np.ones(len(listed)) if power == 1 else (listed + tail) / listed
+    return np.where(known, scaled / (listed + tail)[:, None], np.nan), stretch
+
+
+def fit_limits(inside: Bools, listed: Doubles, stretch: Doubles, noise: float = 0.0) -> Limits:
+    """From kept sets, and what `before_truncation` says of the tokens.
+
+    `inside` bool [n, m]: the token is kept. Bounds, not point estimates, for a kept mass says only that p lies between it
+    and the mass before the last token. A share of 1 % of the positions may stray; `noise` (nats) is what else moves the
+    logprobs, and widens what is allowed.
+    """
+    known = np.isfinite(listed)
+    listed = np.where(known, listed, 0.0)
+    mass = np.where(inside, listed, 0.0).sum(axis=1)
+    least = np.where(inside & known, listed, np.inf).min(axis=1)
+    outside = np.maximum(np.where(~inside & known, listed, 0.0).max(axis=1), 0.0)
+    most = np.where(inside, listed, 0.0).max(axis=1)
+    counts = inside.sum(axis=1)
+    low, high = np.quantile(mass - least, 1 - _STRAY), np.quantile(np.minimum(mass * stretch, 1), _STRAY)
+    values, how_often = np.unique(counts, return_counts=True)
+    common = int(values[how_often.argmax()])
+    by_count = how_often.max() >= (1 - _STRAY) * len(counts)
+    reached, floor = np.quantile(outside / most, 1 - _STRAY), np.quantile(least / most, _STRAY)
+    return Limits(
+        len(mass),
+        float(mass.mean()),
+        common if by_count else None,
+        _interval(low, high, low - high <= _BLUR + noise),
+        _interval(reached, floor, reached <= floor * math.exp(_BLUR + 2 * noise)),
+    )
+
+
+def _interval(low: Any, high: Any, allowed: Any) -> tuple[float, float] | None:
+    return (float(min(low, high)), float(max(low, high))) if allowed else None
+
+
+@dataclass(frozen=True)
+class Lift:
+    """All tokens of a position are likelier by one constant: mass that is not listed was cut away. At `positions` positions
+    the constant stands out; `mass` is what is kept there, on average.
+    """
+
+    positions: int
+    mass: float
+
+
+def lifted(free: Doubles, truncated: Doubles) -> Lift | None:
+    """Whether `truncated` [n, m] is `free` [n, m] after a truncation that is wider than the tokens that are listed.
+
+    It then excludes none of them, and raises all of a position by -log of the mass that it keeps: by no more than the mass
+    that is not listed allows, and nowhere are they lowered. Noise does neither. None where that is not so.
+    """
+    common = np.isfinite(free) & np.isfinite(truncated)
+    two = common.sum(axis=1) >= 2
+    if not two.any():
+        return None
+    used = common[two]
+    d = np.where(used, truncated[two], 0.0) - np.where(used, free[two], 0.0)
+    constant = d.sum(axis=1) / used.sum(axis=1)
+    spread = np.where(used, d, -np.inf).max(axis=1) - np.where(used, d, np.inf).min(axis=1)
+    telling = np.abs(constant) > _STANDS_OUT * max(float(np.quantile(spread, 0.9)), _LEAST)
+    if np.count_nonzero(telling) < ENOUGH:
+        return None
+    unlisted = 1 - np.exp(np.where(np.isfinite(free), free, -np.inf)[two]).sum(axis=1)
+    cut = -np.expm1(-constant)
+    fits = (constant > 0) & (cut <= unlisted + _STANDS_OUT * _LEAST)
+    if np.mean(fits[telling]) < 1 - _STRAY:
+        return None
+    return Lift(int(np.count_nonzero(telling)), float(np.mean(1 - cut[telling])))

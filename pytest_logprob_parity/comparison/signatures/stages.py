@@ -1,0 +1,120 @@
+"""Steps of processing that one side has and the other has not: temperature, penalties, truncation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ...spec import Sampling
+from ...trace import Trace
+from ..result import Finding
+from .penalties import Penalty, find_penalties, moves_only_seen
+from .positions import Positions
+from .scale import ENOUGH, NO_SCALE, Scale, fit_scale
+from .stage import ON_GOLDEN, ON_NOW, OR_TWICE, Stage
+from .truncation import truncation_stages
+
+
+def stages_of(positions: Positions) -> Iterator[Stage]:
+    """Temperature, then penalties, then truncation: each is looked for in what the ones before leave unexplained."""
+    scale = scale_of(positions)
+    sampling = positions.golden.sampling
+    golden_temperature = applied_temperature(positions.golden)
+    slope = (
+        golden_temperature / applied_temperature(positions.now) if scale.positions < ENOUGH else 1.0
+    )  # the labels have to do
+    temperature = golden_temperature / slope
+    if scale.claimed:
+        slope = scale.slope
+        stage = _temperature_stage(scale, positions)
+        yield stage
+        alone = 1.0 if stage.on_golden else sampling.temperature
+        temperature = alone if stage.recorded else golden_temperature / slope
+    penalties = [_penalty_stage(penalty, sampling) for penalty in find_penalties(positions, slope, temperature)]
+    if not penalties and moves_only_seen(positions, slope):
+        text = "only tokens that stood before are moved, by no penalty that explains them"
+        penalties = [Stage(Finding("semantic", None, text, ("penalties", "weights_differ")), False, False)]
+    yield from penalties
+    yield from truncation_stages(positions, slope, alone=slope == 1 and not penalties, penalised=bool(penalties))
+
+
+def scale_of(positions: Positions) -> Scale:
+    """The slope of what no penalty moves; where too little of that is left, of tokens that one penalty moves alike."""
+    unseen = fit_scale(positions.expected, positions.actual, positions.common & ~positions.seen)
+    if unseen.positions >= ENOUGH:
+        return unseen
+    if positions.ids.shape[1] < 2:
+        return NO_SCALE
+    alike = np.where(positions.seen, 1 + np.minimum(positions.counts, 3), 0)
+    line = fit_scale(positions.expected, positions.actual, positions.common, alike)
+    repetition = positions.golden.sampling.repetition_penalty
+    temperature = positions.golden.sampling.temperature or 1.0
+    for slope in (temperature, 1 / temperature, 1.0):  # a recorded repetition penalty explains the rest of the slope
+        if repetition != 1 and any(line.is_(slope * r) for r in (repetition, 1 / repetition)):
+            return Scale(slope, line.error, line.positions, line.removed)
+    return line
+
+
+def _temperature_stage(scale: Scale, positions: Positions) -> Stage:
+    sampling = positions.golden.sampling
+    golden_temperature, now = applied_temperature(positions.golden), applied_temperature(positions.now)
+    fitted = f"(fitted {{}} +- {{:.1g}} from {scale.positions:,} positions)"
+    labelled = now != golden_temperature and scale.is_(golden_temperature / now)
+    if labelled and positions.golden.logprobs_mode == positions.now.logprobs_mode:
+        how = fitted.format(f"{golden_temperature / scale.slope:.4f}", golden_temperature * scale.error / scale.slope**2)
+        text = f"temperature {now:g} in place of {golden_temperature:g}, as the labels say {how}"
+        return Stage(Finding("semantic", "temperature", text), now > golden_temperature, False)
+    recorded = sampling.temperature if not sampling.greedy else 1.0
+    if recorded != 1 and scale.is_(recorded):
+        how = fitted.format(f"{scale.slope:.4f}", scale.error)
+        return Stage(Finding("semantic", "temperature", f"temperature {recorded:g} was {ON_GOLDEN} {how}"), True, True)
+    if recorded != 1 and scale.is_(1 / recorded):
+        how = fitted.format(f"{1 / scale.slope:.4f}", scale.error / scale.slope**2)
+        text = f"temperature {recorded:g} was {ON_NOW}{'' if labelled else OR_TWICE} {how}"
+        return Stage(Finding("semantic", "temperature", text), False, True)
+    other = golden_temperature / scale.slope
+    text = (
+        f"the logits are {scale.slope:.4f} +- {scale.error:.1g} times the golden's ({scale.positions:,} positions): "
+        f"temperature {other:.3f} in place of {golden_temperature:g}, or another scale of the logits (final norm, head); "
+        "the logprobs alone do not tell these apart"
+    )
+    return Stage(Finding("semantic", None, text, ("temperature", "weights_differ", "head_precision")), scale.slope < 1, False)
+
+
+def _penalty_stage(penalty: Penalty, sampling: Sampling) -> Stage:
+    """The recorded penalty on one side only, another in place of it, or, where none was recorded, one on either side."""
+    asked, neutral = getattr(sampling, penalty.name), penalty.neutral
+    words = penalty.name.replace("_", " ")
+
+    def near(value: float, other: float) -> bool:
+        return bool(abs(value - other) <= max(0.02 * abs(asked), 5 * penalty.error))
+
+    now = penalty.now(neutral)
+    on_golden, fitted = now < neutral, penalty.change if now < neutral else now
+    recorded = asked != neutral and (near(penalty.change, asked) or near(now, asked))
+    if recorded:
+        on_golden = near(penalty.change, asked)
+        fitted = penalty.change if on_golden else now
+    elif asked != neutral and penalty.alike:  # with two unknown values there is none to tell
+        text = f"tokens that stood before are moved: another {words} or {penalty.alike.replace('_', ' ')} would look like this"
+        return Stage(Finding("semantic", "penalties", text), on_golden, False)
+    elif asked != neutral:
+        fitted = penalty.now(asked)
+    text = f"{words} {asked if recorded else round(fitted, 3):g} "
+    if recorded or asked == neutral:
+        text += f"was {ON_GOLDEN if on_golden else ON_NOW}{OR_TWICE if recorded and not on_golden else ''}"
+        if on_golden and not recorded:
+            text += f", or {now:.3g} to this run and none to the golden"
+    else:
+        text += f"in place of the recorded {asked:g}"
+    text += f" (fitted {fitted:.3f} +- {penalty.error:.1g} from {penalty.positions:,} positions)"
+    if penalty.alike:
+        text += f"; a {penalty.alike.replace('_', ' ')} would look the same here"
+    return Stage(Finding("semantic", "penalties", text), on_golden, recorded)
+
+
+def applied_temperature(trace: Trace) -> float:
+    """What the logits of a trace's logprobs were divided by, as its labels say."""
+    applies = trace.logprobs_mode == "processed_logprobs" and not trace.sampling.greedy
+    return trace.sampling.temperature if applies and trace.sampling.temperature else 1.0
