@@ -436,6 +436,21 @@ def test_a_few_tokens_excluded_by_chance_are_no_truncation():
         assert causes(result) == told, [str(f) for f in result.findings]
 
 
+@pytest.mark.parametrize("limit", [{"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 4}], ids=str)
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_a_token_excluded_in_one_sequence_is_no_truncation(limit, k):
+    rollouts = policy(temperature=0.7, **limit)
+    golden, noisy = rollouts.trace(k=k), rollouts.trace(noise=0.5, k=k)
+    one = np.arange(golden.num_tokens) < LENGTH
+    logprobs = np.where(one, noisy.logprobs, golden.logprobs)
+    logprobs[LENGTH // 2] = -np.inf
+    top = np.where(one[:, None], noisy.top_logprobs, golden.top_logprobs)
+    ids = np.where(one[:, None], noisy.top_token_ids, golden.top_token_ids)
+    top[LENGTH // 2][ids[LENGTH // 2] == golden.token_ids[LENGTH // 2]] = -np.inf
+    result = compare(expected=golden, actual=golden.with_(logprobs=logprobs, top_logprobs=top, top_token_ids=ids))
+    assert (result.verdict, causes(result)) == ("fail", []), [str(f) for f in result.findings]
+
+
 @pytest.mark.parametrize("temperature", [0.5, 0.7, 1.4])
 @pytest.mark.parametrize("penalty", [{"presence_penalty": 1.0}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.3}], ids=str)
 def test_a_penalty_comes_out_the_same_whatever_the_temperature(temperature, penalty):
