@@ -22,12 +22,13 @@ from .trace import Trace
 
 @dataclass(frozen=True)
 class Proposal:
-    """One obtained trace held against the golden that is there today.
+    """One obtained trace, at `path`, held against the golden that is there today.
 
     `refusal` says why it cannot be accepted, "" where it can; `done` that it has been. `target` is the golden's path, `data`
     the bytes that would be written there, `lines` the difference in a short block.
     """
 
+    path: Path
     obtained: Obtained
     lines: tuple[str, ...]
     target: Path
@@ -51,7 +52,7 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
         if (golden.node_id, golden.name) != (obtained.node_id, obtained.name):
             raise GoldenError(f"incomparable: the golden belongs to {golden.node_id or 'no test'}")
         if golden.digest == obtained.candidate:
-            return Proposal(obtained, (*block, "  accepted   the golden is this candidate already"), target, done=True)
+            return Proposal(path, obtained, (*block, "  accepted   the golden is this candidate already"), target, done=True)
         if golden.digest != obtained.golden_digest:
             raise GoldenError(
                 f"the golden is no longer the one that the run compared with ({obtained.golden_digest[:12]} then, "
@@ -66,8 +67,8 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
             raise GoldenError("nothing was compared, so nothing is known of what would be accepted")
     except ParityError as error:
         text = str(error).removeprefix(f"{target}: ").removeprefix(f"{path}: ")
-        return Proposal(obtained, (*block, f"  refused    {text}"), target, refusal=text)
-    return Proposal(obtained, (*block, *_difference(comparison, golden, candidate)), target, data)
+        return Proposal(path, obtained, (*block, f"  refused    {text}"), target, refusal=text)
+    return Proposal(path, obtained, (*block, *_difference(comparison, golden, candidate)), target, data)
 
 
 def accept(proposals: Sequence[Proposal]) -> None:
@@ -86,18 +87,17 @@ def review(places: Sequence[Path], names: Sequence[str], root: Path, ask: Callab
     Gives 0 where nothing is left that could be accepted, 1 where something is: refused, or left by whoever was asked. Raises
     UsageError where nothing was found, GoldenError where nothing could be written.
     """
-    found = [(path, obtained) for path, obtained in find(places or [root / OBTAINED]) if matches(obtained, names)]
+    found = {path: obtained for path, obtained in find(places or [root / OBTAINED]) if matches(obtained, names)}
     if not found:
         raise UsageError(f"no obtained trace fits --name {' '.join(names)}; without it all are shown")
-    proposals = [propose(path, obtained, root) for path, obtained in found]
+    proposals = [propose(path, obtained, root) for path, obtained in found.items()]
     agreed: list[Proposal] = []
     for proposal in proposals:
         print(visible("\n".join(proposal.lines)))
         if not proposal.refusal and not proposal.done and (ask is None or _agreed(ask)):
             agreed.append(proposal)
         print()
-    if twice := _first_twice([proposal.target for proposal in agreed]):
-        raise UsageError(f"{twice}: two obtained traces would become this golden; choose one: name its file")
+    _check_once(agreed)
     if agreed:
         accept(agreed)
     done, refused = sum(p.done for p in proposals), sum(bool(p.refusal) for p in proposals)
@@ -115,8 +115,12 @@ def _agreed(ask: Callable[[str], str]) -> bool:
         return False
 
 
-def _first_twice(targets: Sequence[Path]) -> Path | None:
-    return next((target for index, target in enumerate(targets) if target in targets[:index]), None)
+def _check_once(agreed: Sequence[Proposal]) -> None:
+    first: dict[Path, Path] = {}
+    for proposal in agreed:
+        other = first.setdefault(proposal.target, proposal.path)
+        if other != proposal.path:
+            raise UsageError(f"{proposal.target}: {other} and {proposal.path} would both become this golden; name one of them")
 
 
 def matches(obtained: Obtained, patterns: Sequence[str]) -> bool:

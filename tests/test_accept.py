@@ -110,6 +110,18 @@ def test_from_a_downloaded_artifact_to_an_accepted_golden_in_two_commands(failed
     assert out.splitlines()[-1] == "1 accepted; commit the goldens"
 
 
+def test_of_two_traces_for_one_golden_none_is_taken_until_one_is_named(failed, pytester, accept):
+    golden, obtained, candidate = failed
+    before, wanted = golden.read_bytes(), candidate.read_bytes()
+    other = pytester.path / "artifact" / obtained.name
+    shutil.copytree(obtained.parent, other.parent)
+    status, out = accept(obtained, other, "--yes")
+    assert (status, golden.read_bytes()) == (2, before)
+    assert f"{obtained} and {other} would both become this golden; name one of them" in out.splitlines()[-1]
+    status, out = accept(other, other, "--yes")
+    assert (status, out.splitlines()[-1], golden.read_bytes()) == (0, "1 accepted; commit the goldens", wanted)
+
+
 @pytest.mark.parametrize(
     ("name", "fits"),
     [("moves", True), ("test_it.py::test_moves", True), ("golden/test_it/*", True), ("*stays*", False), ("nothing", False)],
