@@ -1,6 +1,7 @@
 """The same tests against a running server: one real `logprob-parity serve` for all, and a gateway that spoils its answers."""
 
 import asyncio
+import fnmatch
 import json
 import math
 import os
@@ -575,6 +576,16 @@ def test_a_server_that_is_down_is_one_line_with_the_command_that_starts_one(clie
         result.assert_outcomes(failed=2)
         result.stdout.fnmatch_lines(["E  *pytest_logprob_parity.EngineError: no server answers at *"])
         assert not list(pytester.path.glob("golden/**/*.safetensors"))
+
+
+def test_no_tls_and_no_such_host_are_not_called_a_refusal(gateway, clients):
+    for url, told in (
+        (gateway.url.replace("http:", "https:"), "no TLS there, or a certificate that is not trusted (*wrong version number*)"),
+        ("http://no-such-host.invalid:8000", "no such host (*)"),
+    ):
+        with pytest.raises(EngineError) as caught:
+            _ = clients(url, retries=0).config
+        assert fnmatch.fnmatch(str(caught.value), f"* at {url}: {told}*"), caught.value
 
 
 def test_a_slow_server_is_given_up_and_told(gateway, clients, golden):

@@ -41,8 +41,8 @@ class ServerBackend:
             self._check_model(spec, digests)
         if told.model and PurePath(told.model).name != PurePath(spec.model).name and self._settings.served_model is None:
             raise IncomparableError(  # two checkpoints of a run have equal digests: of configuration, shapes and index
-                f"the server at {client.url} has the model {told.model!r}, the test asks for {spec.model!r}; if that is an"
-                f"other name for the same weights, say served_model={told.served!r}"
+                f"the server at {client.url} has the model {told.model!r}, the test asks for {spec.model!r}; if that is "
+                f"another name for the same weights, say served_model={told.served!r}"
             )
         values = {**told.values, "concurrency": self._settings.concurrency}
         self._retried: list[str] = []

@@ -130,8 +130,8 @@ class Client:
                 response = await self._session.request(method, path, json=body, timeout=limits)
                 answer = _answer(response)
                 reason, again = f"status {answer.status}", answer.status in _PASSING
-            except self._httpx.ConnectError:
-                reason = "connection refused"
+            except self._httpx.ConnectError as error:
+                reason, again = _no_connection(str(error))
             except self._httpx.TimeoutException as error:
                 timeouts += 1
                 connecting = isinstance(error, self._httpx.ConnectTimeout)
@@ -150,7 +150,7 @@ class Client:
 
     def _given_up(self, reason: str, tries: int, seconds: float) -> EngineError:
         after = f" after {tries} tries in {seconds:.1f} s" if tries > 1 else ""
-        if reason.startswith(("connection refused", "no connection")):
+        if reason.startswith(("connection refused", "no connection", "no such host")):
             return DownError(f"no server answers at {self.url}: {reason}{after}")
         hint = "; timeout=SECONDS allows more" if reason.startswith("no answer") else ""
         return EngineError(f"the server at {self.url}: {reason}{after}{hint}")
@@ -234,6 +234,15 @@ def _run_in_thread(loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _no_connection(error: str) -> tuple[str, bool]:
+    """Why there is none, and whether to try again."""
+    if "SSL" in error:
+        return f"no TLS there, or a certificate that is not trusted ({error})", False
+    if error.startswith("[Errno"):  # the resolver's
+        return f"no such host ({error.partition('] ')[2]})", True
+    return "connection refused", True
 
 
 def _answer(response: Any) -> Answer:
