@@ -262,17 +262,27 @@ class Outcomes:
         self._counts: dict[str, int] = {}
         self._good: list[dict[str, Any]] = []
         self._parts: list[str] = []
+        self._failing: set[str] = set()
+        self._expected: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._failing.add(report.nodeid)
         if report.when != "teardown":  # every phase carries all properties so far
             return
+        failing = report.nodeid in self._failing
+        self._failing.discard(report.nodeid)
         for name, value in report.user_properties:
             if name == PROPERTY:
                 record = json.loads(str(value))
-                self._counts[record["outcome"]] = self._counts.get(record["outcome"], 0) + 1
-                if record["outcome"] in ("passed", "recorded"):
+                outcome, part = record["outcome"], record.get("part", "")
+                self._parts.append(part)
+                if outcome in ("passed", "recorded"):
                     self._good.append(record)
-                self._parts.append(record.get("part", ""))
+                elif not failing:  # under xfail, or in pytest.raises
+                    outcome = "expected"
+                    self._expected.add(part)
+                self._counts[outcome] = self._counts.get(outcome, 0) + 1
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -292,7 +302,9 @@ class Outcomes:
         from .report.run import report_run
 
         try:
-            lines = report_run(folder, self._parts, terminalreporter.config.rootpath, sorted(self._session.unused))
+            lines = report_run(
+                folder, self._parts, terminalreporter.config.rootpath, sorted(self._session.unused), self._expected
+            )
         except (UsageError, OSError) as error:
             terminalreporter.write_line(f"logprob-parity: no report: {error}", red=True)
             return
@@ -301,7 +313,7 @@ class Outcomes:
 
     def _tell(self, terminalreporter: pytest.TerminalReporter) -> None:
         counts = self._counts
-        checked = sum(counts.get(o, 0) for o in ("passed", "failed", "unverified"))
+        checked = sum(counts.get(o, 0) for o in ("passed", "failed", "unverified", "expected"))
         unused = sorted(self._session.unused)
         parts = [f"{counts['recorded']} recorded"] if counts.get("recorded") else []
         parts += [f"{checked} checked"] if checked else []
@@ -310,6 +322,7 @@ class Outcomes:
             "incomparable": "incomparable", "usage": "misused", "engine": "engine errors",
         }  # fmt: skip
         parts += [f"{counts[kind]} {text}" for kind, text in names.items() if counts.get(kind)]
+        parts += [f"{counts['expected']} failed as expected"] if counts.get("expected") else []
         parts += [f"{len(unused)} unused goldens"] if unused else []
         if not parts:
             return

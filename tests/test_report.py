@@ -23,6 +23,38 @@ HOSTILE = (
 
 
 @pytest.fixture
+def failing_as_expected(project, run_inner, pytester, monkeypatch):
+    """A repo with a negative control, a known failure, and a check that fails although it should not."""
+    project()
+    source = pytester.path / "test_it.py"
+    text = source.read_text()
+    tests = (
+        text[: text.index("def test_moves")]
+        + """
+import pytest
+from pytest_logprob_parity import ParityError
+
+def test_control(golden_trace):
+    with pytest.raises(ParityError):
+        golden_trace.check(rollouts(SHIFT))
+
+@pytest.mark.xfail(reason="known")
+def test_known(golden_trace):
+    golden_trace.check(rollouts(SHIFT))
+
+def test_moves(golden_trace):
+    golden_trace.check(rollouts(SHIFT))
+"""
+    )
+    source.write_text(tests.replace("pytest.raises(ParityError)", "__import__('contextlib').nullcontext()"))
+    monkeypatch.setenv("SHIFT", "0")
+    run_inner("--update-golden")
+    source.write_text(tests)
+    monkeypatch.setenv("SHIFT", "-0.3")
+    return run_inner
+
+
+@pytest.fixture
 def report(project, pytester):
     """The folder of the report of a run in which one of two checks failed."""
     project("--parity-report=report").assert_outcomes(passed=1, failed=1)
@@ -290,6 +322,22 @@ def test_on_github_the_failing_test_is_annotated_and_the_step_has_a_summary(proj
     assert step.startswith("what was there\n### Logprob parity: 1 fail, 1 pass\n")
     assert step.endswith((pytester.path / "report" / "summary.md").read_text())
     assert read_results(pytester.path / "report" / "results.json")["project"] == "us/rollouts"
+
+
+def test_what_a_test_expects_is_told_and_fails_nobodys_run(failing_as_expected, pytester, capsys, monkeypatch):
+    """A negative control, a known failure: neither is annotated, both are in the report."""
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "step"))
+    for workers in ((), ("-n", "2")):
+        result = failing_as_expected("--parity-report=report", *workers)
+        assert result.parseoutcomes() == {"passed": 1, "xfailed": 1, "failed": 1}
+        assert "logprob-parity: 3 checked, 1 failed, 2 failed as expected, 1 unused goldens" in result.outlines
+        assert [line[:35] for line in result.outlines if line.startswith("::")] == ["::error file=test_it.py,line=37,tit"]
+        checks = read_results(pytester.path / "report" / "results.json")["checks"]
+        assert [check["outcome"] for check in checks] == ["failed", "expected", "expected"]
+        assert (pytester.path / "report" / "summary.md").read_text().startswith(
+            "### Logprob parity: 1 fail, 2 expected to fail\n"
+        )  # fmt: skip
 
 
 def test_a_repo_below_the_repositorys_root_is_annotated_where_it_is(pytester, run_inner, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .markdown import render_markdown
-from .results import IN_WORDS, cause_of, title_of
+from .results import GOOD, IN_WORDS, cause_of, title_of
 from .visible import visible
 
 #: GitHub shows ten errors and ten warnings of a step; ours are the worst.
@@ -18,7 +18,7 @@ _SUMMARY: Final = "GITHUB_STEP_SUMMARY"
 
 def workflow_commands(content: Mapping[str, Any]) -> Iterator[str]:
     """A workflow command for each check that fails the run, worst first: `::error file=...,line=...,title=...::headline`."""
-    bad = [check for check in content["checks"] if check["outcome"] not in ("passed", "recorded")]
+    bad = [check for check in content["checks"] if check["outcome"] not in GOOD]
     for check in bad[:_MOST]:
         place = f"file={_property(content['prefix'] + check['file'])},line={check['line']}," if check["file"] else ""
         title = f"{title_of(check)}: {IN_WORDS.get(check['outcome'], check['outcome'])}"

@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from .results import IN_WORDS, cause_of, counts_of, title_of
+from .results import EXPECTED, GOOD, IN_WORDS, cause_of, counts_of, title_of
 from .visible import visible
 
 #: Checks that are listed one by one; GitHub cuts a summary off at 1 MiB.
 _LISTED: Final = 60
 _LONGEST: Final = 300
-_MARKS: Final = {"passed": "✅", "recorded": "🆕", "unverified": "⚠️"}
+_MARKS: Final = {"passed": "✅", "recorded": "🆕", "unverified": "⚠️", EXPECTED: "☑️"}
 #: The numbers of a row: name, metric.
 _COLUMNS: Final = (("tokens", "n_tokens"), ("mean d", "mean_diff"), ("RMS", "rms_diff"), ("max \\|d\\|", "max_abs_diff"))
 
@@ -28,7 +28,8 @@ def render_markdown(content: Mapping[str, Any]) -> str:
         lines += [f"| | check | verdict | cause | {names} | |", f"|---|---|---|---|{'---:|' * len(_COLUMNS)}---|"]
         lines += [_row(check) for check in bad[:_LISTED]]
         lines += ["", f"and {len(bad) - _LISTED} more: see the report"] if len(bad) > _LISTED else []
-    accept = [command["command"] for check in bad for command in check["commands"] if command["what"] == "accept"]
+    failing = [check for check in bad if check["outcome"] not in GOOD]
+    accept = [command["command"] for check in failing for command in check["commands"] if command["what"] == "accept"]
     if accept:
         shown = accept[0] if len(accept) == 1 else "logprob-parity accept"
         lines += ["", "To accept, with the artifact of this run unpacked in the repository:", "", *_code(shown)]

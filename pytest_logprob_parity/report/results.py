@@ -20,12 +20,16 @@ FORMAT: Final = "logprob-parity results"
 SCHEMA: Final = 1
 NAME: Final = "results.json"
 
+#: A check that was not met in a test that expects it: under xfail, in pytest.raises.
+EXPECTED: Final = "expected"
 #: From what needs somebody's attention to what does not.
-OUTCOMES: Final = ("failed", "engine", "golden", "incomparable", "usage", "unverified", "recorded", "passed")
+OUTCOMES: Final = ("failed", "engine", "golden", "incomparable", "usage", "unverified", EXPECTED, "recorded", "passed")
+#: Those that fail nobody's run.
+GOOD: Final = (EXPECTED, "recorded", "passed")
 #: What an outcome is called, for people.
 IN_WORDS: Final[Mapping[str, str]] = {
     "failed": "fail", "engine": "engine error", "golden": "no golden", "incomparable": "incomparable",
-    "usage": "misused", "unverified": "unverified", "recorded": "recorded", "passed": "pass",
+    "usage": "misused", "unverified": "unverified", EXPECTED: "expected to fail", "recorded": "recorded", "passed": "pass",
 }  # fmt: skip
 
 _HISTOGRAM: Final = {"edges": [(int, float)], "counts": [NUMBER]}
