@@ -64,8 +64,10 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def pool(request):
-    """The engines of this whole run."""
-    return pool_of(request.config)
+    """The engines of this whole run; tests go back and forth between a few of them, each of 2 GB."""
+    engines = pool_of(request.config)
+    engines.processes = 3
+    return engines
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from .weights.update import WeightUpdate
 
 _T = TypeVar("_T")
-
-#: How many engines in processes of their own are kept alive on a CPU.
-_PROCESSES: Final = 2
 
 
 @dataclass(frozen=True)
@@ -241,6 +238,9 @@ class Pool:
 
     `root` is where relative model folders are looked for, `notify` gets a line for each start.
     """
+
+    #: How many engines in processes of their own are kept alive on a CPU.
+    processes = 2
 
     def __init__(self, root: Path | None = None, notify: Callable[[str], None] | None = None) -> None:
         self.root = Path.cwd() if root is None else root
@@ -474,7 +474,7 @@ class Pool:
         from .engines.process import ProcessBackend
 
         rivals = self._rivals(spec)
-        self._make_room(rivals if gpu else [s for s in rivals if s in self._apart], keep=0 if gpu else _PROCESSES - 1)
+        self._make_room(rivals if gpu else [s for s in rivals if s in self._apart], keep=0 if gpu else self.processes - 1)
         backend = ProcessBackend.start(spec, *self.folders(spec), self._adapters.get(spec))
         self._apart.add(spec)
         return backend, True

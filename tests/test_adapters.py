@@ -13,6 +13,7 @@ from pytest_logprob_parity import (
     EngineError,
     EngineSpec,
     Finding,
+    Golden,
     MismatchError,
     Sampling,
     TransformersScorer,
@@ -24,6 +25,7 @@ from pytest_logprob_parity import (
     merge_adapter,
 )
 from pytest_logprob_parity.diagnosis.reading import Reading, weigh
+from pytest_logprob_parity.trainer.frameworks import framework
 from pytest_logprob_parity.weights.adapter import apply_adapter, read_adapter
 
 SAMPLING = Sampling(temperature=0.7, max_tokens=32, ignore_eos=True, seed=1)
@@ -92,6 +94,19 @@ def test_a_trainer_without_it_of_another_step_or_with_another_alpha_is_told(roll
     assert (finding.layer, finding.cause, finding.candidates[0]) == ("weights", None, "adapter")
     finding = named(rollouts)
     assert (finding.cause, "adapter" in finding.candidates) == (None, True)
+    golden = Golden(rollouts, {"adapter": str(read_adapter(steps[0]))})
+    finding = named(golden, adapter=steps[1])
+    assert (finding.layer, finding.cause) == ("weights", "adapter")
+    assert finding.evidence == f"{read_adapter(steps[0])} in the golden, {read_adapter(steps[1])} in the trainer"
+
+
+def test_a_framework_scores_with_the_adapter_too(rollouts, steps, tmp_path):
+    for name in ("trl", "verl"):
+        scorer = framework(name).scorer(MODEL, dtype="float32", adapter=steps[0])
+        assert assert_trainer_parity(rollouts, scorer).metrics["rms_diff"] < 1e-5
+        other = framework(name).scorer(MODEL, dtype="float32", adapter=write_adapter(tmp_path / name, alpha=8))
+        with pytest.raises(MismatchError, match="the rollouts are those of the adapter at twice its scale"):
+            assert_trainer_parity(rollouts, other)
 
 
 # -- updates, float32 ------------------------------------------------------------------------------------------------------

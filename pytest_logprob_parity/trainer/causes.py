@@ -40,8 +40,9 @@ def causes(
         return [of_trainer], []
     trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
     findings, notes, failed = list(comparison.findings), list[str](), comparison.verdict == "fail"
-    if failed and not findings and (adapter := _other_adapter(expected, scored, scorer, batch_size)):
-        findings.append(adapter)
+    if failed and not findings:
+        adapter = _recorded_adapter(rollouts, scorer) or _other_adapter(expected, scored, scorer, batch_size)
+        findings += [] if adapter is None else [adapter]
     head = _head_finding(trace, scorer)
     if head is not None and not any(f.layer in ("semantic", "weights") and f.cause for f in findings):
         if failed and comparison.metrics["rms_diff"] <= _by_a_head(trace):
@@ -142,6 +143,15 @@ def _other_temperature(trace: Trace, scorer: Any) -> Finding | None:
         f"their label, {temperature_of(trace.sampling):g}, it does not ({told:.2g}): they were sampled at another one"
     )
     return Finding("semantic", "temperature", text)
+
+
+def _recorded_adapter(rollouts: Trace | Golden, scorer: Any) -> Finding | None:
+    """`adapter` where the rollouts' golden was recorded with one, and the trainer has another."""
+    recorded = rollouts.fingerprint.get("adapter") if isinstance(rollouts, Golden) else None
+    trainers = getattr(scorer, "adapter", None)
+    if not isinstance(recorded, str) or trainers is None or trainers.digest in recorded:
+        return None
+    return Finding("weights", "adapter", f"{recorded} in the golden, {trainers} in the trainer")
 
 
 def _other_adapter(trace: Trace, scored: Trace, scorer: Any, batch_size: int) -> Finding | None:

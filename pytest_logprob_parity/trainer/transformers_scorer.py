@@ -10,7 +10,7 @@ from typing import Any, Final
 from .. import fingerprint
 from ..errors import EngineError, UsageError
 from ..spec import DTYPES, nearest
-from ..weights.adapter import apply_adapter, read_adapter
+from ..weights.adapter import Adapter, apply_adapter, read_adapter
 from .scoring import DIVISIONS
 
 #: Tokens whose logits over the whole vocabulary are in memory at once.
@@ -67,8 +67,10 @@ class TransformersScorer:
             "device": device,
         }  # fmt: skip
         self._adapter = (model, adapter) if adapter is not None else None
+        #: The adapter that is on top; None where there is none.
+        self.adapter: Adapter | None = None
         if isinstance(model, (str, Path)):
-            model, self.tokenizer = _load(Path(model), dtype or "float32", device, adapter, adapter_factor)
+            model, self.tokenizer, self.adapter = _load(Path(model), dtype or "float32", device, adapter, adapter_factor)
         elif adapter is not None:
             raise UsageError(
                 "TransformersScorer(adapter=...): the model is loaded already; give its folder, or merge it yourself"
@@ -202,7 +204,7 @@ def _other_factors(model: Path, adapter: Path) -> Iterator[tuple[str, float]]:
 
 def _load(
     folder: Path, dtype: str, device: str | None, adapter: str | Path | None, factor: float
-) -> tuple[Any, Any]:  # fmt: skip
+) -> tuple[Any, Any, Adapter | None]:  # fmt: skip
     from ..engines.checkpoint import load_whole
 
     found = fingerprint.find_model(str(folder), Path.cwd())
@@ -212,12 +214,13 @@ def _load(
     except ImportError as error:
         raise EngineError(f"transformers cannot be imported ({error}); install pytest-logprob-parity[trainer]") from None
     model = load_whole(found, str(folder), torch_dtype="auto" if dtype == "auto" else getattr(torch, dtype))
-    if adapter is not None:
-        apply_adapter(model, read_adapter(Path(adapter).absolute(), found), factor)
+    read = None if adapter is None else read_adapter(Path(adapter).absolute(), found)
+    if read is not None:
+        apply_adapter(model, read, factor)
     from ..prompts import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(fingerprint.find_tokenizer(found))
     except UsageError:
         tokenizer = None
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, read

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -16,6 +18,7 @@ from ...trace import Trace
 
 if TYPE_CHECKING:
     from ..scoring import Scorer
+    from ..transformers_scorer import TransformersScorer
 
 Doubles = npt.NDArray[np.float64]
 
@@ -119,30 +122,40 @@ class Framework:
         least, most = self.thresholds.get(name, (-np.inf, np.inf))
         return f" (normal: {least:g} to {most:g})" if not least <= value <= most and name in self.thresholds else ""
 
-    def scorer(self, model: Any, *, dtype: str | None = None, head_dtype: str | None = None) -> Scorer:
-        """A scorer that makes logits of `model` (see TransformersScorer) and takes the framework's own function from there
-        on: the package's where it is installed, else its formula.
+    def scorer(
+        self, model: Any, *, dtype: str | None = None, head_dtype: str | None = None, adapter: str | Path | None = None
+    ) -> Scorer:
+        """A scorer that makes logits of `model`, with `adapter` on top (see TransformersScorer), and takes the framework's own
+        function from there on: the package's where it is installed, else its formula.
         """
+        from ..transformers_scorer import TransformersScorer
+
         try:
             function, how = self.installed(), f"{self.title}'s own function"
         except EngineError:
             function, how = self.logprobs, f"{self.title}'s formula"
-        return FrameworkScorer(self, model, dtype, head_dtype or self.head_dtype, function, how)
+        given = TransformersScorer(
+            model, dtype=dtype, head_dtype=head_dtype or self.head_dtype, divides=self.divides, adapter=adapter
+        )
+        return FrameworkScorer(given, function, how)
 
 
 class FrameworkScorer:
     """See Framework.scorer. Whole logits, as the frameworks' functions want them: for sequences of ordinary length."""
 
-    def __init__(
-        self, framework: Framework, model: Any, dtype: str | None, head_dtype: str | None, function: Any, how: str
-    ) -> None:  # fmt: skip
-        from ..transformers_scorer import TransformersScorer
+    def __init__(self, model: TransformersScorer, function: Callable[[Any, Any, float], Any], how: str) -> None:
+        self._model, self._function, self._how = model, function, how
+        self.dtype, self.head_dtype, self.divides = model.dtype, model.head_dtype, model.divides
+        self.vocabulary, self.tokenizer, self.adapter = model.vocabulary, model.tokenizer, model.adapter
+        self.name = f"{how} on {model.name}"
 
-        self._model = TransformersScorer(model, dtype=dtype, head_dtype=head_dtype, divides=framework.divides)
-        self._function = function
-        self.dtype, self.head_dtype, self.divides = self._model.dtype, self._model.head_dtype, framework.divides
-        self.vocabulary, self.tokenizer = self._model.vocabulary, self._model.tokenizer
-        self.name = f"{how} on {self._model.name}"
+    def other_adapters(self) -> Iterator[tuple[str, Callable[[], FrameworkScorer]]]:
+        """See TransformersScorer.other_adapters."""
+        for words, load in self._model.other_adapters():
+            yield words, functools.partial(self._on, load)
+
+    def _on(self, load: Callable[[], TransformersScorer]) -> FrameworkScorer:
+        return FrameworkScorer(load(), self._function, self._how)
 
     def __call__(self, token_ids: Any, attention_mask: Any, temperature: float = 1.0) -> Any:
         """Logprobs [B, L - 1] of the tokens from the second one on."""
