@@ -565,6 +565,35 @@ def test_each_of_several_penalties_has_its_value(recorded, applied, temperature)
         assert float(text.partition("(fitted ")[2].split()[0]) == pytest.approx(value, rel=0.005), text
 
 
+@pytest.mark.parametrize("penalty", [{"presence_penalty": 0.5}, {"frequency_penalty": 0.3}], ids=str)
+@pytest.mark.parametrize("scale", [0.9, 1.15])
+def test_logits_of_another_scale_are_told_from_a_temperature_by_a_penalty_that_both_sides_have(penalty, scale):
+    """A temperature divides what a penalty has lowered; logits that come out larger do so before it."""
+    rollouts = policy(temperature=0.7, **penalty)
+    scaled = compare(expected=rollouts.trace(), actual=with_logits(rollouts, scale * rollouts.logits).trace())
+    (found,) = scaled.findings
+    assert (found.layer, found.cause, found.candidates) == ("weights", None, ("weights_differ", "head_precision"))
+    divided = compare(expected=rollouts.trace(), actual=rollouts.trace(Sampling(temperature=0.7 / scale, **penalty)))
+    assert causes(divided) == ["temperature"], [str(f) for f in divided.findings]
+
+
+@pytest.mark.parametrize("fillers", ["likely", "none"])
+def test_top_p_is_bounded_whatever_ids_an_engine_gives_to_places_that_it_does_not_use(fillers):
+    """vLLM lists tokens that top-p excludes with -inf: low ids, which may be likely ones."""
+    rollouts = policy(temperature=0.7, top_p=0.9)
+    golden, raw = rollouts.trace(k=12), rollouts.trace("raw", k=12)
+    out = np.isneginf(golden.top_logprobs)
+    ids = np.where(out, np.roll(raw.top_token_ids, 1, axis=1) if fillers == "likely" else -1, golden.top_token_ids)
+    kept = [set(row[~gone].tolist()) for row, gone in zip(golden.top_token_ids, out, strict=True)]
+    for row, gone, inside in zip(ids, out, kept, strict=True):
+        row[gone] = [-1 if token in inside else token for token in row[gone]]
+    result = compare(expected=golden.with_(top_token_ids=ids), actual=raw)
+    assert causes(result) == ["raw_vs_processed", "temperature", "truncation"]
+    low, high = map(float, finding(result, "truncation").evidence.partition("top-p in [")[2].partition("]")[0].split(", "))
+    assert low - 0.01 <= 0.9 <= high + 0.01
+    assert high - low < 0.06
+
+
 def test_a_mixture_with_other_tokens_is_no_penalty():
     rollouts = policy(temperature=0.7)
     probabilities = np.exp(rollouts.logits - rollouts.logits.max(-1, keepdims=True))

@@ -98,21 +98,23 @@ class Limits:
     min_p: tuple[float, float] | None
 
 
-def before_truncation(logprobs: Doubles, power: float) -> tuple[Doubles, Doubles]:
-    """Probabilities [n, m] under p^power of tokens whose logprobs without truncation are known, NaN where they are not.
+def before_truncation(logprobs: Doubles, power: float, listed: Doubles) -> tuple[Doubles, Doubles]:
+    """Probabilities [n, m] under p^power of tokens whose `logprobs` without truncation are known, NaN where they are not.
 
-    The tail that is not listed is only bounded, so these are the least they can be; the second result [n] is by what factor
+    `listed` [n, k] are the logprobs of that side's own k likeliest tokens, not finite where a place is not used. The tail that
+    it does not list is only bounded, so these are the least they can be; the second result [n] is by what factor
     they may be larger. With mass t below the last listed p, the sum of p^power over the tail is at most t p^(power - 1) for
     powers of 1 or more, and at most t^power V^(1 - power) for smaller ones (Hoelder), V the size of the vocabulary.
     """
     known = np.isfinite(logprobs)
-    rest = np.maximum(1 - np.exp(np.where(known, logprobs, -np.inf)).sum(axis=1), 0)
-    last = np.where(known, logprobs, np.inf).min(axis=1)
-    scaled = np.exp(np.where(known, power * logprobs, -np.inf))
+    last = np.where(np.isfinite(listed), listed, 0.0).min(axis=1, initial=0.0)
+    apart = np.where(known[:, :1] & (logprobs[:, :1] < last[:, None]), logprobs[:, :1], -np.inf)  # chosen, and not listed
+    all_known = np.column_stack([np.where(np.isfinite(listed), listed, -np.inf), apart])
+    rest = np.maximum(1 - np.exp(all_known).sum(axis=1), 0)
     tail = rest * np.exp((power - 1) * last) if power >= 1 else rest**power * _VOCABULARY ** (1 - power)
-    listed = scaled.sum(axis=1)
-    stretch = np.ones(len(listed)) if power == 1 else (listed + tail) / listed
-    return np.where(known, scaled / (listed + tail)[:, None], np.nan), stretch
+    whole = np.exp(power * all_known).sum(axis=1)
+    stretch = np.ones(len(whole)) if power == 1 else (whole + tail) / whole
+    return np.where(known, np.exp(power * np.where(known, logprobs, 0.0)) / (whole + tail)[:, None], np.nan), stretch
 
 
 def fit_limits(inside: Bools, listed: Doubles, stretch: Doubles, noise: float = 0.0) -> Limits:
@@ -129,22 +131,19 @@ def fit_limits(inside: Bools, listed: Doubles, stretch: Doubles, noise: float = 
     outside = np.maximum(np.where(~inside & known, listed, 0.0).max(axis=1), 0.0)
     most = np.where(inside, listed, 0.0).max(axis=1)
     counts = inside.sum(axis=1)
-    low, high = np.quantile(mass - least, 1 - _STRAY), np.quantile(np.minimum(mass * stretch, 1), _STRAY)
+    low, high = (float(np.quantile(*of)) for of in ((mass - least, 1 - _STRAY), (np.minimum(mass * stretch, 1), _STRAY)))
     values, how_often = np.unique(counts, return_counts=True)
     common = int(values[how_often.argmax()])
     by_count = how_often.max() >= (1 - _STRAY) * len(counts)
-    reached, floor = np.quantile(outside / most, 1 - _STRAY), np.quantile(least / most, _STRAY)
+    reached, floor = float(np.quantile(outside / most, 1 - _STRAY)), float(np.quantile(least / most, _STRAY))
+    blur = math.exp(2 * noise)
     return Limits(
         len(mass),
         float(mass.mean()),
         common if by_count else None,
-        _interval(low, high, low - high <= _BLUR + noise),
-        _interval(reached, floor, reached <= floor * math.exp(_BLUR + 2 * noise)),
+        (max(min(low, high) - noise, 0.0), min(max(low, high) + noise, 1.0)) if low - high <= _BLUR + noise else None,
+        (min(reached, floor) / blur, min(max(reached, floor) * blur, 1.0)) if reached <= floor * blur * (1 + _BLUR) else None,
     )
-
-
-def _interval(low: Any, high: Any, allowed: Any) -> tuple[float, float] | None:
-    return (float(min(low, high)), float(max(low, high))) if allowed else None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,18 +26,33 @@ def stages_of(positions: Positions) -> Iterator[Stage]:
         golden_temperature / applied_temperature(positions.now) if scale.positions < ENOUGH else 1.0
     )  # the labels have to do
     temperature = golden_temperature / slope
+    stage = None
     if scale.claimed:
         slope = scale.slope
         stage = _temperature_stage(scale, positions)
-        yield stage
         alone = 1.0 if stage.on_golden else sampling.temperature
         temperature = alone if stage.recorded else golden_temperature / slope
-    penalties = [_penalty_stage(penalty, sampling) for penalty in find_penalties(positions, slope, temperature)]
-    if not penalties and moves_only_seen(positions, slope):
+    found = find_penalties(positions, slope, temperature)
+    scaled = False
+    if stage is not None:
+        scaled = not stage.finding.cause and bool(found) and all(_is_scaled(p, sampling, slope) for p in found)
+        if scaled:
+            text = stage.finding.evidence.partition(": ")[0] + ", before the penalties: no temperature comes there"
+            stage = dataclasses.replace(stage, finding=Finding("weights", None, text, ("weights_differ", "head_precision")))
+        yield stage
+    penalties = [] if scaled else [_penalty_stage(penalty, sampling) for penalty in found]
+    if not penalties and not scaled and moves_only_seen(positions, slope):
         text = "only tokens that stood before are moved, by no penalty that explains them"
         penalties = [Stage(Finding("semantic", None, text, ("penalties", "weights_differ")), False, False)]
     yield from penalties
     yield from truncation_stages(positions, slope, alone=slope == 1 and not penalties, penalised=bool(penalties))
+
+
+def _is_scaled(penalty: Penalty, sampling: Sampling, slope: float) -> bool:
+    """Whether a penalty is the recorded one on both sides, after logits that are `slope` times as large in this run."""
+    asked = getattr(sampling, penalty.name)
+    near = abs(penalty.now(asked) - asked / slope) <= max(0.02 * abs(asked), 5 * penalty.error)
+    return bool(asked and not penalty.neutral and near)
 
 
 def scale_of(positions: Positions) -> Scale:

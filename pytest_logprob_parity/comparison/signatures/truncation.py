@@ -81,14 +81,16 @@ def _one_truncates(
     rows = kept.complete & np.isfinite(free).any(axis=1)
     inside = np.isfinite(truncated[rows])
     noise = positions.noise(slope)
-    limits = kept_sets.fit_limits(inside, *kept_sets.before_truncation(free[rows], power), noise)
+    side, places = (positions.now, positions.others) if on_golden else (positions.golden, positions.rows)
+    listed = side.top_logprobs[places[rows]].astype(np.float64)
+    limits = kept_sets.fit_limits(inside, *kept_sets.before_truncation(free[rows], power, listed), noise)
     if penalised:  # masses after a penalty are not known
         limits = dataclasses.replace(limits, top_p=None, min_p=None)
     if np.mean(kept.complete) < _ONE_WAY:  # of the others the sets are larger than what is listed
         limits = dataclasses.replace(limits, top_k=None)
     sampling = positions.golden.sampling
     names = _families(limits)
-    recorded = _is_recorded(limits, sampling, masses=not penalised, noise=noise)
+    recorded = _is_recorded(limits, sampling, masses=not penalised)
     blurred = on_golden and sampling.truncates and noise > _BLURRED  # none is named in place of the one that was recorded
     other = "" if blurred else " or ".join(names)
     name = _asked(sampling) if recorded else other or "a truncation"
@@ -136,16 +138,16 @@ def _one_constant(positions: Positions) -> bool:
 
 
 def _families(limits: kept_sets.Limits) -> list[str]:
-    """The limits that the kept sets allow, in words."""
+    """The limits that the kept sets allow, in words; nothing of those that any value fits."""
     names = [] if limits.top_k is None else [f"top-k {limits.top_k}"]
     for name, interval in (("top-p", limits.top_p), ("min-p", limits.min_p)):
-        if interval is not None:
+        if interval is not None and interval[1] - interval[0] < 1:
             names.append(f"{name} in [{interval[0]:.4g}, {interval[1]:.4g}]")
     return names
 
 
-def _is_recorded(limits: kept_sets.Limits, sampling: Sampling, *, masses: bool, noise: float) -> bool:
-    """Whether the recorded truncation is among the limits that the kept sets allow, within 1 % and the noise (nats).
+def _is_recorded(limits: kept_sets.Limits, sampling: Sampling, *, masses: bool) -> bool:
+    """Whether the recorded truncation is among the limits that the kept sets allow, within 1 %.
 
     Without `masses` they say nothing of top-p and min-p; with them, None says that no such limit explains the kept sets.
     """
@@ -154,11 +156,10 @@ def _is_recorded(limits: kept_sets.Limits, sampling: Sampling, *, masses: bool, 
     top_k = sampling.top_k == 0 or limits.top_k is None or limits.top_k <= sampling.top_k
     top_p = sampling.top_p == 1 or not masses
     if limits.top_p is not None:
-        top_p = top_p or limits.top_p[0] - 0.01 - noise <= sampling.top_p <= limits.top_p[1] + 0.01 + noise
+        top_p = top_p or limits.top_p[0] - 0.01 <= sampling.top_p <= limits.top_p[1] + 0.01
     min_p = sampling.min_p == 0 or not masses
     if limits.min_p is not None:
-        room = 1.1 * np.exp(2 * noise)
-        min_p = min_p or limits.min_p[0] / room <= sampling.min_p <= limits.min_p[1] * room
+        min_p = min_p or limits.min_p[0] / 1.1 <= sampling.min_p <= limits.min_p[1] * 1.1
     combined = sum((sampling.top_k > 0, sampling.top_p < 1, sampling.min_p > 0)) > 1
     return combined or (top_k and top_p and min_p)
 
