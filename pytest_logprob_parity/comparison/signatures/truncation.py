@@ -98,7 +98,9 @@ def _one_truncates(
         f"{name} was {ON_GOLDEN if on_golden else ON_NOW}: "
         f"kept mass {limits.mass:.2f} on average ({limits.positions:,} positions"
     )
-    text += f"; they allow {', '.join(names)})" if names else "; no single limit explains them)"
+    fits = any(limit is not None for limit in (limits.top_k, limits.top_p, limits.min_p))
+    unnamed = "they say no more of its limit" if fits else "no single limit explains them"
+    text += f"; they allow {', '.join(names)})" if names else f"; {unnamed})"
     if not kept.renormalised:
         text += f"; what was kept adds up to {np.mean(kept.total[kept.complete]):.3f}, not to 1"
     return Stage(Finding("semantic", "truncation", text), on_golden, recorded)
