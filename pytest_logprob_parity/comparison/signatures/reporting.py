@@ -92,6 +92,10 @@ def find_rewritten(positions: Positions) -> Misreport | None:
     if np.count_nonzero(np.abs(x) > _LARGE) < _ENOUGH_LARGE:
         return None
     factor, constant = float((x * y).sum() / (x * x).sum()), float(np.median(y - x))
+    raised = positions.expected if constant < 0 else positions.actual
+    total = np.exp(np.where(np.isfinite(raised), np.minimum(raised, 0), -np.inf)).sum(axis=1)
+    if np.count_nonzero(total > 1 - _ROUNDING) < _ENOUGH:
+        constant = 0.0  # of distributions that are flat all over, a truncation keeps the same mass everywhere
     for size, change, text in (
         (factor - 1, y - factor * x, f"{factor:.4g} times the golden's{_LOGARITHMS.get(round(factor, 3), '')}"),
         (constant, y - x - constant, f"the golden's {constant:+.4g}"),

@@ -51,10 +51,10 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Stage]:
     both = recorded and positions.now.sampling.truncates  # noise alone moves a few over the edge of a kept set
     least = max(kept_sets.ENOUGH, _OTHER_SETS * len(now) if both else 0)
     kept = positions.common[:, 0]
-    raised = (positions.actual[kept, 0] - positions.expected[kept, 0]) * (-1 if excluded[True] > excluded[False] else 1)
-    if both and np.mean(raised < -_BLURRED) > 1 - _ONE_WAY:
-        return  # a truncation lowers none of those that it keeps; other logits do, and have other kept sets
+    change = positions.actual[kept, 0] - positions.expected[kept, 0]
     for on_golden, count in excluded.items():
+        if both and np.mean((-change if on_golden else change) < -_BLURRED) > 1 - _ONE_WAY:
+            continue  # a truncation lowers none of those that it keeps; other logits do, and have other kept sets
         lift, what = None, []
         if alone and (recorded or not on_golden):
             free, cut = (positions.actual, positions.expected) if on_golden else (positions.expected, positions.actual)
