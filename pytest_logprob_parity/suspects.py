@@ -39,6 +39,7 @@ SUSPECTS: Final = {
     "config.head_dtype": ("head", "head_precision"),
     "dtype": ("weights", "weight_dtype"),
     "config.quantization": ("weights", "quantization"),
+    "config.hf_overrides": ("weights", "weights_differ"),
     "adapter": ("weights", "adapter"),
     "config.enable_lora": ("weights", "adapter"),
     "model": ("weights", "weights_differ"),
@@ -67,12 +68,13 @@ def suspects(differences: Sequence[tuple[str, Any, Any]]) -> list[Finding]:
         others = [d for d in differences if SUSPECTS.get(d[0], ("", ""))[1] not in ("adapter", "")]
         return [adapter, *(suspects(others) if others else [])]
     found: dict[str, dict[str, list[str]]] = {}
-    for name, golden, now in differences:
+    for whole, golden, now in differences:
+        name = "config.hf_overrides" if whole.startswith("config.hf_overrides.") else whole
         # One of the two versions does not say, or the server does not.
         unknown = name.startswith(("config.", "hardware.", "libraries.")) and (golden is None or now is None)
-        if name in SUSPECTS and not unknown:
+        if name in SUSPECTS and (not unknown or name == "config.hf_overrides"):  # an override that is not there is none
             layer, cause = SUSPECTS[name]
-            found.setdefault(layer, {}).setdefault(cause, []).append(f"{name} {golden!r} -> {now!r}")
+            found.setdefault(layer, {}).setdefault(cause, []).append(f"{whole} {golden!r} -> {now!r}")
     if not found:
         return [
             Finding(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import MODEL, ROOT
-from pytest_logprob_parity import EngineError, EngineSpec, Golden, Sampling, UsageError, check_golden
+from pytest_logprob_parity import EngineError, EngineSpec, Golden, MismatchError, Sampling, UsageError, check_golden
 from pytest_logprob_parity.cli import main
 from pytest_logprob_parity.comparison.result import Finding
 from pytest_logprob_parity.diagnosis.ablation import Ablation, Budget, Step, ablate
@@ -44,7 +44,21 @@ def test_the_settings_that_account_for_it_are_named_with_their_share(golden, poo
     assert "what remains" in told[-1]
 
 
+def test_a_configuration_that_overrides_the_checkpoints_is_a_setting_too(golden, pool):
+    failing = SPEC.replace(hf_overrides={"rms_norm_eps": 0.3})
+    with pytest.raises(MismatchError) as error:
+        check_golden(golden, pool.engine(failing), replay=("decode",))
+    (found,) = error.value.comparison.findings
+    assert (found.layer, found.cause) == ("weights", "weights_differ")
+    assert "config.hf_overrides.rms_norm_eps None -> 0.3" in found.evidence
+    ablation = ablated(golden, pool, failing)
+    assert (ablation.best.moved, ablation.best.rms) == (("hf_overrides",), 0)
+    assert any(line.startswith("hf_overrides accounts for 100% of the mismatch") for line in ablation.describe())
+
+
 def test_an_engine_that_does_not_start_is_a_row_and_the_budget_is_kept(golden, pool, tmp_path):
+    none = ablated(golden, pool, SPEC.replace(logprobs_mode="raw_logprobs"), Budget(engines=0))
+    assert none.left_out.startswith("1 more steps were left out: the budget is 0 engines")
     changed = Golden.load(golden)
     config = {**changed.fingerprint["config"], "max_num_batched_tokens": 1, "logprobs_mode": "processed_logprobs"}
     dataclasses.replace(changed, fingerprint={**changed.fingerprint, "config": config}).save(tmp_path / "g.safetensors")
@@ -53,9 +67,6 @@ def test_an_engine_that_does_not_start_is_a_row_and_the_budget_is_kept(golden, p
     assert "did not start" in problem.problem
     assert any("max_num_batched_tokens" in line and "did not start" in line for line in found.describe())
     assert found.best.moved == ("logprobs_mode",)
-    assert ablated(golden, pool, SPEC.replace(logprobs_mode="raw_logprobs"), Budget(engines=0)).left_out.startswith(
-        "1 more steps were left out: the budget is 0 engines"
-    )
 
 
 def test_a_third_opinion_says_which_side_has_changed(golden, pool, tmp_path):

@@ -594,6 +594,35 @@ def test_top_p_is_bounded_whatever_ids_an_engine_gives_to_places_that_it_does_no
     assert high - low < 0.06
 
 
+@pytest.mark.parametrize("on_golden", [True, False])
+@pytest.mark.parametrize("limit", [{"top_p": 0.9}, {"top_k": 60}], ids=str)
+def test_a_truncation_of_flat_distributions_is_told_by_the_mass_that_it_cuts_away(limit, on_golden):
+    """All kept sets are wider than the list, and top-p leaves the same mass everywhere: nearly one constant for all numbers."""
+    rollouts = Policy(Sampling(**limit), scale=0.2)
+    cut, free = rollouts.trace(), rollouts.trace("raw")
+    result = compare(expected=cut if on_golden else free, actual=free if on_golden else cut)
+    side = "the golden and not to this run" if on_golden else "this run and not to the golden"
+    assert finding(result, "truncation").evidence.startswith(f"a truncation was applied to {side}: it raises all tokens")
+    assert set(causes(result)) <= {"truncation", "raw_vs_processed"}
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.06])
+def test_a_temperature_is_within_its_error_where_noise_decides_what_top_p_keeps(noise):
+    rollouts = policy(temperature=0.7, top_p=0.9)
+    golden, now = rollouts.trace(noise=noise, seed=2), rollouts.trace(Sampling(temperature=1.0, top_p=0.9), noise=noise)
+    text = finding(compare(expected=golden, actual=now), "temperature").evidence
+    assert text.startswith("temperature 0.7 was applied to the golden and not to this run")
+    fitted, _, error = text.partition("(fitted ")[2].split()[:3]
+    assert abs(float(fitted) - 0.7) < 3 * float(error)
+
+
+def test_what_a_top_k_of_one_may_not_show_is_said():
+    rollouts = policy(temperature=0.7, top_p=0.9)
+    for k, told in ((1, True), (5, False)):
+        result = compare(expected=rollouts.trace(k=k), actual=rollouts.trace("raw", k=k))
+        assert any(note.startswith("top-1: both sides name two tokens at ") for note in result.notes) is told
+
+
 def test_a_mixture_with_other_tokens_is_no_penalty():
     rollouts = policy(temperature=0.7)
     probabilities = np.exp(rollouts.logits - rollouts.logits.max(-1, keepdims=True))

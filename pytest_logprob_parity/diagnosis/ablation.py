@@ -27,6 +27,7 @@ MOVABLE: Final = (
     "logprobs_mode", "enable_prefix_caching", "async_scheduling", "enable_chunked_prefill", "max_num_batched_tokens",
     "max_num_seqs", "enforce_eager", "attention_backend", "block_size", "kv_cache_dtype", "dtype", "head_dtype",
     "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel", "quantization",
+    "hf_overrides",
 )  # fmt: skip
 #: Differences are cut off here (nats). What truncation excludes on one side is a support flip, and no difference.
 _CUT: Final = 5.0
@@ -225,6 +226,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, t
 
     What one of the two engines does not report is no difference: nothing is known to move, or nowhere to move it.
     """
+    then, now = ({**config, "hf_overrides": _overrides(config)} for config in (then, now))
     names = [name for name in MOVABLE if name in then and name in now and then[name] != now[name]]
     if then["dtype"] is None and "dtype" in names:
         names.remove("dtype")
@@ -234,12 +236,20 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, t
     return {name: (then[name], now[name]) for name in names}
 
 
+def _overrides(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What was put in place of the checkpoint's own configuration, but for the head's precision, a setting of its own."""
+    return {name: value for name, value in (config.get("hf_overrides") or {}).items() if name != "head_dtype"}
+
+
 def _moved(spec: EngineSpec, moved: Sequence[str], differs: Mapping[str, tuple[Any, Any]]) -> EngineSpec:
     """The spec with these settings at the golden's values."""
     changes = {name: differs[name][0] for name in moved if name != "head_dtype"}
+    own = spec.settings.get("hf_overrides", {})
+    overrides = changes["hf_overrides"] | {k: own[k] for k in own if k == "head_dtype"} if "hf_overrides" in moved else own
     if "head_dtype" in moved:
-        overrides = spec.settings.get("hf_overrides", {})
-        changes["hf_overrides"] = {**overrides, "head_dtype": differs["head_dtype"][0]}
+        overrides = {**overrides, "head_dtype": differs["head_dtype"][0]}
+    if overrides != own:
+        changes["hf_overrides"] = overrides
     return spec.replace(**changes)
 
 

@@ -92,10 +92,8 @@ def find_rewritten(positions: Positions) -> Misreport | None:
     if np.count_nonzero(np.abs(x) > _LARGE) < _ENOUGH_LARGE:
         return None
     factor, constant = float((x * y).sum() / (x * x).sum()), float(np.median(y - x))
-    raised = positions.expected if constant < 0 else positions.actual
-    total = np.exp(np.where(np.isfinite(raised), np.minimum(raised, 0), -np.inf)).sum(axis=1)
-    if np.count_nonzero(total > 1 - _ROUNDING) < _ENOUGH:
-        constant = 0.0  # of distributions that are flat all over, a truncation keeps the same mass everywhere
+    if np.count_nonzero(_all_listed(positions, constant)) < _ENOUGH:
+        constant = 0.0  # of distributions that are flat, a truncation keeps the same mass everywhere
     for size, change, text in (
         (factor - 1, y - factor * x, f"{factor:.4g} times the golden's{_LOGARITHMS.get(round(factor, 3), '')}"),
         (constant, y - x - constant, f"the golden's {constant:+.4g}"),
@@ -104,6 +102,14 @@ def find_rewritten(positions: Positions) -> Misreport | None:
         if exact and abs(size) > _CHANGED and np.sqrt(np.mean((y - x) ** 2)) > _ROUNDING:
             return Misreport("wrong_values", f"every number of this run is {text}: no distribution has a normaliser like that")
     return None
+
+
+def _all_listed(positions: Positions, constant: float) -> Any:
+    """Positions [n] that differ by this constant and list, on the side that is raised, nearly all of the probability."""
+    raised = positions.expected if constant < 0 else positions.actual
+    total = np.exp(np.where(np.isfinite(raised), np.minimum(raised, 0), -np.inf)).sum(axis=1)
+    off = np.where(positions.common, np.abs(positions.off_line(1.0) - constant), 0.0).max(axis=1)
+    return (total > 1 - _ROUNDING) & (off <= _EXACT * max(1, abs(constant))) & positions.common.any(axis=1)
 
 
 def find_shift(positions: Positions) -> Misreport | None:

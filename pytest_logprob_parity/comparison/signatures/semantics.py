@@ -145,5 +145,10 @@ def unsure_of(expected: Trace, actual: Trace, rows: Alignment) -> str:
             f"top-{k}: both sides name two tokens at {usable} positions, {ENOUGH} are needed to tell a temperature, a "
             f"truncation, a penalty and other weights apart: {more}"
         )
+    if k == 1:
+        return (
+            f"top-1: both sides name two tokens at {usable:,} positions, where another one was chosen: a truncation or a "
+            "penalty may not show; record logprobs=5"
+        )
     asked = expected.sampling.top_k
     return f"top-{k}: a truncation to top-k {asked} cannot be told, record logprobs={asked + 1} or more" if asked >= k else ""

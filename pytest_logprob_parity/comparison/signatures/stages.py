@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 
@@ -12,9 +14,13 @@ from ...trace import Trace
 from ..result import Finding
 from .penalties import Penalty, find_penalties, moves_only_seen
 from .positions import Positions
-from .scale import ENOUGH, NO_SCALE, Scale, fit_scale
+from .scale import ENOUGH, FINEST, NO_SCALE, Scale, fit_scale
 from .stage import ON_GOLDEN, ON_NOW, OR_TWICE, Stage
 from .truncation import truncation_stages
+
+#: A fit with a smaller error knows no noise; kept sets have edges where this share of the positions excludes something.
+_EXACT: Final = 1e-5
+_CUT: Final = 0.05
 
 
 def stages_of(positions: Positions) -> Iterator[Stage]:
@@ -57,19 +63,27 @@ def _is_scaled(penalty: Penalty, sampling: Sampling, slope: float) -> bool:
 
 def scale_of(positions: Positions) -> Scale:
     """The slope of what no penalty moves; where too little of that is left, of tokens that one penalty moves alike."""
-    unseen = fit_scale(positions.expected, positions.actual, positions.common & ~positions.seen)
+    unseen = _with_edges(fit_scale(positions.expected, positions.actual, positions.common & ~positions.seen), positions)
     if unseen.positions >= ENOUGH:
         return unseen
     if positions.ids.shape[1] < 2:
         return NO_SCALE
     alike = np.where(positions.seen, 1 + np.minimum(positions.counts, 3), 0)
-    line = fit_scale(positions.expected, positions.actual, positions.common, alike)
+    line = _with_edges(fit_scale(positions.expected, positions.actual, positions.common, alike), positions)
     repetition = positions.golden.sampling.repetition_penalty
     temperature = positions.golden.sampling.temperature or 1.0
     for slope in (temperature, 1 / temperature, 1.0):  # a recorded repetition penalty explains the rest of the slope
         if repetition != 1 and any(line.is_(slope * r) for r in (repetition, 1 / repetition)):
             return Scale(slope, line.error, line.positions, line.removed)
     return line
+
+
+def _with_edges(line: Scale, positions: Positions) -> Scale:
+    """A line through kept sets with the error that their edges add: noise decides which tokens are in, and bends the fit."""
+    cut = np.isneginf(positions.expected).any(axis=1) | np.isneginf(positions.actual).any(axis=1)
+    if line.error < _EXACT or np.mean(cut) < _CUT:
+        return line
+    return dataclasses.replace(line, error=math.hypot(line.error, FINEST * line.slope))
 
 
 def _temperature_stage(scale: Scale, positions: Positions) -> Stage:
