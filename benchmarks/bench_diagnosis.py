@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from common import REPO, SPEC, long_prompts, report_number, share_the_machine, synthetic_trace, time_in_turns
 
 from pytest_logprob_parity.check import check_golden
@@ -34,7 +35,10 @@ MATTER = {"logprobs_mode", "kv_cache_dtype"}
 
 def signatures() -> None:
     golden = synthetic_trace(sequences=56, length=200, k=20)
-    scaled = golden.with_(logprobs=golden.logprobs * 0.7, top_logprobs=golden.top_logprobs * 0.7)
+    normaliser = np.log(np.exp(0.7 * golden.top_logprobs).sum(axis=1)) + 0.1  # what is not listed has its part
+    scaled = golden.with_(
+        logprobs=0.7 * golden.logprobs - normaliser, top_logprobs=0.7 * golden.top_logprobs - normaliser[:, None]
+    )
     rows = align(golden, scaled)
     times = time_in_turns({"signatures": lambda: semantic_findings(golden, scaled, rows)}, rounds=7)["signatures"]
     (finding,) = [f for f in semantic_findings(golden, scaled, rows) if f.cause == "temperature"]
