@@ -13,7 +13,7 @@ from .comparison.result import MismatchError
 from .errors import IncomparableError, ParityError, UsageError
 from .records import Records
 from .settings import make_spec
-from .state import ITEM, SESSION, pool_of, tell
+from .state import ITEM, NODE_ID, SESSION, pool_of, tell
 
 if TYPE_CHECKING:
     from .belonging import Checked, Context
@@ -110,8 +110,7 @@ class GoldenTrace:
         self._item: pytest.Item = request.node
         self._config = request.config
         self._session = request.config.stash[SESSION]
-        settings = request.node.stash.get(ITEM, None)
-        self._node_id = settings.node_id if settings is not None else request.node.nodeid
+        self._node_id = request.node.stash.get(NODE_ID, request.node.nodeid)
         self._records = Records(request.node, self._node_id)
         self._names: set[str] = set()
 

@@ -13,7 +13,7 @@ from .errors import ParityError, UsageError
 from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity_engines, trainer_scorer
 from .server_settings import check_url
 from .settings import make_spec, marker_settings, parse_settings
-from .state import ITEM, PROPERTY, SESSION, ItemSettings, Session
+from .state import ITEM, NODE_ID, PROPERTY, SESSION, ItemSettings, Session, node_id_of
 from .trainer.frameworks import FRAMEWORKS
 
 __all__ = [
@@ -188,7 +188,7 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Take a marked test's settings now: later plugins may edit its node id."""
+    """Take a test's node id now, which later plugins may edit, and a marked one's settings."""
     marks = [
         (node.name or "the session", m.args, m.kwargs)
         for node in item.listchain()
@@ -197,7 +197,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     ]
     uses_engine = "parity_engine" in getattr(item, "fixturenames", ())
     session = item.config.stash[SESSION]
-    session.node_ids.add(item.nodeid)
+    item.stash[NODE_ID] = node_id = node_id_of(item)
+    other = session.node_ids.setdefault(node_id, item.path)
+    if other != item.path and "golden_trace" in getattr(item, "fixturenames", ()):
+        error = UsageError(f"{other} and {item.path} both have a test {node_id}, which would share a golden: rename one")
+        item.stash[ITEM] = ItemSettings(None, error)
+        return
     if not marks and not uses_engine:
         return
     try:
@@ -205,9 +210,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         if not isinstance(parameter, dict):
             raise UsageError(f"parametrize('parity_engine', ..., indirect=True) takes dicts of settings, not {parameter!r}")
         settings = {**session.ini_settings, **marker_settings(marks), **parameter, **session.set_settings}
-        item.stash[ITEM] = ItemSettings(item.nodeid, make_spec(session.point(settings)), None)
+        item.stash[ITEM] = ItemSettings(make_spec(session.point(settings)), None)
     except ParityError as error:
-        item.stash[ITEM] = ItemSettings(item.nodeid, None, error)
+        item.stash[ITEM] = ItemSettings(None, error)
 
 
 @pytest.hookimpl(tryfirst=True)
