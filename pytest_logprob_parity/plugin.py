@@ -11,9 +11,10 @@ import pytest
 
 from .errors import ParityError, UsageError
 from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity_engines, trainer_scorer
+from .records import Records
 from .server_settings import check_url
 from .settings import make_spec, marker_settings, parse_settings
-from .state import ITEM, NODE_ID, PROPERTY, SESSION, ItemSettings, Session, node_id_of
+from .state import ITEM, NODE_ID, ORIGIN, PROPERTY, RAISED, SESSION, ItemSettings, Session, node_id_of
 from .trainer.frameworks import FRAMEWORKS
 
 __all__ = [
@@ -254,6 +255,28 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     settings = item.stash.get(ITEM, None)
     if settings is not None and settings.error is not None:
         raise settings.error.with_traceback(None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, object, object]:
+    """Tell what comes out of our fixtures, or of a test's own in their place, from any other exception."""
+    try:
+        return (yield)
+    except Exception as error:
+        if fixturedef.argname in __all__:
+            setattr(error, ORIGIN, RAISED)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, object, object]:
+    """Leave the record of an error of ours that no check has told of."""
+    if call.excinfo is not None:
+        error = call.excinfo.value
+        origin = getattr(error, ORIGIN, "")
+        if origin == RAISED or (not origin and isinstance(error, ParityError) and error.kind != ParityError.kind):
+            Records(item, item.stash.get(NODE_ID, item.nodeid)).note_error(error)
+    return (yield)
 
 
 # -- what happened ----------------------------------------------------------------------------------------------------

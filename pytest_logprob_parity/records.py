@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .errors import GoldenError
+from .errors import GoldenError, ParityError
 from .state import SESSION, note_outcome, tell
 
 if TYPE_CHECKING:
@@ -25,6 +25,13 @@ class Kept:
 
     path: str
     refusal: str
+
+
+def told_of(error: BaseException) -> tuple[str, str]:
+    """The outcome and the message of a check that ended in this error."""
+    if isinstance(error, ParityError):
+        return error.kind, str(error)
+    return "engine", f"{type(error).__name__}: {error}"
 
 
 class Records:
@@ -66,6 +73,12 @@ class Records:
 
         forget(self._config.rootpath / OBTAINED / path.relative_to(self._session.golden_dir))
 
+    def note_error(self, error: BaseException) -> None:
+        """Leave the record of what went wrong outside of a check: in a marker, a fixture, a call to an engine."""
+        from .belonging import Context
+
+        self.note(Context(node_id=self._node_id), *told_of(error))
+
     def note(
         self,
         context: Context,
@@ -76,7 +89,8 @@ class Records:
         kept: Kept | None = None,
     ) -> None:
         """Leave the record of one check, for the summary and junitxml, and its part of the report where there is to be one."""
-        record: dict[str, Any] = {"outcome": outcome, "golden": context.shown_path, "headline": message.splitlines()[0]}
+        headline = next(iter(message.splitlines()), "")
+        record: dict[str, Any] = {"outcome": outcome, "golden": context.shown_path, "headline": headline}
         if context.name:
             record["name"] = context.name
         if comparison is not None:
@@ -102,7 +116,7 @@ class Records:
             "message": message if bad else "",
             "obtained": "" if kept is None else kept.path,
             "refusal": "" if kept is None else kept.refusal,
-            "commands": self._commands(context, kept) if bad else [],
+            "commands": self._commands(context, kept) if bad and context.shown_path else [],
         }
 
     def _commands(self, context: Context, kept: Kept | None) -> list[dict[str, str]]:

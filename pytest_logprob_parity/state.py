@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .spec import EngineSpec
 
 PROPERTY: Final = "logprob_parity"
+#: An exception's attribute: RAISED where it came out of a fixture of ours, NOTED where a check has left its record.
+ORIGIN: Final = "logprob_parity_origin"
+RAISED: Final = "raised"
+NOTED: Final = "noted"
 
 
 @dataclass

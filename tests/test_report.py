@@ -178,6 +178,51 @@ def test_a_check_without_numbers_is_in_it(project, pytester):
     assert "no golden at golden/test_it/" in (pytester.path / "report" / "index.html").read_text()
 
 
+def test_what_goes_wrong_before_a_check_is_in_it_and_a_tests_own_errors_are_not(pytester, run_inner, capsys, monkeypatch):
+    pytester.makepyfile(
+        test_it="""
+import pytest
+
+@pytest.mark.logprob_parity(max_modl_len=1)
+def test_marker(golden_trace): ...
+
+def test_model(parity_engine): ...
+
+@pytest.mark.xfail
+def test_known(parity_engine): ...
+
+def test_call(parity_engines): parity_engines()
+
+def test_name(golden_trace): golden_trace.check(3, name="\\ud800")
+
+class TestTheirs:
+    @pytest.fixture
+    def parity_engine(self): raise ValueError("no weights")
+    def test_engine(self, parity_engine): ...
+
+@pytest.fixture
+def own(): raise ValueError
+def test_fixture(own): ...
+def test_own(): raise AssertionError
+"""
+    )
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    result = run_inner("--parity-report=report")
+    assert result.parseoutcomes() == {"failed": 3, "errors": 4, "xfailed": 1}
+    assert "logprob-parity: 1 checked, 4 misused, 1 engine errors, 1 failed as expected" in result.outlines
+    assert len([line for line in result.outlines if line.startswith("::error file=test_it.py")]) == 5
+    told = {c["node_id"].rpartition("::")[2]: c for c in read_results(pytester.path / "report" / "results.json")["checks"]}
+    assert {name: c["outcome"] for name, c in told.items()} == {
+        "test_engine": "engine", **dict.fromkeys(("test_marker", "test_model", "test_call", "test_name"), "usage"),
+        "test_known": "expected",
+    }  # fmt: skip
+    assert told["test_engine"]["headline"] == "ValueError: no weights"
+    assert "did you mean 'max_model_len'?" in told["test_marker"]["message"]
+    assert told["test_name"]["headline"] == "check(name='\\ud800'): must be a string, without lone surrogates"
+    assert command(capsys, "report", pytester.path / "report")[0] == 1
+
+
 def test_every_number_is_finite_or_null(project, pytester, monkeypatch):
     monkeypatch.setenv("SHIFT", "nan")
     project("--parity-report=report").assert_outcomes(passed=1, failed=1)
