@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,12 @@ MARKER: Final = "logprob_parity"
 UPDATES: Final = ("all", "missing", "failed")
 #: Those of comparison/verdict.py, which is not imported here.
 LEVELS: Final = ("bitwise", "noise", "rl")
+#: Options under which no test runs, so that there is nothing to report.
+_RUNS_NOTHING: Final = (
+    "cacheshow", "collectonly", "help", "markers", "setuponly", "setupplan", "show_fixtures_per_test", "showfixtures",
+    "version",
+)  # fmt: skip
+_GOOD: Final = ("passed", "recorded")
 #: How many checks that passed the summary tells of, without -v.
 _SHOWN: Final = 5
 
@@ -153,7 +160,8 @@ def _report_folder(config: pytest.Config) -> Path | None:
     """Where the report goes; made, and seen to be writable, before anything runs. Raises UsageError."""
     if (handed := getattr(config, "workerinput", {}).get("logprob_parity_report")) is not None:
         return Path(handed) if handed else None
-    if (given := config.getoption("--parity-report")) is None:
+    given = config.getoption("--parity-report")
+    if given is None or any(config.getoption(name, None) for name in _RUNS_NOTHING):
         return None
     if not given.strip():
         raise UsageError("--parity-report: name a folder")
@@ -252,6 +260,7 @@ def _relative(path: Path, config: pytest.Config) -> str:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     __tracebackhide__ = True
+    Records(item, item.stash.get(NODE_ID, item.nodeid)).drop()
     settings = item.stash.get(ITEM, None)
     if settings is not None and settings.error is not None:
         raise settings.error.with_traceback(None)
@@ -287,30 +296,21 @@ class Outcomes:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._counts: dict[str, int] = {}
-        self._good: list[dict[str, Any]] = []
-        self._parts: list[str] = []
-        self._failing: set[str] = set()
-        self._expected: set[str] = set()
+        self._records: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        self._failing: set[tuple[Any, ...]] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        test = (getattr(report, "worker_id", ""), report.nodeid, *report.location)
         if report.failed:
-            self._failing.add(report.nodeid)
+            self._failing.add(test)
         if report.when != "teardown":  # every phase carries all properties so far
             return
-        failing = report.nodeid in self._failing
-        self._failing.discard(report.nodeid)
-        for name, value in report.user_properties:
-            if name == PROPERTY:
-                record = json.loads(str(value))
-                outcome, part = record["outcome"], record.get("part", "")
-                self._parts.append(part)
-                if outcome in ("passed", "recorded"):
-                    self._good.append(record)
-                elif not failing:  # under xfail, or in pytest.raises
-                    outcome = "expected"
-                    self._expected.add(part)
-                self._counts[outcome] = self._counts.get(outcome, 0) + 1
+        records = [json.loads(str(value)) for name, value in report.user_properties if name == PROPERTY]
+        for record in records:
+            if test not in self._failing and record["outcome"] not in _GOOD:  # under xfail, or in pytest.raises
+                record["outcome"] = "expected"
+        self._failing.discard(test)
+        self._records[test] = records  # of a test that is run again the last attempt
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -322,25 +322,31 @@ class Outcomes:
         self._session.unused |= set(getattr(node, "workeroutput", {}).get("logprob_parity_unused", ()))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        self._tell(terminalreporter)
-        if self._session.report is not None:
-            self._report(self._session.report, terminalreporter)
+        records = [record for test in self._records.values() for record in test]
+        folder = self._session.report
+        if folder is not None:
+            records += _cut_off(folder, records)
+        self._tell(terminalreporter, records)
+        if folder is not None:
+            self._report(folder, records, terminalreporter)
 
-    def _report(self, folder: Path, terminalreporter: pytest.TerminalReporter) -> None:
+    def _report(self, folder: Path, records: Sequence[Mapping[str, Any]], terminalreporter: pytest.TerminalReporter) -> None:
         from .report.run import report_run
 
+        parts = [record.get("part", "") for record in records]
+        expected = {record.get("part", "") for record in records if record["outcome"] == "expected"}
+        unused = sorted(self._session.unused)
         try:
-            lines = report_run(
-                folder, self._parts, terminalreporter.config.rootpath, sorted(self._session.unused), self._expected
-            )
+            lines = report_run(folder, parts, terminalreporter.config.rootpath, unused, expected)
         except (UsageError, OSError) as error:
             terminalreporter.write_line(f"logprob-parity: no report: {error}", red=True)
             return
         for line in lines:
             terminalreporter.write_line(line)
 
-    def _tell(self, terminalreporter: pytest.TerminalReporter) -> None:
-        counts = self._counts
+    def _tell(self, terminalreporter: pytest.TerminalReporter, records: Sequence[dict[str, Any]]) -> None:
+        counts = Counter(record["outcome"] for record in records)
+        good = [record for record in records if record["outcome"] in _GOOD and "shows" in record]
         checked = sum(counts.get(o, 0) for o in ("passed", "failed", "unverified", "expected"))
         unused = sorted(self._session.unused)
         parts = [f"{counts['recorded']} recorded"] if counts.get("recorded") else []
@@ -356,14 +362,22 @@ class Outcomes:
             return
         bad = any(counts.get(kind) for kind in names)
         terminalreporter.write_line("logprob-parity: " + ", ".join(parts), red=bad, yellow=bool(unused) and not bad)
-        most = len(self._good) if terminalreporter.config.getoption("verbose") > 0 else _SHOWN
-        for record in self._good[:most]:
+        most = len(good) if terminalreporter.config.getoption("verbose") > 0 else _SHOWN
+        for record in good[:most]:
             for line in _told(record):
                 terminalreporter.write_line(line)
-        if len(self._good) > most:
-            terminalreporter.write_line(f"  and {len(self._good) - most} more; -v shows all")
+        if len(good) > most:
+            terminalreporter.write_line(f"  and {len(good) - most} more; -v shows all")
         for path in unused:
             terminalreporter.write_line(f"  unused, its test is gone: {path}", yellow=True)
+
+
+def _cut_off(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Records of checks that ended before their worker died or the run was broken off: only their parts are there."""
+    from .report.folder import unnamed_parts
+
+    parts = unnamed_parts(folder, {record.get("part", "") for record in records})
+    return [{"outcome": entry["outcome"], "part": name} for name, entry in parts.items()]
 
 
 def _told(record: dict[str, Any]) -> list[str]:

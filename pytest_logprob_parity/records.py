@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .errors import GoldenError, ParityError
-from .state import SESSION, note_outcome, tell
+from .state import PROPERTY, SESSION, note_outcome, tell
 
 if TYPE_CHECKING:
     from .belonging import Checked, Context
@@ -72,6 +73,17 @@ class Records:
         from .obtained import OBTAINED, forget
 
         forget(self._config.rootpath / OBTAINED / path.relative_to(self._session.golden_dir))
+
+    def drop(self) -> None:
+        """Forget what an earlier attempt at this test has left, where it is run again: the last one counts."""
+        kept = [(name, value) for name, value in self._item.user_properties if name != PROPERTY]
+        dropped = [json.loads(str(value)) for name, value in self._item.user_properties if name == PROPERTY]
+        self._item.user_properties[:] = kept
+        if self._session.report is not None and dropped:
+            from .report.folder import remove_part
+
+            for record in dropped:
+                remove_part(self._session.report, record.get("part", ""))
 
     def note_error(self, error: BaseException) -> None:
         """Leave the record of what went wrong outside of a check: in a marker, a fixture, a call to an engine."""

@@ -61,6 +61,17 @@ def report(project, pytester):
     return pytester.path / "report"
 
 
+@pytest.fixture
+def rewrite(pytester):
+    """Put other tests into the project's file."""
+
+    def put(tests):
+        source = pytester.path / "test_it.py"
+        source.write_text(source.read_text().partition("def test_moves")[0] + tests)
+
+    return put
+
+
 def numbers_in(value):
     """Every number in a JSON value."""
     if isinstance(value, dict):
@@ -223,6 +234,81 @@ def test_own(): raise AssertionError
     assert command(capsys, "report", pytester.path / "report")[0] == 1
 
 
+RERUN = """
+import pytest
+from _pytest.runner import runtestprotocol
+
+def pytest_runtest_protocol(item, nextitem):
+    \"\"\"Run a test up to three times, as pytest-rerunfailures does.\"\"\"
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for attempt in range(3):
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        again = attempt < 2 and any(report.failed for report in reports)
+        for report in reports:
+            if again and report.failed:
+                report.outcome = "rerun"
+            item.ihook.pytest_runtest_logreport(report=report)
+            if report.outcome == "rerun":
+                break
+        if not again:
+            break
+        item._initrequest()
+    return True
+"""
+
+
+@pytest.mark.parametrize(("passing", "outcomes"), [(2, ["passed", "passed"]), (9, ["failed", "passed"])])
+def test_of_a_test_that_is_run_again_the_last_attempt_counts(project, rewrite, pytester, passing, outcomes):
+    rewrite(f"""
+ATTEMPTS = []
+def test_moves(golden_trace):
+    ATTEMPTS.append(0)
+    golden_trace.check(rollouts() if len(ATTEMPTS) == {passing} else rollouts(SHIFT))
+
+def test_stays(golden_trace): golden_trace.check(rollouts(seed=1))
+""")
+    pytester.makeconftest(RERUN)
+    result = project("--parity-report=report")
+    assert f"logprob-parity: 2 checked{', 1 failed' * outcomes.count('failed')}" in result.outlines
+    assert read_results(pytester.path / "report" / "results.json")["checks"][0]["node_id"] == "test_it.py::test_moves"
+    assert [check["outcome"] for check in read_results(pytester.path / "report" / "results.json")["checks"]] == outcomes
+
+
+@pytest.mark.parametrize(
+    ("end", "workers"),
+    [("os._exit(3)", ("-n", "1", "--max-worker-restart=0")), ("__import__('pytest').exit('enough')", ())],
+    ids=["a worker that dies", "a run that is broken off"],
+)
+def test_checks_of_a_run_that_is_cut_off_are_in_it(project, rewrite, pytester, end, workers):
+    rewrite(f"""
+def test_stays(golden_trace): golden_trace.check(rollouts(seed=1))
+
+def test_moves(golden_trace):
+    try: golden_trace.check(rollouts(SHIFT))
+    finally: {end}
+""")
+    result = project("--parity-report=report", *workers)
+    result.stdout.fnmatch_lines(["logprob-parity: 2 checked, 1 failed", "logprob-parity: report in *"])
+    checks = {c["node_id"]: c["outcome"] for c in read_results(pytester.path / "report" / "results.json")["checks"]}
+    assert checks == {"test_it.py::test_moves": "failed", "test_it.py::test_stays": "passed"}
+    assert not (pytester.path / "report" / ".parts").exists()
+
+
+@pytest.mark.parametrize("arguments", ["--collect-only", "--fixtures", "--help", "--markers", "test_typo.py", "-k nothing"])
+def test_a_run_that_checks_nothing_leaves_the_report_as_it_is(report, pytester, run_inner, arguments):
+    before = {file.name: file.read_bytes() for file in report.iterdir()}
+    run_inner("--parity-report=report", *arguments.split())
+    assert {file.name: file.read_bytes() for file in report.iterdir()} == before
+
+
+def test_a_first_run_that_checks_nothing_says_so(pytester, run_inner):
+    pytester.makepyfile(test_it="def test_it(): ...")
+    run_inner("--parity-report=report").stdout.fnmatch_lines(["logprob-parity: report in report/index.html"])
+    assert "no checks" in (pytester.path / "report" / "summary.md").read_text()
+    result = run_inner("--parity-report=report")
+    result.stdout.fnmatch_lines(["logprob-parity: no check ran; the report in report/index.html is an earlier run's"])
+
+
 def test_every_number_is_finite_or_null(project, pytester, monkeypatch):
     monkeypatch.setenv("SHIFT", "nan")
     project("--parity-report=report").assert_outcomes(passed=1, failed=1)
@@ -369,6 +455,19 @@ def test_on_github_the_failing_test_is_annotated_and_the_step_has_a_summary(proj
     assert read_results(pytester.path / "report" / "results.json")["project"] == "us/rollouts"
 
 
+def test_a_step_summary_that_cannot_be_written_costs_nothing_else(project, pytester, capsys, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "none" / "step"))
+    told = f"logprob-parity: no step summary: {pytester.path}/none/step cannot be written: No such file or directory"
+    result = project("--parity-report=report")
+    assert told in result.outlines
+    assert "logprob-parity: report in report/index.html" in result.outlines
+    assert any(line.startswith("::error file=test_it.py,line=25,") for line in result.outlines)
+    status, out, _ = command(capsys, "report", pytester.path / "report", "--github")
+    assert (status, out.splitlines()[1]) == (1, told)
+    assert out.startswith("::error file=test_it.py,line=25,")
+
+
 def test_what_a_test_expects_is_told_and_fails_nobodys_run(failing_as_expected, pytester, capsys, monkeypatch):
     """A negative control, a known failure: neither is annotated, both are in the report."""
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
@@ -489,7 +588,7 @@ def test_places_without_results(tmp_path, capsys):
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(project, pytester, report, capsys):
     (pytester.path / "file").write_text("somebody's")
-    for folder in ("file", "file/below"):
+    for folder in ("file", "file/below", "file" * 100):
         result = project(f"--parity-report={folder}")
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         (line,) = [line for line in result.errlines if line.strip()]

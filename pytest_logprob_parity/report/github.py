@@ -41,6 +41,11 @@ def add_to_summary(content: Mapping[str, Any]) -> Path | None:
     return path
 
 
+def no_summary(error: OSError) -> str:
+    """The one line for a step summary that cannot be written."""
+    return f"logprob-parity: no step summary: {os.environ.get(_SUMMARY)} cannot be written: {error.strerror or error}"
+
+
 def on_github() -> bool:
     """Whether this runs in GitHub Actions."""
     return os.environ.get("GITHUB_ACTIONS") == "true"
