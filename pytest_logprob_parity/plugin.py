@@ -30,6 +30,8 @@ MARKER: Final = "logprob_parity"
 UPDATES: Final = ("all", "missing", "failed")
 #: Those of comparison/verdict.py, which is not imported here.
 LEVELS: Final = ("bitwise", "noise", "rl")
+#: That of obtained.py, likewise.
+_OBTAINED: Final = "parity-obtained"
 #: Options under which no test runs, so that there is nothing to report.
 _RUNS_NOTHING: Final = (
     "cacheshow", "collectonly", "help", "markers", "setuponly", "setupplan", "show_fixtures_per_test", "showfixtures",
@@ -136,6 +138,9 @@ def pytest_configure(config: pytest.Config) -> None:
         obtained = str(config.getini("parity_obtained"))
         if obtained not in ("golden", "trace"):
             raise UsageError(f"parity_obtained: {obtained!r} is neither golden nor trace")
+        golden_dir = config.rootpath / config.getini("parity_golden_dir")
+        if golden_dir.resolve().is_relative_to((config.rootpath / _OBTAINED).resolve()):
+            raise UsageError(f"parity_golden_dir: {_OBTAINED} is where failing checks leave traces: name another folder")
         given = config.getoption("--parity-server")
         server = "" if given is None else check_url(given, "--parity-server")
         report = _report_folder(config)
@@ -149,7 +154,6 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"parity_max_golden_mb: {config.getini('parity_max_golden_mb')!r} must be a number above 0"
         ) from None
-    golden_dir = config.rootpath / config.getini("parity_golden_dir")
     session = Session(update, golden_dir, ini, override, level, int(repeats), report, obtained == "golden", server)
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):

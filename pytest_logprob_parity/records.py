@@ -50,12 +50,19 @@ class Records:
         return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
     def command(self, flag: str) -> str:
-        """How to run this test alone, from where pytest was called, with a flag and this run's settings."""
-        settings = "".join(f" --parity-set {shlex.quote(s)}" for s in self._config.getoption("--parity-set"))
+        """How to run this test alone, from where pytest was called, with a flag, this run's ini file and settings."""
+        option = self._config.getoption
+        settings = f" -c {shlex.quote(str(option('inifilename')))}" if option("inifilename") else ""
+        settings += f" --rootdir {shlex.quote(str(option('rootdir')))}" if option("rootdir") else ""
+        settings += "".join(f" --parity-set {shlex.quote(s)}" for s in option("--parity-set"))
         settings += f" --parity-server {shlex.quote(self._session.server)}" if self._session.server else ""
         file, colons, rest = self._node_id.partition("::")
-        here = os.path.relpath(self._config.rootpath / file, self._config.invocation_params.dir)
-        return f"pytest {shlex.quote(here + colons + rest)} {flag}{settings}"
+        return f"pytest {shlex.quote(self._from_here(file) + colons + rest)} {flag}{settings}"
+
+    def _from_here(self, shown: str) -> str:
+        """A path from the root as one from where pytest was called; absolute ones stay."""
+        config = self._config
+        return shown if Path(shown).is_absolute() else os.path.relpath(config.rootpath / shown, config.invocation_params.dir)
 
     def keep(self, path: Path, checked: Checked, record: Callable[[Path], object]) -> Kept | None:
         """What an engine said in place of the golden at `path`; a full disk is no reason to hide the failure."""
@@ -135,10 +142,14 @@ class Records:
         commands = [("record again", self.command("--update-golden"))]
         if kept is not None:
             commands.append(("diagnose", self.command("--parity-diagnose")))
-            commands.append(("look closer", f"logprob-parity diff {shlex.quote(context.shown_path)} {shlex.quote(kept.path)}"))
+            golden, obtained = (shlex.quote(self._from_here(path)) for path in (context.shown_path, kept.path))
+            commands.append(("look closer", f"logprob-parity diff {golden} {obtained}"))
             if not kept.refusal:
-                commands.insert(0, ("accept", f"logprob-parity accept {shlex.quote(kept.path)}"))
-        return [{"what": what, "command": command} for what, command in commands]
+                root = self._from_here("")
+                below = "" if root == "." else f" --root {shlex.quote(root)}"
+                commands.insert(0, ("accept", f"logprob-parity accept {obtained}{below}"))
+        called = os.path.relpath(self._config.invocation_params.dir, self._config.rootpath).replace(os.sep, "/")
+        return [{"what": what, "command": command, "from": called} for what, command in commands]
 
     def _write_part(
         self,

@@ -495,6 +495,40 @@ def test_a_repo_below_the_repositorys_root_is_annotated_where_it_is(pytester, ru
     result.stdout.fnmatch_lines(["::error file=trainer/test_it.py,line=1,title=*"])
 
 
+def test_packages_of_one_repository_are_merged_from_its_top(pytester, run_inner, capsys, monkeypatch):
+    """The same file name in two of them is no conflict, and each check is annotated below its own root."""
+    pytester.mkdir(".git")
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    for package, shift in (("a", "-0.3"), ("b", "-0.4")):
+        root = pytester.path / "packages" / package
+        root.mkdir(parents=True)
+        (root / "pytest.ini").write_text("[pytest]")
+        (root / "test_it.py").write_text(PROJECT.format(texts=(package,)))
+        monkeypatch.chdir(root)
+        monkeypatch.setenv("SHIFT", str(float(shift) / 10**6))  # no two revisions of one golden
+        run_inner("--update-golden").assert_outcomes(passed=2)
+        monkeypatch.setenv("SHIFT", shift)
+        monkeypatch.setenv("GITHUB_REPOSITORY", "us/rollouts")
+        monkeypatch.setenv("GITHUB_ACTIONS", "true")
+        run_inner("--parity-report=report").assert_outcomes(passed=1, failed=1)
+    monkeypatch.chdir(pytester.path)
+    status, out, _ = command(capsys, "report", "packages/a/report", "packages/b/report", "--out", "all", "--github")
+    annotated = re.findall("^::error file=(.*?),.*%0Aaccept: (.*?) parity-obtained", out, re.MULTILINE)
+    assert status == 1
+    assert sorted(annotated) == [
+        (f"packages/{package}/test_it.py", f"(cd packages/{package} && logprob-parity accept") for package in "ab"
+    ]
+    checks = read_results(pytester.path / "all" / "results.json")["checks"]
+    assert sorted(check["node_id"] for check in checks if check["outcome"] == "failed") == [
+        "packages/a/test_it.py::test_moves", "packages/b/test_it.py::test_moves",
+    ]  # fmt: skip
+    assert all((pytester.path / check["golden"]["path"]).is_file() for check in checks)
+    summary = (pytester.path / "all" / "summary.md").read_text()
+    assert all(f"(cd packages/{package} && logprob-parity accept)\n" in summary for package in "ab")
+    assert command(capsys, "report", "all", "packages/a/report", "--out", "again")[0] == 1  # once more, and nothing is twice
+    assert read_results(pytester.path / "again" / "results.json")["checks"] == checks
+
+
 def test_the_command_renders_for_github_what_shards_have_found(report, pytester, capsys, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "step"))
     status, out, _ = command(capsys, "report", report, "--github")
@@ -552,6 +586,9 @@ BAD = {
     "it.checks[0].metrics is not a mapping but 'none'": lambda c: c["checks"][0].update(metrics="none"),
     "it.checks[1].line is not int but True": lambda c: c["checks"][1].update(line=True),
     "it.checks[0].gates[2].value is not int or float or null": lambda c: c["checks"][0]["gates"][2].update(value="0"),
+    "it.checks[0].outcome is not one of failed, engine, golden, ": lambda c: c["checks"][0].update(outcome="fine"),
+    "1e+308 in place of a number": lambda c: c["checks"][0]["gates"][0].update(value=1e308),
+    "1000000000000000000000000000000000000000 in place of a number": lambda c: c["checks"][0].update(line=10**400),
     "has columns of lengths": lambda c: c["checks"][0]["sequences"][0]["golden"].pop(),
     "NaN in place of a number": lambda c: c["checks"][0]["metrics"].update(rms_diff=float("nan")),
     "plot 'histogram' is not as": lambda c: c["checks"][0]["plots"]["histogram"].update(edges=[]),
@@ -562,6 +599,12 @@ BAD = {
 def test_results_that_are_none_of_ours(report, capsys, told):
     edit(report, BAD[told])
     assert told in one_line(capsys, "report", report)
+
+
+def test_a_number_that_is_too_large_for_any_is_none(report, capsys):
+    file = report / "results.json"
+    file.write_text(re.sub(r'"line":\d+', '"line":1e999', file.read_text(), count=1))
+    assert f"{file}: cut short, or no results.json (1e999 in place of a number)" in one_line(capsys, "report", report)
 
 
 def test_artifacts_of_another_repo_or_revision_are_not_merged(project, pytester, report, capsys, monkeypatch):

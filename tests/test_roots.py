@@ -1,9 +1,12 @@
 """Where tests lie and where pytest is called: outside of the root, under -c, from a folder below. No engine needed."""
 
+import shlex
+
 import pytest
-from reporting import PROJECT
+from reporting import PROJECT, command
 
 from pytest_logprob_parity.golden import golden_path
+from pytest_logprob_parity.report.results import read_results
 
 
 @pytest.fixture
@@ -87,3 +90,33 @@ def pytest_itemcollected(item):
 @pytest.mark.parametrize("node_id", ["", "::test", ".::test", "/::test", "\udcff/test_it.py::test"])
 def test_any_node_id_has_a_place_below_the_folder(tmp_path, node_id):
     assert golden_path(tmp_path, node_id).is_relative_to(tmp_path)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_commands_are_from_where_pytest_was_called(pytester, run_inner, make_tests, capsys, monkeypatch):
+    pytester.path.joinpath("ci.ini").write_text("[pytest]")
+    make_tests("tests/test_o.py")
+    monkeypatch.chdir(pytester.path / "tests")
+    run_inner("-c", "../ci.ini", "--update-golden").assert_outcomes(passed=1)
+    monkeypatch.setenv("SHIFT", "-0.3")
+    run_inner("-c", "../ci.ini", "--parity-report=../report").assert_outcomes(failed=1)
+    (check,) = read_results(pytester.path / "report" / "results.json")["checks"]
+    told = {c["what"]: shlex.split(c["command"]) for c in check["commands"]}
+    assert told["record again"] == ["pytest", "test_o.py::test_o", "--update-golden", "-c", "../ci.ini"]
+    assert told["diagnose"] == ["pytest", "test_o.py::test_o", "--parity-diagnose", "-c", "../ci.ini"]
+    assert command(capsys, *told["look closer"][1:])[0] == 1
+    assert command(capsys, *told["accept"][1:], "--yes")[1].endswith("1 accepted; commit the goldens\n")
+    run_inner(*told["diagnose"][1:]).assert_outcomes(passed=1)
+
+
+def test_commands_called_from_the_root_are_short(pytester, run_inner, make_tests, monkeypatch):
+    make_tests("tests/test_o.py")
+    run_inner("--update-golden").assert_outcomes(passed=1)
+    monkeypatch.setenv("SHIFT", "-0.3")
+    run_inner("--parity-report=report").assert_outcomes(failed=1)
+    (check,) = read_results(pytester.path / "report" / "results.json")["checks"]
+    accept, again, *_ = (c["command"] for c in check["commands"])
+    assert accept == f"logprob-parity accept {check['obtained']}"
+    assert again == "pytest tests/test_o.py::test_o --update-golden"
