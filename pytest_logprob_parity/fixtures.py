@@ -11,9 +11,9 @@ import pytest
 
 from .comparison.result import MismatchError
 from .errors import IncomparableError, ParityError, UsageError
-from .records import Records
+from .records import Records, told_of
 from .settings import make_spec
-from .state import ITEM, SESSION, pool_of, tell
+from .state import ITEM, NODE_ID, NOTED, ORIGIN, SESSION, pool_of, tell
 
 if TYPE_CHECKING:
     from .belonging import Checked, Context
@@ -99,6 +99,10 @@ def golden_trace(request: pytest.FixtureRequest) -> GoldenTrace:
     return GoldenTrace(request)
 
 
+def _is_broken(text: str) -> bool:
+    return any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def _pool(request: pytest.FixtureRequest) -> Pool:
     return pool_of(request.config)
 
@@ -110,8 +114,7 @@ class GoldenTrace:
         self._item: pytest.Item = request.node
         self._config = request.config
         self._session = request.config.stash[SESSION]
-        settings = request.node.stash.get(ITEM, None)
-        self._node_id = settings.node_id if settings is not None else request.node.nodeid
+        self._node_id = request.node.stash.get(NODE_ID, request.node.nodeid)
         self._records = Records(request.node, self._node_id)
         self._names: set[str] = set()
 
@@ -141,8 +144,8 @@ class GoldenTrace:
         Raises ParityError; see check_golden.
         """
         __tracebackhide__ = True
-        if name is not None and not isinstance(name, str):
-            raise UsageError(f"check(name={name!r}): must be a string")
+        if name is not None and (not isinstance(name, str) or _is_broken(name)):
+            raise UsageError(f"check(name={name!r}): must be a string, without lone surrogates")
         path = self.path(name)
         seen: list[Checked] = []
         context = self._context(path, name, seen.append)
@@ -162,11 +165,15 @@ class GoldenTrace:
             kept = self._records.keep(path, checked, lambda place: self._candidate(place, engine_or_trace, context, arguments))
             outcome = "unverified" if found.comparison.verdict == "unverified" else found.kind
             self._records.note(context, outcome, str(found), found.comparison, checked, kept)
+            setattr(found, ORIGIN, NOTED)
             # The message says it all; the frames and causes below would bury it.
             raise found.with_traceback(None) from None
-        except ParityError as error:
-            self._records.note(context, error.kind, str(error))
-            raise error.with_traceback(None) from None
+        except Exception as error:
+            self._records.note(context, *told_of(error))
+            setattr(error, ORIGIN, NOTED)
+            if isinstance(error, ParityError):
+                raise error.with_traceback(None) from None
+            raise
         self._records.forget(path)
         if comparison.recorded:
             self._records.note(context, "recorded", comparison.headline, comparison)

@@ -126,8 +126,9 @@ def golden_path(root: Path, node_id: str, name: str = "") -> Path:
     file, _, rest = node_id.partition("::")
     label = "-".join(part for part in (rest.rpartition("::")[2], name) if part)
     slug = re.sub(r"[^A-Za-z0-9_.=]+", "-", label).strip("-.")[:60] or "golden"
-    digest = hashlib.sha256(f"{node_id}\0{name}".encode()).hexdigest()[:8]
-    parts = [part for part in PurePosixPath(file).with_suffix("").parts if part not in ("..", "/")]
+    digest = hashlib.sha256(f"{node_id}\0{name}".encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    test_file = PurePosixPath(file)
+    parts = [part for part in (test_file.parent / test_file.stem).parts if part not in ("..", "/")]
     return root.joinpath(*parts) / f"{slug}-{digest}{SUFFIX}"
 
 

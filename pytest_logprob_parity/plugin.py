@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,9 +12,10 @@ import pytest
 
 from .errors import ParityError, UsageError
 from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity_engines, trainer_scorer
+from .records import Records
 from .server_settings import check_url
 from .settings import make_spec, marker_settings, parse_settings
-from .state import ITEM, PROPERTY, SESSION, ItemSettings, Session
+from .state import ITEM, NODE_ID, ORIGIN, PROPERTY, RAISED, SESSION, ItemSettings, Session, node_id_of
 from .trainer.frameworks import FRAMEWORKS
 
 __all__ = [
@@ -28,6 +30,14 @@ MARKER: Final = "logprob_parity"
 UPDATES: Final = ("all", "missing", "failed")
 #: Those of comparison/verdict.py, which is not imported here.
 LEVELS: Final = ("bitwise", "noise", "rl")
+#: That of obtained.py, likewise.
+_OBTAINED: Final = "parity-obtained"
+#: Options under which no test runs, so that there is nothing to report.
+_RUNS_NOTHING: Final = (
+    "cacheshow", "collectonly", "help", "markers", "setuponly", "setupplan", "show_fixtures_per_test", "showfixtures",
+    "version",
+)  # fmt: skip
+_GOOD: Final = ("passed", "recorded")
 #: How many checks that passed the summary tells of, without -v.
 _SHOWN: Final = 5
 
@@ -128,6 +138,9 @@ def pytest_configure(config: pytest.Config) -> None:
         obtained = str(config.getini("parity_obtained"))
         if obtained not in ("golden", "trace"):
             raise UsageError(f"parity_obtained: {obtained!r} is neither golden nor trace")
+        golden_dir = config.rootpath / config.getini("parity_golden_dir")
+        if golden_dir.resolve().is_relative_to((config.rootpath / _OBTAINED).resolve()):
+            raise UsageError(f"parity_golden_dir: {_OBTAINED} is where failing checks leave traces: name another folder")
         given = config.getoption("--parity-server")
         server = "" if given is None else check_url(given, "--parity-server")
         report = _report_folder(config)
@@ -141,7 +154,6 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"parity_max_golden_mb: {config.getini('parity_max_golden_mb')!r} must be a number above 0"
         ) from None
-    golden_dir = config.rootpath / config.getini("parity_golden_dir")
     session = Session(update, golden_dir, ini, override, level, int(repeats), report, obtained == "golden", server)
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):
@@ -152,7 +164,8 @@ def _report_folder(config: pytest.Config) -> Path | None:
     """Where the report goes; made, and seen to be writable, before anything runs. Raises UsageError."""
     if (handed := getattr(config, "workerinput", {}).get("logprob_parity_report")) is not None:
         return Path(handed) if handed else None
-    if (given := config.getoption("--parity-report")) is None:
+    given = config.getoption("--parity-report")
+    if given is None or any(config.getoption(name, None) for name in _RUNS_NOTHING):
         return None
     if not given.strip():
         raise UsageError("--parity-report: name a folder")
@@ -188,7 +201,7 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Take a marked test's settings now: later plugins may edit its node id."""
+    """Take a test's node id now, which later plugins may edit, and a marked one's settings."""
     marks = [
         (node.name or "the session", m.args, m.kwargs)
         for node in item.listchain()
@@ -197,7 +210,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     ]
     uses_engine = "parity_engine" in getattr(item, "fixturenames", ())
     session = item.config.stash[SESSION]
-    session.node_ids.add(item.nodeid)
+    item.stash[NODE_ID] = node_id = node_id_of(item)
+    other = session.node_ids.setdefault(node_id, item.path)
+    if other != item.path and "golden_trace" in getattr(item, "fixturenames", ()):
+        error = UsageError(f"{other} and {item.path} both have a test {node_id}, which would share a golden: rename one")
+        item.stash[ITEM] = ItemSettings(None, error)
+        return
     if not marks and not uses_engine:
         return
     try:
@@ -205,9 +223,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         if not isinstance(parameter, dict):
             raise UsageError(f"parametrize('parity_engine', ..., indirect=True) takes dicts of settings, not {parameter!r}")
         settings = {**session.ini_settings, **marker_settings(marks), **parameter, **session.set_settings}
-        item.stash[ITEM] = ItemSettings(item.nodeid, make_spec(session.point(settings)), None)
+        item.stash[ITEM] = ItemSettings(make_spec(session.point(settings)), None)
     except ParityError as error:
-        item.stash[ITEM] = ItemSettings(item.nodeid, None, error)
+        item.stash[ITEM] = ItemSettings(None, error)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -246,9 +264,32 @@ def _relative(path: Path, config: pytest.Config) -> str:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     __tracebackhide__ = True
+    Records(item, item.stash.get(NODE_ID, item.nodeid)).drop()
     settings = item.stash.get(ITEM, None)
     if settings is not None and settings.error is not None:
         raise settings.error.with_traceback(None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, object, object]:
+    """Tell what comes out of our fixtures, or of a test's own in their place, from any other exception."""
+    try:
+        return (yield)
+    except Exception as error:
+        if fixturedef.argname in __all__:
+            setattr(error, ORIGIN, RAISED)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, object, object]:
+    """Leave the record of an error of ours that no check has told of."""
+    if call.excinfo is not None:
+        error = call.excinfo.value
+        origin = getattr(error, ORIGIN, "")
+        if origin == RAISED or (not origin and isinstance(error, ParityError) and error.kind != ParityError.kind):
+            Records(item, item.stash.get(NODE_ID, item.nodeid)).note_error(error)
+    return (yield)
 
 
 # -- what happened ----------------------------------------------------------------------------------------------------
@@ -259,30 +300,21 @@ class Outcomes:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._counts: dict[str, int] = {}
-        self._good: list[dict[str, Any]] = []
-        self._parts: list[str] = []
-        self._failing: set[str] = set()
-        self._expected: set[str] = set()
+        self._records: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        self._failing: set[tuple[Any, ...]] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        test = (getattr(report, "worker_id", ""), report.nodeid, *report.location)
         if report.failed:
-            self._failing.add(report.nodeid)
+            self._failing.add(test)
         if report.when != "teardown":  # every phase carries all properties so far
             return
-        failing = report.nodeid in self._failing
-        self._failing.discard(report.nodeid)
-        for name, value in report.user_properties:
-            if name == PROPERTY:
-                record = json.loads(str(value))
-                outcome, part = record["outcome"], record.get("part", "")
-                self._parts.append(part)
-                if outcome in ("passed", "recorded"):
-                    self._good.append(record)
-                elif not failing:  # under xfail, or in pytest.raises
-                    outcome = "expected"
-                    self._expected.add(part)
-                self._counts[outcome] = self._counts.get(outcome, 0) + 1
+        records = [json.loads(str(value)) for name, value in report.user_properties if name == PROPERTY]
+        for record in records:
+            if test not in self._failing and record["outcome"] not in _GOOD:  # under xfail, or in pytest.raises
+                record["outcome"] = "expected"
+        self._failing.discard(test)
+        self._records[test] = records  # of a test that is run again the last attempt
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -294,25 +326,31 @@ class Outcomes:
         self._session.unused |= set(getattr(node, "workeroutput", {}).get("logprob_parity_unused", ()))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        self._tell(terminalreporter)
-        if self._session.report is not None:
-            self._report(self._session.report, terminalreporter)
+        records = [record for test in self._records.values() for record in test]
+        folder = self._session.report
+        if folder is not None:
+            records += _cut_off(folder, records)
+        self._tell(terminalreporter, records)
+        if folder is not None:
+            self._report(folder, records, terminalreporter)
 
-    def _report(self, folder: Path, terminalreporter: pytest.TerminalReporter) -> None:
+    def _report(self, folder: Path, records: Sequence[Mapping[str, Any]], terminalreporter: pytest.TerminalReporter) -> None:
         from .report.run import report_run
 
+        parts = [record.get("part", "") for record in records]
+        expected = {record.get("part", "") for record in records if record["outcome"] == "expected"}
+        unused = sorted(self._session.unused)
         try:
-            lines = report_run(
-                folder, self._parts, terminalreporter.config.rootpath, sorted(self._session.unused), self._expected
-            )
+            lines = report_run(folder, parts, terminalreporter.config.rootpath, unused, expected)
         except (UsageError, OSError) as error:
             terminalreporter.write_line(f"logprob-parity: no report: {error}", red=True)
             return
         for line in lines:
             terminalreporter.write_line(line)
 
-    def _tell(self, terminalreporter: pytest.TerminalReporter) -> None:
-        counts = self._counts
+    def _tell(self, terminalreporter: pytest.TerminalReporter, records: Sequence[dict[str, Any]]) -> None:
+        counts = Counter(record["outcome"] for record in records)
+        good = [record for record in records if record["outcome"] in _GOOD and "shows" in record]
         checked = sum(counts.get(o, 0) for o in ("passed", "failed", "unverified", "expected"))
         unused = sorted(self._session.unused)
         parts = [f"{counts['recorded']} recorded"] if counts.get("recorded") else []
@@ -328,14 +366,22 @@ class Outcomes:
             return
         bad = any(counts.get(kind) for kind in names)
         terminalreporter.write_line("logprob-parity: " + ", ".join(parts), red=bad, yellow=bool(unused) and not bad)
-        most = len(self._good) if terminalreporter.config.getoption("verbose") > 0 else _SHOWN
-        for record in self._good[:most]:
+        most = len(good) if terminalreporter.config.getoption("verbose") > 0 else _SHOWN
+        for record in good[:most]:
             for line in _told(record):
                 terminalreporter.write_line(line)
-        if len(self._good) > most:
-            terminalreporter.write_line(f"  and {len(self._good) - most} more; -v shows all")
+        if len(good) > most:
+            terminalreporter.write_line(f"  and {len(good) - most} more; -v shows all")
         for path in unused:
             terminalreporter.write_line(f"  unused, its test is gone: {path}", yellow=True)
+
+
+def _cut_off(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Records of checks that ended before their worker died or the run was broken off: only their parts are there."""
+    from .report.folder import unnamed_parts
+
+    parts = unnamed_parts(folder, {record.get("part", "") for record in records})
+    return [{"outcome": entry["outcome"], "part": name} for name, entry in parts.items()]
 
 
 def _told(record: dict[str, Any]) -> list[str]:

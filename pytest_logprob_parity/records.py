@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Callable, Mapping
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .errors import GoldenError
-from .state import SESSION, note_outcome, tell
+from .errors import GoldenError, ParityError
+from .state import PROPERTY, SESSION, note_outcome, tell
 
 if TYPE_CHECKING:
     from .belonging import Checked, Context
@@ -25,6 +26,13 @@ class Kept:
 
     path: str
     refusal: str
+
+
+def told_of(error: BaseException) -> tuple[str, str]:
+    """The outcome and the message of a check that ended in this error."""
+    if isinstance(error, ParityError):
+        return error.kind, str(error)
+    return "engine", f"{type(error).__name__}: {error}"
 
 
 class Records:
@@ -42,12 +50,19 @@ class Records:
         return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
     def command(self, flag: str) -> str:
-        """How to run this test alone, from where pytest was called, with a flag and this run's settings."""
-        settings = "".join(f" --parity-set {shlex.quote(s)}" for s in self._config.getoption("--parity-set"))
+        """How to run this test alone, from where pytest was called, with a flag, this run's ini file and settings."""
+        option = self._config.getoption
+        settings = f" -c {shlex.quote(str(option('inifilename')))}" if option("inifilename") else ""
+        settings += f" --rootdir {shlex.quote(str(option('rootdir')))}" if option("rootdir") else ""
+        settings += "".join(f" --parity-set {shlex.quote(s)}" for s in option("--parity-set"))
         settings += f" --parity-server {shlex.quote(self._session.server)}" if self._session.server else ""
         file, colons, rest = self._node_id.partition("::")
-        here = os.path.relpath(self._config.rootpath / file, self._config.invocation_params.dir)
-        return f"pytest {shlex.quote(here + colons + rest)} {flag}{settings}"
+        return f"pytest {shlex.quote(self._from_here(file) + colons + rest)} {flag}{settings}"
+
+    def _from_here(self, shown: str) -> str:
+        """A path from the root as one from where pytest was called; absolute ones stay."""
+        config = self._config
+        return shown if Path(shown).is_absolute() else os.path.relpath(config.rootpath / shown, config.invocation_params.dir)
 
     def keep(self, path: Path, checked: Checked, record: Callable[[Path], object]) -> Kept | None:
         """What an engine said in place of the golden at `path`; a full disk is no reason to hide the failure."""
@@ -66,6 +81,23 @@ class Records:
 
         forget(self._config.rootpath / OBTAINED / path.relative_to(self._session.golden_dir))
 
+    def drop(self) -> None:
+        """Forget what an earlier attempt at this test has left, where it is run again: the last one counts."""
+        kept = [(name, value) for name, value in self._item.user_properties if name != PROPERTY]
+        dropped = [json.loads(str(value)) for name, value in self._item.user_properties if name == PROPERTY]
+        self._item.user_properties[:] = kept
+        if self._session.report is not None and dropped:
+            from .report.folder import remove_part
+
+            for record in dropped:
+                remove_part(self._session.report, record.get("part", ""))
+
+    def note_error(self, error: BaseException) -> None:
+        """Leave the record of what went wrong outside of a check: in a marker, a fixture, a call to an engine."""
+        from .belonging import Context
+
+        self.note(Context(node_id=self._node_id), *told_of(error))
+
     def note(
         self,
         context: Context,
@@ -76,7 +108,8 @@ class Records:
         kept: Kept | None = None,
     ) -> None:
         """Leave the record of one check, for the summary and junitxml, and its part of the report where there is to be one."""
-        record: dict[str, Any] = {"outcome": outcome, "golden": context.shown_path, "headline": message.splitlines()[0]}
+        headline = next(iter(message.splitlines()), "")
+        record: dict[str, Any] = {"outcome": outcome, "golden": context.shown_path, "headline": headline}
         if context.name:
             record["name"] = context.name
         if comparison is not None:
@@ -102,17 +135,21 @@ class Records:
             "message": message if bad else "",
             "obtained": "" if kept is None else kept.path,
             "refusal": "" if kept is None else kept.refusal,
-            "commands": self._commands(context, kept) if bad else [],
+            "commands": self._commands(context, kept) if bad and context.shown_path else [],
         }
 
     def _commands(self, context: Context, kept: Kept | None) -> list[dict[str, str]]:
         commands = [("record again", self.command("--update-golden"))]
         if kept is not None:
             commands.append(("diagnose", self.command("--parity-diagnose")))
-            commands.append(("look closer", f"logprob-parity diff {shlex.quote(context.shown_path)} {shlex.quote(kept.path)}"))
+            golden, obtained = (shlex.quote(self._from_here(path)) for path in (context.shown_path, kept.path))
+            commands.append(("look closer", f"logprob-parity diff {golden} {obtained}"))
             if not kept.refusal:
-                commands.insert(0, ("accept", f"logprob-parity accept {shlex.quote(kept.path)}"))
-        return [{"what": what, "command": command} for what, command in commands]
+                root = self._from_here("")
+                below = "" if root == "." else f" --root {shlex.quote(root)}"
+                commands.insert(0, ("accept", f"logprob-parity accept {obtained}{below}"))
+        called = os.path.relpath(self._config.invocation_params.dir, self._config.rootpath).replace(os.sep, "/")
+        return [{"what": what, "command": command, "from": called} for what, command in commands]
 
     def _write_part(
         self,

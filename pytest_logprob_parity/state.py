@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from .spec import EngineSpec
 
 PROPERTY: Final = "logprob_parity"
+#: An exception's attribute: RAISED where it came out of a fixture of ours, NOTED where a check has left its record.
+ORIGIN: Final = "logprob_parity_origin"
+RAISED: Final = "raised"
+NOTED: Final = "noted"
 
 
 @dataclass
@@ -32,7 +37,7 @@ class Session:
     report: Path | None = None
     keep_candidates: bool = True
     server: str = ""
-    node_ids: set[str] = field(default_factory=set)
+    node_ids: dict[str, Path] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
 
     def point(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -44,16 +49,32 @@ class Session:
 
 @dataclass(frozen=True)
 class ItemSettings:
-    """What one marked test asks for: its node id, its spec (None: no model named), or what is wrong with its marker."""
+    """What one marked test asks for: its spec (None: no model named), or what is wrong with its marker."""
 
-    node_id: str
     spec: EngineSpec | None
     error: ParityError | None
 
 
 SESSION: Final = pytest.StashKey[Session]()
 ITEM: Final = pytest.StashKey[ItemSettings]()
+NODE_ID: Final = pytest.StashKey[str]()
 POOL: Final = pytest.StashKey["Pool"]()
+
+
+def node_id_of(item: pytest.Item) -> str:
+    """A test's node id from the root, whatever its run was asked for.
+
+    pytest's own of a file that is not below the root depends on the argument that named it (`::test`, `test_it.py::test`);
+    here it is `../tests/test_it.py::test`.
+    """
+    root = item.config.rootpath
+    if item.path.is_relative_to(root):
+        return item.nodeid
+    try:
+        file = os.path.relpath(item.path, root).replace(os.sep, "/")
+    except ValueError:  # another drive
+        file = item.path.as_posix()
+    return file + "::" + item.nodeid.partition("::")[2]
 
 
 def pool_of(config: pytest.Config) -> Pool:

@@ -388,6 +388,8 @@ def test_what_fails_is_said_by_the_call_the_option_and_the_ini_file_in_this_orde
         ("parity_level = nose", "parity_level: 'nose' is not one of bitwise, noise, rl"),
         ("parity_repeats = 1", "parity_repeats: '1' must be 2 or more, or 0 for no noise floor"),
         ("parity_repeats = many", "parity_repeats: 'many' must be 2 or more, or 0 for no noise floor"),
+        ("parity_golden_dir = parity-obtained", "parity_golden_dir: parity-obtained is where failing checks leave traces: *"),
+        ("parity_golden_dir = ./parity-obtained/x", "parity_golden_dir: parity-obtained is where failing checks *"),
     ],
 )
 def test_ini_values_that_are_none(pytester, line, told):

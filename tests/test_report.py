@@ -61,6 +61,17 @@ def report(project, pytester):
     return pytester.path / "report"
 
 
+@pytest.fixture
+def rewrite(pytester):
+    """Put other tests into the project's file."""
+
+    def put(tests):
+        source = pytester.path / "test_it.py"
+        source.write_text(source.read_text().partition("def test_moves")[0] + tests)
+
+    return put
+
+
 def numbers_in(value):
     """Every number in a JSON value."""
     if isinstance(value, dict):
@@ -176,6 +187,126 @@ def test_a_check_without_numbers_is_in_it(project, pytester):
     assert [c["command"] for c in missing["commands"]] == ["pytest test_it.py::test_moves --update-golden"]
     assert misused["outcome"] == "usage"
     assert "no golden at golden/test_it/" in (pytester.path / "report" / "index.html").read_text()
+
+
+def test_what_goes_wrong_before_a_check_is_in_it_and_a_tests_own_errors_are_not(pytester, run_inner, capsys, monkeypatch):
+    pytester.makepyfile(
+        test_it="""
+import pytest
+
+@pytest.mark.logprob_parity(max_modl_len=1)
+def test_marker(golden_trace): ...
+
+def test_model(parity_engine): ...
+
+@pytest.mark.xfail
+def test_known(parity_engine): ...
+
+def test_call(parity_engines): parity_engines()
+
+def test_name(golden_trace): golden_trace.check(3, name="\\ud800")
+
+class TestTheirs:
+    @pytest.fixture
+    def parity_engine(self): raise ValueError("no weights")
+    def test_engine(self, parity_engine): ...
+
+@pytest.fixture
+def own(): raise ValueError
+def test_fixture(own): ...
+def test_own(): raise AssertionError
+"""
+    )
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    result = run_inner("--parity-report=report")
+    assert result.parseoutcomes() == {"failed": 3, "errors": 4, "xfailed": 1}
+    assert "logprob-parity: 1 checked, 4 misused, 1 engine errors, 1 failed as expected" in result.outlines
+    assert len([line for line in result.outlines if line.startswith("::error file=test_it.py")]) == 5
+    told = {c["node_id"].rpartition("::")[2]: c for c in read_results(pytester.path / "report" / "results.json")["checks"]}
+    assert {name: c["outcome"] for name, c in told.items()} == {
+        "test_engine": "engine", **dict.fromkeys(("test_marker", "test_model", "test_call", "test_name"), "usage"),
+        "test_known": "expected",
+    }  # fmt: skip
+    assert told["test_engine"]["headline"] == "ValueError: no weights"
+    assert "did you mean 'max_model_len'?" in told["test_marker"]["message"]
+    assert told["test_name"]["headline"] == "check(name='\\ud800'): must be a string, without lone surrogates"
+    assert command(capsys, "report", pytester.path / "report")[0] == 1
+
+
+RERUN = """
+import pytest
+from _pytest.runner import runtestprotocol
+
+def pytest_runtest_protocol(item, nextitem):
+    \"\"\"Run a test up to three times, as pytest-rerunfailures does.\"\"\"
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for attempt in range(3):
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        again = attempt < 2 and any(report.failed for report in reports)
+        for report in reports:
+            if again and report.failed:
+                report.outcome = "rerun"
+            item.ihook.pytest_runtest_logreport(report=report)
+            if report.outcome == "rerun":
+                break
+        if not again:
+            break
+        item._initrequest()
+    return True
+"""
+
+
+@pytest.mark.parametrize(("passing", "outcomes"), [(2, ["passed", "passed"]), (9, ["failed", "passed"])])
+def test_of_a_test_that_is_run_again_the_last_attempt_counts(project, rewrite, pytester, passing, outcomes):
+    rewrite(f"""
+ATTEMPTS = []
+def test_moves(golden_trace):
+    ATTEMPTS.append(0)
+    golden_trace.check(rollouts() if len(ATTEMPTS) == {passing} else rollouts(SHIFT))
+
+def test_stays(golden_trace): golden_trace.check(rollouts(seed=1))
+""")
+    pytester.makeconftest(RERUN)
+    result = project("--parity-report=report")
+    assert f"logprob-parity: 2 checked{', 1 failed' * outcomes.count('failed')}" in result.outlines
+    assert read_results(pytester.path / "report" / "results.json")["checks"][0]["node_id"] == "test_it.py::test_moves"
+    assert [check["outcome"] for check in read_results(pytester.path / "report" / "results.json")["checks"]] == outcomes
+
+
+@pytest.mark.parametrize(
+    ("end", "workers"),
+    [("os._exit(3)", ("-n", "1", "--max-worker-restart=0")), ("__import__('pytest').exit('enough')", ())],
+    ids=["a worker that dies", "a run that is broken off"],
+)
+def test_checks_of_a_run_that_is_cut_off_are_in_it(project, rewrite, pytester, end, workers):
+    rewrite(f"""
+def test_stays(golden_trace): golden_trace.check(rollouts(seed=1))
+
+def test_moves(golden_trace):
+    try: golden_trace.check(rollouts(SHIFT))
+    finally: {end}
+""")
+    result = project("--parity-report=report", *workers)
+    result.stdout.fnmatch_lines(["logprob-parity: 2 checked, 1 failed", "logprob-parity: report in *"])
+    checks = {c["node_id"]: c["outcome"] for c in read_results(pytester.path / "report" / "results.json")["checks"]}
+    assert checks == {"test_it.py::test_moves": "failed", "test_it.py::test_stays": "passed"}
+    assert not (pytester.path / "report" / ".parts").exists()
+
+
+def test_a_run_that_checks_nothing_leaves_the_report_as_it_is(report, run_inner):
+    before = {file.name: file.read_bytes() for file in report.iterdir()}
+    for arguments in ("--collect-only", "--fixtures", "--help", "--markers", "test_typo.py", "-k nothing"):
+        run_inner("--parity-report=report", *arguments.split())
+        assert {file.name: file.read_bytes() for file in report.iterdir()} == before, arguments
+
+
+def test_a_first_run_that_checks_nothing_says_so(pytester, run_inner):
+    pytester.makepyfile(test_it="def test_it(): ...")
+    run_inner("--parity-report=report").stdout.fnmatch_lines(["logprob-parity: report in report/index.html"])
+    assert "no checks" in (pytester.path / "report" / "summary.md").read_text()
+    result = run_inner("--parity-report=report")
+    result.stdout.fnmatch_lines(["logprob-parity: no check ran; the report in report/index.html is an earlier run's"])
 
 
 def test_every_number_is_finite_or_null(project, pytester, monkeypatch):
@@ -324,6 +455,19 @@ def test_on_github_the_failing_test_is_annotated_and_the_step_has_a_summary(proj
     assert read_results(pytester.path / "report" / "results.json")["project"] == "us/rollouts"
 
 
+def test_a_step_summary_that_cannot_be_written_costs_nothing_else(project, pytester, capsys, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "none" / "step"))
+    told = f"logprob-parity: no step summary: {pytester.path}/none/step cannot be written: No such file or directory"
+    result = project("--parity-report=report")
+    assert told in result.outlines
+    assert "logprob-parity: report in report/index.html" in result.outlines
+    assert any(line.startswith("::error file=test_it.py,line=25,") for line in result.outlines)
+    status, out, _ = command(capsys, "report", pytester.path / "report", "--github")
+    assert (status, out.splitlines()[1]) == (1, told)
+    assert out.startswith("::error file=test_it.py,line=25,")
+
+
 def test_what_a_test_expects_is_told_and_fails_nobodys_run(failing_as_expected, pytester, capsys, monkeypatch):
     """A negative control, a known failure: neither is annotated, both are in the report."""
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
@@ -349,6 +493,40 @@ def test_a_repo_below_the_repositorys_root_is_annotated_where_it_is(pytester, ru
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     result = run_inner("--rootdir", below, "--parity-report=report", below)
     result.stdout.fnmatch_lines(["::error file=trainer/test_it.py,line=1,title=*"])
+
+
+def test_packages_of_one_repository_are_merged_from_its_top(pytester, run_inner, capsys, monkeypatch):
+    """The same file name in two of them is no conflict, and each check is annotated below its own root."""
+    pytester.mkdir(".git")
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    for package, shift in (("a", "-0.3"), ("b", "-0.4")):
+        root = pytester.path / "packages" / package
+        root.mkdir(parents=True)
+        (root / "pytest.ini").write_text("[pytest]")
+        (root / "test_it.py").write_text(PROJECT.format(texts=(package,)))
+        monkeypatch.chdir(root)
+        monkeypatch.setenv("SHIFT", str(float(shift) / 10**6))  # no two revisions of one golden
+        run_inner("--update-golden").assert_outcomes(passed=2)
+        monkeypatch.setenv("SHIFT", shift)
+        monkeypatch.setenv("GITHUB_REPOSITORY", "us/rollouts")
+        monkeypatch.setenv("GITHUB_ACTIONS", "true")
+        run_inner("--parity-report=report").assert_outcomes(passed=1, failed=1)
+    monkeypatch.chdir(pytester.path)
+    status, out, _ = command(capsys, "report", "packages/a/report", "packages/b/report", "--out", "all", "--github")
+    annotated = re.findall("^::error file=(.*?),.*%0Aaccept: (.*?) parity-obtained", out, re.MULTILINE)
+    assert status == 1
+    assert sorted(annotated) == [
+        (f"packages/{package}/test_it.py", f"(cd packages/{package} && logprob-parity accept") for package in "ab"
+    ]
+    checks = read_results(pytester.path / "all" / "results.json")["checks"]
+    assert sorted(check["node_id"] for check in checks if check["outcome"] == "failed") == [
+        "packages/a/test_it.py::test_moves", "packages/b/test_it.py::test_moves",
+    ]  # fmt: skip
+    assert all((pytester.path / check["golden"]["path"]).is_file() for check in checks)
+    summary = (pytester.path / "all" / "summary.md").read_text()
+    assert all(f"(cd packages/{package} && logprob-parity accept)\n" in summary for package in "ab")
+    assert command(capsys, "report", "all", "packages/a/report", "--out", "again")[0] == 1  # once more, and nothing is twice
+    assert read_results(pytester.path / "again" / "results.json")["checks"] == checks
 
 
 def test_the_command_renders_for_github_what_shards_have_found(report, pytester, capsys, monkeypatch):
@@ -408,6 +586,9 @@ BAD = {
     "it.checks[0].metrics is not a mapping but 'none'": lambda c: c["checks"][0].update(metrics="none"),
     "it.checks[1].line is not int but True": lambda c: c["checks"][1].update(line=True),
     "it.checks[0].gates[2].value is not int or float or null": lambda c: c["checks"][0]["gates"][2].update(value="0"),
+    "it.checks[0].outcome is not one of failed, engine, golden, ": lambda c: c["checks"][0].update(outcome="fine"),
+    "1e+308 in place of a number": lambda c: c["checks"][0]["gates"][0].update(value=1e308),
+    "1000000000000000000000000000000000000000 in place of a number": lambda c: c["checks"][0].update(line=10**400),
     "has columns of lengths": lambda c: c["checks"][0]["sequences"][0]["golden"].pop(),
     "NaN in place of a number": lambda c: c["checks"][0]["metrics"].update(rms_diff=float("nan")),
     "plot 'histogram' is not as": lambda c: c["checks"][0]["plots"]["histogram"].update(edges=[]),
@@ -418,6 +599,12 @@ BAD = {
 def test_results_that_are_none_of_ours(report, capsys, told):
     edit(report, BAD[told])
     assert told in one_line(capsys, "report", report)
+
+
+def test_a_number_that_is_too_large_for_any_is_none(report, capsys):
+    file = report / "results.json"
+    file.write_text(re.sub(r'"line":\d+', '"line":1e999', file.read_text(), count=1))
+    assert f"{file}: cut short, or no results.json (1e999 in place of a number)" in one_line(capsys, "report", report)
 
 
 def test_artifacts_of_another_repo_or_revision_are_not_merged(project, pytester, report, capsys, monkeypatch):
@@ -444,7 +631,7 @@ def test_places_without_results(tmp_path, capsys):
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(project, pytester, report, capsys):
     (pytester.path / "file").write_text("somebody's")
-    for folder in ("file", "file/below"):
+    for folder in ("file", "file/below", "file" * 100):
         result = project(f"--parity-report={folder}")
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         (line,) = [line for line in result.errlines if line.strip()]

@@ -12,7 +12,7 @@ from ..files import compare_files
 from ..golden import SUFFIX
 from ..message import failure_message
 from .entry import make_entry
-from .github import add_to_summary, workflow_commands
+from .github import add_to_summary, no_summary, workflow_commands
 from .results import GOOD, counts_of
 from .write import read_all, results_of, write_report
 
@@ -33,10 +33,13 @@ def report(places: Sequence[Path], out: Path | None, github: bool) -> int:
         folder = out or (alone if alone is not None and (alone / "results.json").is_file() else _OUT)
     page = write_report(folder, content)
     if github:
-        summary = add_to_summary(content)
-        print("\n".join(workflow_commands(content)))
-        if summary is None:
-            print("GITHUB_STEP_SUMMARY is not set: no step summary was written")
+        lines = list(workflow_commands(content))
+        try:
+            if add_to_summary(content) is None:
+                lines.append("GITHUB_STEP_SUMMARY is not set: no step summary was written")
+        except OSError as error:
+            lines.append(no_summary(error))
+        print("\n".join(lines))
     told = ", ".join(f"{count} {outcome}" for outcome, count in counts_of(content).items())
     print(f"{page}: {told or 'no checks'}")
     return 0 if set(counts_of(content)) <= set(GOOD) else 1

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -27,14 +28,17 @@ def prepare(folder: Path) -> None:
     try:
         shutil.rmtree(folder / _PARTS, ignore_errors=True)
         (folder / _PARTS).mkdir(parents=True)
-        write_part(folder, {})
+        remove_part(folder, write_part(folder, {}))
     except OSError as error:
         raise unwritable(folder, error) from None
 
 
 def check_ours(folder: Path) -> None:
-    """Raise UsageError where the folder holds files by a report's names that no report wrote."""
-    there = [name for name in ("index.html", "results.json", "summary.md") if (folder / name).exists()]
+    """Raise UsageError where the folder holds files by a report's names that no report wrote, or where nobody can tell."""
+    try:
+        there = [name for name in ("index.html", "results.json", "summary.md") if (folder / name).exists()]
+    except OSError as error:
+        raise unwritable(folder, error) from None
     if not there:
         return
     try:
@@ -72,6 +76,22 @@ def read_part(folder: Path, name: str) -> dict[str, Any] | None:
         return dict(json.loads((folder / _PARTS / name).read_text("ascii")))
     except (OSError, ValueError):
         return None
+
+
+def remove_part(folder: Path, name: str) -> None:
+    """Remove the part of a check that does not count after all."""
+    with contextlib.suppress(OSError):
+        (folder / _PARTS / name).unlink()
+
+
+def unnamed_parts(folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The parts besides `names`, of tests that have none there: their checks ended, and then their worker or the run did."""
+    others = sorted({path.name for path in (folder / _PARTS).glob("*.json")} - set(names))
+    if not others:
+        return {}
+    told = {entry["node_id"] for name in names if (entry := read_part(folder, name)) is not None}
+    found = {name: entry for name in others if (entry := read_part(folder, name)) is not None}
+    return {name: entry for name, entry in found.items() if entry["node_id"] not in told}
 
 
 def sweep(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +21,8 @@ def workflow_commands(content: Mapping[str, Any]) -> Iterator[str]:
     """A workflow command for each check that fails the run, worst first: `::error file=...,line=...,title=...::headline`."""
     bad = [check for check in content["checks"] if check["outcome"] not in GOOD]
     for check in bad[:_MOST]:
-        place = f"file={_property(content['prefix'] + check['file'])},line={check['line']}," if check["file"] else ""
+        file = posixpath.normpath(content["prefix"] + check["file"])  # tests may lie outside of the root of their run
+        place = f"file={_property(file)},line={check['line']}," if check["file"] else ""
         title = f"{title_of(check)}: {IN_WORDS.get(check['outcome'], check['outcome'])}"
         cause = cause_of(check)
         text = check["headline"] + (f"\n{cause}" if cause else "")
@@ -37,6 +39,11 @@ def add_to_summary(content: Mapping[str, Any]) -> Path | None:
     with path.open("a", encoding="utf-8") as file:
         file.write(render_markdown(content))
     return path
+
+
+def no_summary(error: OSError) -> str:
+    """The one line for a step summary that cannot be written."""
+    return f"logprob-parity: no step summary: {os.environ.get(_SUMMARY)} cannot be written: {error.strerror or error}"
 
 
 def on_github() -> bool:

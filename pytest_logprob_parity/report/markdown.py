@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from .results import EXPECTED, GOOD, IN_WORDS, cause_of, counts_of, title_of
@@ -31,7 +31,7 @@ def render_markdown(content: Mapping[str, Any]) -> str:
     failing = [check for check in bad if check["outcome"] not in GOOD]
     accept = [command["command"] for check in failing for command in check["commands"] if command["what"] == "accept"]
     if accept:
-        shown = accept[0] if len(accept) == 1 else "logprob-parity accept"
+        shown = accept if len(accept) == 1 else list(dict.fromkeys(map(_accept_all, accept)))
         lines += ["", "To accept, with the artifact of this run unpacked in the repository:", "", *_code(shown)]
     unused = [escape(path) for path in content["unused"]]
     lines += ["", f"{len(unused)} unused goldens: {', '.join(unused)}"] if unused else []
@@ -51,8 +51,13 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.3g}"
 
 
-def _code(command: str) -> list[str]:
-    return ["```sh", visible(command).replace("`", "'").replace("\n", " "), "```"]
+def _accept_all(command: str) -> str:
+    """The command that accepts one check as the one that goes through all of its run."""
+    return re.sub(r"(logprob-parity accept) .*?( --root .*)?(\)?)$", r"\1\2\3", command)
+
+
+def _code(commands: Sequence[str]) -> list[str]:
+    return ["```sh", *(visible(command).replace("`", "'").replace("\n", " ") for command in commands), "```"]
 
 
 def escape(text: str) -> str:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import posixpath
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from .. import __version__
 from ..errors import UsageError
@@ -48,6 +50,8 @@ SEQUENCE: Final = {
     "ids": [int], "golden": [NUMBER], "now": [NUMBER], "diff": [NUMBER], "golden_ranks": [int], "now_ranks": [int],
     "golden_top": [[NUMBER]], "now_top": [[NUMBER]], "states": {str: str},
 }  # fmt: skip
+#: Far beyond any number of ours, and its square is finite still.
+_LARGEST: Final = 10**100
 _COLUMNS: Final = ("ids", "golden", "now", "diff", "golden_ranks", "now_ranks", "golden_top", "now_top")
 CHECK: Final = {
     "node_id": str,
@@ -74,7 +78,7 @@ CHECK: Final = {
     "fingerprint_differences": [{"name": str, "expected": object, "actual": object}],
     "obtained": str,  # the trace's path below the root, "" where none was kept
     "refusal": str,  # why it cannot be accepted, "" where it can
-    "commands": [{"what": str, "command": str}],
+    "commands": [{"what": str, "command": str}],  # and `from`: the folder they are called from, below the root
     "plots": Maybe(PLOTS),
     "sequences": [SEQUENCE],
     "token_texts": {str: str},
@@ -142,7 +146,8 @@ def to_text(content: Any) -> str:
 def read_results(path: Path) -> dict[str, Any]:
     """Read a results.json. Raises UsageError, in one line, for what is none."""
     try:
-        content = json.loads(path.read_text("utf-8"), parse_constant=_no_number)
+        text = path.read_text("utf-8")
+        content = json.loads(text, parse_constant=_no_number, parse_float=_number, parse_int=_whole)
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such file; pytest --parity-report=DIR writes it") from None
     except OSError as error:
@@ -160,7 +165,9 @@ def read_results(path: Path) -> dict[str, Any]:
         )
     try:
         check_shape(content, RESULTS, "it")
-        for check in content["checks"]:
+        for index, check in enumerate(content["checks"]):
+            if check["outcome"] not in OUTCOMES:
+                raise UsageError(f"it.checks[{index}].outcome is not one of {', '.join(OUTCOMES)} but {check['outcome']!r:.40}")
             for sequence in check["sequences"]:
                 _check_columns(sequence, check["node_id"])
     except UsageError as error:
@@ -175,8 +182,17 @@ def _check_columns(sequence: Mapping[str, Any], test: str) -> None:
         raise UsageError(f"sequence {sequence['sequence']} of {test!r:.80} has columns of lengths {lengths}")
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} in place of a number")
+def _number(text: str) -> float:
+    number = float(text)
+    return number if abs(number) <= _LARGEST else _no_number(text)
+
+
+def _whole(text: str) -> int:
+    return int(text) if len(text) < len(str(_LARGEST)) else _no_number(text)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name:.40} in place of a number")
 
 
 def merge(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -185,6 +201,8 @@ def merge(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
     Raises UsageError for results of different projects, and for one golden in two states: two revisions.
     """
     (first_path, first), *_ = results
+    if len({content["prefix"] for _, content in results}) > 1:
+        results = [(path, from_the_top(content)) for path, content in results]
     digests: dict[str, tuple[str, Path]] = {}
     for path, content in results:
         if content["project"] != first["project"]:
@@ -203,7 +221,37 @@ def merge(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
         checks += [check for check in content["checks"] if check not in checks]  # one file that was brought along twice
     unused = {name for _, content in results for name in content["unused"]}
     newest = max(content["created"] for _, content in results)
-    return make_results(checks, created=newest, project=first["project"], prefix=first["prefix"], unused=sorted(unused))
+    prefix = results[0][1]["prefix"]
+    return make_results(checks, created=newest, project=first["project"], prefix=prefix, unused=sorted(unused))
+
+
+def from_the_top(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The same results with paths, node ids and commands from the top of the repository: roots below it can be told apart."""
+    prefix = content["prefix"]
+    checks = [
+        {
+            **check,
+            **{name: _below(prefix, check[name]) for name in ("node_id", "file", "obtained")},
+            "golden": {**check["golden"], "path": _below(prefix, check["golden"]["path"])},
+            "commands": [_called_below(prefix, command) for command in check["commands"]],
+        }
+        for check in content["checks"]
+    ]
+    return {**content, "prefix": "", "checks": checks, "unused": [_below(prefix, path) for path in content["unused"]]}
+
+
+def _called_below(prefix: str, command: Mapping[str, Any]) -> dict[str, Any]:
+    """A command, `from` whose folder below the root it is to be called, as one to call from the top."""
+    folder = posixpath.normpath(prefix + str(command.get("from", ".")))
+    if not prefix or folder == ".":
+        return dict(command)
+    return {**command, "from": ".", "command": f"(cd {shlex.quote(folder)} && {command['command']})"}
+
+
+def _below(prefix: str, path: str) -> str:
+    """A path, or a node id, of a run whose root is at `prefix`; "" and absolute ones stay."""
+    file, colons, rest = path.partition("::")
+    return posixpath.normpath(prefix + file) + colons + rest if file and not file.startswith("/") else path
 
 
 def cause_of(check: Mapping[str, Any]) -> str:
