@@ -41,8 +41,8 @@ class Way:
 
     `came`: it arrived, `later` tokens after the one that the trace says (before it, if negative). `cleared`: keys and values
     of what was written until then are computed again under the new weights; else they are kept. `stale_parts` are those that
-    still have the old weights (`layer 3`, `norm`). `prompt_block`: a prompt's first whole blocks of this many tokens are read from a
-    cache that the old weights filled.
+    still have the old weights (`layer 3`, `norm`). `prompt_block`: a prompt's first whole blocks of this many tokens are read
+    from a cache that the old weights filled.
     """
 
     came: bool = True
