@@ -28,7 +28,7 @@ _UNLIKE_ZERO: Final = -0.1
 _TEMPERATURES: Final = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 2.0)
 _FEW: Final = 8
 #: Temperatures that far apart (relative) are one.
-_SAME: Final = 0.005
+_SAME: Final = 0.01
 #: An adapter explains rollouts where it leaves less than this share of the RMS that is allowed: a claim has to fit.
 _FITS: Final = 1 / 3
 #: Share of the differences that have one sign where a truncation made them.
@@ -209,9 +209,9 @@ def _truncated(trace: Trace, scored: Trace) -> Finding | None:
     if (positions := int(np.count_nonzero(excluded))) >= _ENOUGH:
         why = f"their own top-k excludes tokens at {positions:,} positions"
     else:
-        d = (scored.logprobs.astype(np.float64) - trace.logprobs)[trace.mask]
+        d = (scored.logprobs.astype(np.float64) - trace.logprobs)[trace.mask & (trace.logprobs != 0)]  # 0 may be a filler
         d = d[np.isfinite(d)]
-        apart = d[np.abs(d) > 0.1 * _rms(trace, scored)]
+        apart = d[np.abs(d) > np.sqrt(np.mean(d**2)) / 2] if len(d) else d
         if len(apart) >= _ENOUGH and np.mean(apart < 0) > _ALMOST_ALL:
             why = f"no token is likelier to the trainer: {len(apart):,} are less likely, by {-apart.mean():.2g} nats on average"
     if not why:
@@ -251,11 +251,11 @@ def _by_version(trace: Trace, scored: Trace) -> list[str]:
     if trace.weight_versions is None:
         return []
     versions = trace.weight_versions
-    rows = [(v, trace.mask & (versions == v)) for v in np.unique(versions[trace.mask])]
-    return [
-        f"{int(of.sum()):,} tokens of version {v} (RMS {_rms(trace.with_(mask=of), scored):.2g} nats)"
-        for v, of in reversed(rows)
-    ]
+    told = []
+    for version in np.unique(versions[trace.mask])[::-1]:
+        of = trace.mask & (versions == version)
+        told.append(f"{int(of.sum()):,} tokens of version {version} (RMS {_rms(trace.with_(mask=of), scored):.2g} nats)")
+    return told
 
 
 def _fewer_bits(prints: Mapping[str, Any]) -> str:

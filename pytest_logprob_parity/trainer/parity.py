@@ -97,8 +97,7 @@ def _where_it_may_end(trace: Trace) -> tuple[Trace, list[str]]:
         return trace.with_(sampling=sampling), []
     mask = trace.mask.copy()
     for segment in trace.segments():
-        start = trace.bounds(segment.sequence)[0] + segment.start
-        mask[start : start + min(least, segment.stop - segment.start)] = False
+        mask[segment.start : min(segment.start + least, segment.stop)] = False
     why = f"until min_tokens={least} the engine leaves out what ends a sequence, and a trainer does not"
     if trace.mask.any() and not mask.any():
         raise UsageError(f"these rollouts have no token that a trainer can be held against: {why}; sample without")
