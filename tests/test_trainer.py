@@ -183,7 +183,7 @@ def _without_top_k(trace, **changes):
 def truncated(pool, questions):
     """Rollouts under top-k 3, of a label that says nothing of it."""
     engine = pool.engine(EngineSpec(MODEL, engine="transformers", dtype="float32"))
-    trace = engine.generate(questions(24), Sampling(temperature=1.2, top_k=3, max_tokens=24, seed=1))
+    trace = engine.generate(questions(24), Sampling(temperature=1.2, top_k=3, max_tokens=24, n=4, seed=1))
     return trace.with_(sampling=Sampling(temperature=1.2))
 
 
@@ -218,14 +218,15 @@ def test_rollouts_of_several_weights_are_held_against_one(rollouts, float32):
     assert "of one" not in compare_with_trainer(one, float32).findings[0].evidence
 
 
-def test_tokens_at_which_min_tokens_let_no_sequence_end_are_left_out(pool, questions, float32):
+def test_tokens_at_which_min_tokens_let_no_sequence_end_are_left_out(pool, float32):
     engine = pool.engine(EngineSpec(MODEL, engine="transformers", dtype="float32"))
-    trace = engine.generate(questions(24), Sampling(temperature=1.0, min_tokens=20, max_tokens=40, seed=1))
+    short = [f"What is {n} + {50 - n}?" for n in range(12, 24)]
+    trace = engine.generate(short, Sampling(temperature=1.0, min_tokens=20, max_tokens=40, n=4, seed=1))
     told = trace.with_(sampling=Sampling(temperature=1.0, max_tokens=40))
     assert compare_with_trainer(told, float32).verdict == "fail"  # the engine leaves the end out, the trainer does not
     comparison = assert_trainer_parity(trace, float32)
-    assert comparison.metrics["n_tokens"] == trace.num_tokens - 24 * 20 > 100
-    assert "480 tokens left out: until min_tokens=20" in " ".join(comparison.notes)
+    assert comparison.metrics["n_tokens"] == trace.num_tokens - 48 * 20 > 100
+    assert "960 tokens left out: until min_tokens=20" in " ".join(comparison.notes)
     raw = trace.with_(logprobs=score(told, float32).logprobs, logprobs_mode="raw_logprobs")  # of before that
     assert assert_trainer_parity(raw, float32).metrics["n_tokens"] == trace.num_tokens
     with pytest.raises(UsageError, match="have no token that a trainer can be held against: until min_tokens=40"):
@@ -430,16 +431,17 @@ def test_the_fixture_loads_each_scorer_once(run_inner, pytester):
     """)
     run_inner().assert_outcomes(passed=1)
     pytester.makeini("[pytest]\n")
+    result = run_inner()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*trainer_scorer(): name a model, or set model=... under parity_engine in the ini file"])
+    marked = f"@pytest.mark.logprob_parity(model={MODEL!r}, engine='transformers')"
     pytester.makepyfile(
         test_marked=f"""
         import pytest
 
-        @pytest.mark.logprob_parity(model={MODEL!r}, engine="transformers")
+        {marked}
         def test_it(trainer_scorer):
             assert trainer_scorer(dtype="float32").dtype == "float32"
     """
     )
     run_inner("test_marked.py").assert_outcomes(passed=1)
-    result = run_inner()
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*trainer_scorer(): name a model, or set model=... under parity_engine in the ini file"])

@@ -115,9 +115,9 @@ class UpdateReference:
         self._trace = trace
         self._temperature = temperature_of(trace.sampling)
         self._known: dict[Way, FloatArray] = {}
-        newest = trace.newest_version
-        if newest is None:  # what an engine starts with is 0
-            newest = max(int(trace.weight_versions.max(initial=0)), 1)
+        newest = max(int(trace.weight_versions.max(initial=0)), 1)  # what an engine starts with is 0
+        if trace.newest_version is not None and len(np.unique(trace.weight_versions)) == 1:
+            newest = trace.newest_version
         #: How many tokens of each sequence the old weights wrote.
         self._written = [int(np.count_nonzero(trace.weight_versions[a:b] < newest)) for a, b in map(trace.bounds, self._all())]
 
