@@ -151,9 +151,16 @@ def test_rollouts_labelled_with_another_temperature_than_they_were_sampled_at(ro
     assert "golden" not in " ".join([comparison.headline, *comparison.notes, finding.evidence])
 
 
-def test_raw_logprobs_whose_label_says_processed_cannot_be_told_from_a_temperature_of_1(rollouts, float32):
-    raw = score(rollouts, float32, temperature=1.0).logprobs
-    (finding,) = compare_with_trainer(_without_top_k(rollouts, logprobs=raw), float32).findings
+@pytest.fixture(scope="module")
+def few(pool, questions):
+    """Rollouts at T=0.7, fewer than `rollouts` and of transformers."""
+    engine = pool.engine(EngineSpec(MODEL, engine="transformers", dtype="float32"))
+    return engine.generate(questions(24), Sampling(temperature=0.7, max_tokens=32, n=2, seed=1))
+
+
+def test_raw_logprobs_whose_label_says_processed_cannot_be_told_from_a_temperature_of_1(few, float32):
+    raw = score(few, float32, temperature=1.0).logprobs
+    (finding,) = compare_with_trainer(_without_top_k(few, logprobs=raw), float32).findings
     assert (finding.layer, finding.cause, finding.candidates) == ("semantic", None, ("raw_vs_processed", "temperature"))
     assert "at a temperature of 1.000 the trainer gives what the rollouts report" in finding.evidence
     assert "raw logprobs (logprobs_mode, vLLM's default) under a label that says processed" in finding.evidence
@@ -164,12 +171,12 @@ def test_raw_logprobs_whose_label_says_processed_cannot_be_told_from_a_temperatu
     [(lambda t: t * t, "divides by it twice"), (lambda t: 1 / t, "multiplies by it")],
     ids=["twice", "times"],
 )
-def test_a_trainer_that_scales_otherwise_is_another_reading_of_a_temperature(rollouts, float32, scaled, reading):
+def test_a_trainer_that_scales_otherwise_is_another_reading_of_a_temperature(few, float32, scaled, reading):
     @scorer(dtype="float32")
     def otherwise(token_ids, attention_mask, temperature):
         return float32(token_ids, attention_mask, scaled(temperature))
 
-    (finding,) = compare_with_trainer(_without_top_k(rollouts), otherwise).findings
+    (finding,) = compare_with_trainer(_without_top_k(few), otherwise).findings
     assert (finding.layer, finding.cause) == ("semantic", "temperature")
     assert finding.evidence.endswith(f"they were sampled at another one, or the trainer {reading}")
 
@@ -187,29 +194,29 @@ def truncated(pool, questions):
     return trace.with_(sampling=Sampling(temperature=1.2))
 
 
-def test_truncated_rollouts_whose_label_lost_it(truncated, rollouts, float32):
+def test_truncated_rollouts_whose_label_lost_it(truncated, few, float32):
     for trace, says in ((truncated, "their own top-k excludes tokens at"), (_without_top_k(truncated), "no token is likelier")):
         (finding,) = compare_with_trainer(trace, float32).findings
         assert (finding.layer, finding.cause, finding.candidates[0]) == ("semantic", None, "truncation")
         assert says in finding.evidence
-    filled = np.where(np.arange(rollouts.num_tokens) % 3, rollouts.logprobs, 0).astype(np.float32)
+    filled = np.where(np.arange(few.num_tokens) % 3, few.logprobs, 0).astype(np.float32)
     other = TransformersScorer(f"{MODEL}-step2")
-    for trace, trainer in ((rollouts, other), (_without_top_k(rollouts), other), (rollouts.with_(logprobs=filled), float32)):
+    for trace, trainer in ((few, other), (_without_top_k(few), other), (few.with_(logprobs=filled), float32)):
         (finding,) = compare_with_trainer(trace, trainer).findings
         assert "truncation" not in finding.candidates
 
 
-def test_no_trainer_is_asked_for_a_top_k(rollouts):
-    comparison = compare_with_trainer(rollouts, TransformersScorer(f"{MODEL}-step2"))
+def test_no_trainer_is_asked_for_a_top_k(few):
+    comparison = compare_with_trainer(few, TransformersScorer(f"{MODEL}-step2"))
     assert comparison.verdict == "fail"
     assert not [note for note in comparison.notes if "record logprobs" in note]
 
 
-def test_rollouts_of_several_weights_are_held_against_one(rollouts, float32):
-    newer = np.arange(rollouts.num_tokens) % 2 == 1
-    other = score(rollouts, TransformersScorer(f"{MODEL}-step2")).logprobs
+def test_rollouts_of_several_weights_are_held_against_one(few, float32):
+    newer = np.arange(few.num_tokens) % 2 == 1
+    other = score(few, TransformersScorer(f"{MODEL}-step2")).logprobs
     versions = np.where(newer, 4, 3).astype(np.int32)
-    mixed = _without_top_k(rollouts, logprobs=np.where(newer, rollouts.logprobs, other), weight_versions=versions)
+    mixed = _without_top_k(few, logprobs=np.where(newer, few.logprobs, other), weight_versions=versions)
     (finding,) = compare_with_trainer(mixed, float32).findings
     assert (finding.layer, finding.cause, finding.candidates[0]) == ("weights", None, "stale_weights")
     assert f"the rollouts are of 2 weights, the trainer's are of one: {newer.sum():,} tokens of version 4 (" in finding.evidence

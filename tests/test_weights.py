@@ -77,22 +77,17 @@ def test_requests_that_end_before_the_update_are_the_old_weights_alone(updated, 
     assert check(engine.generate(questions(16), SAMPLING), mode=mode, clear_cache=True).passed
 
 
-@pytest.mark.parametrize("how", [{"mode": "wait"}, {"mode": "abort"}, {"at_token": 1000}], ids=str)
-def test_an_engine_that_has_had_updates_is_told_as_a_fresh_one_is(pool, spec, questions, how):
-    engine = pool.engine(spec)
-    for weights in (STEP_2, MODEL):
-        engine.update_weights(weights)
-    how = {"at_token": 12} | how
-    trace = engine.update_weights(STEP_2, prompts=questions(16), sampling=SAMPLING, **how)
-    assert set(trace.weight_versions.tolist()) == {2}
-    with pytest.raises(MismatchError, match="Not shown that the update arrived: none was written after it") as error:
-        check(trace, mode=how.get("mode", "keep"))
-    assert error.value.comparison.verdict == "unverified"
-    newest = trace.with_(weight_versions=np.full(trace.num_tokens, 3, np.int32))
-    assert (
-        finding_of(newest, mode=how.get("mode", "keep")).cause == "stale_weights"
-    )  # the same numbers, said to be the new weights'
-    assert check(engine.generate(questions(16), SAMPLING)).passed
+def test_an_engine_that_has_had_updates_is_told_as_a_fresh_one_is(pool, spec, questions):
+    engine, prompts = pool.engine(spec), questions(6)
+    for number, (mode, at_token) in enumerate((("keep", 1000), ("wait", 12), ("abort", 12))):
+        trace = engine.update_weights(STEP_2, mode=mode, at_token=at_token, prompts=prompts, sampling=SAMPLING)
+        assert set(trace.weight_versions.tolist()) == {2 * number}
+        with pytest.raises(MismatchError, match="Not shown that the update arrived: none was written after it") as error:
+            check(trace, mode=mode)
+        assert error.value.comparison.verdict == "unverified"
+        engine.update_weights(MODEL)
+    newest = trace.with_(weight_versions=np.full(trace.num_tokens, 5, np.int32))
+    assert finding_of(newest).cause == "stale_weights"  # the same numbers, said to be the new weights'
 
 
 @pytest.mark.parametrize("spec", ["float32", "bfloat16"], indirect=True)
@@ -121,11 +116,12 @@ def test_a_layer_that_the_weights_did_not_reach(updated):
     assert "layer 2 still as before the update" in finding.evidence
 
 
-def test_layers_that_the_weights_did_not_reach_and_what_only_comes_near(updated):
+def test_layers_that_the_weights_did_not_reach_and_what_only_comes_near(pool, spec, questions):
     old, new = load_file(f"{MODEL}/model.safetensors"), load_file(f"{STEP_2}/model.safetensors")
 
     def without(*parts):
-        return updated({name: (old if any(p in name for p in parts) else new)[name] for name in new})[1]
+        weights = {name: (old if any(p in name for p in parts) else new)[name] for name in new}
+        return pool.engine(spec).update_weights(weights, at_token=12, prompts=questions(5), sampling=SAMPLING)
 
     finding = finding_of(without(".layers.1.", ".layers.3."))
     assert finding.cause == "stale_weights"
