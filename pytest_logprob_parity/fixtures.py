@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,9 @@ def parity_engine(request: pytest.FixtureRequest, parity_engine_factory: Any) ->
 
 @pytest.fixture(scope="session")
 def trainer_scorer(request: pytest.FixtureRequest) -> Callable[..., TransformersScorer]:
-    """Transformers scorers, each loaded once: `trainer_scorer(dtype="bfloat16")`, by default of the ini file's model."""
+    """Transformers scorers, each loaded once: `trainer_scorer(dtype="bfloat16")`, by default of the running test's model, or
+    of the ini file's.
+    """
     from .trainer.transformers_scorer import TransformersScorer
 
     pool, loaded = _pool(request), {}
@@ -80,7 +83,7 @@ def trainer_scorer(request: pytest.FixtureRequest) -> Callable[..., Transformers
     def make(model: str | None = None, **settings: Any) -> TransformersScorer:
         __tracebackhide__ = True
         session = request.config.stash[SESSION]
-        model = model or {**session.ini_settings, **session.set_settings}.get("model")
+        model = model or _marked_model(request.session) or {**session.ini_settings, **session.set_settings}.get("model")
         if model is None:
             raise UsageError("trainer_scorer(): name a model, or set model=... under parity_engine in the ini file")
         if settings.get("adapter") is not None:
@@ -91,6 +94,14 @@ def trainer_scorer(request: pytest.FixtureRequest) -> Callable[..., Transformers
         return loaded[key]
 
     return make
+
+
+def _marked_model(session: pytest.Session) -> str | None:
+    """The model of the test that runs, of which pytest tells a fixture of the session in the environment."""
+    running = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
+    item = next((item for item in session.items if item.nodeid == running), None)
+    settings = None if item is None else item.stash.get(ITEM, None)
+    return None if settings is None or settings.spec is None else settings.spec.model
 
 
 @pytest.fixture

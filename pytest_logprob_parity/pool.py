@@ -94,15 +94,20 @@ class Engine:
         go on, invalidate nothing). `clear_cache` throws away keys and values that the old weights computed, those of running
         requests among them. Other users of an equal spec get an engine with the checkpoint's own weights.
 
-        Raises UsageError for weights that are not whole or not of this architecture, before the engine is touched: it goes on
-        with the weights it has. EngineError where the engine cannot do it, or lost an earlier update.
+        Raises UsageError for weights that are not whole, not finite or not of this architecture, before the engine is touched:
+        it goes on with the weights it has. EngineError where the engine cannot do it, or lost an earlier update.
         """
         from .prompts import check_prompts, tokenize
         from .replay import generate_through
         from .weights.adapter import is_adapter, read_adapter
-        from .weights.update import WeightUpdate, check_fits
+        from .weights.update import WeightUpdate, check_finite, check_fits
 
         self._check_here("weight updates")
+        if not isinstance(weights, (str, Path, Mapping)):
+            raise UsageError(
+                f"update_weights({type(weights).__name__}): a checkpoint folder, an adapter's folder, or tensors by their "
+                "checkpoint names are needed"
+            )
         given = weights if isinstance(weights, Mapping) else self._pool.absolute(weights)
         update = WeightUpdate(given, mode, clear_cache, at_token)
         model, adapter = self._pool.folders(self.spec)[0], None
@@ -110,6 +115,7 @@ class Engine:
             adapter = read_adapter(given, model)
         else:
             check_fits(update, model)
+            check_finite(update)
         if prompts is None:
             self._guard(lambda backend: _take(backend, update))
             trace = None

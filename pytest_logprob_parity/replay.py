@@ -113,7 +113,8 @@ def generate(
 def generate_through(
     backend: Any, prompts: Sequence[Prompt], sampling: Sampling, tokenizer: Any, update: WeightUpdate, version: int
 ) -> Trace:
-    """What `generate` does, with a weight update on the way: the trace's `weight_versions` are `version`, then one more.
+    """What `generate` does, with a weight update on the way: the trace's `weight_versions` are `version`, then one more, which
+    is its `newest_version` even where every request had ended by then.
 
     Raises UsageError for prompts with turns, EngineError where the engine cannot take the update.
     """
@@ -132,7 +133,7 @@ def generate_through(
     for sequence, count in enumerate(before):
         start, stop = trace.bounds(sequence)
         versions[start + count : stop] = version + 1
-    return trace.with_(weight_versions=versions)
+    return trace.with_(weight_versions=versions, newest_version=version + 1)
 
 
 def turn_seed(seed: int, turn: int, sequences: int) -> int | None:
@@ -315,6 +316,7 @@ def _same_tokens(backend: Backend, trace: Trace, rows: _Rows, mask: Any, *, path
         mask=np.asarray(mask, bool),
         untruncated_logprobs=None,
         weight_versions=None,
+        newest_version=None,
         path=path,
         replay=replay,
         **_labels(backend),

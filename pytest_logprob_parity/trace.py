@@ -85,7 +85,8 @@ class Trace:
     - `finish_reasons` [S]: index into FINISH_REASONS
     - `group`, `sample`, `episode`, `turn`, `seeds` [S]
     - `untruncated_logprobs` [N]: processed by temperature and penalties alone, where `logprobs` are truncated
-    - `weight_versions` [N]: which weights wrote the token
+    - `weight_versions` [N]: which weights wrote the token; `newest_version` is the one that an update brought meanwhile,
+      whether or not it wrote any
 
     What the numbers mean: `logprobs_mode`, `path`, `sampling`, `engine`, `engine_version`, `dtype`; `replay` says how a
     replay forced its tokens. `token_texts` maps ids to text, for reports on machines without the tokenizer.
@@ -117,6 +118,7 @@ class Trace:
     dtype: str = "unknown"
     replay: str = ""
     token_texts: Mapping[int, str] = field(default_factory=dict)
+    newest_version: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -434,6 +436,7 @@ class Trace:
             "dtype": self.dtype,
             "replay": self.replay,
             "token_texts": _pack_texts(self.token_texts),
+            **({} if self.newest_version is None else {"newest_version": self.newest_version}),
         }
 
     @classmethod

@@ -100,6 +100,13 @@ def test_a_trainer_without_it_of_another_step_or_with_another_alpha_is_told(roll
     assert finding.evidence == f"{read_adapter(steps[0])} in the golden, {read_adapter(steps[1])} in the trainer"
 
 
+def test_an_adapter_that_only_comes_near_is_no_cause(rollouts, steps, tmp_path):
+    finding = named(rollouts, adapter=write_adapter(tmp_path / "alpha-9", alpha=9))  # nearly half of it
+    assert (finding.layer, finding.cause, finding.candidates[0]) == ("weights", None, "adapter")
+    assert finding.evidence.startswith("nearest: the adapter at twice its scale, which leaves RMS 0.0")
+    assert finding.evidence.endswith("another step's adapter comes first")
+
+
 def test_a_framework_scores_with_the_adapter_too(rollouts, steps, tmp_path):
     for name in ("trl", "verl"):
         scorer = framework(name).scorer(MODEL, dtype="float32", adapter=steps[0])

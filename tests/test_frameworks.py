@@ -548,6 +548,7 @@ RECORD_TRAPS = [
     (record_with(prompt_tokens=5), "prompt ids, the server counted 5: another chat template"),
     (record_with(text=lambda r: r["text"].replace("=", " =")), "the text of record 1 is not the text of its token ids from"),
     (record_with(logprobs=lambda r: [0.0] * len(r["logprobs"])), "logprobs of record 1 is 0.0 everywhere: the filler"),
+    (record_with(metadata={"model_version": "abc"}), "record 1 has model_version 'abc': a version of the weights is a whole"),
     (lambda records: [], "no records"),
 ]
 

@@ -70,6 +70,8 @@ def test_a_file_gives_back_what_was_saved(trace, tmp_path):
         np.testing.assert_array_equal(getattr(loaded, name), column)
     assert loaded.to_metadata() == trace.to_metadata()
     assert loaded.sampling == Sampling(temperature=0.7)
+    trace.with_(newest_version=3).save(tmp_path / "updated.safetensors")
+    assert (loaded.newest_version, Trace.load(tmp_path / "updated.safetensors").newest_version) == (None, 3)
 
 
 def test_equal_traces_give_equal_bytes_in_any_process(trace, tmp_path):

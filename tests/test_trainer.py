@@ -151,6 +151,95 @@ def test_rollouts_labelled_with_another_temperature_than_they_were_sampled_at(ro
     assert "golden" not in " ".join([comparison.headline, *comparison.notes, finding.evidence])
 
 
+@pytest.fixture(scope="module")
+def few(pool, questions):
+    """Rollouts at T=0.7, fewer than `rollouts` and of transformers."""
+    engine = pool.engine(EngineSpec(MODEL, engine="transformers", dtype="float32"))
+    return engine.generate(questions(24), Sampling(temperature=0.7, max_tokens=32, n=2, seed=1))
+
+
+def test_raw_logprobs_whose_label_says_processed_cannot_be_told_from_a_temperature_of_1(few, float32):
+    raw = score(few, float32, temperature=1.0).logprobs
+    (finding,) = compare_with_trainer(_without_top_k(few, logprobs=raw), float32).findings
+    assert (finding.layer, finding.cause, finding.candidates) == ("semantic", None, ("raw_vs_processed", "temperature"))
+    assert "at a temperature of 1.000 the trainer gives what the rollouts report" in finding.evidence
+    assert "raw logprobs (logprobs_mode, vLLM's default) under a label that says processed" in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("scaled", "reading"),
+    [(lambda t: t * t, "divides by it twice"), (lambda t: 1 / t, "multiplies by it")],
+    ids=["twice", "times"],
+)
+def test_a_trainer_that_scales_otherwise_is_another_reading_of_a_temperature(few, float32, scaled, reading):
+    @scorer(dtype="float32")
+    def otherwise(token_ids, attention_mask, temperature):
+        return float32(token_ids, attention_mask, scaled(temperature))
+
+    (finding,) = compare_with_trainer(_without_top_k(few), otherwise).findings
+    assert (finding.layer, finding.cause) == ("semantic", "temperature")
+    assert finding.evidence.endswith(f"they were sampled at another one, or the trainer {reading}")
+
+
+def _without_top_k(trace, **changes):
+    """As most batches of trainers come."""
+    return trace.with_(top_token_ids=trace.top_token_ids[:, :0], top_logprobs=trace.top_logprobs[:, :0], **changes)
+
+
+@pytest.fixture(scope="module")
+def truncated(pool, questions):
+    """Rollouts under top-k 3, of a label that says nothing of it."""
+    engine = pool.engine(EngineSpec(MODEL, engine="transformers", dtype="float32"))
+    trace = engine.generate(questions(24), Sampling(temperature=1.2, top_k=3, max_tokens=24, n=4, seed=1))
+    return trace.with_(sampling=Sampling(temperature=1.2))
+
+
+def test_truncated_rollouts_whose_label_lost_it(truncated, few, float32):
+    for trace, says in ((truncated, "their own top-k excludes tokens at"), (_without_top_k(truncated), "no token is likelier")):
+        (finding,) = compare_with_trainer(trace, float32).findings
+        assert (finding.layer, finding.cause, finding.candidates[0]) == ("semantic", None, "truncation")
+        assert says in finding.evidence
+    filled = np.where(np.arange(few.num_tokens) % 3, few.logprobs, 0).astype(np.float32)
+    other = TransformersScorer(f"{MODEL}-step2")
+    for trace, trainer in ((few, other), (_without_top_k(few), other), (few.with_(logprobs=filled), float32)):
+        (finding,) = compare_with_trainer(trace, trainer).findings
+        assert "truncation" not in finding.candidates
+
+
+def test_no_trainer_is_asked_for_a_top_k(few):
+    comparison = compare_with_trainer(few, TransformersScorer(f"{MODEL}-step2"))
+    assert comparison.verdict == "fail"
+    assert not [note for note in comparison.notes if "record logprobs" in note]
+
+
+def test_rollouts_of_several_weights_are_held_against_one(few, float32):
+    newer = np.arange(few.num_tokens) % 2 == 1
+    other = score(few, TransformersScorer(f"{MODEL}-step2")).logprobs
+    versions = np.where(newer, 4, 3).astype(np.int32)
+    mixed = _without_top_k(few, logprobs=np.where(newer, few.logprobs, other), weight_versions=versions)
+    (finding,) = compare_with_trainer(mixed, float32).findings
+    assert (finding.layer, finding.cause, finding.candidates[0]) == ("weights", None, "stale_weights")
+    assert f"the rollouts are of 2 weights, the trainer's are of one: {newer.sum():,} tokens of version 4 (" in finding.evidence
+    assert " tokens of version 3 (RMS 0." in finding.evidence
+    one = mixed.with_(weight_versions=np.full(mixed.num_tokens, 4, np.int32))
+    assert "of one" not in compare_with_trainer(one, float32).findings[0].evidence
+
+
+def test_tokens_at_which_min_tokens_let_no_sequence_end_are_left_out(pool, float32):
+    engine = pool.engine(EngineSpec(MODEL, engine="transformers", dtype="float32"))
+    short = [f"What is {n} + {50 - n}?" for n in range(12, 24)]
+    trace = engine.generate(short, Sampling(temperature=1.0, min_tokens=20, max_tokens=40, n=4, seed=1))
+    told = trace.with_(sampling=Sampling(temperature=1.0, max_tokens=40))
+    assert compare_with_trainer(told, float32).verdict == "fail"  # the engine leaves the end out, the trainer does not
+    comparison = assert_trainer_parity(trace, float32)
+    assert comparison.metrics["n_tokens"] == trace.num_tokens - 48 * 20 > 100
+    assert "960 tokens left out: until min_tokens=20" in " ".join(comparison.notes)
+    raw = trace.with_(logprobs=score(told, float32).logprobs, logprobs_mode="raw_logprobs")  # of before that
+    assert assert_trainer_parity(raw, float32).metrics["n_tokens"] == trace.num_tokens
+    with pytest.raises(UsageError, match="have no token that a trainer can be held against: until min_tokens=40"):
+        assert_trainer_parity(trace.with_(sampling=Sampling(min_tokens=40, max_tokens=40)), float32)
+
+
 def test_truncated_rollouts_are_compared_over_their_kept_sets_or_without_truncation(pool, questions, float32, tmp_path):
     engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
     top_k = Sampling(temperature=0.7, top_k=5, max_tokens=32, n=4, seed=1, logprobs=5)
@@ -352,3 +441,14 @@ def test_the_fixture_loads_each_scorer_once(run_inner, pytester):
     result = run_inner()
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*trainer_scorer(): name a model, or set model=... under parity_engine in the ini file"])
+    marked = f"@pytest.mark.logprob_parity(model={MODEL!r}, engine='transformers')"
+    pytester.makepyfile(
+        test_marked=f"""
+        import pytest
+
+        {marked}
+        def test_it(trainer_scorer):
+            assert trainer_scorer(dtype="float32").dtype == "float32"
+    """
+    )
+    run_inner("test_marked.py").assert_outcomes(passed=1)

@@ -20,6 +20,7 @@ from pytest_logprob_parity import (
     assert_weight_update,
     write_probe,
 )
+from pytest_logprob_parity.weights.update import WeightUpdate, check_finite
 
 STEP_2 = f"{MODEL}-step2"
 SAMPLING = Sampling(temperature=0.7, max_tokens=32, ignore_eos=True, seed=1)
@@ -76,6 +77,19 @@ def test_requests_that_end_before_the_update_are_the_old_weights_alone(updated, 
     assert check(engine.generate(questions(16), SAMPLING), mode=mode, clear_cache=True).passed
 
 
+def test_an_engine_that_has_had_updates_is_told_as_a_fresh_one_is(pool, spec, questions):
+    engine, prompts = pool.engine(spec), questions(6)
+    for number, (mode, at_token) in enumerate((("keep", 1000), ("wait", 12), ("abort", 12))):
+        trace = engine.update_weights(STEP_2, mode=mode, at_token=at_token, prompts=prompts, sampling=SAMPLING)
+        assert set(trace.weight_versions.tolist()) == {2 * number}
+        with pytest.raises(MismatchError, match="Not shown that the update arrived: none was written after it") as error:
+            check(trace, mode=mode)
+        assert error.value.comparison.verdict == "unverified"
+        engine.update_weights(MODEL)
+    newest = trace.with_(weight_versions=np.full(trace.num_tokens, 5, np.int32))
+    assert finding_of(newest).cause == "stale_weights"  # the same numbers, said to be the new weights'
+
+
 @pytest.mark.parametrize("spec", ["float32", "bfloat16"], indirect=True)
 def test_a_cache_that_was_not_cleared_and_one_that_was(updated):
     finding = finding_of(updated(clear_cache=False)[1], clear_cache=True)
@@ -100,6 +114,22 @@ def test_a_layer_that_the_weights_did_not_reach(updated):
     finding = finding_of(trace)
     assert finding.cause == "stale_weights"
     assert "layer 2 still as before the update" in finding.evidence
+
+
+def test_layers_that_the_weights_did_not_reach_and_what_only_comes_near(pool, spec, questions):
+    old, new = load_file(f"{MODEL}/model.safetensors"), load_file(f"{STEP_2}/model.safetensors")
+
+    def without(*parts):
+        weights = {name: (old if any(p in name for p in parts) else new)[name] for name in new}
+        return pool.engine(spec).update_weights(weights, at_token=12, prompts=questions(5), sampling=SAMPLING)
+
+    finding = finding_of(without(".layers.1.", ".layers.3."))
+    assert finding.cause == "stale_weights"
+    assert {"layer 1", "layer 3"} == set(finding.evidence.partition(" still as before")[0].split(" and "))
+    finding = finding_of(without(".layers.0.", ".layers.1.", ".layers.3.", "lm_head", "embed"))
+    assert (finding.cause, finding.candidates[0]) == (None, "stale_weights")
+    assert finding.evidence.startswith("nearest: ")
+    assert ", which leaves RMS " in finding.evidence
 
 
 def test_an_update_that_arrived_at_another_token(updated):
@@ -204,6 +234,8 @@ def test_others_get_an_engine_with_the_checkpoints_own_weights(pool, spec, quest
         ("whole numbers", "is of whole numbers in"),
         ("another model type", "is 'llama' by its config.json, tiny-arith is 'qwen3'"),
         ("half a config", "config.json is no JSON object: half-written, or damaged"),
+        ("not a number", "'model.norm.weight' in"),
+        ("not a number", "holds 1 NaN or infinities; the engine keeps the weights it has"),
     ],
 )
 def test_what_cannot_be_loaded_leaves_the_engine_with_the_weights_it_had(pool, spec, questions, tmp_path, name, says):
@@ -236,6 +268,10 @@ def bad_checkpoint(folder: Path, name):
         (folder / "config.json").write_text('{"model_type": "llama"}')
     elif name == "half a config":
         (folder / "config.json").write_text('{"model_type": ')
+    elif name == "not a number":
+        tensors = load_file(str(weights))
+        tensors["model.norm.weight"][3] = float("inf")
+        save_file(tensors, str(weights))
     elif name == "whole numbers":
         save_file({k: (v * 100).to(torch.int8) for k, v in load_file(str(weights)).items()}, str(weights))
     elif name == "another architecture":
@@ -243,6 +279,19 @@ def bad_checkpoint(folder: Path, name):
     else:
         save_file({k: v for k, v in load_file(str(weights)).items() if ".layers.3." not in k}, str(weights))
     return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2", "int8"])
+def test_weights_of_any_precision_are_looked_through_for_what_is_no_number(dtype):
+    weights = torch.linspace(-1, 1, 60).reshape(5, 12).to(getattr(torch, dtype))
+    check_finite(WeightUpdate({"a": weights, "none": torch.empty(0)}))
+    if dtype == "int8":
+        return
+    weights[2, 3] = float("nan")
+    with pytest.raises(
+        UsageError, match=r"^weight update: 'a' in the mapping of tensors holds 1 NaN or infinities; the engine"
+    ):
+        check_finite(WeightUpdate({"a": weights}))
 
 
 def test_modes_and_traces_that_do_not_exist(pool, spec, questions, updated):
@@ -254,6 +303,8 @@ def test_modes_and_traces_that_do_not_exist(pool, spec, questions, updated):
     plain = Trace.from_sequences([{"prompt_token_ids": [5], "token_ids": [6, 7], "logprobs": [-1.0, -1.0]}])
     with pytest.raises(UsageError, match="does not say which weights wrote its tokens"):
         check(plain)
+    with pytest.raises(UsageError, match=r"^update_weights.NoneType.: a checkpoint folder, an adapter's folder, or tensors by"):
+        engine.update_weights(None)
     with pytest.raises(UsageError, match=r"'lm_head.weight' is list: torch tensors by checkpoint names are needed"):
         engine.update_weights({"lm_head.weight": [1.0, 2.0]})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from ..comparison.alignment import align
 from ..comparison.result import Comparison, Finding
 from ..comparison.signatures.head import logit_step
 from ..comparison.signatures.positions import positions_of
-from ..comparison.tolerance import DEFAULTS
+from ..comparison.tolerance import DEFAULTS, Tolerance
 from ..golden import Golden
 from ..trace import Trace
 from .scoring import name_of, score, temperature_of
@@ -26,10 +27,22 @@ _UNLIKE_ZERO: Final = -0.1
 #: Temperatures at which a trainer is asked whether the rollouts are of them, and on how many sequences.
 _TEMPERATURES: Final = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 2.0)
 _FEW: Final = 8
+#: Temperatures that far apart (relative) are one.
+_SAME: Final = 0.01
+#: An adapter explains rollouts where it leaves less than this share of the RMS that is allowed: a claim has to fit.
+_FITS: Final = 1 / 3
+#: Share of the differences that have one sign where a truncation made them.
+_ALMOST_ALL: Final = 0.99
 
 
 def causes(
-    comparison: Comparison, rollouts: Trace | Golden, expected: Trace, scored: Trace, scorer: Any, batch_size: int
+    comparison: Comparison,
+    rollouts: Trace | Golden,
+    expected: Trace,
+    scored: Trace,
+    scorer: Any,
+    batch_size: int,
+    limits: Tolerance,
 ) -> tuple[list[Finding], list[str]]:
     """The findings of a comparison of a trainer's logprobs `scored` with the rollouts' own `expected`, and notes besides.
 
@@ -40,8 +53,11 @@ def causes(
         return [of_trainer], []
     trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
     findings, notes, failed = list(comparison.findings), list[str](), comparison.verdict == "fail"
+    nearest = None
     if failed and not findings:
-        adapter = _recorded_adapter(rollouts, scorer) or _other_adapter(expected, scored, scorer, batch_size)
+        adapter = _recorded_adapter(rollouts, scorer)
+        if adapter is None:
+            adapter, nearest = _other_adapter(expected, scored, scorer, batch_size, _FITS * limits.rms_diff)
         findings += [] if adapter is None else [adapter]
     head = _head_finding(trace, scorer)
     if head is not None and not any(f.layer in ("semantic", "weights") and f.cause for f in findings):
@@ -51,7 +67,7 @@ def causes(
             notes.append(f"head precision: {head.evidence}")
     if failed and not findings:
         temperature = _forgotten_temperature(expected, scored) or _other_temperature(expected, scorer)
-        findings.append(temperature or _candidates(rollouts, scored, scorer))
+        findings.append(temperature or _truncated(expected, scored) or nearest or _candidates(rollouts, scored, scorer))
     if fillers := int(np.count_nonzero(expected.mask & (expected.logprobs == 0) & (scored.logprobs < _UNLIKE_ZERO))):
         notes.append(
             f"{fillers:,} of the rollouts' logprobs are exactly 0 where the trainer's are not: fillers for missing ones?"
@@ -138,11 +154,17 @@ def _other_temperature(trace: Trace, scorer: Any) -> Finding | None:
     found = minimize_scalar(rms, bounds=(start / 1.2, start * 1.2), method="bounded", options={"xatol": 1e-4})
     if not found.fun < told / 4:
         return None
+    label = temperature_of(trace.sampling)
     text = (
         f"at a temperature of {found.x:.3f} the trainer gives what the rollouts report (RMS {found.fun:.2g} nats), at that of "
-        f"their label, {temperature_of(trace.sampling):g}, it does not ({told:.2g}): they were sampled at another one"
+        f"their label, {label:g}, it does not ({told:.2g}): "
     )
-    return Finding("semantic", "temperature", text)
+    if math.isclose(found.x, 1, rel_tol=_SAME):
+        text += "they are raw logprobs (logprobs_mode, vLLM's default) under a label that says processed, or were sampled at 1"
+        return Finding("semantic", None, text, ("raw_vs_processed", "temperature"))
+    twice, times = math.isclose(found.x**2, label, rel_tol=_SAME), math.isclose(found.x * label, 1, rel_tol=_SAME)
+    other = ", or the trainer divides by it twice" if twice else ", or the trainer multiplies by it" if times else ""
+    return Finding("semantic", "temperature", f"{text}they were sampled at another one{other}")
 
 
 def _recorded_adapter(rollouts: Trace | Golden, scorer: Any) -> Finding | None:
@@ -154,15 +176,48 @@ def _recorded_adapter(rollouts: Trace | Golden, scorer: Any) -> Finding | None:
     return Finding("weights", "adapter", f"{recorded} in the golden, {trainers} in the trainer")
 
 
-def _other_adapter(trace: Trace, scored: Trace, scorer: Any, batch_size: int) -> Finding | None:
-    """`adapter` where the rollouts are those of an engine that lacks the scorer's adapter, or scales it otherwise."""
-    as_told = _rms(trace, scored)
+def _other_adapter(
+    trace: Trace, scored: Trace, scorer: Any, batch_size: int, noise: float
+) -> tuple[Finding | None, Finding | None]:  # fmt: skip
+    """`adapter` where the rollouts are those of an engine that lacks the scorer's adapter, or scales it otherwise: but for
+    `noise` (RMS, nats). Beside it, where none does as well, the finding that names the nearest: another step's comes first.
+    """
+    as_told, best, nearest = _rms(trace, scored), "", math.inf
     for words, load in getattr(scorer, "other_adapters", tuple)():
         other = _rms(trace, score(trace, load(), batch_size=batch_size))
-        if other < as_told / 2:
+        if other < min(noise, as_told / 2):
             text = f"the rollouts are those of {words}: RMS {other:.2g} nats, with {name_of(scorer)} {as_told:.2g}"
-            return Finding("weights", "adapter", text)
-    return None
+            return Finding("weights", "adapter", text), None
+        best, nearest = (words, other) if other < nearest else (best, nearest)
+    if nearest > as_told / 2:
+        return None, None
+    text = (
+        f"nearest: {best}, which leaves RMS {nearest:.2g} nats, beyond noise (with {name_of(scorer)} {as_told:.2g}): another "
+        "step's adapter comes first"
+    )
+    return None, Finding("weights", None, text, ("adapter", "stale_weights", "weights_differ"))
+
+
+def _truncated(trace: Trace, scored: Trace) -> Finding | None:
+    """Rollouts whose label says nothing of a truncation, and whose numbers do: their top-k excludes tokens, or none of them is
+    likelier to the trainer, as where the rest was made a distribution again.
+    """
+    if trace.sampling.truncates:
+        return None
+    excluded = (np.isneginf(trace.top_logprobs) & (trace.top_token_ids >= 0)).any(axis=1) & trace.mask
+    why = ""
+    if (positions := int(np.count_nonzero(excluded))) >= _ENOUGH:
+        why = f"their own top-k excludes tokens at {positions:,} positions"
+    else:
+        d = (scored.logprobs.astype(np.float64) - trace.logprobs)[trace.mask & (trace.logprobs != 0)]  # 0 may be a filler
+        d = d[np.isfinite(d)]
+        apart = d[np.abs(d) > np.sqrt(np.mean(d**2)) / 2] if len(d) else d
+        if len(apart) >= _ENOUGH and np.mean(apart < 0) > _ALMOST_ALL:
+            why = f"no token is likelier to the trainer: {len(apart):,} are less likely, by {-apart.mean():.2g} nats on average"
+    if not why:
+        return None
+    text = f"{why}: rollouts of a truncated distribution (top-p, top-k, min-p), which their label says nothing of"
+    return Finding("semantic", None, text, ("truncation", "penalties", "weights_differ"))
 
 
 def _rms(trace: Trace, scored: Trace) -> float:
@@ -180,11 +235,27 @@ def _candidates(rollouts: Trace | Golden, scored: Trace, scorer: Any) -> Finding
     if next(iter(getattr(scorer, "other_adapters", tuple)()), None) is not None:
         text = "the rollouts are neither those of the trainer's adapter nor those without it: another step's comes first"
         return Finding("weights", None, text, ("adapter", "stale_weights", "weights_differ"))
+    if len(versions := _by_version(trace, scored)) > 1:
+        text = f"the rollouts are of {len(versions)} weights, the trainer's are of one: {', '.join(versions)}"
+        return Finding("weights", None, text, ("stale_weights", "weights_differ", "stale_kv_cache"))
     if trace.dtype != scored.dtype:
-        text = f"{trace.dtype} rollouts, a {scored.dtype} trainer; or the two do not have the same weights"
+        trainer = "a trainer of unknown dtype" if scored.dtype == "unknown" else f"a {scored.dtype} trainer"
+        text = f"{trace.dtype} rollouts, {trainer}; or the two do not have the same weights"
         return Finding("weights", None, text, ("weight_dtype", "weights_differ", "stale_weights"))
     text = "the same distribution by its labels, and no arithmetic that tells more: other weights on the two sides come first"
     return Finding("weights", None, text, ("weights_differ", "stale_weights", "adapter"))
+
+
+def _by_version(trace: Trace, scored: Trace) -> list[str]:
+    """How many tokens each version of the weights wrote, and how far from the trainer they are, in words."""
+    if trace.weight_versions is None:
+        return []
+    versions = trace.weight_versions
+    told = []
+    for version in np.unique(versions[trace.mask])[::-1]:
+        of = trace.mask & (versions == version)
+        told.append(f"{int(of.sum()):,} tokens of version {version} (RMS {_rms(trace.with_(mask=of), scored):.2g} nats)")
+    return told
 
 
 def _fewer_bits(prints: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
 from ..pool import Engine
 from ..trace import Trace
-from .parity import trainer_tolerance
+from .parity import trainer_tolerance, without_top_k
 from .scoring import Scorer, score
 
 #: Batch sizes that are held against each other.
@@ -107,7 +107,7 @@ def _one_at_a_time(engine: Engine, rollouts: Trace) -> Trace:
 def _judge(one: Trace, other: Trace, sides: tuple[str, str], tolerance: Any) -> Comparison:
     one, other = (_bare(trace) for trace in (one, other))
     limits = make_tolerance(trainer_tolerance(one.dtype, other.dtype), tolerance)
-    return judge(one, other, limits, "rl", Evidence(sides=sides))
+    return without_top_k(judge(one, other, limits, "rl", Evidence(sides=sides)))
 
 
 def _bare(trace: Trace) -> Trace:

@@ -61,13 +61,14 @@ def compare_with_trainer(
     """What `assert_trainer_parity` asserts, whatever its verdict."""
     if not isinstance(rollouts, (Trace, Golden)):
         raise UsageError(f"rollouts are a Trace or a Golden, not {type(rollouts).__name__}")
-    trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
+    trace, taken_out = _where_it_may_end(rollouts.trace if isinstance(rollouts, Golden) else rollouts)
+    rollouts = dataclasses.replace(rollouts, trace=trace) if isinstance(rollouts, Golden) else trace
     scored = score(trace, scorer, batch_size=batch_size)
     expected = _as_the_trainer_sees_it(trace, scored)
     limits = trainer_tolerance(trace.dtype, scored.dtype, tolerance)
     comparison = judge(expected, scored, limits, "rl", Evidence(sides=("rollout", "trainer")))
-    findings, why = causes(comparison, rollouts, expected, scored, scorer, batch_size)
-    notes = [*comparison.notes, *why]
+    findings, why = causes(comparison, rollouts, expected, scored, scorer, batch_size, limits)
+    notes = [*without_top_k(comparison).notes, *why, *taken_out]
     if expected.replay != trace.replay:
         notes.append(expected.replay)
     if unknown := _unknown_dtypes(trace, scored):
@@ -77,6 +78,30 @@ def compare_with_trainer(
     comparison = with_gap(comparison, tolerance, prints)
     name = metrics or (tolerance if isinstance(tolerance, str) and tolerance not in GAPS else "")
     return with_metrics(comparison, name) if name else comparison
+
+
+def without_top_k(comparison: Comparison) -> Comparison:
+    """The comparison without the notes of how much of a top-k would tell more: trainers have none."""
+    return dataclasses.replace(comparison, notes=tuple(note for note in comparison.notes if not note.startswith("top-")))
+
+
+def _where_it_may_end(trace: Trace) -> tuple[Trace, list[str]]:
+    """The trace without the tokens at which `min_tokens` kept the engine from ending: it left the tokens that end a sequence
+    out there, and a trainer does not. Raw logprobs are of before that. Raises UsageError where nothing is left.
+    """
+    least = trace.sampling.min_tokens
+    if not least:
+        return trace, []
+    sampling = dataclasses.replace(trace.sampling, min_tokens=0)
+    if trace.logprobs_mode == "raw_logprobs":
+        return trace.with_(sampling=sampling), []
+    mask = trace.mask.copy()
+    for segment in trace.segments():
+        mask[segment.start : min(segment.start + least, segment.stop)] = False
+    why = f"until min_tokens={least} the engine leaves out what ends a sequence, and a trainer does not"
+    if trace.mask.any() and not mask.any():
+        raise UsageError(f"these rollouts have no token that a trainer can be held against: {why}; sample without")
+    return trace.with_(sampling=sampling, mask=mask), [f"{int((trace.mask & ~mask).sum()):,} tokens left out: {why}"]
 
 
 def trainer_tolerance(

@@ -98,6 +98,7 @@ def score(
         top_logprobs=np.empty((trace.num_tokens, 0), np.float32),
         untruncated_logprobs=None,
         weight_versions=None,
+        newest_version=None,
         path="prefill",
         logprobs_mode="processed_logprobs",
         sampling=trace.sampling if kept is not None else trace.sampling.untruncated(),

@@ -25,6 +25,10 @@ from .adapter import is_adapter
 BETTER: Final = 0.8
 _SURE: Final = 0.999
 _FAR_BETTER: Final = 0.5
+#: A way explains a trace where it leaves less than this share of the RMS that two implementations may differ by.
+FITS: Final = 1 / 3
+#: How many parts may have been left out together, of those that are looked for one by one.
+_PARTS: Final = 4
 #: How far from the token that it is said to have arrived at an update is looked for.
 _WITHIN: Final = 4
 #: Sizes of the blocks in which engines keep keys and values of a prompt.
@@ -36,22 +40,22 @@ class Way:
     """One way that an update can go.
 
     `came`: it arrived, `later` tokens after the one that the trace says (before it, if negative). `cleared`: keys and values
-    of what was written until then are computed again under the new weights; else they are kept. `stale_part` is what still
-    has the old weights (`layer 3`, `norm`). `prompt_block`: a prompt's first whole blocks of this many tokens are read from a
-    cache that the old weights filled.
+    of what was written until then are computed again under the new weights; else they are kept. `stale_parts` are those that
+    still have the old weights (`layer 3`, `norm`). `prompt_block`: a prompt's first whole blocks of this many tokens are read
+    from a cache that the old weights filled.
     """
 
     came: bool = True
     cleared: bool = False
     later: int = 0
-    stale_part: str = ""
+    stale_parts: tuple[str, ...] = ()
     prompt_block: int = 0
 
     def __str__(self) -> str:
         if not self.came:
             return "the old weights all along"
-        if self.stale_part:
-            return f"{self.stale_part} still as before the update"
+        if self.stale_parts:
+            return f"{' and '.join(self.stale_parts)} still as before the update"
         if self.prompt_block:
             return f"old keys and values of the prompt, in blocks of {self.prompt_block}"
         cache = "keys and values computed again" if self.cleared else "old keys and values kept"
@@ -112,6 +116,8 @@ class UpdateReference:
         self._temperature = temperature_of(trace.sampling)
         self._known: dict[Way, FloatArray] = {}
         newest = max(int(trace.weight_versions.max(initial=0)), 1)  # what an engine starts with is 0
+        if trace.newest_version is not None and len(np.unique(trace.weight_versions)) == 1:
+            newest = trace.newest_version
         #: How many tokens of each sequence the old weights wrote.
         self._written = [int(np.count_nonzero(trace.weight_versions[a:b] < newest)) for a, b in map(trace.bounds, self._all())]
 
@@ -127,6 +133,7 @@ class UpdateReference:
         if rivals or rms[asked] > suspicious(self._trace.dtype):
             for way in self._others(asked):
                 rms[way] = self._rms(way)
+            rms |= self._several_parts(rms)
         best = asked
         for ways in (PLAIN_WAYS, tuple(rms)):  # what is more involved has to explain more
             nearest = min((way for way in ways if way != best), key=lambda way: rms[way])
@@ -143,7 +150,7 @@ class UpdateReference:
     def logprobs(self, way: Way) -> FloatArray:
         """Logprobs [N] under one way."""
         if way not in self._known:
-            new = self._mixed(way.stale_part) if way.stale_part else self._new
+            new = self._mixed(way.stale_parts) if way.stale_parts else self._new
             self._known[way] = self._over(lambda sequence: self._pieces(sequence, way, new))
         return self._known[way]
 
@@ -153,8 +160,23 @@ class UpdateReference:
     def _others(self, asked: Way) -> Iterator[Way]:
         if any(0 < k < len(self._trace.completion(i)) for i, k in enumerate(self._written)):
             yield from (dataclasses.replace(asked, later=by) for by in range(-_WITHIN, _WITHIN + 1) if by)
-        yield from (Way(stale_part=part) for part in self._parts())
+        yield from (Way(stale_parts=(part,)) for part in self._parts())
         yield from (Way(prompt_block=size) for size in _BLOCKS)
+
+    def _several_parts(self, rms: Mapping[Way, float]) -> dict[Way, float]:
+        """The part that explains most, and the others that do so beside it, one after another as long as each helps."""
+        found: dict[Way, float] = {}
+        best = min((way for way in rms if way.stale_parts), key=lambda way: rms[way], default=KEPT)
+        fits = FITS * trainer_tolerance("float32", self._trace.dtype).rms_diff
+        if min(rms, key=lambda way: rms[way]) != best:
+            return found
+        while self._rms(best) > fits and len(best.stale_parts) < _PARTS:
+            more = (Way(stale_parts=(*best.stale_parts, part)) for part in self._parts() if part not in best.stale_parts)
+            further = min(more, key=self._rms, default=best)
+            if not self._beats(further, best):
+                break
+            best, found[further] = further, self._rms(further)
+        return found
 
     def _parts(self) -> list[str]:
         names = [re.sub(r"^.*?layers\.(\d+)\..*$", r"layer \1", name) for name in self._new.state_dict()]
@@ -203,16 +225,16 @@ class UpdateReference:
         rows = torch.cat(logits)[len(prompt) - 1 :].float() / self._temperature
         return rows.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].numpy()
 
-    def _mixed(self, part: str) -> Any:
-        """The new model with the old weights in one layer, or in embeddings, norm or head; a tied head goes by itself."""
+    def _mixed(self, parts: Sequence[str]) -> Any:
+        """The new model with the old weights in layers, or in embeddings, norm or head; a tied head goes by itself."""
         import torch
 
         mixed = copy.deepcopy(self._new)
         head, embeddings = mixed.get_output_embeddings(), mixed.get_input_embeddings()
         if head is not None and head.weight is embeddings.weight:
             head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        key = f".{part.replace(' ', 's.')}." if part.startswith("layer ") else f".{part}."
-        old = {n: t for n, t in self._old.state_dict().items() if key in f".{n}."}
+        keys = [f".{part.replace(' ', 's.')}." if part.startswith("layer ") else f".{part}." for part in parts]
+        old = {n: t for n, t in self._old.state_dict().items() if any(key in f".{n}." for key in keys)}
         mixed.load_state_dict(old, strict=False)
         return mixed
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -99,6 +99,44 @@ def check_fits(update: WeightUpdate, model: Path) -> None:
             f"weight update: {what} lacks {len(missing)} of {len(have)} tensors, {missing[0]!r} first; the engine keeps the "
             "weights it has"
         )
+
+
+def check_finite(update: WeightUpdate) -> None:
+    """Raise UsageError, naming the first tensor, where weights hold NaN or infinities. Reads all of them, one tensor at a
+    time, where they are.
+    """
+    what = str(update.weights) if isinstance(update.weights, Path) else "the mapping of tensors"
+    for name, tensor in _tensors(update.weights):
+        broken = _not_finite(tensor)
+        if broken:
+            raise UsageError(
+                f"weight update: {name!r} in {what} holds {broken:,} NaN or infinities; the engine keeps the weights it has"
+            )
+
+
+def _tensors(weights: Path | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    from safetensors import safe_open
+
+    if isinstance(weights, Mapping):
+        yield from weights.items()
+        return
+    for file in _files(weights, "weight update"):
+        with safe_open(str(file), "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tensors.get_tensor(name)
+
+
+def _not_finite(tensor: Any) -> int:
+    """How many numbers of a tensor are NaN or infinite; whole numbers never are."""
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # torch does not order what has 8 bits
+    if bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
 
 
 def _files(folder: Path, what: str) -> list[Path]:

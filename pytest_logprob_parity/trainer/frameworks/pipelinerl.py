@@ -97,7 +97,7 @@ def read(records: Any, *, sampling: Any = None, tokenizer: Any = None, **labels:
         sequence: dict[str, Any] = {"prompt_token_ids": ids[:first], "token_ids": ids[first:], "logprobs": values}
         if given.get("group_id") is not None:
             sequence["group"] = str(given.get("group_id"))
-        versions.append(_version(given))
+        versions.append(_version(given, name))
         sequences.append(sequence)
     if not sequences:
         raise where.refuse("no records")
@@ -138,10 +138,13 @@ def _column(given: Batch, name: str, column: str) -> Any:
     return array
 
 
-def _version(given: Batch) -> int | None:
+def _version(given: Batch, name: str) -> int | None:
     metadata = given.get("metadata") or {}
     version = metadata.get("model_version") if hasattr(metadata, "get") else getattr(metadata, "model_version", None)
-    return None if version is None else int(version)
+    try:
+        return None if version is None else int(version)
+    except (TypeError, ValueError, OverflowError):
+        raise given.refuse(f"{name} has model_version {version!r}: a version of the weights is a whole number") from None
 
 
 PIPELINERL: Final = Framework(
