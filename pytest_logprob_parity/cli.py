@@ -247,9 +247,12 @@ def _check_bisect(spec: Mapping[str, Any], given: argparse.Namespace) -> None:
     """Raise UsageError for what would be found wrong only when an environment has been made."""
     from packaging.requirements import InvalidRequirement, Requirement
 
-    from .engine_arguments import vllm_engine_arguments
-    from .spec import EngineSpec, nearest
+    from .settings import check_slips
 
+    if (kind := spec.get("engine", "vllm")) != "vllm":
+        raise UsageError(f"bisect: engine={kind!r}: it installs and starts releases of vLLM")
+    if spec.get("speculative_config") is not None:
+        raise UsageError("bisect: speculative_config: speculative decoding is not supported: no tokens can be forced along it")
     if given.good == given.bad:
         raise UsageError(f"--good and --bad are the same release, {given.good}: there is nothing between")
     for text in given.also:
@@ -257,10 +260,7 @@ def _check_bisect(spec: Mapping[str, Any], given: argparse.Namespace) -> None:
             Requirement(text)
         except InvalidRequirement:
             raise UsageError(f'--with {text!r} is no requirement, such as "transformers<5"') from None
-    known = {*EngineSpec.field_names(), *vllm_engine_arguments()}
-    for name in spec:  # another release may have arguments that the installed one has not, under names of their own
-        if name not in known and (hint := nearest(name, known)):
-            raise UsageError(f"{name!r} is no engine argument of the installed vLLM{hint}")
+    check_slips(spec)
 
 
 def _serve(given: argparse.Namespace) -> int:
