@@ -25,7 +25,9 @@ def make_parser() -> argparse.ArgumentParser:
     diff = verbs.add_parser("diff", help="compare two traces or goldens")
     diff.add_argument("expected", type=Path)
     diff.add_argument("actual", type=Path)
-    diff.add_argument("--level", choices=("bitwise", "rl"), default="rl", help="what counts as a difference")
+    diff.add_argument(
+        "--level", choices=("bitwise", "rl"), help="what counts as a difference (default: as in the run that left it, or rl)"
+    )
     for verb in (show, diff):
         verb.add_argument("--json", action="store_true", help="print JSON")
     report = verbs.add_parser("report", help="render results.json again, merge several, or report two traces")
@@ -364,7 +366,7 @@ def _selftest(given: argparse.Namespace) -> int:
     return 0 if rows and all(row.right for row in rows) else 1
 
 
-def _diff(expected_path: Path, actual_path: Path, level: str, as_json: bool) -> int:
+def _diff(expected_path: Path, actual_path: Path, level: str | None, as_json: bool) -> int:
     from .files import compare_files
     from .golden import describe
     from .message import failure_message
