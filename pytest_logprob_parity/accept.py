@@ -62,7 +62,7 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
             raise GoldenError(f"{obtained.refusal}; record it where the engine is: pytest {obtained.node_id} --update-golden")
         candidate, data = _load_candidate(candidate_path(path), obtained)
         _check_comparable(golden, candidate)
-        comparison = compare_goldens(golden, Golden.load(path), obtained.level).comparison
+        comparison = compare_goldens(golden, Golden.load(path), obtained.level, obtained.limits).comparison
         if not comparison.metrics["n_tokens"]:
             raise GoldenError("nothing was compared, so nothing is known of what would be accepted")
     except ParityError as error:

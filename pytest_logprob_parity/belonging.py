@@ -17,6 +17,7 @@ from .trace import Trace
 
 if TYPE_CHECKING:
     from .comparison.result import Comparison
+    from .comparison.tolerance import Tolerance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Checked:
     """What a check saw: for whoever runs it to keep, or to report.
 
     `differences` are those of the two fingerprints (dotted name, the golden's value, the value now), `fingerprint` is the
-    engine's, {} for a trace in hand, `policy_logprobs` [N] are without truncation, where both sides have them.
+    engine's, {} for a trace in hand, `policy_logprobs` [N] are without truncation, where both sides have them; `limits`
+    are those that it was judged by.
     """
 
     golden: Golden
@@ -46,6 +48,7 @@ class Checked:
     differences: Sequence[tuple[str, Any, Any]] = ()
     fingerprint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     policy_logprobs: Any = None
+    limits: Tolerance | None = None
 
 
 #: Parts of a fingerprint without which two goldens are not about the same thing.

@@ -87,7 +87,8 @@ def check_golden(
 
         comparison = with_metrics(comparison, context.metrics)
     if context.observe is not None:
-        context.observe(dataclasses.replace(checked, comparison=comparison))
+        limits = _limits(golden, comparison.actual.path, tolerance, context)
+        context.observe(dataclasses.replace(checked, comparison=comparison, limits=limits))
     if not comparison.passed:
         message = failure_message(
             comparison,

@@ -25,7 +25,9 @@ def make_parser() -> argparse.ArgumentParser:
     diff = verbs.add_parser("diff", help="compare two traces or goldens")
     diff.add_argument("expected", type=Path)
     diff.add_argument("actual", type=Path)
-    diff.add_argument("--level", choices=("bitwise", "rl"), default="rl", help="what counts as a difference")
+    diff.add_argument(
+        "--level", choices=("bitwise", "rl"), help="what counts as a difference (default: as in the run that left it, or rl)"
+    )
     for verb in (show, diff):
         verb.add_argument("--json", action="store_true", help="print JSON")
     report = verbs.add_parser("report", help="render results.json again, merge several, or report two traces")
@@ -247,9 +249,12 @@ def _check_bisect(spec: Mapping[str, Any], given: argparse.Namespace) -> None:
     """Raise UsageError for what would be found wrong only when an environment has been made."""
     from packaging.requirements import InvalidRequirement, Requirement
 
-    from .engine_arguments import vllm_engine_arguments
-    from .spec import EngineSpec, nearest
+    from .settings import check_slips
 
+    if (kind := spec.get("engine", "vllm")) != "vllm":
+        raise UsageError(f"bisect: engine={kind!r}: it installs and starts releases of vLLM")
+    if spec.get("speculative_config") is not None:
+        raise UsageError("bisect: speculative_config: speculative decoding is not supported: no tokens can be forced along it")
     if given.good == given.bad:
         raise UsageError(f"--good and --bad are the same release, {given.good}: there is nothing between")
     for text in given.also:
@@ -257,10 +262,7 @@ def _check_bisect(spec: Mapping[str, Any], given: argparse.Namespace) -> None:
             Requirement(text)
         except InvalidRequirement:
             raise UsageError(f'--with {text!r} is no requirement, such as "transformers<5"') from None
-    known = {*EngineSpec.field_names(), *vllm_engine_arguments()}
-    for name in spec:  # another release may have arguments that the installed one has not, under names of their own
-        if name not in known and (hint := nearest(name, known)):
-            raise UsageError(f"{name!r} is no engine argument of the installed vLLM{hint}")
+    check_slips(spec)
 
 
 def _serve(given: argparse.Namespace) -> int:
@@ -364,7 +366,7 @@ def _selftest(given: argparse.Namespace) -> int:
     return 0 if rows and all(row.right for row in rows) else 1
 
 
-def _diff(expected_path: Path, actual_path: Path, level: str, as_json: bool) -> int:
+def _diff(expected_path: Path, actual_path: Path, level: str | None, as_json: bool) -> int:
     from .files import compare_files
     from .golden import describe
     from .message import failure_message

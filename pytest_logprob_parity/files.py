@@ -7,25 +7,44 @@ from pathlib import Path
 
 from .belonging import Checked
 from .comparison.alignment import align
-from .comparison.tolerance import default_tolerance, make_tolerance, with_floor
+from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, with_floor
 from .comparison.verdict import Evidence, judge
 from .errors import IncomparableError
 from .fingerprint import differences, setup_class
 from .golden import Golden
+from .obtained import Obtained, is_obtained, read
 from .suspects import suspects
 
 
-def compare_files(expected_path: Path, actual_path: Path, level: str = "rl") -> Checked:
-    """What `logprob-parity diff` compares. Raises GoldenError for a file, IncomparableError for two without a common prompt."""
+def compare_files(expected_path: Path, actual_path: Path, level: str | None = None) -> Checked:
+    """What `logprob-parity diff` compares. Raises GoldenError for a file, IncomparableError for two without a common prompt.
+
+    A trace that a failing check left is held against its golden as that run did it: by its limits, and without `level` at its
+    level, which a note says. Other traces have the golden's limits, and level `rl`.
+    """
     expected, actual = Golden.load(expected_path), Golden.load(actual_path)
     if align(expected.trace, actual.trace).missing_sequences == expected.trace.num_sequences:
         raise IncomparableError(f"{actual_path} belongs to other prompts than {expected_path}: they have none in common")
-    return compare_goldens(expected, actual, level)
+    told = read(actual_path) if is_obtained(actual_path) else None
+    if told is None or told.golden_digest != expected.digest:
+        return compare_goldens(expected, actual, level or "rl")
+    checked = compare_goldens(expected, actual, level or told.level, told.limits)
+    if not (changed := _changed(_limits(expected, actual), told, level)):
+        return checked
+    note = f"as in the run that left it: {', '.join(changed)}"
+    comparison = dataclasses.replace(checked.comparison, notes=(*checked.comparison.notes, note))
+    return dataclasses.replace(checked, comparison=comparison)
 
 
-def compare_goldens(expected: Golden, actual: Golden, level: str = "rl") -> Checked:
-    """Two goldens in hand; limits are the expected side's, and those that it was recorded with."""
-    limits = with_floor(default_tolerance(expected.trace.dtype, (expected.trace.path, actual.trace.path)), expected.floor)
+def _changed(limits: Tolerance, told: Obtained, level: str | None) -> list[str]:
+    """What of a run's level and limits is not as two files alone would have it."""
+    then, usual = dataclasses.asdict(told.limits or limits), dataclasses.asdict(limits)
+    changed = [f"{name} {value:g} (usually {usual[name]:g})" for name, value in then.items() if value != usual[name]]
+    return [f"level {told.level}"] * (level is None and told.level != "rl") + changed
+
+
+def compare_goldens(expected: Golden, actual: Golden, level: str = "rl", limits: Tolerance | None = None) -> Checked:
+    """Two goldens in hand; without `limits` they are the expected side's, and those that it was recorded with."""
     both = expected.fingerprint and actual.fingerprint
     apart = differences(expected.fingerprint, actual.fingerprint) if both else []
     if expected.trace.sampling != actual.trace.sampling:
@@ -33,7 +52,12 @@ def compare_goldens(expected: Golden, actual: Golden, level: str = "rl") -> Chec
     policy = actual.trace.untruncated_logprobs
     setup = setup_class(expected.fingerprint if both else {}, apart)
     evidence = Evidence(expected.floor, setup=setup, policy_logprobs=policy)
-    comparison = judge(expected.trace, actual.trace, make_tolerance(limits, expected.tolerance), level, evidence)
+    comparison = judge(expected.trace, actual.trace, limits or _limits(expected, actual), level, evidence)
     if both and comparison.verdict == "fail" and not comparison.findings:  # as a check of an engine says it
         comparison = dataclasses.replace(comparison, findings=tuple(suspects(apart)))
     return Checked(expected, comparison, apart, actual.fingerprint, policy)
+
+
+def _limits(expected: Golden, actual: Golden) -> Tolerance:
+    defaults = default_tolerance(expected.trace.dtype, (expected.trace.path, actual.trace.path))
+    return make_tolerance(with_floor(defaults, expected.floor), expected.tolerance)

@@ -10,13 +10,14 @@ candidate's. The second is what `logprob-parity accept` makes the golden, byte f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
 from . import container
 from .belonging import Checked
+from .comparison.tolerance import Tolerance
 from .errors import GoldenError, ParityError, UsageError
 from .golden import SUFFIX, Golden
 
@@ -32,7 +33,7 @@ class Obtained:
     """A failing check, as its obtained trace remembers it.
 
     `golden` is the golden's path below the root, `golden_digest` the digest it had; `candidate` is the digest of the candidate
-    golden, or "" where there is none and `refusal` says why.
+    golden, or "" where there is none and `refusal` says why. `limits` are the run's; None where an older version left it.
     """
 
     golden: str
@@ -45,6 +46,7 @@ class Obtained:
     setup: str
     candidate: str = ""
     refusal: str = ""
+    limits: Tolerance | None = None
 
 
 def candidate_path(path: Path) -> Path:
@@ -64,7 +66,7 @@ def keep(path: Path, checked: Checked, golden: str, record: Callable[[Path], obj
         candidate, refusal = _candidate(candidate_path(path), record)
     obtained = Obtained(
         golden, told.digest, told.node_id, told.name, comparison.verdict, comparison.headline, comparison.level,
-        comparison.setup, candidate, refusal,
+        comparison.setup, candidate, refusal, checked.limits,
     )  # fmt: skip
     trace = comparison.actual.with_(untruncated_logprobs=checked.policy_logprobs)
     kept = Golden(trace, checked.fingerprint, told.prompts_digest, told.node_id, told.name)
@@ -95,9 +97,16 @@ def read(path: Path) -> Obtained:
     about = container.read_metadata(path).get(_KEY)
     if about is None:
         raise GoldenError(f"{path}: a trace or golden, but none that a failing check left in {OBTAINED}/")
-    if not isinstance(about, Mapping) or set(about) != set(_TEXTS) or not all(isinstance(v, str) for v in about.values()):
-        raise GoldenError(f"{path}: another version of pytest-logprob-parity left it; accept it with that one, or run again")
-    return Obtained(**about)
+    try:
+        texts = dict(about)
+        limits = texts.pop("limits", None)
+        if set(texts) != set(_TEXTS) or not all(isinstance(text, str) for text in texts.values()):
+            raise TypeError
+        return Obtained(**texts, limits=None if limits is None else Tolerance(**{k: float(v) for k, v in limits.items()}))
+    except (TypeError, ValueError, AttributeError):
+        raise GoldenError(
+            f"{path}: another version of pytest-logprob-parity left it; accept it with that one, or run again"
+        ) from None
 
 
 def find(places: Sequence[Path]) -> Iterator[tuple[Path, Obtained]]:
@@ -116,8 +125,8 @@ def find(places: Sequence[Path]) -> Iterator[tuple[Path, Obtained]]:
 
 
 def is_obtained(path: Path) -> bool:
-    """Whether a readable file is an obtained trace. Raises GoldenError for one that is damaged."""
-    return _KEY in container.read(path)[1]
+    """Whether a readable file is an obtained trace. Raises GoldenError for one whose head is damaged."""
+    return _KEY in container.read_metadata(path)
 
 
 def folder_for(root: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from .errors import UsageError
 from .server_settings import SERVER, SERVER_SETTINGS
@@ -38,6 +38,23 @@ def marker_settings(marks: Iterable[tuple[str, tuple[Any, ...], Mapping[str, Any
             raise UsageError(f"@pytest.mark.logprob_parity on {place} takes keywords only, not {args[0]!r}")
         merged |= kwargs
     return merged
+
+
+#: How near a name must be to a known one to be a slip of it, and not an argument of another release (difflib's ratio: a
+#: letter more or less is 0.95; `disable_log_requests`, which is gone, is 0.81 near to `disable_log_stats`).
+_SLIP: Final = 0.9
+
+
+def check_slips(settings: Mapping[str, Any]) -> None:
+    """Raise UsageError for a name that nearly is one of the installed vLLM. Other releases may have arguments that it lacks."""
+    from .engine_arguments import vllm_engine_arguments
+
+    if not (arguments := vllm_engine_arguments()):
+        return
+    known = {*EngineSpec.field_names(), *arguments, *SERVER_SETTINGS}
+    for name in settings:
+        if name not in known and (hint := nearest(name, known, _SLIP)):
+            raise UsageError(f"{name!r} is no engine argument of the installed vLLM{hint}")
 
 
 def make_spec(settings: Mapping[str, Any]) -> EngineSpec | None:

@@ -61,11 +61,11 @@ ENGINES: Final = ("vllm", "transformers", SERVER)
 DTYPES: Final = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: `, did you mean 'x'?`, or nothing where no known name is near."""
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """A hint for a misspelt name: `, did you mean 'x'?`, or nothing where no known name is near (`cutoff`, 0 to 1)."""
     import difflib  # only a mistake needs it
 
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f", did you mean {matches[0]!r}?" if matches else ""
 
 

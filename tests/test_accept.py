@@ -155,6 +155,44 @@ def test_only_the_trace_is_kept_where_the_ini_file_says_so(project, pytester, ac
     assert "ERROR: parity_obtained: 'all' is neither golden nor trace" in project().stderr.str()
 
 
+def causes(out):
+    """The cause that a block of `accept` names."""
+    return next(line.split()[1] for line in out.splitlines() if line.startswith("  cause "))
+
+
+@pytest.mark.parametrize(
+    ("ini", "options", "note"),
+    [("parity_tolerance = bfloat16.mean_diff = 0.00001", (), "mean_diff 1e-05 (usually 0.002)"),
+     ("", ("--parity-level=bitwise",), "level bitwise")],
+)  # fmt: skip
+def test_accept_and_diff_judge_as_the_run_did(project, pytester, accept, capsys, monkeypatch, ini, options, note):
+    monkeypatch.setenv("SHIFT", "-0.0005")
+    monkeypatch.setenv("NOISE", "0")
+    pytester.makeini(f"[pytest]\n{ini}")
+    result = project(*options)
+    result.assert_outcomes(passed=1, failed=1)
+    (golden,) = pytester.path.glob(MOVED)
+    obtained = pytester.path / "parity-obtained" / golden.relative_to(pytester.path / "golden")
+    status, out, _ = command(capsys, "diff", golden, obtained)
+    assert (status, out.splitlines()[0]) == (1, f"fail: {container.read_metadata(obtained)['obtained']['headline']}")
+    assert f"as in the run that left it: {note}" in out
+    assert (causes(accept()[1]) == "noise:") is ("numerical_noise" in result.stdout.str())
+    # Without what the run was judged by, as earlier versions left it: by the defaults the two are the same.
+    columns, metadata = container.read(obtained)
+    metadata["obtained"] |= {"level": "rl"}
+    del metadata["obtained"]["limits"]
+    container.write(obtained, columns, metadata)
+    status, out, _ = command(capsys, "diff", golden, obtained)
+    assert (status, out.splitlines()[0][:5], "as in the run" in out) == (0, "pass:", False)
+    assert causes(accept()[1]) == "noise:"  # and so accept contradicted the run
+
+
+def test_diff_says_nothing_of_a_run_by_the_defaults_and_takes_the_level_that_is_given(failed, capsys):
+    golden, obtained, _ = failed
+    assert "as in the run" not in command(capsys, "diff", golden, obtained)[1]
+    assert "level        bitwise: " in command(capsys, "diff", golden, obtained, "--level", "bitwise")[1]
+
+
 # -- what is never accepted -------------------------------------------------------------------------------------------
 
 
@@ -297,9 +335,9 @@ def test_what_is_no_obtained_trace(failed, capsys, tmp_path):
     assert f"{tmp_path}/none: there is no such folder" in one_line(capsys, "accept", tmp_path / "none")
     assert "none that a failing check left in parity-obtained/" in one_line(capsys, "accept", failed[0])
     columns, metadata = container.read(failed[1])
-    metadata["obtained"]["more"] = "of a later version"
-    container.write(failed[1], columns, metadata)
-    assert "another version of pytest-logprob-parity left it" in one_line(capsys, "accept", failed[1])
+    for key, value in (("more", "of a later version"), ("limits", {"mean_diff": 1, "more": 2}), ("limits", ["x"])):
+        container.write(failed[1], columns, {**metadata, "obtained": {**metadata["obtained"], key: value}})
+        assert "another version of pytest-logprob-parity left it" in one_line(capsys, "accept", failed[1])
 
 
 # -- --parity-update --------------------------------------------------------------------------------------------------

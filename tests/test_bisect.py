@@ -116,6 +116,9 @@ GOLDEN = "examples/v0-to-v1/golden/0.8.5-V0-float32-greedy.safetensors"
     [
         (["--bad", "0.10.0"], "--good and --bad are the same release, 0.10.0: there is nothing between"),
         (["--bad", "0.11.0", "--with", "not a ! req"], "--with 'not a ! req' is no requirement"),
+        (["--bad", "0.11.0", "engine=transformers"], "bisect: engine='transformers': it installs and starts releases of vLLM"),
+        (["--bad", "0.11.0", "engine=vllm-server", "url=http://127.0.0.1:9"], "bisect: engine='vllm-server': it installs"),
+        (["--bad", "0.11.0", "speculative_config={}"], "bisect: speculative_config: speculative decoding is not supported"),
         (["--bad", "0.11.0", "logprob_mode=x"], "'logprob_mode' is no engine argument of the installed vLLM, did you mean"),
     ],
 )

@@ -15,12 +15,15 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from pytest_logprob_parity import EngineError, UsageError
+from pytest_logprob_parity import EngineError, Golden, UsageError
 from pytest_logprob_parity.cli import main
+from pytest_logprob_parity.errors import IncomparableError
+from pytest_logprob_parity.fingerprint import model_digests
 from pytest_logprob_parity.matrix import environments
 from pytest_logprob_parity.matrix.environments import Environment, python_of
 from pytest_logprob_parity.matrix.executors import LocalExecutor, RayExecutor, today
 from pytest_logprob_parity.matrix.plan import load_plan
+from pytest_logprob_parity.matrix.recorded import check_recorded
 
 PLAN = f"""
 model = "{ROOT / "models" / "tiny-arith"}"
@@ -59,6 +62,15 @@ def plan(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A folder with the plan and the golden that it recorded."""
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "matrix.toml").write_text(PLAN, "utf-8")
+    assert main(["matrix", str(folder / "matrix.toml"), "--out", str(tmp_path_factory.mktemp("out"))]) == 0
+    return folder
 
 
 def run(path, tmp_path, *options):
@@ -118,7 +130,7 @@ environment = "here"
 minutes = 0.001
 [cell.wrong]
 environment = "here"
-settings = {{ engine = "transformers", logprob_mode = "raw_logprobs" }}
+settings = {{ engine = "transformers", max_num_batched_tokens = 64 }}
 """
     rows, status = run(plan(cells), tmp_path, "--environments", str(tmp_path / "environments"))
     told = {row["cell"]: row["headline"] for row in rows if row["verdict"] == "not run"}
@@ -129,7 +141,7 @@ settings = {{ engine = "transformers", logprob_mode = "raw_logprobs" }}
     assert told["nowhere"].startswith("environment nowhere was not made: ")
     assert "logprob-parity-no-such-thing" in told["nowhere"]
     assert told["slow"] == "took longer than 0.001 minutes and was ended"
-    assert "did you mean 'logprobs_mode'?" in told["wrong"]
+    assert "'max_num_batched_tokens'" in told["wrong"]  # an engine argument, and none of this engine
     assert rows[0]["verdict"] == "pass"
     assert "- slow (float32) did not run: took longer" in capsys.readouterr().out
     assert not list((tmp_path / "environments").glob("nowhere*/bin"))
@@ -157,7 +169,18 @@ def test_a_reference_that_cannot_run_ends_it(plan, tmp_path, capsys):
         ((PROMPTS, 'prompts = "matrix.toml"'), "prompts: .*matrix.toml is no JSON"),
         (("model = ", "model = 3 #"), "the file: model must be a text, not 3"),
         (("model = ", "# model = "), "the file: model is missing"),
-        (("repeats = 0", 'repeats = "x"'), "the file: repeats must be a whole number, 0 or more, not 'x'"),
+        (
+            ("repeats = 0", 'repeats = "x"'),
+            "the file: repeats must be 0 for no noise floor, or a whole number, 2 or more, not 'x'",
+        ),
+        (("repeats = 0", "repeats = 1"), "the file: repeats must be 0 for no noise floor, or a whole number, 2 or more, not 1"),
+        (("settings = {", 'settings = { model = "x", '), "settings has model, which is the whole plan's: model at the top"),
+        (("settings = {", 'settings = { dtype = "float32", '), "settings has dtype, which is the whole plan's: dtypes at the"),
+        (("settings = {", "settings = { max_modl_len = 3, "), "'asked for': settings: 'max_modl_len' .* mean 'max_model_len'?"),
+        (
+            ("settings = {", 'settings = { profile = "nope", '),
+            "'asked for': settings: EngineSpec.profile='nope'.: known are rl",
+        ),
         (('dtypes = ["float32"]', "dtypes = []"), "the file: dtypes must be a list, one or more of auto, float64"),
         (('dtypes = ["float32"]', 'dtypes = "float32"'), "the file: dtypes must be a list"),
         (('dtypes = ["float32"]', 'dtypes = ["flot32"]'), "the file: dtypes must be a list"),
@@ -177,6 +200,7 @@ def test_a_reference_that_cannot_run_ends_it(plan, tmp_path, capsys):
         ),
         (("[environment.here]", "[cell.'asked-for']\n[environment.here]"), "cell 'asked for' needs another name: its files"),
         (("dtypes", "# dtypes"), ""),
+        (("settings = {", "settings = { num_scheduler_steps = 8, disable_log_requests = true, "), ""),  # of older releases
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
 )
@@ -184,7 +208,7 @@ def test_a_plan_that_does_not_fit_says_where(plan, change, told):
     path = plan()
     path.write_text(path.read_text().replace(*change))
     if not told:
-        assert load_plan(path).dtypes == ("bfloat16",)
+        assert load_plan(path).cells
         return
     with pytest.raises(UsageError, match=told.replace("?", r"\?")):
         load_plan(path)
@@ -194,6 +218,61 @@ def test_a_plan_that_is_no_text_is_said_in_a_line(tmp_path, capsys):
     (tmp_path / "matrix.toml").write_bytes(b"model = '\xff'")
     assert main(["matrix", str(tmp_path / "matrix.toml")]) == 2
     assert "matrix.toml: no TOML: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("12 + 30 =", "13 + 30 ="), "with other prompts, '12 + 30 =' one of them, the plan now has '13 + 30 =' there"),
+        ((', "71 - 26 ="', ""), "with other prompts, 3 of them, the plan now has 2"),
+        (("max_tokens = 12", "max_tokens = 9"), "with max_tokens=12, the plan now samples with max_tokens=9"),
+        (("tiny-arith", "tiny-arith-step2"), "with another model, that of tiny-arith, the plan now has /"),
+        (('"transformers"', '"transformers", logprobs_mode = "raw_logprobs"'),
+         "with the settings {'engine': 'transformers'}, the plan now has {'engine': 'transformers', 'logprobs_mode': 'raw_log"),
+    ],
+)  # fmt: skip
+def test_a_golden_of_another_plan_is_never_taken_for_its_own(recorded, tmp_path, capsys, change, told):
+    path = shutil.copytree(recorded, tmp_path / "repo") / "matrix.toml"
+    (golden,) = (path.parent / "golden").iterdir()
+    before = golden.read_bytes()
+    path.write_text(path.read_text().replace(*change))
+    assert main(["matrix", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert f"logprob-parity: {golden} was recorded {told}" in (err := capsys.readouterr().err)
+    assert err.endswith("; record it again: --update-golden\n")
+    assert err.count("\n") == 1  # no engine was started for it
+    assert golden.read_bytes() == before
+
+
+def test_a_golden_of_a_model_that_changed_is_another_one(recorded, tmp_path, capsys):
+    """In the same folder, with another configuration."""
+    repo = Path(shutil.copytree(recorded, tmp_path / "repo"))
+    shutil.copytree(ROOT / "models" / "tiny-arith", tmp_path / "tiny-arith")
+    plan = repo / "matrix.toml"
+    plan.write_text(plan.read_text().replace(str(ROOT / "models" / "tiny-arith"), str(tmp_path / "tiny-arith")))
+    matrix = load_plan(plan)
+    (golden,) = (repo / "golden").iterdir()
+    tokens = [Golden.load(golden).trace.prompt(i) for i in range(0, 12, 4)]
+    check_recorded(golden, matrix, matrix.cells[0], "T=0.7", tokens)
+    config = tmp_path / "tiny-arith" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rope_theta": 12345.0}))
+    model_digests.cache_clear()
+    with pytest.raises(IncomparableError, match="was recorded with another model, that of tiny-arith"):
+        check_recorded(golden, matrix, matrix.cells[0], "T=0.7", tokens)
+
+
+def test_a_row_that_nothing_was_found_for_says_why_in_the_page():
+    from pytest_logprob_parity.comparison.result import Finding
+    from pytest_logprob_parity.matrix.run import Row
+    from pytest_logprob_parity.matrix.table import page
+
+    rows = [
+        Row("a", "float32", "s", "unverified", "12 sequences are too few"),
+        Row("b", "float32", "s", "fail", "too far", findings=(Finding("path", "engine_build", "it is another"),)),
+    ]
+    lines = page(rows, "a")
+    assert "| a | float32 | **unverified** |" in lines
+    assert "| b | float32 | **fail** path: engine_build |" in lines
+    assert lines[-1] == "- a (float32), s, unverified: 12 sequences are too few"
 
 
 # -- answers of earlier runs -------------------------------------------------------------------------------------------

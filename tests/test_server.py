@@ -1,17 +1,20 @@
 """The same tests against a running server: one real `logprob-parity serve` for all, and a gateway that spoils its answers."""
 
 import asyncio
+import contextlib
 import fnmatch
 import json
 import math
 import os
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from gateway import COMPLETIONS, Gateway
 
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import EngineSpec, ParityError, Sampling, check_golden
-from pytest_logprob_parity.engines.base import Request
+from pytest_logprob_parity.engines.base import Request, reason_of
 from pytest_logprob_parity.engines.server.client import Client
 from pytest_logprob_parity.engines.server.wire import completion_of, post_of
 from pytest_logprob_parity.errors import EngineError, IncomparableError, UsageError
@@ -28,6 +31,7 @@ from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.pool import Pool
 from pytest_logprob_parity.replay import forced_request
 from pytest_logprob_parity.report.results import read_results
+from pytest_logprob_parity.server_settings import ServerSettings
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=24, n=2, seed=1)
 TEST = f"""
@@ -528,6 +532,73 @@ def test_what_is_no_server_of_this_model_is_told_before_anything_is_asked(gatewa
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def told():
+    """A server that tells of itself what `told(changes)` says, and answers nothing else; gives its address."""
+    made = []
+
+    def serve(changes, hidden=(), models=None, info=None):
+        about = {
+            "logprob_parity": "0.0.9", "version": "0.32.0", "cpu": True, "served": MODEL, "refused": "", "unverified": [],
+            "model": {"name": MODEL, "digests": {}}, "values": {"dtype": "float32"}, "forcing": "sampler", **changes,
+        }  # fmt: skip
+        entry = {"id": MODEL, "root": MODEL, "max_model_len": 512}
+        answers = {
+            "/logprob_parity/config": {key: value for key, value in about.items() if value != "gone"},
+            "/v1/models": {"data": [{**entry, **m} if isinstance(m, dict) else m for m in models or [{}]]},
+            "/version": {"version": "0.32.0"},
+        } | ({} if info is None else {"/server_info": {"vllm_config": info}})
+        made.append(Gateway("http://127.0.0.1:9"))
+        made[-1].before = lambda number, path: (200, json.dumps(answers[path])) if path in answers else (404, "{}")
+        made[-1].hidden = hidden
+        return made[-1].url
+
+    yield serve
+    for gateway in made:
+        gateway.close()
+
+
+def test_what_our_route_need_not_tell_is_not_told(told, clients):
+    for changes in ({}, {"hardware": None, "libraries": None}, {"model": {"name": MODEL}}, {"more": "of a later version"}):
+        config = clients(told(changes)).config
+        assert (config.forcing, config.hardware, config.libraries) == ("sampler", {}, {})
+
+
+@pytest.mark.parametrize(
+    "name", ["version", "cpu", "served", "model", "values", "forcing", "unverified", "refused", "hardware", "libraries"]
+)
+def test_another_version_of_our_route_is_a_line_with_both_versions(told, clients, name):
+    optional = name in ("hardware", "libraries")
+    for value, got in ((["x", 1], "not ['x', 1]"), *([] if optional else [("gone", "and is missing"), (None, "not None")])):
+        url = told({name: value})
+        with pytest.raises(EngineError) as caught:
+            _ = clients(url).config
+        line = str(caught.value)
+        where = f"the server at {url} tells something else at /logprob_parity/config than is read here: {name} must be "
+        assert line.startswith(where)
+        assert f", {got}; pytest-logprob-parity is 0.0.9 there, " in line
+        assert line.endswith(" here: install the same version on both sides")
+
+
+def test_a_length_that_is_none_and_a_table_that_lacks_its_parts(told, clients):
+    with pytest.raises(EngineError, match=r"values must be a table with a whole max_model_len, not {'max_model_len': 'many'}"):
+        _ = clients(told({"values": {"max_model_len": "many"}})).config
+    with pytest.raises(EngineError, match=r"model must be a table with the model's name, not {'digests': {}}"):
+        _ = clients(told({"model": {"digests": {}}})).config
+
+
+@pytest.mark.parametrize("info", [None, "ModelConfig(...)", {}, {"device_config": {"device_type": "cpu"}, "model_config": {}}])
+def test_a_development_mode_that_tells_nothing_readable_is_a_plain_server(told, clients, info):
+    config = clients(told({}, hidden=("/logprob_parity",), info=info)).config
+    assert {"dtype", "enable_prefix_caching", "logprobs_mode"} < set(config.unverified)
+    assert (config.forces, config.max_model_len) == (False, 512)
+
+
+def test_entries_of_a_model_list_that_are_none_are_not_read(told, clients):
+    config = clients(told({}, hidden=("/logprob_parity",), models=["x", {"max_model_len": "abc"}, None])).config
+    assert config.max_model_len is None
+
+
 def test_a_server_of_another_model_names_both(server, clients, tmp_path):
     """The digests differ: by the marker's folder, which has another configuration."""
     other = tmp_path / "other-model"
@@ -594,6 +665,92 @@ def test_a_slow_server_is_given_up_and_told(gateway, clients, golden):
     gateway.delay = 1.5
     with pytest.raises(EngineError, match=r"no answer within 0.3 s after 2 tries in \d\.\d s; timeout=SECONDS allows more"):
         check_golden(golden, there)
+
+
+@pytest.fixture
+def pieces():
+    """A server that answers with pieces of bytes, one every 0.1 s, whatever it is asked; `pieces(...)` gives its address."""
+    made = []
+
+    def serve(*parts):
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                self.request.recv(65536)
+                with contextlib.suppress(OSError):
+                    for part in parts:
+                        self.request.sendall(part)
+                        time.sleep(0.1)
+
+        made.append(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler))
+        made[-1].daemon_threads = True
+        threading.Thread(target=made[-1].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return f"http://127.0.0.1:{made[-1].server_address[1]}"
+
+    yield serve
+    for server in made:
+        server.shutdown()
+        server.server_close()
+
+
+def posted(url, timeout):
+    client = Client(url)
+    try:
+        return client.post_all([(COMPLETIONS, {})], lambda _, content: content, ServerSettings(url, timeout=timeout, retries=0))
+    finally:
+        client.close()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+def test_an_answer_that_comes_by_drops_has_no_more_time_than_another(pieces):
+    url, began = pieces(HEAD + b"Content-Length: 40\r\n\r\n", *[b" "] * 40), time.monotonic()
+    with pytest.raises(EngineError, match=r"no answer within 0.5 s; timeout=SECONDS allows more$"):
+        posted(url, 0.5)
+    assert time.monotonic() - began < 2
+    assert posted(pieces(HEAD + b"Content-Length: 4\r\n\r\n", b"tr", b"ue"), 5) == [True]
+
+
+def test_a_body_that_cannot_be_read_is_a_line(pieces):
+    url = pieces(HEAD + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\ntrue")
+    with pytest.raises(
+        EngineError, match=rf"^the server at {url} answers /v1/completions with a body that cannot be read \(.*"
+    ):
+        posted(url, 5)
+    deep = b"[" * 100_000
+    with pytest.raises(EngineError, match="with something that is no JSON"):
+        posted(pieces(HEAD + b"Content-Length: %d\r\n\r\n" % len(deep) + deep), 5)
+
+
+def test_numbers_out_of_range_are_no_completion(told, clients):
+    """As no engine writes them; the gateway before the engine may."""
+    there = clients(told({}))
+    backend, request = there._backend(), Request([9], Sampling(), forced_token_ids=[5])
+    logprobs = {"token_logprobs": [-1.0], "top_logprobs": [{"token_id:5": -1.0}]}
+    choice = {"token_ids": [2**40], "finish_reason": "length", "logprobs": logprobs}
+    backend._client.post_all = lambda posts, read, settings: [read(0, {"choices": [choice]})]
+    with pytest.raises(
+        EngineError, match=r"^vllm 0.32.0 at .*: the server's answer is no completion as vLLM writes them: Over"
+    ):
+        backend.run([request])
+    choice["token_ids"] = [5]
+    assert backend.run([request])[0].token_ids == [5]
+
+
+def test_what_vllm_refuses_comes_with_the_values_that_it_takes():
+    """Its configurations are pydantic's: the field in one line, what is wrong with it in the next."""
+    pydantic = pytest.importorskip("pydantic")
+
+    def check(cls, value):
+        raise ValueError("this goes with nothing") if value.mode == "b" else value
+
+    model = pydantic.create_model(
+        "Config", mode=(Literal["a", "b"], ...), __validators__={"check": pydantic.model_validator(mode="after")(check)}
+    )
+    for mode, told in (("c", "mode: Input should be 'a' or 'b'"), ("b", "Value error, this goes with nothing")):
+        with pytest.raises(pydantic.ValidationError) as caught:
+            model(mode=mode)
+        assert reason_of(caught.value) == f"ValidationError: {told}"
 
 
 @pytest.mark.parametrize("update", [False, True])

@@ -110,10 +110,10 @@ def reason_of(error: BaseException) -> str:
         return str(error)
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if type(error).__name__ == "ValidationError" and len(lines) > 1:  # pydantic: a count, the class, then the reasons
-        lines = lines[1:]
-    text = lines[0].split(" [type=")[0] if lines else "no message"
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    if type(error).__name__ == "ValidationError" and len(lines) > 1:  # pydantic: a count, then fields with their reasons below
+        lines = [": ".join(lines[1:3])] if not lines[1].startswith(" ") and len(lines) > 2 else lines[1:]
+    text = " ".join(lines[0].split(" [type=")[0].split()) if lines else "no message"
     return f"{type(error).__name__}: {text}"[:_REASON_WIDTH]
 
 

@@ -12,7 +12,8 @@ from typing import Any, Final, TypeAlias
 
 from ..errors import UsageError
 from ..prompts import check_prompts
-from ..spec import DTYPES, Sampling, nearest
+from ..settings import check_slips
+from ..spec import DTYPES, EngineSpec, Sampling, nearest
 from .environments import Environment
 
 if sys.version_info >= (3, 11):
@@ -50,7 +51,7 @@ _KEYS: Final[Mapping[str, _Kind]] = {
     "dtypes": (f"a list, one or more of {', '.join(DTYPES)}", lambda v: bool(v) and _is_list(v, lambda e: e in DTYPES)),
     "reference": _TEXT,
     "goldens": _TEXT,
-    "repeats": _FROM_0,
+    "repeats": ("0 for no noise floor, or a whole number, 2 or more", lambda v: _is_whole(v, 0) and v != 1),
     "sampling": _TABLES,
     "environment": _TABLES,
     "cell": _TABLES,
@@ -182,8 +183,21 @@ def _cell(name: str, values: Mapping[str, Any], environments: Mapping[str, Envir
     where = values["environment"]
     if where not in environments:
         raise UsageError(f"cell {name!r}: no environment {where!r}{nearest(where, environments)}")
+    _check_settings(values.get("settings", {}), f"cell {name!r}")
     rest = {key: value for key, value in values.items() if key != "environment"}
     return Cell(name, environments[where], **rest)
+
+
+def _check_settings(settings: Mapping[str, Any], where: str) -> None:
+    """What can be known before an environment is made: all cells share model and dtypes, and slips of known names are none."""
+    for name, key in (("model", "model"), ("dtype", "dtypes")):
+        if name in settings:
+            raise UsageError(f"{where}: settings has {name}, which is the whole plan's: {key} at the top of the file")
+    try:
+        EngineSpec("any", **settings)
+        check_slips(settings)
+    except UsageError as error:
+        raise UsageError(f"{where}: settings: {error}") from None
 
 
 def _check(values: Mapping[str, Any], keys: Mapping[str, _Kind], needed: Iterable[str], where: str) -> None:

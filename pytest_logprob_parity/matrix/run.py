@@ -17,6 +17,7 @@ from ..golden import Golden
 from ..prompts import check_prompts, load_tokenizer, tokenize
 from .executors import Executor, Job, answered, today
 from .plan import Cell, Matrix, slug
+from .recorded import ASKED, asked_of, check_recorded
 from .worker import load_answers
 
 
@@ -79,15 +80,17 @@ def _goldens(
         for name in matrix.samplings
     }
     missing = [dtype for dtype in matrix.dtypes if update or any(not places[dtype, n].exists() for n in matrix.samplings)]
+    for (dtype, name), place in places.items():  # one that is damaged, or another plan's, ends the run before any engine starts
+        if dtype not in missing:
+            check_recorded(place, matrix, reference, name, prompts)
     jobs = {dtype: _job(matrix, reference, dtype, "record", prompts, {}) for dtype in missing}
     whys = _ask(executor, list(jobs.values()), out, home, notify)
     for dtype, job in jobs.items():
         if whys[job.name]:
             raise EngineError(f"the reference {reference.name} ({dtype}) recorded nothing: {whys[job.name]}")
         for name in matrix.samplings:
-            Golden.load(out / job.name / f"{slug(name)}.golden.safetensors").save(places[dtype, name])
-    for place in places.values():
-        Golden.load(place)  # a damaged one ends the run before any engine starts
+            golden = Golden.load(out / job.name / f"{slug(name)}.golden.safetensors")
+            golden.save(places[dtype, name], also={ASKED: asked_of(reference)})
     return places
 
 

@@ -29,19 +29,29 @@ def page(rows: Sequence[Row], reference: str) -> list[str]:
             _short(row) for name in samplings for row in rows if (row.cell, row.dtype, row.sampling) == (cell, dtype, name)
         ]
         lines.append(f"| {cell} | {dtype} | " + " | ".join(texts) + " |")
-    reasons = dict.fromkeys(
-        f"- {row.cell} ({row.dtype}) did not run: {row.headline}" for row in rows if row.verdict == "not run"
-    )
+    reasons = dict.fromkeys(_reason(row) for row in rows if row.verdict == "not run" or _is_bare(row))
     return [*lines, *(["", *reasons] if reasons else [])]
+
+
+def _is_bare(row: Row) -> bool:
+    """Whether there is nothing but its headline to say why a row does not pass."""
+    return row.verdict in ("unverified", "fail") and not row.findings
+
+
+def _reason(row: Row) -> str:
+    if row.verdict == "not run":
+        return f"- {row.cell} ({row.dtype}) did not run: {row.headline}"
+    return f"- {row.cell} ({row.dtype}), {row.sampling}, {row.verdict}: {row.headline}"
 
 
 def _short(row: Row) -> str:
     if row.verdict == "not run":
         return "not run"
-    cause = row.findings[0].cause or "one of " + ", ".join(row.findings[0].candidates) if row.findings else ""
-    more = [f.cause for f in row.findings[1:] if f.cause]
+    if _is_bare(row):
+        return f"**{row.verdict}**"
     if row.verdict == "pass":
         rms = (row.metrics or {}).get("rms_diff", 0.0)
         return f"pass (RMS {rms:.1g})"
-    layer = row.findings[0].layer if row.findings else ""
-    return f"**{row.verdict}** {layer}: {cause}" + (f" ({', '.join(more)})" if more else "")
+    cause = row.findings[0].cause or "one of " + ", ".join(row.findings[0].candidates)
+    more = [f.cause for f in row.findings[1:] if f.cause]
+    return f"**{row.verdict}** {row.findings[0].layer}: {cause}" + (f" ({', '.join(more)})" if more else "")

@@ -65,7 +65,7 @@ class ServerBackend:
         def read(number: int, content: Any) -> Completion:
             try:
                 return completion_of(requests[number], content, self.config.max_model_len)
-            except (TypeError, KeyError, ValueError, AttributeError) as error:
+            except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
                 raise EngineError(f"the server's answer is no completion as vLLM writes them: {reason_of(error)}") from None
 
         try:

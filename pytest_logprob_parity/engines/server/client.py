@@ -23,6 +23,8 @@ _PASSING: Final = (429, 502, 503, 504)
 #: A time-out has cost its time already: it is worth one more try.
 _TIMEOUT_RETRIES: Final = 1
 _CONNECT_SECONDS: Final = 5.0
+#: A whole answer may take so much longer, in seconds, than any part of it: a connection that fails is then told as one.
+_GRACE: Final = 0.1
 #: Seconds before the first retry; doubled for every further one, up to the second number.
 _BACK_OFF: Final = (0.1, 5.0)
 #: Below the 5 s after which vLLM closes a connection that nobody uses.
@@ -127,16 +129,19 @@ class Client:
             tries += 1
             answer, reason, again = None, "", True
             try:
-                response = await self._session.request(method, path, json=body, timeout=limits)
-                answer = _answer(response)
+                request = self._session.request(method, path, json=body, timeout=limits)
+                answer = _answer(await asyncio.wait_for(request, settings.timeout + _GRACE))
                 reason, again = f"status {answer.status}", answer.status in _PASSING
             except self._httpx.ConnectError as error:
                 reason, again = _no_connection(str(error))
-            except self._httpx.TimeoutException as error:
+            except (self._httpx.TimeoutException, asyncio.TimeoutError) as error:
                 timeouts += 1
                 connecting = isinstance(error, self._httpx.ConnectTimeout)
                 reason = f"no connection within {limits.connect:g} s" if connecting else f"no answer within {limits.read:g} s"
                 again = timeouts <= _TIMEOUT_RETRIES
+            except self._httpx.DecodingError as error:
+                text = f"the server at {self.url} answers {path} with a body that cannot be read"
+                raise EngineError(f"{text} (Content-Encoding: {error}); is that a proxy's?") from None
             except self._httpx.TransportError as error:
                 reason = f"connection lost ({str(error) or type(error).__name__})"
             if answer is not None and not again:
@@ -249,7 +254,7 @@ def _answer(response: Any) -> Answer:
     text = " ".join(response.text[:_SHOWN].split())
     try:
         return Answer(response.status_code, json.loads(response.content), text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Answer(response.status_code, None, text)
 
 

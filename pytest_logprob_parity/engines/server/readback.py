@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from types import SimpleNamespace
 from typing import Any, Final
 
+from ... import __version__
 from ...errors import EngineError, UsageError
 from ...server_settings import ServerSettings
 from ...spec import EngineSpec
@@ -23,6 +24,23 @@ MIDDLEWARE: Final = "pytest_logprob_parity.engines.server.middleware.ParityMiddl
 
 #: What vLLM's development mode tells, but in other words than its own objects do.
 _TOLD_OTHERWISE: Final = ("attention_backend", "compilation_mode", "cudagraph_mode")
+#: What our route tells, and what it must be for this version of the client; hardware and libraries
+#: may be missing.
+_TOLD: Final[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
+    "version": ("a text", lambda v: isinstance(v, str)),
+    "cpu": ("true or false", lambda v: isinstance(v, bool)),
+    "served": ("a text", lambda v: isinstance(v, str)),
+    "model": ("a table with the model's name", lambda v: isinstance(v, Mapping) and isinstance(v.get("name"), str)),
+    "values": (
+        "a table with a whole max_model_len",
+        lambda v: isinstance(v, Mapping) and _is_whole_or_null(v.get("max_model_len")),
+    ),
+    "forcing": ("a text", lambda v: isinstance(v, str)),
+    "unverified": ("a list of texts", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)),
+    "refused": ("a text", lambda v: isinstance(v, str)),
+    "hardware": ("a table", lambda v: v is None or isinstance(v, Mapping)),
+    "libraries": ("a table", lambda v: v is None or isinstance(v, Mapping)),
+}
 #: Logprobs of one position at T=1 and T=2 that are further apart than this (nats) are processed ones.
 _MOVED: Final = 1e-3
 
@@ -74,9 +92,30 @@ def _pins(spec: EngineSpec, *, cpu: bool) -> dict[str, Any]:
     return dict(spec.claims()) if spec.profile == "own" else spec.pins(cpu=cpu)
 
 
+def _is_whole_or_null(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _checked(client: Client, told: Any, names: Iterable[str]) -> Mapping[str, Any]:
+    """What our route told, where it is as this version writes it. Raises EngineError naming what is not."""
+    about: Mapping[str, Any] = told if isinstance(told, Mapping) else {}
+    for name in names:
+        words, fits = _TOLD[name]
+        value = about.get(name)
+        if not fits(value):
+            got = f"not {value!r:.80}" if name in about else "and is missing"
+            there = f"{about.get('logprob_parity', 'of unknown version')!s:.40}"
+            raise EngineError(
+                f"the server at {client.url} tells something else at {ROUTE} than is read here: {name} must be {words}, {got}; "
+                f"pytest-logprob-parity is {there} there, {__version__} here: install the same version on both sides"
+            )
+    return about
+
+
 def _by_our_route(client: Client, spec: EngineSpec, settings: ServerSettings, about: Mapping[str, Any]) -> Told:
-    asked = _pins(spec, cpu=bool(about["cpu"]))
-    told = client.success(client.ask("POST", ROUTE, {"asked": asked}), ROUTE)
+    asked = _pins(spec, cpu=bool(_checked(client, about, ("cpu",))["cpu"]))
+    told = _checked(client, client.success(client.ask("POST", ROUTE, {"asked": asked}), ROUTE), _TOLD)
+    digests = told["model"].get("digests")
     if told["refused"]:
         raise EngineError(str(told["refused"]).replace(f"vllm {told['version']}", name_of(client, told["version"]), 1))
     return Told(
@@ -86,9 +125,9 @@ def _by_our_route(client: Client, spec: EngineSpec, settings: ServerSettings, ab
         forcing=str(told["forcing"]),
         unverified=tuple(told["unverified"]),
         model=str(told["model"]["name"]),
-        digests=told["model"]["digests"],
-        hardware=told["hardware"],
-        libraries=told["libraries"],
+        digests=digests if isinstance(digests, Mapping) else {},
+        hardware=told.get("hardware") or {},
+        libraries=told.get("libraries") or {},
     )
 
 
@@ -101,22 +140,35 @@ def _by_its_own(client: Client, spec: EngineSpec, settings: ServerSettings) -> T
     number = str(known or "of unknown version")
     development = client.ask("GET", "/server_info?config_format=json")
     forcing = _cannot_force()
+    config, told = None, None
     if development.status == 200 and isinstance(development.content, Mapping) and "vllm_config" in development.content:
         config = _namespace(development.content["vllm_config"])
-        asked = _pins(spec, cpu=getattr(config.device_config, "device_type", "") == "cpu")
-        readable = {k: v for k, v in asked.items() if k != "hf_overrides"}  # the checkpoint's configuration comes as text
-        values = settings_of(None, config, readable, None)
-        values = {k: v for k, v in values.items() if (k in SHOWN or k in asked) and k not in _TOLD_OTHERWISE}
-        forcing = why_not_forced(config, values) or _install(client) or forcing
+        told = _of_development(config, spec)
+    if told is None:
+        told = _pins(spec, cpu=False), {}
     else:
-        asked, values = _pins(spec, cpu=False), {}
-    if model.get("max_model_len") is not None:
-        values["max_model_len"] = int(model["max_model_len"])
+        forcing = why_not_forced(config, told[1]) or _install(client) or forcing
+    asked, values = told
+    if isinstance(length := model.get("max_model_len"), int) and length > 0:
+        values["max_model_len"] = length
     if "logprobs_mode" not in values and (mode := measured_logprobs_mode(client, served)) is not None:
         values["logprobs_mode"] = mode
     unverified = check_readback(asked, values, name_of(client, number))
     values = {name: json_value(value) for name, value in values.items()}
     return Told(number, served, values, forcing, ("the model's digest", *unverified))
+
+
+def _of_development(config: Any, spec: EngineSpec) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The pins, and what vLLM's development mode tells of its settings; None where that is a text, as early versions write it,
+    or lacks what VllmConfig has.
+    """
+    try:
+        asked = _pins(spec, cpu=getattr(config.device_config, "device_type", "") == "cpu")
+        readable = {k: v for k, v in asked.items() if k != "hf_overrides"}  # the checkpoint's configuration comes as text
+        values = settings_of(None, config, readable, None)
+    except AttributeError:
+        return None
+    return asked, {k: v for k, v in values.items() if (k in SHOWN or k in asked) and k not in _TOLD_OTHERWISE}
 
 
 def _get(client: Client, path: str) -> Any:
@@ -125,23 +177,27 @@ def _get(client: Client, path: str) -> Any:
 
 def _model(models: Any, client: Client) -> Mapping[str, Any]:
     """The first base model of a server's list."""
-    entries = models.get("data") if isinstance(models, Mapping) else None
-    found = [m for m in entries or () if isinstance(m, Mapping) and m.get("id") and not m.get("parent")]
+    found = [m for m in _entries(models) if m.get("id") and not m.get("parent")]
     if not found:
         raise EngineError(f"the server at {client.url} names no model at /v1/models: {models!s:.200}")
     first: Mapping[str, Any] = found[0]
     return first
 
 
+def _entries(models: Any) -> list[Mapping[str, Any]]:
+    data = models.get("data") if isinstance(models, Mapping) else None
+    return [entry for entry in data if isinstance(entry, Mapping)] if isinstance(data, list) else []
+
+
 def _served(models: Any, model: Mapping[str, Any], spec: EngineSpec, settings: ServerSettings, client: Client) -> str:
     """The name to ask for. Raises UsageError where none of a server's models can be the spec's, by its name."""
-    names = [str(m.get("id")) for m in models["data"]]
+    names = [str(m.get("id")) for m in _entries(models)]
     if settings.served_model is not None:
         if settings.served_model not in names:
             raise UsageError(f"the server at {client.url} has no model {settings.served_model!r}: it serves {', '.join(names)}")
         return settings.served_model
     wanted = PurePath(spec.model).name
-    for entry in models["data"]:
+    for entry in _entries(models):
         if wanted in (PurePath(str(entry.get("root") or "")).name, PurePath(str(entry.get("id"))).name):
             return str(entry["id"])
     raise UsageError(
@@ -184,7 +240,7 @@ def _install(client: Client) -> str | None:
     """Have the worker extension wrap the sampler, where a server in development mode has it: how tokens are forced then."""
     answer = client.ask("POST", "/collective_rpc", {"method": "logprob_parity_install"})
     results = answer.content.get("results") if isinstance(answer.content, Mapping) else None
-    return str(results[0]) if answer.status == 200 and results else None
+    return str(results[0]) if answer.status == 200 and isinstance(results, list) and results else None
 
 
 def _cannot_force() -> str:
