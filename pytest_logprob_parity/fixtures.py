@@ -180,6 +180,8 @@ class GoldenTrace:
             # The message says it all; the frames and causes below would bury it.
             raise found.with_traceback(None) from None
         except Exception as error:
+            if isinstance(error, IncomparableError):  # what an earlier run left is of another question
+                self._records.forget(path)
             self._records.note(context, *told_of(error))
             setattr(error, ORIGIN, NOTED)
             if isinstance(error, ParityError):
@@ -222,8 +224,12 @@ class GoldenTrace:
         try:
             return check_golden(path, engine, update=record, context=context, **arguments)
         except ParityError as error:
-            replaceable = isinstance(error, (MismatchError, IncomparableError)) or getattr(error, "replaceable", False)
-            if update != "failed" or not replaceable:
+            if update != "failed":
+                raise
+            if isinstance(error, MismatchError) and error.comparison.verdict == "unverified":
+                told = "--parity-update=failed left this golden: nothing failed; --update-golden records it again"
+                raise MismatchError(f"{error}\n{'update':<13}{told}", error.comparison) from None
+            if not (isinstance(error, (MismatchError, IncomparableError)) or getattr(error, "replaceable", False)):
                 raise
         return check_golden(path, engine, update=True, context=context, **arguments)
 

@@ -352,6 +352,45 @@ def test_update_failed_records_what_fails_and_nothing_else(failed, project, pyte
     project().assert_outcomes(passed=2)
 
 
+def test_update_failed_leaves_what_is_unverified_and_says_so(pytester, run_inner, accept):
+    """Two sequences are too few to say anything of another engine: nothing failed, and nothing is known to be wrong."""
+    source = """
+        import os
+        from pytest_logprob_parity import Trace
+
+        SHIFT = float(os.environ.get("SHIFT", 0))
+
+        def test_it(golden_trace):
+            golden_trace.check(Trace.from_sequences(
+                [dict(prompt_token_ids=[n], token_ids=[3, 4], logprobs=[-0.1 + SHIFT, -0.2]) for n in range(2)]
+            ))
+    """
+    pytester.makepyfile(test_it=source)
+    run_inner("--update-golden").assert_outcomes(passed=1)
+    (golden,) = pytester.path.glob("golden/*/*.safetensors")
+    before = golden.read_bytes()
+    for shift, recorded in (("1e-5", False), ("-3", True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SHIFT", shift)
+            run_inner().assert_outcomes(failed=1)
+            result = run_inner("--parity-update=failed")
+        result.assert_outcomes(**{"passed" if recorded else "failed": 1})
+        assert (golden.read_bytes() != before) is recorded
+        told = "--parity-update=failed left this golden: nothing failed; --update-golden records it again"
+        assert (told in result.stdout.str()) is not recorded
+
+
+def test_an_incomparable_run_leaves_nothing_to_accept(failed, pytester, project, accept):
+    source = pytester.path / "test_it.py"
+    source.write_text(
+        source.read_text().replace("rollouts(SHIFT, NOISE))", "rollouts(SHIFT, NOISE), sampling={'temperature': 0.5})")
+    )
+    project().stdout.fnmatch_lines(["E*IncomparableError: *was recorded with temperature=0.7*"])
+    assert not failed[1].exists()
+    assert not failed[2].exists()
+    assert accept("--yes")[0] == 2
+
+
 def test_update_missing_records_what_has_no_golden_and_leaves_what_fails(failed, project, pytester):
     golden, before = failed[0], failed[0].read_bytes()
     (other,) = set(pytester.path.glob("golden/test_it/*")) - {golden}
