@@ -78,7 +78,7 @@ def test_requests_that_end_before_the_update_are_the_old_weights_alone(updated, 
 
 
 def test_an_engine_that_has_had_updates_is_told_as_a_fresh_one_is(pool, spec, questions):
-    engine, prompts = pool.engine(spec), questions(6)
+    engine, prompts = pool.engine(spec), questions(12)
     for number, (mode, at_token) in enumerate((("keep", 1000), ("wait", 12), ("abort", 12))):
         trace = engine.update_weights(STEP_2, mode=mode, at_token=at_token, prompts=prompts, sampling=SAMPLING)
         assert set(trace.weight_versions.tolist()) == {2 * number}
