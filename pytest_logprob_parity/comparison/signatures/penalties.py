@@ -20,6 +20,7 @@ _ENOUGH_BY_RECORD: Final = 10
 _AS_RECORDED: Final = 0.05
 #: Tokens that were written so often and more count as equally often written.
 _OFTEN: Final = 8
+#: The nearest of the positions, as a share: a penalty moves tokens all over, not in a few places.
 _MOST: Final = 0.9
 #: Seen tokens are so many times as far from the line as others where a repetition penalty moved them; where only they are.
 _MOVED, _ONLY = 2.0, 5.0
@@ -89,7 +90,7 @@ def _apart(off: Doubles, seen: Any, others: Any) -> float:
     """
     constant = _mean(off, others)[:, None]
     furthest = np.where(seen, np.abs(off - constant), 0).max(axis=1)
-    most = furthest <= np.quantile(furthest, _MOST)  # a penalty moves tokens all over, not in a few places
+    most = furthest <= np.quantile(furthest, _MOST)
     far, near = (float(np.mean((off - constant)[of] ** 2)) for of in (seen & most[:, None], others))
     return math.sqrt(far) / max(math.sqrt(near), FINEST)
 

@@ -28,9 +28,9 @@ def stages_of(positions: Positions) -> Iterator[Stage]:
     scale = scale_of(positions)
     sampling = positions.golden.sampling
     golden_temperature = applied_temperature(positions.golden)
-    slope = (
-        golden_temperature / applied_temperature(positions.now) if scale.positions < ENOUGH else 1.0
-    )  # the labels have to do
+    slope = 1.0
+    if scale.positions < ENOUGH:  # the labels have to do
+        slope = golden_temperature / applied_temperature(positions.now)
     temperature = golden_temperature / slope
     stage = None
     if scale.claimed:
