@@ -31,6 +31,8 @@ class Context:
     tolerance_lines: tuple[str, ...] = ()
     max_megabytes: float | None = None
     metrics: str = ""
+    objective: str = "token"
+    reference: str = "auto"
     observe: Callable[[Checked], None] | None = None
 
 

@@ -12,7 +12,8 @@ from .answers import Answers, ask
 from .belonging import Checked, Context, check_belongs
 from .comparison.free_run import compare_free_run
 from .comparison.gaps import with_gap
-from .comparison.result import Comparison, MismatchError
+from .comparison.objectives import DEFAULT_OBJECTIVE, objective_of
+from .comparison.result import Comparison, MismatchError, Note
 from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
 from .comparison.verdict import Evidence, check_level, judge
 from .errors import GoldenError, UsageError
@@ -41,6 +42,7 @@ def check_golden(
     replay: Sequence[str] = DEFAULT_REPLAY,
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     level: str = "rl",
+    objective: str = DEFAULT_OBJECTIVE,
     repeats: int = REPEATS,
     context: Context | None = None,
 ) -> Comparison:
@@ -49,7 +51,8 @@ def check_golden(
     The engine is asked for its logprobs of the golden's tokens by every path in `replay`. A Trace in place of the
     engine is the candidate itself, or with `update` the golden's source. Without `prompts` and `sampling` the golden's
     own are used. `tolerance` changes limits, or declares a gap that is there on purpose (`"fp8"`, `"int8"`). `level` says
-    what fails: `bitwise`, `noise` or `rl` (see `compare`). `repeats` is how often recording replays its tokens in other
+    what fails: `bitwise`, `noise` or `rl`, and `objective` what matters to an update: `token`, `sequence`, `truncated` or
+    `unclipped` (see `compare`). `repeats` is how often recording replays its tokens in other
     batch shapes, for the noise floor; 0 records none.
 
     Raises ParityError: GoldenError, IncomparableError, UsageError, EngineError; MismatchError for the verdicts `fail`
@@ -67,20 +70,23 @@ def check_golden(
     if not isinstance(engine, (Engine, Trace)):
         raise UsageError(f"check takes an engine or a Trace, not {type(engine).__name__}")
     check_level(level)
+    context = dataclasses.replace(context, objective=objective_of(objective).name)
     if update:
         return record(path, engine, given, asked, replay, tolerance, repeats, context)
     golden = _load(path, context)
     check_belongs(golden, engine, given, asked, context)
     if isinstance(engine, Trace):
         limits = _limits(golden, engine.path, tolerance, context)
-        evidence = Evidence(golden.floor, policy_logprobs=engine.untruncated_logprobs)
+        evidence = Evidence(golden.floor, golden.reference, golden.routed, policy_logprobs=engine.untruncated_logprobs)
         checked = Checked(golden, with_gap(judge(golden.trace, engine, limits, level, evidence), tolerance))
     else:
         checked = _compare_engine(golden, engine, replay, tolerance, level, context)
     comparison, differences = checked.comparison, checked.differences
     if golden.tolerance:
         kept = ", ".join(f"{name} {value:g}" for name, value in sorted(golden.tolerance.items()))
-        note = f"limits recorded with the golden: {kept}; recording it again without tolerance= drops them"
+        note = Note(
+            "recorded_limits", f"limits recorded with the golden: {kept}; recording it again without tolerance= drops them"
+        )
         comparison = dataclasses.replace(comparison, notes=(*comparison.notes, note))
     if context.metrics:
         from .trainer.frameworks import with_metrics
@@ -147,6 +153,8 @@ def judge_answers(
     for path in [p for p in replays if p != "regenerate"] or ["regenerate"]:
         evidence = Evidence(
             floor=golden.floor,
+            reference=golden.reference,
+            routed=golden.routed,
             draw=answers.draw if path == "decode" and (scheduled or level == "noise") else None,
             setup=setup,
             same_stream=bool(golden.fingerprint) and not any(fingerprint.moves_the_stream(*d) for d in differences),
@@ -162,19 +170,19 @@ def judge_answers(
                 findings = (*findings, other)
             comparison = dataclasses.replace(comparison, findings=findings)
         elif other is not None:
-            note = f"another adapter: {other.evidence}"
+            note = Note("another_adapter", f"another adapter: {other.evidence}")
             headline = f"{comparison.headline}; {note}"
             comparison = dataclasses.replace(comparison, headline=headline, notes=(*comparison.notes, note))
         judged.append(with_gap(comparison, tolerance, answers.fingerprint.get("config", {})))
     worst = min(judged, key=lambda c: ("fail", "unverified", "pass").index(c.verdict))
-    return dataclasses.replace(worst, notes=(*worst.notes, *answers.remarks)), differences
+    return dataclasses.replace(worst, notes=(*worst.notes, *(Note("engine", text) for text in answers.remarks))), differences
 
 
 def _limits(golden: Golden, path: str, tolerance: Any, context: Context) -> Tolerance:
     """The limits of a golden: those of its dtype, its noise floor, the ini file, its recording, the call; the last wins."""
     trace = golden.trace
     paths = (trace.path, path)
-    limits = with_floor(default_tolerance(trace.dtype, paths), golden.floor)
+    limits = with_floor(default_tolerance(trace.dtype, paths, context.objective), golden.floor)
     for change in (parse_tolerance(context.tolerance_lines, trace.dtype, paths), golden.tolerance, tolerance):
         limits = make_tolerance(limits, change)
     return limits

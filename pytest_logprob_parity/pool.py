@@ -62,6 +62,15 @@ class Engine:
 
         return load_tokenizer(self._pool.folders(self.spec)[1])
 
+    @property
+    def folder(self) -> Path:
+        """The model's folder. Raises UsageError where there is none here; needs no engine."""
+        return self._pool.folders(self.spec)[0]
+
+    def in_dtype(self, dtype: str) -> Engine:
+        """The engine of the same spec in another dtype, in the same pool."""
+        return self._pool.engine(self.spec.replace(dtype=dtype))
+
     def generate(self, prompts: Sequence[Any], sampling: Any = None) -> Trace:
         """Sample completions of prompts (strings, token ids or message lists) under a Sampling, dict or SamplingParams.
 

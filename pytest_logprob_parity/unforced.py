@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .comparison.result import Comparison, Difference
+from .comparison.result import Comparison, Difference, Note
 from .server_settings import SERVER
 from .trace import Trace
 
@@ -30,7 +30,7 @@ def without_decode(replay: Sequence[str]) -> tuple[str, ...]:
 
 def as_unforced(comparison: Comparison, golden: Trace, reason: str) -> Comparison:
     """A comparison with a prefill that was to be with a decode: `unverified` where the golden's logprobs are not raw."""
-    note = f"not decoded, scored by a prefill: {reason}"
+    note = Note("prefill_for_decode", f"not decoded, scored by a prefill: {reason}")
     if golden.distribution() == "raw":
         return dataclasses.replace(comparison, notes=(note, *comparison.notes))
     return dataclasses.replace(
@@ -42,7 +42,7 @@ def as_unforced(comparison: Comparison, golden: Trace, reason: str) -> Compariso
         ),
         findings=(),
         gates=(),
-        shows=(),
+        shown=None,
         difference=Difference(None, "raw logprobs say nothing of processed ones"),
-        notes=(f"to verify: {reason}", *comparison.notes),
+        notes=(Note("to_verify", f"to verify: {reason}"), *comparison.notes),
     )
