@@ -110,6 +110,7 @@ def make_model(name: str, folder: Path, seed: int) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # threads that wait for each other cost more than they give on models of this size
     kind = KINDS[name]
     number = 1000 * seed + list(KINDS).index(name)
     torch.manual_seed(number)

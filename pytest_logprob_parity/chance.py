@@ -64,7 +64,7 @@ def _passes(gates: Sequence[Gate]) -> bool:
 def _judged(
     golden: Golden, limits: Tolerance, numbers: Integers, count: int, prompts: int, rng: np.random.Generator
 ) -> Sequence[Gate]:  # fmt: skip
-    """The gates of another build's answer to `prompts` prompts like the golden's; none where these are too few to generalise."""
+    """The gates of another build's answer to so many prompts like the golden's; none where they are too few to generalise."""
     trace, reference = golden.trace, golden.reference
     chosen = np.arange(count) if prompts == count else rng.integers(0, count, prompts)
     members = [np.flatnonzero(numbers == prompt) for prompt in chosen]

@@ -31,9 +31,9 @@ class Golden:
 
     `fingerprint` is Engine.fingerprint() of the recording engine, or {} for a trace of someone's own rollouts;
     `prompts_digest` is of the prompts as the test gave them; `node_id` and `name` say which check it belongs to.
-    `floor` is its noise floor and `reference` its reference column (None for a trace of someone's own rollouts, where nobody could
-    compute it, and in goldens of before); `tolerance` holds the limits that the recording test asked for. `digest` is that of the file it was read from, "" for one that was
-    not read.
+    `floor` is its noise floor and `reference` its reference column; None for a trace of someone's own rollouts, where nobody
+    could compute it, and in goldens of before. `tolerance` holds the limits that the recording test asked for. `digest` is that
+    of the file it was read from, "" for one that was not read.
     """
 
     trace: Trace

@@ -147,13 +147,13 @@ def _check_agrees_with_itself(golden: Golden, own: FloatArray, explicit: Mapping
         again = judge(trace, trace.with_(logprobs=logprobs), limits, "rl", Evidence(routed=golden.routed))
         if again.verdict == "fail":
             raise EngineError(
-                f"{context.shown_path}: not recorded: this engine does not agree with itself beyond what {trace.dtype} explains: "
-                f"the same tokens {name}: {again.headline}"
+                f"{context.shown_path}: not recorded: this engine does not agree with itself beyond what {trace.dtype} "
+                f"explains: the same tokens {name}: {again.headline}"
             )
 
 
-#: A golden is refused where all but its largest errors have a larger RMS than this (nats), or one token is further off; both are
-#: divided by a temperature below 1. Ten times what was measured of clean engines (benchmarks/bench_clean.py).
+#: A golden is refused where all but its largest errors have a larger RMS than this (nats), or one token is further off; both
+#: are divided by a temperature below 1. Ten times what was measured of clean engines (benchmarks/bench_clean.py).
 _REFUSED_RMS: Final = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.4}
 _REFUSED_TOKEN: Final = {"float32": 1.0, "float16": 3.0, "bfloat16": 8.0}
 #: Errors that are left out of that RMS: ties between experts, and tokens at the edge of a window.

@@ -21,8 +21,10 @@ _OTHER_MEANING: Final = frozenset({"raw_vs_processed", "temperature", "truncatio
 
 @dataclass(frozen=True)
 class Found:
-    """Everything that a verdict rests on. `sequences` counts the distinct ones, `exact` is every bit the same, and `reproduces`
-    says that recording got every bit back."""
+    """Everything that a verdict rests on.
+
+    `sequences` counts the distinct ones, `exact` is every bit the same, `reproduces` that recording got every bit back.
+    """
 
     expected: Trace
     actual: Trace
@@ -77,7 +79,7 @@ def _failure(found: Found) -> str:
         return found.free_problem
     if found.setup == "same" and found.reproduces and numbers["n_changed"]:
         count = int(numbers["n_changed"])
-        return f"{count} of {tokens} logprobs are not bit-identical, although they were when recorded, on an engine that is the same"
+        return f"{count} of {tokens} logprobs are not bit-identical, although they were when recorded: the engine is the same"
     missing = found.rows.wanted - tokens
     if found.level == "bitwise" and missing and not found.actual.replay.startswith("window"):
         return f"{missing} of the golden's {found.rows.wanted} tokens did not come back, so they are not the same bit for bit"
@@ -109,8 +111,8 @@ def _not_shown(found: Found) -> str:
         return ""  # there is no effect whose size could be unsure; another engine has to show it on enough sequences
     if found.sequences < MIN_SEQUENCES:
         return (
-            f"{NOT_SHOWN}: {found.sequences} distinct sequences are too few to generalise to other prompts, {MIN_SEQUENCES} are "
-            f"needed: record {MIN_SEQUENCES - found.sequences} more"
+            f"{NOT_SHOWN}: {found.sequences} distinct sequences are too few to generalise to other prompts, {MIN_SEQUENCES} "
+            f"are needed: record {MIN_SEQUENCES - found.sequences} more"
         )
     unsure = [g for g in found.gates if not g.sure]
     if unsure:

@@ -33,7 +33,8 @@ _HIDES: Final = 0.5
 #: An outlier token is so many times the RMS of the golden's errors; no noise explains one of so many times their largest.
 _OUTLIER_RMS: Final = 8.0
 _UNEXPLAINED: Final = 4.0
-#: A sequence is an outlier beyond so many times the largest RMS that one has in the golden's errors, and unexplained beyond so many.
+#: A sequence is an outlier beyond so many times the largest RMS that one has in the golden's errors; the second figure is what
+#: no noise explains.
 _SEQUENCE, _SEQUENCE_UNEXPLAINED = 1.5, 3.0
 #: What no noise explains where the golden's errors are not known, in nats: a token and a sequence. Half precision has more at
 #: low temperatures, for noise of logits is divided by it.
@@ -76,7 +77,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of the noise beside the numbers: dtype, how much the temperature enlarges it, whether experts are routed."""
+    """What is known of the noise: dtype, how much the temperature enlarges it, whether tokens are routed to experts."""
 
     dtype: str
     enlarged: float

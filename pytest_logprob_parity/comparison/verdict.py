@@ -39,16 +39,18 @@ from .tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance, wit
 
 LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 _WORST: Final = 8
+#: In float32 a larger RMS than so many times the noise of builds is no noise.
+_BEYOND: Final = 10
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What a check knows beyond two traces.
 
-    `floor` and `reference` are the golden's, and `routed` says whether its model routes tokens to experts; `draw` asks the engine for its logprobs [N] in shapes drawn as the floor's were; `setup` says
-    how the fingerprints compare (`same`, `compatible`, `unknown`); `same_stream` that nothing which random numbers come
-    from has changed; `same_schedule` that equal requests run in equal batches; `policy_logprobs` [N] are the engine's without
-    truncation; `sides` is what the two are called.
+    `floor` and `reference` are the golden's, `routed` says whether its model routes tokens to experts; `draw` asks the engine
+    for its logprobs [N] in batch compositions drawn as the floor's were; `setup` says how the fingerprints compare;
+    `same_stream` that nothing which random numbers come from has changed; `same_schedule` that equal requests run in equal
+    batches; `policy_logprobs` [N] are the engine's without truncation; `sides` is what the two are called.
     """
 
     floor: NoiseFloor | None = None
@@ -186,6 +188,9 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
     )
     if verdict == "pass" and not exact:
         findings.append(_noise(numbers, gates))
+        if setting.dtype in ("float32", "float64") and numbers["rms_diff"] > _BEYOND * limits.noise_rms * setting.enlarged:
+            text = f"RMS {numbers['rms_diff']:.2g} nats is more than noise in {setting.dtype} explains: something has changed"
+            notes.append(Note("beyond_dtype", f"{text}, by less than objective {limits.objective} feels"))
     if shown is not None and shown.prompts == 1 and level == "rl":
         notes.append(Note("one_prompt", "all sequences are of one prompt: the verdict speaks for that prompt alone"))
     sides = evidence.sides

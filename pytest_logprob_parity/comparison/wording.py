@@ -21,7 +21,8 @@ def failed_line(gate: Gate) -> str:
         what = f"{int(gate.value)} {gate.unit} {gate.name} nats (limit: {int(gate.limit)})"
         if gate.beyond == "fail":
             thing = "a token" if gate.key == "outlier_tokens" else "the RMS of a sequence"
-            return f"{thing} differs by {number(gate.worst)} nats, and no noise of this model explains more than {number(gate.unexplained)}"
+            explained = f"no noise of this model explains more than {number(gate.unexplained)}"
+            return f"{thing} differs by {number(gate.worst)} nats, and {explained}"
         return what
     if gate.errors is not None:
         return (
@@ -38,16 +39,16 @@ def unverified_line(gate: Gate) -> str:
         return f"{gate.name} cannot be told from noise in this dtype{noise}"
     if gate.beyond is not None:
         return (
-            f"a difference of {number(gate.worst)} nats is more than the golden's own noise shows ({number(gate.unexplained)}), and "
-            "a tie between experts can do that"
+            f"a difference of {number(gate.worst)} nats is more than the golden's own noise shows "
+            f"({number(gate.unexplained)}), and a tie between experts can do that"
         )
     if gate.key in ("outlier_tokens", "outlier_sequences", "nucleus_flips"):
         what = f"{int(gate.value)} {gate.unit} {gate.name}" + (" nats" if math.isfinite(gate.threshold) else "")
         return f"{what} (limit: {int(gate.limit)}; more than {int(gate.fail_limit)} would fail)"
     if gate.errors is not None and gate.errors.outcome != "pass":
         return (
-            f"{gate.name} from the reference is {number(gate.errors.actual)}, the golden's {number(gate.errors.golden)}; on other "
-            f"prompts it may be {number(gate.errors.high)} (limit: {number(gate.errors.limit)})"
+            f"{gate.name} from the reference is {number(gate.errors.actual)}, the golden's {number(gate.errors.golden)}; on "
+            f"other prompts it may be {number(gate.errors.high)} (limit: {number(gate.errors.limit)})"
         )
     return (
         f"{gate.name} is {number(gate.value)} {gate.unit}, and may be {number(gate.high)} on other prompts (limit: "
@@ -58,16 +59,15 @@ def unverified_line(gate: Gate) -> str:
 def shown_lines(shown: Shown) -> tuple[str, ...]:
     """What a comparison says of other prompts, and what would not have passed."""
     if shown.prompts == 1:
-        return ("shown: this golden has one prompt, and speaks for that prompt alone",)
-    what = f"a sequence off by an RMS above {number(shown.threshold)} nats"
-    caught = (
-        f"{POWER:.0%} sure where it hits {shown.reach:.1%} of the prompts"
-        if shown.reach < 1
-        else "which this golden is too small to be sure of"
-    )
+        return ("shown: all sequences are of one prompt, and speak for that prompt alone",)
+    off = f"off by an RMS above {number(shown.threshold)} nats"
+    sequences = shown.sequences_allowed + 1
+    caught = f"not passed: {shown.tokens_allowed + 1} sequences with an outlier token, or "
+    caught += "1 sequence" if sequences == 1 else f"{sequences} sequences"
+    if shown.reach < 1:
+        caught += f", {off}; {POWER:.0%} sure where a fault does that to {shown.reach:.1%} of the prompts"
     return (
-        f"shown ({CONFIDENCE:.0%} sure, {shown.prompts} prompts): at most {shown.share:.1%} of prompts like these have {what}; "
-        f"{shown.bad_prompts} of these {shown.prompts} do",
-        f"would not have passed: {shown.tokens_allowed + 1} sequences with an outlier token, {shown.sequences_allowed + 1} "
-        f"sequence{'s' if shown.sequences_allowed else ''} off by an RMS above {number(shown.threshold)} nats: " + caught,
+        f"shown ({CONFIDENCE:.0%} sure, {shown.prompts} prompts): at most {shown.share:.1%} of prompts like these have a sequence "
+        f"{off} (its largest token left out); of these, {shown.bad_prompts} do",
+        f"would have {caught}",
     )
