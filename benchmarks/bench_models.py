@@ -56,7 +56,7 @@ KINDS: Mapping[str, Kind] = {
         | {
             "query_pre_attn_scalar": 32,
             "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
+            "final_logit_softcapping": 50.0,
             "sliding_window": 32,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
@@ -114,7 +114,10 @@ def make_model(name: str, folder: Path, seed: int) -> float:
     kind = KINDS[name]
     number = 1000 * seed + list(KINDS).index(name)
     torch.manual_seed(number)
-    model = AutoModelForCausalLM.from_config(_config(kind), dtype=torch.float32).eval().to(torch.bfloat16).float()
+    model = AutoModelForCausalLM.from_config(_config(kind), dtype=torch.float32).eval()
+    if kind.tied:  # or else a token's own embedding, which the residual stream carries, makes it follow itself
+        model.get_input_embeddings().weight.data *= 0.25
+    model = model.to(torch.bfloat16).float()
     wanted = 0.8 + 1.7 * float(torch.rand(()))
     entropy = _set_entropy(model, wanted)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -144,40 +147,30 @@ def _config(kind: Kind) -> Any:
 
 
 def _set_entropy(model: Any, wanted: float) -> float:
-    """Scale the weight of the last norm so that what the model writes at T=1 has a mean entropy of `wanted` nats.
-
-    Returns the entropy that it then has. In turns, for the text that it is measured on follows from the scale.
-    """
+    """Scale the weight of the last norm so that the mean entropy at T=1 is `wanted` nats; returns what it is then."""
     import torch
 
     norm = next(m for n, m in reversed(list(model.base_model.named_modules())) if n.rpartition(".")[2] in _LAST_NORMS)
+    ids = torch.randint(0, model.config.vocab_size, (8, 48))
     cap = getattr(model.config, "final_logit_softcapping", None)
-    prompts = torch.randint(0, model.config.vocab_size, (16, 8))
-    for _ in range(4):
-        ids = model.generate(prompts, do_sample=True, top_k=0, max_new_tokens=40, min_new_tokens=40, pad_token_id=0)
-        entropy = _set_entropy_on(ids, model, norm, cap, wanted)
-    return entropy
-
-
-def _set_entropy_on(ids: Any, model: Any, norm: Any, cap: float | None, wanted: float) -> float:
-    import torch
-
     with torch.no_grad():
         hidden = model.base_model(input_ids=ids).last_hidden_state[:, 8:]
+        logits = model.get_output_embeddings()(hidden)
+        unit = float(logits.std())
 
-        def entropy(gain: float) -> float:
-            logits = model.get_output_embeddings()(hidden * gain)
-            logits = logits if cap is None else cap * torch.tanh(logits / cap)
-            logprobs = logits.log_softmax(-1)
+        def entropy(scale: float) -> float:
+            scaled = logits * (scale / unit)
+            logprobs = (scaled if cap is None else cap * torch.tanh(scaled / cap)).log_softmax(-1)
             return float(-(logprobs.exp() * logprobs).sum(-1).mean())
 
-        low, high = 0.1, 8.0  # beyond that a soft cap makes the entropy grow again
-        for _ in range(25):
+        low, high = 0.3, 10.0  # standard deviation of the logits; a soft cap makes the entropy grow again beyond
+        for _ in range(12):
             middle = (low * high) ** 0.5
             low, high = (middle, high) if entropy(middle) > wanted else (low, middle)
+        gain = low / unit
         # Gemma's norms multiply by 1 + weight.
         gemma = type(norm).__name__.startswith("Gemma")
-        norm.weight.copy_(((1 + norm.weight) * low - 1 if gemma else norm.weight * low).to(torch.bfloat16))
+        norm.weight.copy_(((1 + norm.weight) * gain - 1 if gemma else norm.weight * gain).to(torch.bfloat16))
         return entropy(low)
 
 

@@ -37,6 +37,7 @@ QUESTIONS = (
     "Give me a recipe for pancakes.", "What is the capital of Australia, and why?",
 )  # fmt: skip
 TOKENS = 48
+REPEATS = 2
 SAMPLINGS = {
     "greedy": Sampling(temperature=0, max_tokens=TOKENS, seed=1, ignore_eos=True),
     "T=0.7 top-p": Sampling(temperature=0.7, top_p=0.9, max_tokens=TOKENS, n=3, seed=1, ignore_eos=True),
@@ -91,9 +92,9 @@ def other_temperature(engine: Engine, trace: Trace) -> Trace:
 
 
 CASES = (
-    Case("as recorded", "eager", {"dtype": "bfloat16"}),
     Case("compiled", "eager", {"dtype": "bfloat16", "enforce_eager": False}),
     Case("eager", "compiled", {"dtype": "bfloat16"}),
+    Case("as recorded", "eager", {"dtype": "bfloat16"}),
     Case("max_num_seqs 3", "eager", {"dtype": "bfloat16", "max_num_seqs": 3}),
     Case("transformers", "eager", {"dtype": "bfloat16", "engine": "transformers", "logprobs_mode": "processed_logprobs"}),
     Case("float32", "eager", {"dtype": "float32"}),
@@ -145,15 +146,20 @@ def collect(folder: Path) -> None:
     if not (model / "config.json").is_file():
         make_smollm2(model)
     with Pool(REPO, lambda line: print(line, flush=True)) as pool:
-        for recording, settings in RECORDINGS.items():
-            for name, sampling in SAMPLINGS.items():
-                path = folder / "goldens" / slug(recording) / f"{slug(name)}.golden.safetensors"
-                if not path.exists():
-                    engine = pool.engine(EngineSpec(str(model), max_model_len=1024, **settings))
-                    recorded = check_golden(path, engine, prompts=PROMPTS, sampling=sampling, update=True, repeats=2)
-                    print(f"{recording}, {name}: {'; '.join(recorded.notes)}", flush=True)
         for case in CASES:
+            for name in SAMPLINGS:
+                record(pool, folder, model, case.recording, name)
             answer(pool, folder, model, case)
+
+
+def record(pool: Pool, folder: Path, model: Path, recording: str, name: str) -> None:
+    """Record a golden that is not there."""
+    path = folder / "goldens" / slug(recording) / f"{slug(name)}.golden.safetensors"
+    if path.exists():
+        return
+    engine = pool.engine(EngineSpec(str(model), max_model_len=1024, **RECORDINGS[recording]))
+    recorded = check_golden(path, engine, prompts=PROMPTS, sampling=SAMPLINGS[name], update=True, repeats=REPEATS)
+    print(f"{recording}, {name}: {'; '.join(recorded.notes)}", flush=True)
 
 
 def answer(pool: Pool, folder: Path, model: Path, case: Case) -> None:

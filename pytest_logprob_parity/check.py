@@ -14,7 +14,7 @@ from .comparison.free_run import compare_free_run
 from .comparison.gaps import with_gap
 from .comparison.objectives import DEFAULT_OBJECTIVE, objective_of
 from .comparison.result import Comparison, MismatchError, Note
-from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
+from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor, with_reference
 from .comparison.verdict import Evidence, check_level, judge
 from .errors import GoldenError, UsageError
 from .floor import REPEATS
@@ -183,6 +183,7 @@ def _limits(golden: Golden, path: str, tolerance: Any, context: Context) -> Tole
     trace = golden.trace
     paths = (trace.path, path)
     limits = with_floor(default_tolerance(trace.dtype, paths, context.objective), golden.floor)
+    limits = with_reference(limits, trace.logprobs, golden.reference)
     for change in (parse_tolerance(context.tolerance_lines, trace.dtype, paths), golden.tolerance, tolerance):
         limits = make_tolerance(limits, change)
     return limits

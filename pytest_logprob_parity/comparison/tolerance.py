@@ -12,7 +12,9 @@ import numpy as np
 
 from ..errors import UsageError
 from ..floor import NoiseFloor
+from ..reference import Reference
 from ..spec import nearest
+from ..trace import FloatArray
 from .gaps import gap_of
 from .intervals import poisson_quantile
 from .objectives import DEFAULT_OBJECTIVE, objective_of
@@ -155,6 +157,19 @@ def with_floor(limits: Tolerance, floor: NoiseFloor | None) -> Tolerance:
         support_depth=max(limits.support_depth, _DEPTH * floor.rms),
         near_tie=max(limits.near_tie, 2 * floor.max_abs),
     )
+
+
+#: A gap moves by the errors of two tokens in two builds.
+_GAP_ERRORS: Final = 3.0
+
+
+def with_reference(limits: Tolerance, golden: FloatArray, reference: Reference | None) -> Tolerance:
+    """Limits for a golden, logprobs [N], that knows its distance to its model: what is a near tie goes by its largest error."""
+    if reference is None:
+        return limits
+    errors = np.abs(reference.errors(golden))
+    largest = float(errors[np.isfinite(errors)].max(initial=0.0))
+    return dataclasses.replace(limits, near_tie=max(limits.near_tie, _GAP_ERRORS * largest))
 
 
 def make_tolerance(base: Tolerance, change: Tolerance | Mapping[str, Any] | str | None) -> Tolerance:
