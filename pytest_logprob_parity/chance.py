@@ -15,9 +15,6 @@ from .comparison.support import SupportFlips
 from .comparison.tolerance import Tolerance
 from .golden import Golden
 
-#: RMS (nats) between clean builds of vLLM 0.8.5 to 0.32.0 on the same tokens (docs/how-to/diagnosis.md, the migration), where a
-#: golden has no reference to know better.
-_OTHER_BUILDS: Final = {"float64": 1e-6, "float32": 1e-6, "float16": 0.0025, "bfloat16": 0.02}
 #: Scale of the lognormal that noise differs by between sequences, and between builds (measured by benchmarks/bench_clean.py).
 _BETWEEN_SEQUENCES, _BETWEEN_BUILDS = 0.5, 0.15
 _DRAWS: Final = 40
@@ -40,15 +37,18 @@ class Chance:
     hidden: bool
 
 
-def chance_to_pass(golden: Golden, limits: Tolerance) -> Chance:
-    """Draw other builds' answers to prompts like the golden's, and have them judged as a check does."""
+def chance_to_pass(golden: Golden, limits: Tolerance, noise: float) -> Chance:
+    """Draw other builds' answers to prompts like the golden's, and have them judged as a check does.
+
+    `noise` is the RMS (nats) between clean builds, for a golden that has no reference to know better.
+    """
     numbers = prompt_numbers(golden.trace)
     count = int(numbers.max(initial=-1)) + 1
     first, hidden = 0.0, False
     for times in _TIMES:
         prompts = max(round(count * times), count)
         rng = np.random.default_rng(0)
-        judged = [_judged(golden, limits, numbers, count, prompts, rng) for _ in range(_DRAWS)]
+        judged = [_judged(golden, limits, noise, numbers, count, prompts, rng) for _ in range(_DRAWS)]
         share = sum(_passes(gates) for gates in judged) / _DRAWS
         if times == 1:
             first, hidden = share, any(gate.hidden and not gate.sure for gates in judged for gate in gates)
@@ -62,7 +62,7 @@ def _passes(gates: Sequence[Gate]) -> bool:
 
 
 def _judged(
-    golden: Golden, limits: Tolerance, numbers: Integers, count: int, prompts: int, rng: np.random.Generator
+    golden: Golden, limits: Tolerance, noise: float, numbers: Integers, count: int, prompts: int, rng: np.random.Generator
 ) -> Sequence[Gate]:  # fmt: skip
     """The gates of another build's answer to so many prompts like the golden's; none where they are too few to generalise."""
     trace, reference = golden.trace, golden.reference
@@ -78,8 +78,7 @@ def _judged(
         error = scale * _shuffled(errors, trace.logprobs[rows], rng)
         d = np.where(np.isfinite(error), error - errors, 0.0)
     else:
-        size = _OTHER_BUILDS.get(trace.dtype, _OTHER_BUILDS["bfloat16"])
-        size = max(size, golden.floor.rms if golden.floor is not None and np.isfinite(golden.floor.rms) else 0.0)
+        size = max(noise, golden.floor.rms if golden.floor is not None and np.isfinite(golden.floor.rms) else 0.0)
         by_sequence = rng.lognormal(-(_BETWEEN_SEQUENCES**2) / 2, _BETWEEN_SEQUENCES, len(tokens))[sequences]
         d, error = scale * size * by_sequence * rng.normal(size=len(rows)), errors
     kept = np.isfinite(trace.logprobs[rows]) & trace.mask[rows]

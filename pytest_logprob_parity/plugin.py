@@ -431,9 +431,8 @@ def _told(record: dict[str, Any]) -> list[str]:
     if record["outcome"] == "recorded":
         about = [f"  recorded {name}", *(f"    {note}" for note in record["notes"])]
     else:
-        about = [
-            f"  pass ({record['setup']} setup, level {record['level']}, objective {record['objective']}) {name}: {record['headline']}"
-        ]
+        judged = f"{record['setup']} setup, level {record['level']}, objective {record['objective']}"
+        about = [f"  pass ({judged}) {name}: {record['headline']}"]
         about.append(f"    different? {record['difference']['text']}")
     return about + [f"    {line}" for line in [*record["shows"], *record.get("logged", {}).get("lines", ())]]
 

@@ -117,5 +117,5 @@ def _not_shown(found: Found) -> str:
     unsure = [g for g in found.gates if not g.sure]
     if unsure:
         more = "" if any(g.hidden or g.beyond for g in unsure) else ": record more prompts"
-        return f"{NOT_SHOWN}: {unverified_line(max(unsure, key=lambda g: g.excess))}{more}"
+        return f"{NOT_SHOWN}: {unverified_line(max(unsure, key=lambda g: (g.hidden, g.excess)))}{more}"
     return ""

@@ -17,9 +17,9 @@ Integers = npt.NDArray[np.int64]
 CONFIDENCE: Final = 0.95
 #: A fault is said to be found where it is found with this probability.
 POWER: Final = 0.9
-#: One-sided: an effect fails only where noise between prompts explains it less often than this, for a check has several
+#: One-sided: an effect fails only where noise between prompts explains it more rarely than once in 200, for a check has several
 #: effects and a CI has many checks; it passes at the usual level.
-FAIL_CONFIDENCE: Final = 0.9995
+FAIL_CONFIDENCE: Final = 0.995
 PASS_CONFIDENCE: Final = 0.95
 #: A golden with fewer distinct sequences is too small to generalise.
 MIN_SEQUENCES: Final = 8

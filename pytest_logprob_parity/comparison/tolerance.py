@@ -91,8 +91,8 @@ _RMS: Final = "rms_diff"
 _GONE: Final = frozenset({"winsorize"})
 
 #: Noise by dtype. bfloat16's RMS is prime-rl's nightly limit, twice over, as an RMS; between builds of vLLM 0.01 to 0.06 was
-#: measured. float16 rounds 8 times finer; half of that gain is kept as room for sums in other orders. float32's is ten times what
-#: was seen across versions. No outlier is less than half a nat, a ratio of 1.6: what is nearer, the effects measure.
+#: measured. float16 rounds 8 times finer; half of that gain is kept as room for sums in other orders. float32's is ten times
+#: what was seen across versions. No outlier is less than half a nat, a ratio of 1.6: what is nearer, the effects measure.
 _NOISE: Final[Mapping[str, Mapping[str, float]]] = {
     "float32": {"noise_rms": 1e-5, "outlier": 0.5, "sequence_rms": 0.1, "support_flips": 1e-3, "support_depth": 1e-3,
                 "near_tie": 1e-3},

@@ -67,7 +67,7 @@ def shown_lines(shown: Shown) -> tuple[str, ...]:
     if shown.reach < 1:
         caught += f", {off}; {POWER:.0%} sure where a fault does that to {shown.reach:.1%} of the prompts"
     return (
-        f"shown ({CONFIDENCE:.0%} sure, {shown.prompts} prompts): at most {shown.share:.1%} of prompts like these have a sequence "
-        f"{off} (its largest token left out); of these, {shown.bad_prompts} do",
+        f"shown ({CONFIDENCE:.0%} sure, {shown.prompts} prompts): at most {shown.share:.1%} of prompts like these have a "
+        f"sequence {off} (its largest token left out); of these, {shown.bad_prompts} do",
         f"would have {caught}",
     )
