@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from . import fingerprint
 from .answers import Answers, ask
-from .belonging import Checked, Context, check_belongs
+from .belonging import Checked, Context, check_belongs, with_temperature_note
 from .comparison.free_run import compare_free_run
 from .comparison.gaps import with_gap
 from .comparison.result import Comparison, MismatchError
@@ -68,7 +68,8 @@ def check_golden(
         raise UsageError(f"check takes an engine or a Trace, not {type(engine).__name__}")
     check_level(level)
     if update:
-        return record(path, engine, given, asked, replay, tolerance, repeats, context)
+        recorded = record(path, engine, given, asked, replay, tolerance, repeats, context)
+        return with_temperature_note(recorded, asked)
     golden = _load(path, context)
     check_belongs(golden, engine, given, asked, context)
     if isinstance(engine, Trace):
@@ -82,6 +83,7 @@ def check_golden(
         kept = ", ".join(f"{name} {value:g}" for name, value in sorted(golden.tolerance.items()))
         note = f"limits recorded with the golden: {kept}; recording it again without tolerance= drops them"
         comparison = dataclasses.replace(comparison, notes=(*comparison.notes, note))
+    comparison = with_temperature_note(comparison, asked)
     if context.metrics:
         from .trainer.frameworks import with_metrics
 
