@@ -67,6 +67,7 @@ def check_belongs(
 ) -> None:
     """Everything that can be known before an engine starts. Raises IncomparableError."""
     recorded = golden.trace.sampling
+    sampling = None if sampling is None else sampling.as_run_by(golden.trace.engine)
     again = f"Record it again ({context.accept}), or restore the test"
     if sampling is not None and sampling != recorded:
         name = next(f.name for f in dataclasses.fields(Sampling) if getattr(sampling, f.name) != getattr(recorded, f.name))
@@ -84,6 +85,15 @@ def check_belongs(
                 f"{context.shown_path} was recorded with another {part.replace('_', ' ')}: {then}, now {now['name']} "
                 f"({now[part]}). {again}"
             )
+
+
+def with_temperature_note(comparison: Comparison, asked: Sampling | None) -> Comparison:
+    """The comparison with a note where its engine ran another temperature than the test asks for."""
+    ran = comparison.expected.sampling.temperature
+    if asked is None or asked.temperature == ran:
+        return comparison
+    note = f"temperature {asked.temperature:g} was asked for; {comparison.expected.engine} samples with {ran:g}, its smallest"
+    return dataclasses.replace(comparison, notes=(*comparison.notes, f"{note} above 0"))
 
 
 def _check_prompt_tokens(trace: Trace, engine: Engine | Trace, given: list[Any], context: Context, again: str) -> None:

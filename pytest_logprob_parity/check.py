@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from . import fingerprint
 from .answers import Answers, ask
-from .belonging import Checked, Context, check_belongs
+from .belonging import Checked, Context, check_belongs, with_temperature_note
 from .comparison.free_run import compare_free_run
 from .comparison.gaps import with_gap
 from .comparison.objectives import DEFAULT_OBJECTIVE, objective_of
@@ -72,7 +72,8 @@ def check_golden(
     check_level(level)
     context = dataclasses.replace(context, objective=objective_of(objective).name)
     if update:
-        return record(path, engine, given, asked, replay, tolerance, repeats, context)
+        recorded = record(path, engine, given, asked, replay, tolerance, repeats, context)
+        return with_temperature_note(recorded, asked)
     golden = _load(path, context)
     check_belongs(golden, engine, given, asked, context)
     if isinstance(engine, Trace):
@@ -88,6 +89,7 @@ def check_golden(
             "recorded_limits", f"limits recorded with the golden: {kept}; recording it again without tolerance= drops them"
         )
         comparison = dataclasses.replace(comparison, notes=(*comparison.notes, note))
+    comparison = with_temperature_note(comparison, asked)
     if context.metrics:
         from .trainer.frameworks import with_metrics
 

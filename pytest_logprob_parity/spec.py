@@ -174,6 +174,9 @@ _OUTPUT_ONLY: Final = (
     "include_stop_str_in_output", "stream_interval", "skip_clone", "output_text_buffer_length",
 )  # fmt: skip
 _GREEDY_BELOW: Final = 1e-5
+#: Engine kinds whose SamplingParams raise a temperature above 0 to at least the one below (vllm/sampling_params.py).
+_VLLM: Final = ("vllm", SERVER)
+_VLLM_LEAST_TEMPERATURE: Final = 0.01
 
 
 def _whole(value: Any) -> int:
@@ -312,6 +315,12 @@ class Sampling:
         """Whether raw and processed logprobs coincide under this sampling."""
         scaled = not self.greedy and self.temperature != 1
         return not (scaled or self.truncates or self.penalizes or self.min_tokens > 0)
+
+    def as_run_by(self, engine: str) -> Sampling:
+        """This sampling as an engine of the kind `engine` runs it: vLLM raises temperatures between 0 and 0.01 to 0.01."""
+        if engine in _VLLM and 0 < self.temperature < _VLLM_LEAST_TEMPERATURE:
+            return dataclasses.replace(self, temperature=_VLLM_LEAST_TEMPERATURE)
+        return self
 
     def untruncated(self) -> Sampling:
         """The same temperature and penalties, without top-p, top-k and min-p."""

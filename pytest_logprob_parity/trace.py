@@ -31,6 +31,11 @@ _DTYPE_NAMES: Final = {
     "half": "float16",
 }  # fmt: skip
 
+#: What OpenAI-compatible servers write for a logprob of -inf, for which JSON has no word (vLLM: `max(logprob, -9999.0)`).
+MINUS_INFINITY: Final = -9999.0
+#: Columns of logprobs, in which the number above is read as -inf.
+_LOGPROBS: Final = ("logprobs", "top_logprobs", "untruncated_logprobs")
+
 #: In the column `seeds`: the sequence cannot be sampled again, for nobody knows its seed.
 NO_SEED: Final = -1
 
@@ -75,7 +80,8 @@ class Trace:
 
     N tokens in S sequences that complete G prompts (groups); K top logprobs a token. Logprobs are natural logarithms
     (nats); `-inf` is a token that truncation excluded, NaN one the engine said nothing of; a top-k place that is not
-    used has id -1 and logprob -inf.
+    used has id -1 and logprob -inf. A logprob of exactly -9999.0 is what OpenAI-compatible servers write for -inf, and
+    becomes -inf wherever a trace is made or read.
 
     - `prompt_token_ids` [prompt tokens], `prompt_offsets` [G + 1]
     - `token_ids` [N], `sequence_offsets` [S + 1]
@@ -88,8 +94,9 @@ class Trace:
     - `weight_versions` [N]: which weights wrote the token; `newest_version` is the one that an update brought meanwhile,
       whether or not it wrote any
 
-    What the numbers mean: `logprobs_mode`, `path`, `sampling`, `engine`, `engine_version`, `dtype`; `replay` says how a
-    replay forced its tokens. `token_texts` maps ids to text, for reports on machines without the tokenizer.
+    What the numbers mean: `logprobs_mode`, `path`, `sampling` (as the engine ran it: vLLM's least temperature above 0 is
+    0.01), `engine`, `engine_version`, `dtype`; `replay` says how a replay forced its tokens. `token_texts` maps ids to
+    text, for reports on machines without the tokenizer.
     """
 
     prompt_token_ids: IntArray
@@ -122,6 +129,7 @@ class Trace:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        object.__setattr__(self, "sampling", self.sampling.as_run_by(self.engine))
         for name, value, known in (("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES), ("path", self.path, PATHS)):
             if value not in known:
                 raise UsageError(f"Trace({name}={value!r}): known are {', '.join(known)}")
@@ -143,6 +151,8 @@ class Trace:
                 raise UsageError(f"Trace column {name} has {len(column)} rows, {axis} are {lengths[axis]}")
             if column.dtype != np.dtype(dtype):
                 raise UsageError(f"Trace column {name} is {column.dtype}, expected {dtype}")
+            if name in _LOGPROBS and (excluded := column == MINUS_INFINITY).any():
+                object.__setattr__(self, name, np.where(excluded, np.float32(-np.inf), column))
         if self.top_token_ids.ndim != 2 or self.top_token_ids.shape != self.top_logprobs.shape:
             raise UsageError("Trace columns top_token_ids and top_logprobs must have one shape, [tokens, k]")
         for name, last in (("prompt_offsets", len(self.prompt_token_ids)), ("sequence_offsets", tokens)):
@@ -406,6 +416,15 @@ class Trace:
     def with_(self, **changes: Any) -> Trace:
         """A copy with other columns or labels."""
         return replace(self, **changes)
+
+    def with_logprobs(self, logprobs: FloatArray) -> Trace:
+        """A copy with other chosen logprobs [N] alone: without ranks and top-k, which were said of the old ones."""
+        return self.with_(
+            logprobs=logprobs,
+            ranks=np.zeros(self.num_tokens, np.int32),
+            top_token_ids=np.empty((self.num_tokens, 0), np.int32),
+            top_logprobs=np.empty((self.num_tokens, 0), np.float32),
+        )
 
     # -- keeping it ---------------------------------------------------------------------------------------------------
 

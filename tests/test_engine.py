@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from conftest import MODEL, ROOT
-from pytest_logprob_parity import EngineError, EngineSpec, Sampling, Trace, UsageError, compare, open_engine
+from pytest_logprob_parity import (
+    EngineError,
+    EngineSpec,
+    IncomparableError,
+    Sampling,
+    Trace,
+    UsageError,
+    check_golden,
+    compare,
+    open_engine,
+)
 from pytest_logprob_parity.engines.process import ProcessBackend
 from pytest_logprob_parity.prompts import _is_hole, check_prompts
 from pytest_logprob_parity.replay import replay
@@ -143,6 +153,22 @@ def test_penalties_survive_the_replay(engine, questions):
     sampling = Sampling(temperature=0.7, repetition_penalty=1.1, frequency_penalty=0.2, max_tokens=40, seed=2)
     trace = engine.generate(questions(6), sampling)
     np.testing.assert_array_equal(engine.replay(trace).logprobs, trace.logprobs)
+
+
+def test_a_temperature_that_vllm_raises_is_the_traces_and_the_test_may_ask_for_it_again(pool, questions, tmp_path):
+    """vLLM samples with 0.01 where 0.005 is asked for. The negative control: another temperature is another golden."""
+    engine, reference = (pool.engine(EngineSpec(MODEL, dtype="float32", engine=kind)) for kind in ("vllm", "transformers"))
+    arguments = {"prompts": questions(8), "sampling": Sampling(temperature=0.005, max_tokens=20, seed=3)}
+    path, told = (
+        tmp_path / "golden.safetensors",
+        "temperature 0.005 was asked for; vllm samples with 0.01, its smallest above 0",
+    )
+    assert told in check_golden(path, engine, update=True, **arguments).notes
+    again = check_golden(path, engine, **arguments)
+    assert (again.verdict, again.metrics["n_changed"], told in again.notes) == ("pass", 0, True)
+    assert compare(expected=again.expected, actual=reference.replay(again.expected)).verdict == "pass"
+    with pytest.raises(IncomparableError, match=r"with temperature=0\.01, the test now samples with temperature=0\.02"):
+        check_golden(path, engine, prompts=questions(8), sampling=Sampling(temperature=0.02, max_tokens=20, seed=3))
 
 
 def test_groups_have_a_seed_for_each_sequence(engine, questions):

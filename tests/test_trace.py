@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from pytest_logprob_parity import Sampling, Trace, UsageError
+from pytest_logprob_parity import Sampling, Trace, UsageError, container
 
 SEQUENCES = [
     {
@@ -161,3 +161,48 @@ def test_a_position_without_top_logprobs_is_fine():
     assert Trace.from_sequences([sequence]).top_token_ids.tolist() == [[-1], [3]]
     with pytest.raises(UsageError, match="sequence 0 is no mapping but int"):
         Trace.from_sequences([5])
+
+
+# -- what servers and engines do to numbers -----------------------------------------------------------------------------
+
+
+def _one(logprob, **changes):
+    return {"prompt_token_ids": [1], "token_ids": [2, 3], "logprobs": [logprob, -1.0]} | changes
+
+
+def test_minus_9999_is_minus_infinity_wherever_logprobs_enter(trace, tmp_path):
+    """OpenAI-compatible servers write -inf so. The negative control: a number beside it is a number."""
+    tops = [{2: -0.1, 4: -9999.0}, {3: -1.0}]
+    made = Trace.from_sequences([_one(-9999.0, top_logprobs=tops)])
+    assert made.logprobs.tolist() == [-np.inf, -1]
+    assert made.top_logprobs[0].tolist() == [np.float32(-0.1), -np.inf]
+    assert Trace.from_sequences([_one(-9998.5)]).logprobs[0] == -9998.5
+    column = np.array([-0.5] * 7 + [-9999.0], np.float32)
+    changed = trace.with_(logprobs=column, untruncated_logprobs=column)
+    assert np.isneginf([changed.logprobs[7], changed.untruncated_logprobs[7]]).all()
+    assert column[7] == -9999  # the caller's own array is not touched
+    columns, labels = trace.to_columns() | {"logprobs": column}, {"trace": trace.to_metadata()}
+    container.write(tmp_path / "old.safetensors", columns, labels)
+    assert np.isneginf(Trace.load(tmp_path / "old.safetensors").logprobs[7])
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked", "ran"),
+    [
+        ("vllm", 0.005, 0.01),
+        ("vllm", 1e-6, 0.01),
+        ("vllm-server", 0.005, 0.01),
+        ("vllm", 0.0, 0.0),
+        ("vllm", 0.02, 0.02),
+        ("transformers", 0.005, 0.005),
+    ],
+)
+def test_the_label_is_the_temperature_that_the_engine_ran(engine, asked, ran):
+    trace = Trace.from_sequences([_one(-0.5)], engine=engine, sampling=Sampling(temperature=asked))
+    assert trace.sampling.temperature == ran
+    assert trace.with_(engine="transformers").sampling.temperature == ran
+
+
+def test_other_logprobs_leave_the_ranks_and_the_top_k_of_the_old_ones_behind(trace):
+    other = trace.with_(ranks=np.ones(8, np.int32)).with_logprobs(np.zeros(8, np.float32))
+    assert (other.top_k, int(other.ranks.max()), other.num_tokens) == (0, 0, 8)

@@ -885,14 +885,110 @@ def test_few_rare_answers_come_and_go_by_chance_and_one_seed_for_a_group_does_no
     assert "1 distinct completions" in judge_free_run(free, golden, exact=False, same_stream=False, mean_abs_diff=0)[0]
 
 
+def greedy_rollouts(tokens, gaps, ranks=None, top=True, **sampling):
+    """Greedy rollouts of two tokens each: first 5 or 6, `gaps` nats below the other of the two."""
+    sequences = []
+    for prompt, (token, gap) in enumerate(zip(tokens, gaps, strict=True)):
+        first = {token: -0.7 - gap, 11 - token: -0.7}
+        rows = {"top_logprobs": [first, {2: -0.1}]} if top else {}
+        rank = 1 + (gap > 0) if ranks is None else ranks
+        sequences.append(
+            {"prompt_token_ids": [prompt], "token_ids": [token, 2], "logprobs": [-0.7 - gap, -0.1], "ranks": [rank, 1], **rows}
+        )
+    return Trace.from_sequences(sequences, sampling=Sampling(temperature=0, **sampling), dtype="bfloat16")
+
+
+def verdict_of_greedy(golden, regenerated, near_tie=0.25):
+    free = compare_free_run(golden, regenerated, near_tie)
+    return free, judge_free_run(free, golden, exact=False, same_stream=False, mean_abs_diff=0)[0]
+
+
+@pytest.mark.parametrize("ties", [0, 3, 8])
+def test_exact_ties_rank_second_and_are_as_likely(ties):
+    """vLLM counts ranks with >=. The negative control: a token below the largest by more than a near tie."""
+    golden = greedy_rollouts([5] * 8, [0.0] * 8, ranks=2)
+    turned = [6] + [5] * 7
+    free, headline = verdict_of_greedy(
+        golden, greedy_rollouts(turned, [0.0] * 8).with_(ranks=np.array([2, 1] * ties + [1, 1] * (8 - ties), np.int32))
+    )
+    assert (free.diverged, free.not_likeliest, headline) == (1, (0, 0), "")
+    _, headline = verdict_of_greedy(golden, greedy_rollouts(turned, [0.5] + [0.0] * 7))
+    assert headline.startswith("Greedy decoding no longer takes the likeliest token: 1 tokens of its own are not the likeliest")
+
+
+def test_a_near_tie_is_one_by_the_limit_that_the_caller_measured():
+    golden, turned = greedy_rollouts([5] * 8, [0.0] * 8), greedy_rollouts([6] * 8, [0.1] * 8)
+    for near_tie, counted in ((0.25, 0), (0.05, 8)):
+        free, headline = verdict_of_greedy(golden, turned, near_tie)
+        assert (free.not_likeliest[1], bool(headline)) == (counted, bool(counted))
+
+
+def test_without_a_top_k_rank_2_may_be_an_exact_tie_and_rank_3_is_not():
+    golden = greedy_rollouts([5] * 8, [0.0] * 8, top=False)
+    for rank, fails in ((2, False), (3, True)):
+        assert bool(verdict_of_greedy(golden, greedy_rollouts([6] * 8, [0.0] * 8, ranks=rank, top=False))[1]) is fails
+
+
+def test_raw_logprobs_do_not_show_what_penalties_made_the_likeliest():
+    """A few more such tokens are no evidence there; many more are."""
+    golden = greedy_rollouts([5] * 40, [0.5] * 4 + [0.0] * 36, repetition_penalty=1.2).with_(logprobs_mode="raw_logprobs")
+    for count, fails in ((7, False), (30, True)):
+        other = greedy_rollouts([6] * 40, [0.5] * count + [0.0] * (40 - count), repetition_penalty=1.2)
+        assert bool(verdict_of_greedy(golden, other.with_(logprobs_mode="raw_logprobs"))[1]) is fails
+
+
 def test_greedy_that_takes_what_is_not_likeliest_fails_with_a_top_1_too():
-    def rollouts(token, rank):
-        top = {"logprobs": [-0.1, -0.1], "top_logprobs": [{token: -0.1}, {2: -0.1}]}
-        sequences = [top | {"prompt_token_ids": [i], "token_ids": [token, 2], "ranks": [rank, 1]} for i in range(8)]
+    def rollouts(token, listed):
+        top = {"logprobs": [-0.1, -0.1], "top_logprobs": [{listed: -0.1}, {2: -0.1}]}
+        sequences = [top | {"prompt_token_ids": [i], "token_ids": [token, 2], "ranks": [1, 1]} for i in range(8)]
         return Trace.from_sequences(sequences, sampling=Sampling(temperature=0, logprobs=1), dtype="bfloat16")
 
-    golden = rollouts(5, 1)
-    free = compare_free_run(golden, rollouts(6, 2), 0.25)
-    headline, finding = judge_free_run(free, golden, exact=False, same_stream=False, mean_abs_diff=0)
+    golden, below = rollouts(5, 5), np.tile(np.array([-2.4, -0.1], np.float32), 8)
+    _, headline = verdict_of_greedy(golden, rollouts(6, 5).with_(logprobs=below))
     assert "no longer takes the likeliest token: 8 tokens of its own" in headline
-    assert finding.cause == "seed_stream"
+    _, headline = verdict_of_greedy(golden, rollouts(6, 6))  # it says that they are: what the golden lists leaves them no room
+    assert "no longer takes the likeliest token: sequence 0, position 0" in headline
+
+
+# -- stops --------------------------------------------------------------------------------------------------------------
+
+
+def ending(*last, reason="stop", temperature=0.7, gap=0.1):
+    """20 rollouts [8, 9, *last]; the third token is `gap` nats from the likeliest other one."""
+    tokens, logprobs = [8, 9, *last], [-0.1, -0.1, -0.6, *[-0.1] * (len(last) - 1)]
+    tops = [{}, {}, {2: -0.6, 7: -0.6 - gap}, *[{}] * (len(last) - 1)]
+    sequence = {"token_ids": tokens, "logprobs": logprobs, "top_logprobs": tops, "finish_reason": reason}
+    sampling = Sampling(temperature=temperature, max_tokens=4)
+    return Trace.from_sequences([{"prompt_token_ids": [i], **sequence} for i in range(20)], sampling=sampling)
+
+
+@pytest.mark.parametrize(
+    ("now", "diverged", "stopped"),
+    [
+        (ending(7, 7, reason="length"), 0, 20),  # the end token in the golden, another one now
+        (ending(2, 7, reason="length"), 0, 20),  # the end token no longer ends it
+        (ending(2, reason="length"), 0, 20),
+        (ending(7), 20, 0),  # the negative control: another last token, and both end there
+    ],
+    ids=["other", "goes on", "cut", "control"],
+)
+def test_a_turn_that_ends_elsewhere_is_a_stop_however_it_does(now, diverged, stopped):
+    for golden, other in ((ending(2), now), (now, ending(2))):
+        free = compare_free_run(golden, other, 0.25)
+        assert (free.diverged, free.stops_changed) == (diverged, stopped)
+        assert f"{diverged} of 20 wrote other tokens" in str(free)
+        assert ("20 stopped elsewhere" in str(free)) == bool(stopped)
+
+
+def test_an_end_token_that_was_not_drawn_is_chance_and_one_that_does_not_end_is_none():
+    golden, drawn, ignored = ending(2), ending(7, 7, reason="length"), ending(2, 7, reason="length")
+    for now, exact, fails in ((drawn, False, False), (drawn, True, True), (ignored, False, True)):
+        free = compare_free_run(golden, now, 0.25)
+        assert bool(judge_free_run(free, golden, exact=exact, same_stream=False, mean_abs_diff=0)[0]) is fails
+
+
+def test_greedy_may_end_one_turn_later_by_a_near_tie_alone():
+    for gap, fails in ((0.1, False), (0.6, True)):
+        golden, now = ending(2, temperature=0.0, gap=gap), ending(7, 7, reason="length", temperature=0.0, gap=gap)
+        now = now.with_(top_logprobs=now.top_logprobs[:, :0], top_token_ids=now.top_token_ids[:, :0])
+        assert bool(verdict_of_greedy(golden, now)[1]) is fails

@@ -264,6 +264,7 @@ class FreeRun:
     """How many turns were written again, how many of them diverged, and how many only ended elsewhere.
 
     `relabelled` counts those that end with an end token at the last allowed place, and have the other of both reasons.
+    `ends` are those of `stops_changed` where one side wrote its end token and the other went on.
     `likelihood_shift` is how much likelier its tokens are than the golden's, in nats a token on average over turns, and
     `shift_p` how often chance alone does that (paired t): both runs are draws from one distribution, whatever the seeds.
     `distinct` counts the different completions (`distinct_p`: how often chance leaves so few now), `not_likeliest` the
@@ -280,6 +281,7 @@ class FreeRun:
     not_likeliest: tuple[int, int] = (0, 0)
     relabelled: int = 0
     distinct_p: float = 1.0
+    ends: tuple[Divergence, ...] = ()
 
     @property
     def same(self) -> bool:

@@ -121,6 +121,7 @@ class VllmBackend:
 
         try:
             params = [SamplingParams(**sampling_parameters(r, self.config.forcing), **_flat()) for r in requests]
+            _check_temperatures(requests, params)
             outputs = self._llm.generate(_prompts(requests), params, lora_request=lora_request, use_tqdm=False)
         except Exception as error:
             if not _is_refusal(error):
@@ -215,6 +216,15 @@ class VllmBackend:
 
 def _prompts(requests: Sequence[Request]) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": [*r.prompt_token_ids, *(r.scored_token_ids or ())]} for r in requests]
+
+
+def _check_temperatures(requests: Sequence[Request], params: Sequence[Any]) -> None:
+    """Raise EngineError where vLLM took another temperature than the traces of its answers will be labelled with."""
+    for request, taken in zip(requests, params, strict=True):
+        label = request.sampling.as_run_by("vllm").temperature
+        if request.scored_token_ids is None and abs(taken.temperature - label) > 1e-9:
+            asked = f"temperature={request.sampling.temperature:g} was asked for"
+            raise EngineError(f"vllm {_version()} samples with temperature={taken.temperature:g}, {asked}")
 
 
 def _is_refusal(error: Exception) -> bool:

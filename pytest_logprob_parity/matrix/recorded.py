@@ -41,7 +41,7 @@ def check_recorded(place: Path, matrix: Matrix, reference: Cell, sampling: str, 
     if differ := [number for number, (one, other) in enumerate(zip(then, prompts, strict=True)) if one != other]:
         text = "".join(trace.text(token) for token in then[differ[0]])
         raise _another(place, f"with other prompts, {text!r:.60} one of them", f"has {matrix.prompts[differ[0]]!r:.60} there")
-    if (asked := matrix.samplings[sampling]) != trace.sampling:
+    if (asked := matrix.samplings[sampling].as_run_by(trace.engine)) != trace.sampling:
         raise _another(place, *_apart(trace.sampling, asked))
     kept = container.read_metadata(place).get(ASKED)
     if kept is not None and kept != asked_of(reference):

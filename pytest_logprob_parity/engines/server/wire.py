@@ -9,14 +9,13 @@ from typing import Any, Final
 import numpy as np
 
 from ...errors import EngineError
+from ...trace import MINUS_INFINITY
 from ..base import Completion, Request
 from ..sampling_parameters import sampling_parameters
 
 COMPLETIONS: Final = "/v1/completions"
 GENERATE: Final = "/inference/v1/generate"
 
-#: What vLLM's OpenAI routes write for -inf, which JSON has no word for.
-_MINUS_INFINITY: Final = -9999.0
 _TOKEN: Final = "token_id:"
 
 
@@ -147,4 +146,4 @@ def _number(value: Any) -> float:
     """A logprob of the wire: null is what JSON makes of NaN."""
     if value is None:
         return math.nan
-    return -math.inf if value <= _MINUS_INFINITY else float(value)
+    return -math.inf if value <= MINUS_INFINITY else float(value)
