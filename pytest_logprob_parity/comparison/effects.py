@@ -279,7 +279,7 @@ def outliers_of(rows: Differences, limits: Tolerance, setting: Setting) -> Outli
     known = rows.known
     golden = np.where(known, rows.golden_error, 0.0)
     off = np.where(known, rows.error, rows.d)
-    names, places = np.unique(rows.sequences, return_inverse=True)
+    _, places = np.unique(rows.sequences, return_inverse=True)
     wholes_now, wholes = (m.sequence_rms(x, places, np.inf) for x in (off, golden))
     token, token_unexplained, sequence, sequence_unexplained = _thresholds(golden, known, wholes, limits, setting)
     is_now, was = np.abs(off) > token, np.abs(golden) > token
