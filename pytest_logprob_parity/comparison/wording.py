@@ -62,12 +62,12 @@ def shown_lines(shown: Shown) -> tuple[str, ...]:
         return ("shown: all sequences are of one prompt, and speak for that prompt alone",)
     off = f"off by an RMS above {number(shown.threshold)} nats"
     sequences = shown.sequences_allowed + 1
-    caught = f"not passed: {shown.tokens_allowed + 1} sequences with an outlier token, or "
+    caught = f"{shown.tokens_allowed + 1} sequences with an outlier token, or "
     caught += "1 sequence" if sequences == 1 else f"{sequences} sequences"
     if shown.reach < 1:
         caught += f", {off}; {POWER:.0%} sure where a fault does that to {shown.reach:.1%} of the prompts"
     return (
         f"shown ({CONFIDENCE:.0%} sure, {shown.prompts} prompts): at most {shown.share:.1%} of prompts like these have a "
         f"sequence {off} (its largest token left out); of these, {shown.bad_prompts} do",
-        f"would have {caught}",
+        f"would not have passed: {caught}",
     )
