@@ -86,7 +86,7 @@ class Differences:
 
     def where(self, kept: npt.NDArray[np.bool_]) -> Differences:
         """The rows that are kept."""
-        return Differences(*(column[kept] for column in (self.d, self.sequences, self.prompts, self.golden_error, self.error)))
+        return Differences(self.d[kept], self.sequences[kept], self.prompts[kept], self.golden_error[kept], self.error[kept])
 
     def by_sequence(self) -> Differences:
         """One row for each sequence: the means of its tokens."""
