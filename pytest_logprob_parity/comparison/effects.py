@@ -186,15 +186,20 @@ def _gate(
         hidden = room[1] > _HIDES and key == "clip_share"
         passes = limit + (0.0 if hidden else room[0])
         return Gate(key, direct.estimate, passes, limit + room[1], direct.low, direct.high, unit, hidden=hidden)
-    mine, golden = felt(rows.error[known]), felt(rows.golden_error[known])
+    golden_error = rows.golden_error[known]
+    mine, golden = felt(rows.error[known]), felt(golden_error)
     own = float(golden.mean())
-    grown = mean_interval(mine - golden, rows.clusters[known])
+    # where the reference says nothing: d, less what two builds with errors like the golden's make of it
+    unshared = fresh * float(felt(np.roll(golden_error, len(golden_error) // 2) - golden_error).mean())
+    growth = felt(rows.d) - unshared
+    growth[known] = mine - golden
+    grown, least = (mean_interval(growth - room * unshared * ~known, rows.clusters) for room in (0.0, _FAIL_ROOM))
     errors = Errors(
         golden=own,
         actual=float(mine.mean()),
         limit=limit + own * (1 + _PASS_ROOM * fresh),
         fail_limit=limit + own * (1 + _FAIL_ROOM * fresh),
-        low=own + grown.low,
+        low=own + least.low,
         high=own + grown.high,
     )
     return Gate(
@@ -213,11 +218,14 @@ def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: float,
     room = _MEAN_ERRORS * noise / tokens**0.5
     if not known.any():
         return Gate("mean_diff", direct.estimate, limit + room, limit + 2 * room, direct.low, direct.high, "nats")
-    mine, golden = units.error[known], units.golden_error[known]
-    own, of_golden = float(mine.mean()), float(golden.mean())
-    spread = mine - golden  # noise that both share moves no mean
-    room = _MEAN_ERRORS * min(float(np.sqrt(2 * fresh * np.mean(golden**2))), float(spread.std())) / len(golden) ** 0.5
-    grown = mean_interval(np.copysign(1.0, own) * mine - np.copysign(1.0, of_golden) * golden, units.clusters[known])
+    golden = units.golden_error[known]
+    of_golden = float(golden.mean())
+    size, spread = np.mean(golden**2), units.d[known].std()  # noise that both share moves no mean
+    golden = np.where(known, units.golden_error, of_golden)
+    mine = golden + units.d
+    own = float(mine.mean())
+    room = _MEAN_ERRORS * min(float(np.sqrt(2 * fresh * size)), float(spread)) / np.count_nonzero(known) ** 0.5
+    grown = mean_interval(np.copysign(1.0, own) * mine - np.copysign(1.0, of_golden) * golden, units.clusters)
     errors = Errors(
         golden=abs(of_golden),
         actual=abs(own),
