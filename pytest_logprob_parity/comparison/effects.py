@@ -184,8 +184,8 @@ def _gate(
     known = rows.known
     if not known.any():
         hidden = room[1] > _HIDES and key == "clip_share"
-        passes = limit + (0.0 if hidden else room[0])
-        return Gate(key, direct.estimate, passes, limit + room[1], direct.low, direct.high, unit, hidden=hidden)
+        passing = limit if hidden else limit + room[0]
+        return Gate(key, direct.estimate, passing, limit + room[1], direct.low, direct.high, unit, hidden=hidden)
     golden_error = rows.golden_error[known]
     mine, golden = felt(rows.error[known]), felt(golden_error)
     own = float(golden.mean())
