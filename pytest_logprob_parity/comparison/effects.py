@@ -36,6 +36,8 @@ _HIDES: Final = 0.5
 #: largest.
 _OUTLIER: Final = 4.0
 _UNEXPLAINED: Final = 4.0
+#: An outlier that the golden's error has at the same token is the same one while it is no more than so many times as large.
+_SAME_OUTLIER: Final = 2.0
 #: A sequence is an outlier beyond so many times the largest RMS that one has in the golden's errors; the second figure is what
 #: no noise explains.
 _SEQUENCE, _SEQUENCE_UNEXPLAINED = 1.5, 3.0
@@ -264,9 +266,9 @@ class Outliers:
     """Outlier tokens and sequences: errors where they are known, differences else. Limits are in nats.
 
     `tokens` [n] marks the rows that are an outlier on one side; `explained` says that the golden's errors have some. `new`
-    counts the sequences with a token that is an outlier and was none in the golden's errors, `gone` those with one that was and
-    is none: of noise there are as many of the one as of the other. `largest` is the largest error of a token that was none. The
-    same of sequences that are off as a whole.
+    counts the sequences with a token that is an outlier and was none in the golden's errors, or one half as large at most, `gone`
+    those with one that was and is none: of noise there are as many of the one as of the other. `largest` is the largest error of
+    such a token. The same of sequences that are off as a whole.
     """
 
     tokens: npt.NDArray[np.bool_]
@@ -292,12 +294,13 @@ def outliers_of(rows: Differences, limits: Tolerance, setting: Setting) -> Outli
     wholes_now, wholes = (m.sequence_rms(x, places, np.inf) for x in (off, golden))
     token, token_unexplained, sequence, sequence_unexplained = _thresholds(golden, known, wholes, limits, setting)
     is_now, was = np.abs(off) > token, np.abs(golden) > token
+    fresh = ~was | (np.abs(off) > _SAME_OUTLIER * np.abs(golden))
     return Outliers(
         tokens=is_now | was,
         explained=bool(was.any()),
-        new=len(np.unique(places[is_now & ~was])),
+        new=len(np.unique(places[is_now & fresh])),
         gone=len(np.unique(places[was & ~is_now])),
-        largest=float(np.abs(off[~was]).max(initial=0.0)),
+        largest=float(np.abs(off[fresh]).max(initial=0.0)),
         token=token,
         token_unexplained=token_unexplained,
         new_sequences=int(np.count_nonzero((wholes_now > sequence) & (wholes <= sequence))),
