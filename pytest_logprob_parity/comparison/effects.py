@@ -88,7 +88,7 @@ class Differences:
 
     def where(self, kept: npt.NDArray[np.bool_]) -> Differences:
         """The rows that are kept."""
-        return Differences(*(column[kept] for column in (self.d, self.sequences, self.prompts, self.golden_error, self.error)))
+        return Differences(self.d[kept], self.sequences[kept], self.prompts[kept], self.golden_error[kept], self.error[kept])
 
     def by_sequence(self) -> Differences:
         """One row for each sequence: the means of its tokens."""
@@ -266,9 +266,9 @@ class Outliers:
     """Outlier tokens and sequences: errors where they are known, differences else. Limits are in nats.
 
     `tokens` [n] marks the rows that are an outlier on one side; `explained` says that the golden's errors have some. `new`
-    counts the sequences with a token that is an outlier and was none in the golden's errors, or one half as large at most, `gone`
-    those with one that was and is none: of noise there are as many of the one as of the other. `largest` is the largest error of
-    such a token. The same of sequences that are off as a whole.
+    counts the sequences with a token that is an outlier and was none in the golden's errors, or one half as large at most,
+    `gone` those with one that was and is none: of noise there are as many of the one as of the other. `largest` is the largest
+    error of a token whose golden's is not as large. The same of sequences that are off as a whole.
     """
 
     tokens: npt.NDArray[np.bool_]
@@ -293,6 +293,10 @@ def outliers_of(rows: Differences, limits: Tolerance, setting: Setting) -> Outli
     _, places = np.unique(rows.sequences, return_inverse=True)
     wholes_now, wholes = (m.sequence_rms(x, places, np.inf) for x in (off, golden))
     token, token_unexplained, sequence, sequence_unexplained = _thresholds(golden, known, wholes, limits, setting)
+    if "sequence_rms" in limits.explicit:  # what a caller sets holds for differences, and noise excuses none of them
+        wholes_now, wholes = m.sequence_rms(rows.d, places, np.inf), np.zeros_like(wholes)
+    if "outlier" in limits.explicit:
+        off, golden = rows.d, np.zeros_like(golden)
     is_now, was = np.abs(off) > token, np.abs(golden) > token
     fresh = ~was | (np.abs(off) > _SAME_OUTLIER * np.abs(golden))
     return Outliers(
