@@ -11,7 +11,8 @@ the eager engine. bench_clean.py judges what is stored here, in seconds, as ofte
                                                                  transformers in float32
 What exists is not made again, so an interrupted collection goes on where it was.
 
-python benchmarks/clean_runs.py FOLDER [--seed N] [--models A,B] [--dtypes A,B] [--cells N] [--python BUILD=INTERPRETER]
+python benchmarks/clean_runs.py FOLDER [--seed N] [--models A,B] [--dtypes A,B] [--cells N] [--engines A,B] \\
+    [--python BUILD=INTERPRETER]
 """
 
 from __future__ import annotations
@@ -247,11 +248,13 @@ def _part_of(trace: Trace, sequences: Sequence[int]) -> Trace:
 # -- in the process that starts the others -------------------------------------------------------------------------------
 
 
-def run_all(folder: Path, seed: int, models: Sequence[str], dtype: str, count: int, pythons: Mapping[str, str]) -> None:
+def run_all(
+    folder: Path, seed: int, models: Sequence[str], dtype: str, count: int, engines: Sequence[str], pythons: Mapping[str, str]
+) -> None:
     """Collect one dtype: goldens first, then what the other engines say of them; two processes at a time."""
     phases = (
         [("eager", models[::2]), ("eager", models[1::2])],
-        [(name, models) for name in ENGINES if name != "eager" and (ENGINES[name].build in pythons or not ENGINES[name].build)],
+        [(name, models) for name in engines if name != "eager" and (ENGINES[name].build in pythons or not ENGINES[name].build)],
         [("eager", models[::2]), ("eager", models[1::2])],
     )
 
@@ -304,6 +307,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(KINDS))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--cells", type=int, default=99, help="how many goldens for each model and dtype")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="which of them answer; the eager one always does")
     parser.add_argument("--python", action="append", default=[], metavar="BUILD=INTERPRETER", help="where a build of vLLM is")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -317,9 +321,10 @@ def main() -> None:
     for model in models:
         if not (folder / "models" / model / "tokenizer.json").exists():
             print(f"{model}: {make_model(model, folder / 'models' / model, arguments.seed):.2f} nats at T=1", flush=True)
+    engines, pythons = names_in(arguments.engines, ENGINES), dict(p.split("=", 1) for p in arguments.python)
     for dtype in names_in(arguments.dtypes, DTYPES):
         began = time.monotonic()
-        run_all(folder, arguments.seed, models, dtype, arguments.cells, dict(p.split("=", 1) for p in arguments.python))
+        run_all(folder, arguments.seed, models, dtype, arguments.cells, engines, pythons)
         print(f"{dtype}: {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
 
 
