@@ -96,8 +96,8 @@ class Trace:
       whether or not it wrote any
 
     What the numbers mean: `logprobs_mode`, `path`, `sampling`, `engine`, `engine_version`, `dtype`; `replay` says how another
-    trace's tokens were asked about ("" where these are its own), `forcing` what forced them. `token_texts` maps ids to text, for
-    reports on machines without the tokenizer.
+    trace's tokens were asked about ("" where these are its own), `forcing` what forced them. `token_texts` maps ids to text,
+    for reports on machines without the tokenizer.
     """
 
     prompt_token_ids: IntArray

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from ..errors import ParityError
 
@@ -58,21 +58,30 @@ def in_words(side: str) -> str:
     return side if side == SIDES[1] else f"in the {side}"
 
 
-def by_their_names(text: str, sides: tuple[str, str]) -> str:
-    """A sentence about `the golden` and `this run`, where the two sides are called otherwise."""
-    if sides == SIDES:
-        return text
-    return text.replace("the golden", f"the {sides[0]}").replace("this run", f"the {sides[1]}")
+class Names(NamedTuple):
+    """What sentences call the two sides of a comparison."""
+
+    expected: str = "the golden"
+    actual: str = "this run"
+
+
+def names_of(sides: tuple[str, str]) -> Names:
+    """The names of two sides in a sentence: those of Names, or of sides that are called otherwise."""
+    return Names() if sides == SIDES else Names(*(f"the {side}" for side in sides))
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One cause: its layer, its name (None where the evidence does not single one out), candidates, and evidence."""
+    """One cause: its layer, its name (None where the evidence does not single one out), candidates, and evidence.
+
+    `evidence` is for people; `values` are the numbers in it, by name, for code (JSON values).
+    """
 
     layer: str
     cause: str | None
     evidence: str
     candidates: tuple[str, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         name = self.cause or "one of " + ", ".join(self.candidates)

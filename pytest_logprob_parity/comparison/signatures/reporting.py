@@ -47,7 +47,7 @@ def misreport(positions: Positions, *, golden: bool) -> Misreport | None:
     trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
     if not trace.top_k:
         return None
-    side = "the golden" if golden else "this run"
+    side = positions.names.expected if golden else positions.names.actual
     mine = trace.top_token_ids[rows] == trace.token_ids[rows][:, None]
     listed = np.where(mine, trace.top_logprobs[rows], np.nan).astype(np.float64)
     own = np.where(mine.any(axis=1), np.nanmax(np.where(mine, listed, -np.inf), axis=1), np.nan)
@@ -68,7 +68,7 @@ def misreport(positions: Positions, *, golden: bool) -> Misreport | None:
 def no_logprobs(positions: Positions, *, golden: bool) -> Misreport | None:
     """A side whose numbers are no logprobs: some are above 0, or the probabilities of a position add up to more than 1."""
     trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
-    side, of = "the golden's" if golden else "this run's", len(rows)
+    side, of = f"{positions.names.expected if golden else positions.names.actual}'s", len(rows)
     chosen, top = trace.logprobs[rows].astype(np.float64), trace.top_logprobs[rows].astype(np.float64)
     above = int(np.count_nonzero(np.nan_to_num(np.column_stack([chosen, top]), nan=0.0, posinf=0.0).max(axis=1) > _ROUNDING))
     if above >= _ENOUGH:
@@ -88,6 +88,7 @@ def find_rewritten(positions: Positions) -> Misreport | None:
     """All numbers of one side times a factor, or plus a constant: no distribution comes out of another so, for each position
     has a normaliser of its own.
     """
+    golden, now = positions.names
     x, y = positions.expected[positions.common], positions.actual[positions.common]
     if np.count_nonzero(np.abs(x) > _LARGE) < _ENOUGH_LARGE:
         return None
@@ -95,12 +96,12 @@ def find_rewritten(positions: Positions) -> Misreport | None:
     if np.count_nonzero(_all_listed(positions, constant)) < _ENOUGH:
         constant = 0.0  # of distributions that are flat, a truncation keeps the same mass everywhere
     for size, change, text in (
-        (factor - 1, y - factor * x, f"{factor:.4g} times the golden's{_LOGARITHMS.get(round(factor, 3), '')}"),
-        (constant, y - x - constant, f"the golden's {constant:+.4g}"),
+        (factor - 1, y - factor * x, f"{factor:.4g} times {golden}'s{_LOGARITHMS.get(round(factor, 3), '')}"),
+        (constant, y - x - constant, f"{golden}'s {constant:+.4g}"),
     ):
         exact = np.mean(np.abs(change) <= _EXACT * np.maximum(1, np.abs(y))) >= _ALL_BUT_FEW
         if exact and abs(size) > _CHANGED and np.sqrt(np.mean((y - x) ** 2)) > _ROUNDING:
-            return Misreport("wrong_values", f"every number of this run is {text}: no distribution has a normaliser like that")
+            return Misreport("wrong_values", f"every number of {now} is {text}: no distribution has a normaliser like that")
     return None
 
 
@@ -129,9 +130,8 @@ def find_shift(positions: Positions) -> Misreport | None:
             continue
         fits = np.abs(now - moved)[telling] <= 0.1 * np.abs(moved - golden)[telling]
         if np.mean(fits) >= _MOST and np.median(apart[telling]) > _TELLING:
-            text = (
-                f"each number is that which the golden has for the token {name} ({int(np.count_nonzero(telling)):,} positions)"
-            )
+            of = int(np.count_nonzero(telling))
+            text = f"each number is that which {positions.names.expected} has for the token {name} ({of:,} positions)"
             return Misreport("shifted_positions", text)
     return None
 
@@ -146,9 +146,8 @@ def find_shifted_rows(positions: Positions) -> Misreport | None:
         moved = np.roll(first, shift)
         telling = (np.roll(positions.sequences, shift) == positions.sequences) & (moved != first)
         if np.count_nonzero(telling) >= _ENOUGH and np.mean((now == moved)[telling]) >= _MOST:
-            text = (
-                f"each top-k is that which the golden has for the token {name} ({int(np.count_nonzero(telling)):,} positions)"
-            )
+            of = int(np.count_nonzero(telling))
+            text = f"each top-k is that which {positions.names.expected} has for the token {name} ({of:,} positions)"
             return Misreport("shifted_positions", text)
     return None
 
