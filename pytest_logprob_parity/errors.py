@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias
+
+#: What kind of check was not met, as records and reports have it.
+Kind: TypeAlias = Literal["failed", "usage", "golden", "incomparable", "engine"]
 
 
 class ParityError(AssertionError):
     """A check that is not met, for whatever reason. Never a skip."""
 
-    kind: ClassVar[str] = "failed"
+    kind: ClassVar[Kind] = "failed"
 
 
 class UsageError(ParityError):

@@ -11,9 +11,12 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .comparison.result import Setup
 
 #: Parts of config.json that say how a checkpoint was written, not what it computes.
 _VOLATILE: Final = frozenset({"transformers_version", "_name_or_path", "torch_dtype", "dtype"})
@@ -189,7 +192,7 @@ def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
     return [(n, flat_golden.get(n), flat_now.get(n)) for n in names if flat_golden.get(n) != flat_now.get(n)]
 
 
-def setup_class(golden: Mapping[str, Any], apart: Sequence[tuple[str, Any, Any]]) -> Literal["same", "compatible", "unknown"]:
+def setup_class(golden: Mapping[str, Any], apart: Sequence[tuple[str, Any, Any]]) -> Setup:
     """How a golden's fingerprint compares, once it belongs to the engine's model and prompts.
 
     `same`: engine, version, configuration, hardware and libraries are the golden's, bits are expected back. `compatible`:

@@ -13,10 +13,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from . import container
 from .belonging import Checked
+from .comparison.result import LEVELS, Level, Setup, Verdict
 from .comparison.tolerance import Tolerance
 from .errors import GoldenError, ParityError, UsageError
 from .golden import SUFFIX, Golden
@@ -26,6 +27,8 @@ OBTAINED: Final = "parity-obtained"
 _CANDIDATE: Final = f".golden{SUFFIX}"
 _KEY: Final = "obtained"
 _TEXTS: Final = ("golden", "golden_digest", "node_id", "name", "verdict", "headline", "level", "setup", "candidate", "refusal")
+#: Those of them that are keys.
+_KNOWN: Final = {"verdict": get_args(Verdict), "level": LEVELS, "setup": get_args(Setup)}
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class Obtained:
     golden_digest: str
     node_id: str
     name: str
-    verdict: str
+    verdict: Verdict
     headline: str
-    level: str
-    setup: str
+    level: Level
+    setup: Setup
     candidate: str = ""
     refusal: str = ""
     limits: Tolerance | None = None
@@ -103,6 +106,8 @@ def read(path: Path) -> Obtained:
         limits = texts.pop("limits", None)
         if set(texts) != set(_TEXTS) or not all(isinstance(text, str) for text in texts.values()):
             raise TypeError
+        if any(texts[name] not in known for name, known in _KNOWN.items()):
+            raise ValueError
         return Obtained(**texts, limits=None if limits is None else Tolerance.from_json(limits))
     except (KeyError, TypeError, ValueError, AttributeError, UsageError):
         raise GoldenError(

@@ -18,6 +18,8 @@ from .state import PROPERTY, SESSION, note_outcome, tell
 if TYPE_CHECKING:
     from .belonging import Checked, Context
     from .comparison.result import Comparison
+    from .errors import Kind
+    from .report.results import Outcome
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Kept:
     refusal: str
 
 
-def told_of(error: BaseException) -> tuple[str, str]:
+def told_of(error: BaseException) -> tuple[Kind, str]:
     """The outcome and the message of a check that ended in this error."""
     if isinstance(error, ParityError):
         return error.kind, str(error)
@@ -101,7 +103,7 @@ class Records:
     def note(
         self,
         context: Context,
-        outcome: str,
+        outcome: Outcome,
         message: str,
         comparison: Comparison | None = None,
         checked: Checked | None = None,
@@ -123,7 +125,7 @@ class Records:
             record["part"] = self._write_part(self._session.report, about, record, comparison, checked)
         note_outcome(self._item, record)
 
-    def _about(self, context: Context, outcome: str, message: str, kept: Kept | None) -> dict[str, Any]:
+    def _about(self, context: Context, outcome: Outcome, message: str, kept: Kept | None) -> dict[str, Any]:
         file, line, _ = self._item.location
         bad = outcome not in ("passed", "recorded")
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import numpy as np
 
@@ -22,7 +22,21 @@ from .gaps import with_gap
 from .intervals import distinct_sequences, prompt_numbers
 from .objectives import DEFAULT_OBJECTIVE
 from .permutation import ALPHA, block_permutation_test
-from .result import SIDES, Comparison, Difference, Finding, FreeRun, Gate, Level, Names, Note, Setup, TokenDiff, names_of
+from .result import (
+    LEVELS,
+    SIDES,
+    Comparison,
+    Difference,
+    Finding,
+    FreeRun,
+    Gate,
+    Level,
+    Names,
+    Note,
+    Setup,
+    TokenDiff,
+    names_of,
+)
 from .signatures.head import head_finding
 from .signatures.positions import positions_of
 from .signatures.semantics import (
@@ -36,7 +50,6 @@ from .signatures.semantics import (
 from .support import support_flips
 from .tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance, with_floor
 
-LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 _WORST: Final = 8
 #: In float32 a larger RMS than so many times the noise of builds is no noise.
 _BEYOND: Final = 10
@@ -69,7 +82,7 @@ def compare(
     expected: Trace,
     actual: Trace,
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
-    level: str = "rl",
+    level: Level = "rl",
     objective: str = DEFAULT_OBJECTIVE,
     floor: NoiseFloor | None = None,
     reference: Reference | None = None,
@@ -92,7 +105,7 @@ def compare(
         raise UsageError(f"the reference has {len(reference.logprobs)} tokens, the expected trace {expected.num_tokens}")
     base = with_floor(default_tolerance(expected.dtype, (expected.path, actual.path), objective), floor)
     evidence = Evidence(floor, reference)
-    return with_gap(judge(expected, actual, make_tolerance(base, tolerance), level, evidence), tolerance)
+    return with_gap(judge(expected, actual, make_tolerance(base, tolerance), check_level(level), evidence), tolerance)
 
 
 def check_level(level: str) -> Level:
@@ -102,9 +115,8 @@ def check_level(level: str) -> Level:
     return level
 
 
-def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidence: Evidence) -> Comparison:
+def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evidence: Evidence) -> Comparison:
     """What `compare` does, with everything that a check knows."""
-    level = check_level(level)
     rows = align(expected, actual)
     e, a = expected.logprobs[rows.expected], actual.logprobs[rows.actual]
     finite = np.isfinite(e) & np.isfinite(a)
@@ -303,7 +315,7 @@ def _far_off(d: m.Doubles, sequences: Any, limits: Tolerance) -> list[int]:
     return [int(name) for name in off] if 0 < len(off) < len(names) / 2 else []
 
 
-def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evidence: Evidence) -> Difference:
+def _is_different(expected: Trace, exact: bool, decided: bool, level: Level, evidence: Evidence) -> Difference:
     """Is it different? Bit for bit on the stored schedule; where the engine is another one, by the permutation test."""
     floor = evidence.floor
     if exact:
@@ -311,7 +323,7 @@ def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evide
     if level == "bitwise":
         return Difference(True, "not bit for bit the same")
     if decided:
-        return Difference(True, "see the headline")
+        return Difference(True, "see the headline", decided=True)
     scheduled = evidence.setup == "same" and evidence.same_schedule
     if scheduled and floor is not None and floor.reproduces and level != "noise":
         return Difference(True, "not bit-identical, although it was when recorded: the same engine on the same schedule")

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ..belonging import Context
 from ..check import judge_answers
-from ..comparison.result import Comparison
+from ..comparison.result import Comparison, Verdict
 from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden
 from .environments import FULL, Environment
@@ -36,7 +36,7 @@ class Tried:
     problem: str = ""
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict | Literal["not run"]:
         """The verdict, or `not run`."""
         return "not run" if self.comparison is None else self.comparison.verdict
 

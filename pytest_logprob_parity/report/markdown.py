@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from .results import EXPECTED, WARNED, GOOD, IN_WORDS, cause_of, counts_of, title_of
+from .results import EXPECTED, GOOD, IN_WORDS, WARNED, cause_of, counts_of, title_of
 from .visible import visible
 
 #: Checks that are listed one by one; GitHub cuts a summary off at 1 MiB.

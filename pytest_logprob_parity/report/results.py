@@ -11,10 +11,10 @@ import posixpath
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn, TypeAlias
 
 from .. import __version__
-from ..errors import UsageError
+from ..errors import Kind, UsageError
 from .shape import NUMBER, Maybe, check_shape
 
 FORMAT: Final = "logprob-parity results"
@@ -22,16 +22,20 @@ FORMAT: Final = "logprob-parity results"
 SCHEMA: Final = 2
 NAME: Final = "results.json"
 
+#: How a check ended.
+Outcome: TypeAlias = Kind | Literal["unverified", "warned", "expected", "recorded", "passed"]
 #: A check that was not met in a test that expects it: under xfail, in pytest.raises.
 EXPECTED: Final = "expected"
 #: A check that is unverified where `parity_unverified = warn` lets it pass.
 WARNED: Final = "warned"
 #: From what needs somebody's attention to what does not.
-OUTCOMES: Final = ("failed", "engine", "golden", "incomparable", "usage", "unverified", WARNED, EXPECTED, "recorded", "passed")
+OUTCOMES: Final[tuple[Outcome, ...]] = (
+    "failed", "engine", "golden", "incomparable", "usage", "unverified", WARNED, EXPECTED, "recorded", "passed",
+)  # fmt: skip
 #: Those that fail nobody's run.
-GOOD: Final = (WARNED, EXPECTED, "recorded", "passed")
+GOOD: Final[tuple[Outcome, ...]] = (WARNED, EXPECTED, "recorded", "passed")
 #: What an outcome is called, for people.
-IN_WORDS: Final[Mapping[str, str]] = {
+IN_WORDS: Final[Mapping[Outcome, str]] = {
     "failed": "fail", "engine": "engine error", "golden": "no golden", "incomparable": "incomparable",
     "usage": "misused", "unverified": "unverified", WARNED: "unverified, only warned of",
     EXPECTED: "expected to fail", "recorded": "recorded", "passed": "pass",
@@ -76,13 +80,13 @@ CHECK: Final = {
     "objective": Maybe(str),
     "shown": Maybe({str: NUMBER}),
     "setup": Maybe(str),
-    "difference": Maybe({"different": (bool, type(None)), "text": str, "p_value": NUMBER}),
-    "findings": [{"layer": str, "cause": Maybe(str), "candidates": [str], "evidence": str}],
+    "difference": Maybe({"different": (bool, type(None)), "text": str, "p_value": NUMBER, "decided": bool}),
+    "findings": [{"layer": str, "cause": Maybe(str), "candidates": [str], "evidence": str, "values": {str: object}}],
     "metrics": {str: NUMBER},
     "policy_metrics": {str: NUMBER},
     "gates": [GATE],
     "shows": [str],
-    "notes": [str],
+    "notes": [{"key": str, "text": str}],
     "free_run": Maybe({str: object}),
     "logged": Maybe({"framework": str, "metrics": {str: NUMBER}, "lines": [str]}),
     "fingerprint_differences": [{"name": str, "expected": object, "actual": object}],
@@ -279,7 +283,7 @@ def title_of(check: Mapping[str, Any]) -> str:
     return str(check["node_id"] or check["golden"]["path"]) + name
 
 
-def counts_of(content: Mapping[str, Any]) -> dict[str, int]:
+def counts_of(content: Mapping[str, Any]) -> dict[Outcome, int]:
     """How many checks there are of each outcome, worst first; only those that occur."""
     outcomes = [check["outcome"] for check in content["checks"]]
     return {name: outcomes.count(name) for name in OUTCOMES if name in outcomes}

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..comparison.alignment import align
-from ..comparison.result import Comparison, Finding
+from ..comparison.result import Comparison, Finding, Note
 from ..comparison.signatures.head import logit_step
 from ..comparison.signatures.positions import positions_of
 from ..comparison.tolerance import DTYPES, Tolerance
@@ -43,7 +43,7 @@ def causes(
     scorer: Any,
     batch_size: int,
     limits: Tolerance,
-) -> tuple[list[Finding], list[str]]:
+) -> tuple[list[Finding], list[Note]]:
     """The findings of a comparison of a trainer's logprobs `scored` with the rollouts' own `expected`, and notes besides.
 
     What the trainer cannot have given is first; then what the comparison found by itself; then adapters, head and
@@ -52,7 +52,7 @@ def causes(
     if (of_trainer := _not_a_number(expected, scored)) is not None:
         return [of_trainer], []
     trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
-    findings, notes, failed = list(comparison.findings), list[str](), comparison.verdict == "fail"
+    findings, notes, failed = list(comparison.findings), list[Note](), comparison.verdict == "fail"
     nearest = None
     if failed and not findings:
         adapter = _recorded_adapter(rollouts, scorer)
@@ -64,14 +64,13 @@ def causes(
         if failed and comparison.metrics["rms_diff"] <= _by_a_head(trace):
             findings.append(head)
         else:
-            notes.append(f"head precision: {head.evidence}")
+            notes.append(Note("head_precision", f"head precision: {head.evidence}"))
     if failed and not findings:
         temperature = _forgotten_temperature(expected, scored) or _other_temperature(expected, scorer)
         findings.append(temperature or _truncated(expected, scored) or nearest or _candidates(rollouts, scored, scorer))
     if fillers := int(np.count_nonzero(expected.mask & (expected.logprobs == 0) & (scored.logprobs < _UNLIKE_ZERO))):
-        notes.append(
-            f"{fillers:,} of the rollouts' logprobs are exactly 0 where the trainer's are not: fillers for missing ones?"
-        )
+        text = f"{fillers:,} of the rollouts' logprobs are exactly 0 where the trainer's are not: fillers for missing ones?"
+        notes.append(Note("fillers", text))
     return findings, notes
 
 

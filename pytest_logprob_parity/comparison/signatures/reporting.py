@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from ...trace import Trace
+from ..result import SemanticCause
 from .positions import Doubles, Positions
 
 #: A chosen logprob and the same token's entry in the top-k are one number; float32 may round it on the way.
@@ -37,7 +38,7 @@ class Misreport:
     `minor` ones, of a few tokens or of the size of rounding, leave room for another cause.
     """
 
-    cause: str
+    cause: SemanticCause
     text: str
     minor: bool = False
 
@@ -152,7 +153,7 @@ def find_shifted_rows(positions: Positions) -> Misreport | None:
     return None
 
 
-def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -> tuple[str, str]:
+def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -> tuple[SemanticCause, str]:
     excluded = known & np.isneginf(said)
     if excluded.any():
         return "wrong_values", f"-inf for {int(np.count_nonzero(excluded)):,} that its top-k keeps"
@@ -187,7 +188,7 @@ def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -
     return _by_sequence(trace, rows, said, own, wrong)
 
 
-def _by_sequence(trace: Trace, rows: Any, said: Doubles, own: Doubles, wrong: Any) -> tuple[str, str]:
+def _by_sequence(trace: Trace, rows: Any, said: Doubles, own: Doubles, wrong: Any) -> tuple[SemanticCause, str]:
     """What a whole sequence gives away: one value for all tokens, or those of another sequence; else only that it differs."""
     owner = np.searchsorted(trace.sequence_offsets, rows, side="right") - 1
     of = np.unique(owner[wrong])

@@ -11,7 +11,7 @@ import numpy as np
 from ...spec import Sampling
 from ...trace import Trace
 from ..alignment import Alignment
-from ..result import Finding, Names
+from ..result import Finding, Names, SemanticCause
 from .positions import Positions, positions_of
 from .reporting import Misreport, find_rewritten, find_shift, find_shifted_rows, misreport, no_logprobs
 from .scale import ENOUGH
@@ -24,7 +24,7 @@ _NAMES: Final = Names()
 # -- what the labels say -----------------------------------------------------------------------------------------------
 
 
-def different_meaning(expected: Trace, actual: Trace) -> str | None:
+def different_meaning(expected: Trace, actual: Trace) -> SemanticCause | None:
     """The cause's name where the labels of the two sides say that their numbers mean different things."""
     if expected.distribution() == actual.distribution():
         return None
@@ -48,7 +48,7 @@ def bears_out(expected: Trace, actual: Trace, rows: Alignment) -> bool:
 
 
 def label_findings(
-    cause: str, expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAMES
+    cause: SemanticCause, expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAMES
 ) -> list[Finding]:  # fmt: skip
     """The findings for labels that differ: what they claim, and step by step what the numbers say of it."""
     claim = f"{expected.distribution()} against {actual.distribution()}"
@@ -124,9 +124,9 @@ def _penalties(sampling: Sampling) -> int:
     return (sampling.repetition_penalty != 1) + (sampling.presence_penalty != 0) + (sampling.frequency_penalty != 0)
 
 
-def _recorded(sampling: Sampling) -> set[str]:
+def _recorded(sampling: Sampling) -> set[SemanticCause]:
     """The causes that the steps of this sampling can bring about."""
-    steps = (
+    steps: tuple[tuple[SemanticCause, bool], ...] = (
         ("temperature", not sampling.greedy and abs(sampling.temperature - 1) > 1e-6),
         ("truncation", sampling.truncates),
         ("penalties", sampling.penalizes),

@@ -116,8 +116,8 @@ def _temperature_stage(scale: Scale, positions: Positions) -> Stage:
         "logits (final norm, head); the logprobs alone do not tell these apart"
     )
     values["temperature"] = other
-    candidates = ("temperature", "weights_differ", "head_precision")
-    return Stage(Finding("semantic", None, text, candidates, values), scale.slope < 1, False)
+    finding = Finding("semantic", None, text, ("temperature", "weights_differ", "head_precision"), values)
+    return Stage(finding, scale.slope < 1, False)
 
 
 def _larger(scale: Scale, positions: Positions) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Final
 
+from ...comparison.result import Note
 from ...errors import EngineError, IncomparableError, UsageError
 from ...server_settings import SERVER, server_settings
 from ...spec import EngineSpec
@@ -80,10 +81,11 @@ class ServerBackend:
                 self._retried.append(", ".join(f"{count} for {reason}" for reason, count in self._client.retried.items()))
                 self._client.retried.clear()
 
-    def remarks(self) -> list[str]:
+    def remarks(self) -> list[Note]:
         """What there was to say of its answers since it was last asked: requests that had to be sent again."""
         told, self._retried = self._retried, []
-        return [f"requests sent again: {'; '.join(told)} ({self._client.url})"] if told else []
+        text = f"requests sent again: {'; '.join(told)} ({self._client.url})"
+        return [Note("sent_again", text)] if told else []
 
     def close(self) -> None:
         """Close the connections; the server stays as it is."""
