@@ -122,7 +122,7 @@ def _compare_engine(
     golden: Golden, engine: Engine, replay: Sequence[ReplayPath], tolerance: Any, level: Level, context: Context
 ) -> Checked:
     trace = golden.trace
-    if "prefill" in replay and trace.distribution() != "raw":
+    if "prefill" in replay and not trace.is_raw:
         raise UsageError(
             f"replay 'prefill' gives raw logprobs, this golden's are {trace.distribution()}: they cannot be compared."
             " Use 'decode'"

@@ -13,6 +13,15 @@ class ParityError(AssertionError):
 
     kind: ClassVar[Kind] = "failed"
 
+    def __init__(self, reason: str, place: object = None) -> None:
+        """`reason`, at `place`: a file, or a function of ours. The message begins with the place."""
+        super().__init__(reason if place is None else f"{place}: {reason}")
+        self.reason, self.place = reason, place
+
+    def reason_beside(self, *places: object) -> str:
+        """The message, without its place where that is one of `places`: those that the reader is told of anyway."""
+        return self.reason if self.place in places else str(self)
+
 
 class UsageError(ParityError):
     """The call, the marker or an option asks for something that does not exist or is not supported."""

@@ -185,11 +185,15 @@ def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
     for flat in (flat_golden, flat_now):
         if isinstance(flat.get("name"), str):
             flat["name"] = re.sub(r"^(\.{1,2}/)+", "", flat["name"])  # one folder, named from where the caller stood
-    adapters = [str(flat.get("adapter")) for flat in (flat_golden, flat_now)]
-    if adapters[0].rpartition(" ")[2] == adapters[1].rpartition(" ")[2]:
+    if adapter_digest(flat_golden.get("adapter")) == adapter_digest(flat_now.get("adapter")):
         flat_now["adapter"] = flat_golden.get("adapter")  # the same content in a folder of another name
     names = sorted(set(flat_golden) | set(flat_now))
     return [(n, flat_golden.get(n), flat_now.get(n)) for n in names if flat_golden.get(n) != flat_now.get(n)]
+
+
+def adapter_digest(recorded: Any) -> str:
+    """The digest in what fingerprints have of an adapter, `FOLDER (DIGEST)`; "" where there is none."""
+    return str(recorded or "").rpartition(" (")[2].removesuffix(")")
 
 
 def setup_class(golden: Mapping[str, Any], apart: Sequence[tuple[str, Any, Any]]) -> Setup:

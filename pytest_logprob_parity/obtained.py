@@ -93,14 +93,14 @@ def _candidate(path: Path, record: Callable[[Path], object] | None) -> tuple[str
         record(path)
         return str(container.read_metadata(path)["digest"]), ""
     except ParityError as error:
-        return "", str(error).splitlines()[0].removeprefix(f"{path}: ")
+        return "", error.reason_beside(path).splitlines()[0]
 
 
 def read(path: Path) -> Obtained:
     """What an obtained trace says of its check. Raises GoldenError for a file that is none."""
     about = container.read_metadata(path).get(_KEY)
     if about is None:
-        raise GoldenError(f"{path}: a trace or golden, but none that a failing check left in {OBTAINED}/")
+        raise GoldenError(f"a trace or golden, but none that a failing check left in {OBTAINED}/", path)
     try:
         texts = dict(about)
         limits = texts.pop("limits", None)
@@ -111,7 +111,7 @@ def read(path: Path) -> Obtained:
         return Obtained(**texts, limits=None if limits is None else Tolerance.from_json(limits))
     except (KeyError, TypeError, ValueError, AttributeError, UsageError):
         raise GoldenError(
-            f"{path}: another version of pytest-logprob-parity left it; accept it with that one, or run again"
+            "another version of pytest-logprob-parity left it; accept it with that one, or run again", path
         ) from None
 
 

@@ -22,6 +22,7 @@ GateKey: TypeAlias = Literal[
     "nan", "nucleus_flips", "mean_diff", "k3", "clip_share", "weight_variance", "outlier_tokens", "outlier_sequences"
 ]
 
+OUTLIERS: Final[tuple[GateKey, ...]] = ("outlier_tokens", "outlier_sequences")
 #: What a gate's number is, in words.
 GATE_NAMES: Final[Mapping[GateKey, str]] = {
     "nan": "NaN or +inf",

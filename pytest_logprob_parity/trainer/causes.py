@@ -13,6 +13,7 @@ from ..comparison.result import Comparison, Finding, Note
 from ..comparison.signatures.head import logit_step
 from ..comparison.signatures.positions import positions_of
 from ..comparison.tolerance import DTYPES, Tolerance
+from ..fingerprint import adapter_digest
 from ..golden import Golden
 from ..trace import Trace
 from .scoring import name_of, score, temperature_of
@@ -115,7 +116,7 @@ def _forgotten_temperature(trace: Trace, scored: Trace) -> Finding | None:
     lists nearly all of them.
     """
     temperature = temperature_of(trace.sampling)
-    if temperature == 1 or trace.distribution() == "raw" or not trace.top_k:
+    if temperature == 1 or trace.is_raw or not trace.top_k:
         return None
     top = np.where(np.isfinite(trace.top_logprobs), trace.top_logprobs, -np.inf).astype(np.float64)
     listed = trace.top_token_ids == trace.token_ids[:, None]
@@ -142,7 +143,7 @@ def _other_temperature(trace: Trace, scorer: Any) -> Finding | None:
     """
     from scipy.optimize import minimize_scalar
 
-    if trace.distribution() == "raw" and not trace.sampling.raw_is_processed:
+    if trace.is_raw and not trace.sampling.raw_is_processed:
         return None
 
     def rms(temperature: float | None) -> float:
@@ -170,7 +171,7 @@ def _recorded_adapter(rollouts: Trace | Golden, scorer: Any) -> Finding | None:
     """`adapter` where the rollouts' golden was recorded with one, and the trainer has another."""
     recorded = rollouts.fingerprint.get("adapter") if isinstance(rollouts, Golden) else None
     trainers = getattr(scorer, "adapter", None)
-    if not isinstance(recorded, str) or trainers is None or trainers.digest in recorded:
+    if not isinstance(recorded, str) or trainers is None or trainers.digest == adapter_digest(recorded):
         return None
     return Finding("weights", "adapter", f"{recorded} in the golden, {trainers} in the trainer")
 

@@ -26,7 +26,7 @@ _NAMES: Final = Names()
 
 def different_meaning(expected: Trace, actual: Trace) -> SemanticCause | None:
     """The cause's name where the labels of the two sides say that their numbers mean different things."""
-    if expected.distribution() == actual.distribution():
+    if expected.means_as(actual):
         return None
     if expected.logprobs_mode != actual.logprobs_mode:
         return "raw_vs_processed"
