@@ -141,17 +141,19 @@ class Records:
         }
 
     def _commands(self, context: Context, kept: Kept | None) -> list[dict[str, str]]:
-        commands = [("record again", self.command("--update-golden"))]
+        commands = [{"what": "record again", "command": self.command("--update-golden")}]
         if kept is not None:
-            commands.append(("diagnose", self.command("--parity-diagnose")))
+            commands.append({"what": "diagnose", "command": self.command("--parity-diagnose")})
             golden, obtained = (shlex.quote(self._from_here(path)) for path in (context.shown_path, kept.path))
-            commands.append(("look closer", f"logprob-parity diff {golden} {obtained}"))
+            commands.append({"what": "look closer", "command": f"logprob-parity diff {golden} {obtained}"})
             if not kept.refusal:
                 root = self._from_here("")
                 below = "" if root == "." else f" --root {shlex.quote(root)}"
-                commands.insert(0, ("accept", f"logprob-parity accept {obtained}{below}"))
+                accept = "logprob-parity accept"
+                told = {"what": "accept", "command": f"{accept} {obtained}{below}", "for_all": f"{accept}{below}"}
+                commands.insert(0, told)
         called = os.path.relpath(self._config.invocation_params.dir, self._config.rootpath).replace(os.sep, "/")
-        return [{"what": what, "command": command, "from": called} for what, command in commands]
+        return [{**command, "from": called} for command in commands]
 
     def _write_part(
         self,

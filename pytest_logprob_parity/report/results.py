@@ -92,7 +92,8 @@ CHECK: Final = {
     "fingerprint_differences": [{"name": str, "expected": object, "actual": object}],
     "obtained": str,  # the trace's path below the root, "" where none was kept
     "refusal": str,  # why it cannot be accepted, "" where it can
-    "commands": [{"what": str, "command": str}],  # and `from`: the folder they are called from, below the root
+    # And `from`, the folder they are called from, below the root, and `for_all`: the same for all checks of the run.
+    "commands": [{"what": str, "command": str}],
     "plots": Maybe(PLOTS),
     "sequences": [SEQUENCE],
     "token_texts": {str: str},
@@ -261,7 +262,8 @@ def _called_below(prefix: str, command: Mapping[str, Any]) -> dict[str, Any]:
     folder = posixpath.normpath(prefix + str(command.get("from", ".")))
     if not prefix or folder == ".":
         return dict(command)
-    return {**command, "from": ".", "command": f"(cd {shlex.quote(folder)} && {command['command']})"}
+    called = {name: f"(cd {shlex.quote(folder)} && {command[name]})" for name in ("command", "for_all") if name in command}
+    return {**command, "from": ".", **called}
 
 
 def _below(prefix: str, path: str) -> str:
