@@ -66,7 +66,7 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
         if not comparison.metrics["n_tokens"]:
             raise GoldenError("nothing was compared, so nothing is known of what would be accepted")
     except ParityError as error:
-        text = str(error).removeprefix(f"{target}: ").removeprefix(f"{path}: ")
+        text = error.reason_beside(target, path)
         return Proposal(path, obtained, (*block, f"  refused    {text}"), target, refusal=text)
     return Proposal(path, obtained, (*block, *_difference(comparison, golden, candidate)), target, data)
 

@@ -10,6 +10,7 @@ from .replay import can_regenerate
 from .trace import FloatArray, ReplayPath, Trace
 
 if TYPE_CHECKING:
+    from .comparison.result import Note
     from .golden import Golden
     from .pool import Engine
 
@@ -26,7 +27,7 @@ class Answers:
     fingerprint: Mapping[str, Any]
     policy_logprobs: FloatArray | None = None
     draw: Callable[[], FloatArray] | None = None
-    remarks: Sequence[str] = ()
+    remarks: Sequence[Note] = ()
 
 
 def ask(engine: Engine, golden: Golden, paths: Sequence[ReplayPath]) -> Answers:

@@ -13,7 +13,7 @@ from .belonging import Checked, Context, check_belongs, with_temperature_note
 from .comparison.free_run import compare_free_run
 from .comparison.gaps import with_gap
 from .comparison.objectives import DEFAULT_OBJECTIVE, objective_of
-from .comparison.result import Comparison, MismatchError, Note
+from .comparison.result import Comparison, Level, MismatchError, Note, Verdict
 from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor, with_reference
 from .comparison.verdict import Evidence, check_level, judge
 from .errors import GoldenError, UsageError
@@ -41,7 +41,7 @@ def check_golden(
     update: bool = False,
     replay: Sequence[ReplayPath] = DEFAULT_REPLAY,
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
-    level: str = "rl",
+    level: Level = "rl",
     objective: str = DEFAULT_OBJECTIVE,
     repeats: int = REPEATS,
     context: Context | None = None,
@@ -69,7 +69,7 @@ def check_golden(
     asked = None if sampling is None else Sampling.of(sampling)
     if not isinstance(engine, (Engine, Trace)):
         raise UsageError(f"check takes an engine or a Trace, not {type(engine).__name__}")
-    check_level(level)
+    level = check_level(level)
     context = dataclasses.replace(context, objective=objective_of(objective).name)
     if update:
         recorded = record(path, engine, given, asked, replay, tolerance, repeats, context)
@@ -121,10 +121,10 @@ def _load(path: Path, context: Context) -> Golden:
 
 
 def _compare_engine(
-    golden: Golden, engine: Engine, replay: Sequence[ReplayPath], tolerance: Any, level: str, context: Context
+    golden: Golden, engine: Engine, replay: Sequence[ReplayPath], tolerance: Any, level: Level, context: Context
 ) -> Checked:
     trace = golden.trace
-    if "prefill" in replay and trace.distribution() != "raw":
+    if "prefill" in replay and not trace.is_raw:
         raise UsageError(
             f"replay 'prefill' gives raw logprobs, this golden's are {trace.distribution()}: they cannot be compared."
             " Use 'decode'"
@@ -140,7 +140,7 @@ def _compare_engine(
 
 
 def judge_answers(
-    golden: Golden, answers: Answers, tolerance: Any, level: str, context: Context
+    golden: Golden, answers: Answers, tolerance: Any, level: Level, context: Context
 ) -> tuple[Comparison, list[tuple[str, Any, Any]]]:
     """The verdict on what an engine answered, the worst of its paths, and where its fingerprint is not the golden's."""
     trace, replays = golden.trace, answers.replays
@@ -177,8 +177,9 @@ def judge_answers(
             headline = f"{comparison.headline}; {note}"
             comparison = dataclasses.replace(comparison, headline=headline, notes=(*comparison.notes, note))
         judged.append(with_gap(comparison, tolerance, answers.fingerprint.get("config", {})))
-    worst = min(judged, key=lambda c: ("fail", "unverified", "pass").index(c.verdict))
-    return dataclasses.replace(worst, notes=(*worst.notes, *(Note("engine", text) for text in answers.remarks))), differences
+    worst_first: tuple[Verdict, ...] = ("fail", "unverified", "pass")
+    worst = min(judged, key=lambda c: worst_first.index(c.verdict))
+    return dataclasses.replace(worst, notes=(*worst.notes, *answers.remarks)), differences
 
 
 def _limits(golden: Golden, path: TracePath, tolerance: Any, context: Context) -> Tolerance:

@@ -11,9 +11,12 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ParityError, UsageError
+
+if TYPE_CHECKING:
+    from .comparison.result import Level
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -366,7 +369,7 @@ def _selftest(given: argparse.Namespace) -> int:
     return 0 if rows and all(row.right for row in rows) else 1
 
 
-def _diff(expected_path: Path, actual_path: Path, level: str | None, as_json: bool) -> int:
+def _diff(expected_path: Path, actual_path: Path, level: Level | None, as_json: bool) -> int:
     from .files import compare_files
     from .golden import describe
     from .message import failure_message

@@ -29,7 +29,7 @@ _LFS_POINTER: Final = b"version https://git-lfs"
 
 def damaged(path: Path, why: str) -> GoldenError:
     """The one line for a file that cannot be trusted."""
-    error = GoldenError(f"{path}: damaged: {why}. Restore it (git checkout), or record it again with --update-golden")
+    error = GoldenError(f"damaged: {why}. Restore it (git checkout), or record it again with --update-golden", path)
     error.replaceable = True
     return error
 
@@ -103,16 +103,16 @@ def _read_bytes(path: Path, *, head_only: bool = False) -> bytes:
             head = file.read(8)
             return head + file.read(min(int.from_bytes(head, "little"), _MAX_HEADER))
     except FileNotFoundError:
-        raise GoldenError(f"{path}: there is no such file") from None
+        raise GoldenError("there is no such file", path) from None
     except IsADirectoryError:
-        raise GoldenError(f"{path}: a directory stands where the golden should be; move it away") from None
+        raise GoldenError("a directory stands where the golden should be; move it away", path) from None
     except OSError as error:
-        raise GoldenError(f"{path}: cannot be read: {error.strerror}") from None
+        raise GoldenError(f"cannot be read: {error.strerror}", path) from None
 
 
 def _metadata(path: Path, data: bytes) -> dict[str, Any]:
     if data.startswith(_LFS_POINTER):
-        raise GoldenError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`")
+        raise GoldenError("a Git LFS pointer, not the file itself; run `git lfs pull`", path)
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER):
         raise damaged(path, f"cut short, or no safetensors file ({len(data):,} bytes)")
@@ -124,7 +124,7 @@ def _metadata(path: Path, data: bytes) -> dict[str, Any]:
         raise damaged(path, "it has no readable logprob-parity header") from None
     if newer:
         raise GoldenError(
-            f"{path}: written in schema {schema}, this version of pytest-logprob-parity reads up to {SCHEMA}; upgrade it"
+            f"written in schema {schema}, this version of pytest-logprob-parity reads up to {SCHEMA}; upgrade it", path
         )
     if not isinstance(metadata.get("digest"), str) or len(metadata["digest"]) != 64:
         raise damaged(path, "it has no digest")

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias
+
+#: What kind of check was not met, as records and reports have it.
+Kind: TypeAlias = Literal["failed", "usage", "golden", "incomparable", "engine"]
 
 
 class ParityError(AssertionError):
     """A check that is not met, for whatever reason. Never a skip."""
 
-    kind: ClassVar[str] = "failed"
+    kind: ClassVar[Kind] = "failed"
+
+    def __init__(self, reason: str, place: object = None) -> None:
+        """`reason`, at `place`: a file, or a function of ours. The message begins with the place."""
+        super().__init__(reason if place is None else f"{place}: {reason}")
+        self.reason, self.place = reason, place
+
+    def reason_beside(self, *places: object) -> str:
+        """The message, without its place where that is one of `places`: those that the reader is told of anyway."""
+        return self.reason if self.place in places else str(self)
 
 
 class UsageError(ParityError):

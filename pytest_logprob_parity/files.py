@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .belonging import Checked
 from .comparison.alignment import align
-from .comparison.result import Note
+from .comparison.result import Level, Note
 from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, with_floor
 from .comparison.verdict import Evidence, judge
 from .errors import IncomparableError
@@ -17,7 +17,7 @@ from .obtained import Obtained, is_obtained, read
 from .suspects import suspects
 
 
-def compare_files(expected_path: Path, actual_path: Path, level: str | None = None) -> Checked:
+def compare_files(expected_path: Path, actual_path: Path, level: Level | None = None) -> Checked:
     """What `logprob-parity diff` compares. Raises GoldenError for a file, IncomparableError for two without a common prompt.
 
     A trace that a failing check left is held against its golden as that run did it: by its limits, and without `level` at its
@@ -37,7 +37,7 @@ def compare_files(expected_path: Path, actual_path: Path, level: str | None = No
     return dataclasses.replace(checked, comparison=comparison)
 
 
-def _changed(limits: Tolerance, told: Obtained, level: str | None) -> list[str]:
+def _changed(limits: Tolerance, told: Obtained, level: Level | None) -> list[str]:
     """What of a run's level and limits is not as two files alone would have it."""
     then, usual = (told.limits or limits), limits.limits()
     changed = [f"{name} {value:g} (usually {usual[name]:g})" for name, value in then.limits().items() if value != usual[name]]
@@ -45,7 +45,7 @@ def _changed(limits: Tolerance, told: Obtained, level: str | None) -> list[str]:
     return [f"level {told.level}"] * (level is None and told.level != "rl") + changed
 
 
-def compare_goldens(expected: Golden, actual: Golden, level: str = "rl", limits: Tolerance | None = None) -> Checked:
+def compare_goldens(expected: Golden, actual: Golden, level: Level = "rl", limits: Tolerance | None = None) -> Checked:
     """Two goldens in hand; without `limits` they are the expected side's, and those that it was recorded with."""
     both = expected.fingerprint and actual.fingerprint
     apart = differences(expected.fingerprint, actual.fingerprint) if both else []

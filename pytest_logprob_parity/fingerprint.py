@@ -11,9 +11,12 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .comparison.result import Setup
 
 #: Parts of config.json that say how a checkpoint was written, not what it computes.
 _VOLATILE: Final = frozenset({"transformers_version", "_name_or_path", "torch_dtype", "dtype"})
@@ -182,14 +185,18 @@ def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
     for flat in (flat_golden, flat_now):
         if isinstance(flat.get("name"), str):
             flat["name"] = re.sub(r"^(\.{1,2}/)+", "", flat["name"])  # one folder, named from where the caller stood
-    adapters = [str(flat.get("adapter")) for flat in (flat_golden, flat_now)]
-    if adapters[0].rpartition(" ")[2] == adapters[1].rpartition(" ")[2]:
+    if adapter_digest(flat_golden.get("adapter")) == adapter_digest(flat_now.get("adapter")):
         flat_now["adapter"] = flat_golden.get("adapter")  # the same content in a folder of another name
     names = sorted(set(flat_golden) | set(flat_now))
     return [(n, flat_golden.get(n), flat_now.get(n)) for n in names if flat_golden.get(n) != flat_now.get(n)]
 
 
-def setup_class(golden: Mapping[str, Any], apart: Sequence[tuple[str, Any, Any]]) -> Literal["same", "compatible", "unknown"]:
+def adapter_digest(recorded: Any) -> str:
+    """The digest in what fingerprints have of an adapter, `FOLDER (DIGEST)`; "" where there is none."""
+    return str(recorded or "").rpartition(" (")[2].removesuffix(")")
+
+
+def setup_class(golden: Mapping[str, Any], apart: Sequence[tuple[str, Any, Any]]) -> Setup:
     """How a golden's fingerprint compares, once it belongs to the engine's model and prompts.
 
     `same`: engine, version, configuration, hardware and libraries are the golden's, bits are expected back. `compatible`:

@@ -18,9 +18,10 @@ from .state import ITEM, NODE_ID, NOTED, ORIGIN, SESSION, pool_of, tell
 
 if TYPE_CHECKING:
     from .belonging import Checked, Context
-    from .comparison.result import Comparison
+    from .comparison.result import Comparison, Level
     from .comparison.tolerance import Tolerance
     from .pool import Engine, Pool
+    from .report.results import Outcome
     from .spec import EngineSpec
     from .trace import ReplayPath, Trace
     from .trainer.transformers_scorer import TransformersScorer
@@ -146,7 +147,7 @@ class GoldenTrace:
         name: str | None = None,
         replay: Sequence[ReplayPath] = ("decode", "regenerate"),
         tolerance: Tolerance | Mapping[str, Any] | str | None = None,
-        level: str | None = None,
+        level: Level | None = None,
         objective: str | None = None,
     ) -> Comparison:
         """Hold an engine, or a trace, against this test's golden; under `--update-golden` make it the golden.
@@ -179,7 +180,7 @@ class GoldenTrace:
             found = self._diagnosed(error, path, engine_or_trace) if self._config.getoption("--parity-diagnose") else error
             checked = dataclasses.replace(seen[-1], comparison=found.comparison)
             kept = self._records.keep(path, checked, lambda place: self._candidate(place, engine_or_trace, context, arguments))
-            outcome = "unverified" if found.comparison.verdict == "unverified" else found.kind
+            outcome: Outcome = "unverified" if found.comparison.verdict == "unverified" else found.kind
             if outcome == "unverified" and self._session.warn_unverified:
                 self._records.note(context, "warned", str(found), found.comparison, checked, kept)
                 return found.comparison

@@ -59,9 +59,9 @@ class Golden:
             columns[_REFERENCE] = self.reference.logprobs
         megabytes = sum(column.nbytes for column in columns.values()) / 1e6
         if max_megabytes is not None and megabytes > max_megabytes:
-            raise GoldenError(_too_large(path, self.trace, megabytes, max_megabytes))
+            raise GoldenError(_too_large(self.trace, megabytes, max_megabytes), path)
         if path.is_dir():
-            raise GoldenError(f"{path}: a directory stands where the golden should be; move it away")
+            raise GoldenError("a directory stands where the golden should be; move it away", path)
         metadata = {
             **(also or {}),
             "trace": self.trace.to_metadata(),
@@ -78,7 +78,7 @@ class Golden:
         try:
             container.write(path, columns, metadata)
         except OSError as error:
-            raise GoldenError(f"{path}: not written ({error.strerror or error}); the old golden is as it was") from None
+            raise GoldenError(f"not written ({error.strerror or error}); the old golden is as it was", path) from None
 
     @classmethod
     def load(cls, path: str | Path) -> Golden:
@@ -133,11 +133,11 @@ def _floor_to_json(floor: NoiseFloor) -> dict[str, Any]:
     return {"shapes": floor.shapes.to_json(), "reproduces": floor.reproduces}
 
 
-def _too_large(path: Path, trace: Trace, megabytes: float, limit: float) -> str:
+def _too_large(trace: Trace, megabytes: float, limit: float) -> str:
     sequences = max(int(trace.num_sequences * limit / megabytes), 1)
     prompts = max(sequences * trace.num_prompts // max(trace.num_sequences, 1), 1)
     return (
-        f"{path}: not recorded: {megabytes:.1f} MB, and parity_max_golden_mb is {limit:g}. It has {trace.num_sequences} "
+        f"not recorded: {megabytes:.1f} MB, and parity_max_golden_mb is {limit:g}. It has {trace.num_sequences} "
         f"sequences, {trace.num_tokens:,} tokens, top-{trace.top_k}; about {sequences} sequences ({prompts} prompts) would "
         "fit: sample fewer prompts, a smaller max_tokens, or fewer logprobs"
     )

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from .comparison.objectives import objective_of
-from .comparison.result import SIDES, Comparison, TokenDiff, in_words
+from .comparison.result import OUTLIERS, SIDES, Comparison, Level, Setup, TokenDiff, Verdict, in_words
 from .trace import Trace
 
 _LABEL: Final = 13
 _SHOWN_DIFFERENCES: Final = 12
 _SHOWN_TEXT: Final = 48
-_SETUPS: Final = {
+_SETUPS: Final[Mapping[Setup, str]] = {
     "same": "same: engine, version, configuration, hardware and libraries are the golden's; bits are expected back",
     "compatible": "compatible: the golden's model and prompts, another engine or setting (see differs); judged by statistics",
     "unknown": "unknown: there are no two fingerprints to compare",
 }
-_LEVELS: Final = {
+_LEVELS: Final[Mapping[Level, str]] = {
     "bitwise": "bitwise: any other bit fails",
     "noise": "noise: any difference beyond what other batch shapes do fails",
     "rl": "rl: what matters to an RL update fails",
@@ -26,7 +26,7 @@ _LEVELS: Final = {
 
 
 #: What stands beside a number that does not pass.
-_MARKS: Final = {"pass": "", "fail": "  <-- exceeds", "unverified": "  <-- inconclusive"}
+_MARKS: Final[Mapping[Verdict, str]] = {"pass": "", "fail": "  <-- exceeds", "unverified": "  <-- inconclusive"}
 
 
 def failure_message(
@@ -89,7 +89,7 @@ def _fields(*rows: tuple[str, list[str]]) -> str:
 
 
 def _not_subtracted(comparison: Comparison) -> bool:
-    return comparison.expected.distribution() != comparison.actual.distribution()
+    return not comparison.expected.means_as(comparison.actual)
 
 
 def _numbers(comparison: Comparison) -> list[str]:
@@ -119,8 +119,7 @@ def _table(comparison: Comparison) -> list[str]:
     gates, sides = comparison.gates, comparison.sides
     lines = [f"  {f'{sides[0]} to {sides[1]}':<38}{'measured':>10}{'from':>10}{'to':>10}{'limit':>10}"]
     for gate in gates:
-        name = f"{gate.unit} {gate.name}" if gate.key.startswith("outlier") else gate.name
-        unit = "" if gate.key.startswith("outlier") else f" {gate.unit}"
+        name, unit = (f"{gate.unit} {gate.name}", "") if gate.key in OUTLIERS else (gate.name, f" {gate.unit}")
         low, high = ("", "") if gate.low == gate.high else (f"{max(gate.low, 0):.3g}", f"{gate.high:.3g}")
         mark = "" if gate.errors is not None else _MARKS[gate.outcome]
         lines.append(f"  {name:<38}{gate.value:>10.3g}{low:>10}{high:>10}{gate.limit:>10.3g}{unit}{mark}")

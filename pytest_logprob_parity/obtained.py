@@ -13,10 +13,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from . import container
 from .belonging import Checked
+from .comparison.result import LEVELS, Level, Setup, Verdict
 from .comparison.tolerance import Tolerance
 from .errors import GoldenError, ParityError, UsageError
 from .golden import SUFFIX, Golden
@@ -26,6 +27,8 @@ OBTAINED: Final = "parity-obtained"
 _CANDIDATE: Final = f".golden{SUFFIX}"
 _KEY: Final = "obtained"
 _TEXTS: Final = ("golden", "golden_digest", "node_id", "name", "verdict", "headline", "level", "setup", "candidate", "refusal")
+#: Those of them that are keys.
+_KNOWN: Final = {"verdict": get_args(Verdict), "level": LEVELS, "setup": get_args(Setup)}
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class Obtained:
     golden_digest: str
     node_id: str
     name: str
-    verdict: str
+    verdict: Verdict
     headline: str
-    level: str
-    setup: str
+    level: Level
+    setup: Setup
     candidate: str = ""
     refusal: str = ""
     limits: Tolerance | None = None
@@ -90,23 +93,25 @@ def _candidate(path: Path, record: Callable[[Path], object] | None) -> tuple[str
         record(path)
         return str(container.read_metadata(path)["digest"]), ""
     except ParityError as error:
-        return "", str(error).splitlines()[0].removeprefix(f"{path}: ")
+        return "", error.reason_beside(path).splitlines()[0]
 
 
 def read(path: Path) -> Obtained:
     """What an obtained trace says of its check. Raises GoldenError for a file that is none."""
     about = container.read_metadata(path).get(_KEY)
     if about is None:
-        raise GoldenError(f"{path}: a trace or golden, but none that a failing check left in {OBTAINED}/")
+        raise GoldenError(f"a trace or golden, but none that a failing check left in {OBTAINED}/", path)
     try:
         texts = dict(about)
         limits = texts.pop("limits", None)
         if set(texts) != set(_TEXTS) or not all(isinstance(text, str) for text in texts.values()):
             raise TypeError
+        if any(texts[name] not in known for name, known in _KNOWN.items()):
+            raise ValueError
         return Obtained(**texts, limits=None if limits is None else Tolerance.from_json(limits))
     except (KeyError, TypeError, ValueError, AttributeError, UsageError):
         raise GoldenError(
-            f"{path}: another version of pytest-logprob-parity left it; accept it with that one, or run again"
+            "another version of pytest-logprob-parity left it; accept it with that one, or run again", path
         ) from None
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import pytest
 
+from .comparison.result import LEVELS
 from .errors import ParityError, UsageError
 from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity_engines, trainer_scorer
 from .records import Records
@@ -28,9 +29,7 @@ __all__ = [
 
 MARKER: Final = "logprob_parity"
 UPDATES: Final = ("all", "missing", "failed")
-#: Those of comparison/verdict.py, which is not imported here.
-LEVELS: Final = ("bitwise", "noise", "rl")
-#: Those of comparison/objectives.py and reference_pass.py, likewise.
+#: Those of comparison/objectives.py and reference_pass.py, which are not imported here.
 OBJECTIVES: Final = ("token", "sequence", "truncated", "unclipped")
 REFERENCES: Final = ("auto", "transformers", "engine", "none")
 #: That of obtained.py, likewise.
@@ -429,7 +428,7 @@ def _told(record: dict[str, Any]) -> list[str]:
     """What a check that passed, or a recording, has shown: a failure has its own message."""
     name = record["golden"] + (f", check {record['name']!r}" if record.get("name") else "")
     if record["outcome"] == "recorded":
-        about = [f"  recorded {name}", *(f"    {note}" for note in record["notes"])]
+        about = [f"  recorded {name}", *(f"    {note['text']}" for note in record["notes"])]
     else:
         judged = f"{record['setup']} setup, level {record['level']}, objective {record['objective']}"
         about = [f"  pass ({judged}) {name}: {record['headline']}"]

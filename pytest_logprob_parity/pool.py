@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from . import fingerprint
+from .comparison.result import Note
 from .errors import EngineError, ParityError, UsageError
 from .server_settings import SERVER, SERVER_SETTINGS
 from .spec import EngineSpec, Sampling
@@ -208,11 +209,12 @@ class Engine:
         laid_on = {} if adapter is None else {"adapter": str(adapter)}
         return {"name": name, **digests, **laid_on}
 
-    def remarks(self) -> list[str]:
+    def remarks(self) -> list[Note]:
         """What a report should say of this engine beside its numbers: pins that nobody could verify, trouble on the way."""
         backend = self._backend()
         unverified = backend.config.unverified
-        told = [f"could not be verified, for the engine does not tell: {', '.join(unverified)}"] if unverified else []
+        text = f"could not be verified, for the engine does not tell: {', '.join(unverified)}"
+        told = [Note("unverified_pins", text)] if unverified else []
         return told + (backend.remarks() if hasattr(backend, "remarks") else [])
 
     def _check_here(self, what: str) -> None:

@@ -18,6 +18,8 @@ from .state import PROPERTY, SESSION, note_outcome, tell
 if TYPE_CHECKING:
     from .belonging import Checked, Context
     from .comparison.result import Comparison
+    from .errors import Kind
+    from .report.results import Outcome
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Kept:
     refusal: str
 
 
-def told_of(error: BaseException) -> tuple[str, str]:
+def told_of(error: BaseException) -> tuple[Kind, str]:
     """The outcome and the message of a check that ended in this error."""
     if isinstance(error, ParityError):
         return error.kind, str(error)
@@ -101,7 +103,7 @@ class Records:
     def note(
         self,
         context: Context,
-        outcome: str,
+        outcome: Outcome,
         message: str,
         comparison: Comparison | None = None,
         checked: Checked | None = None,
@@ -123,7 +125,7 @@ class Records:
             record["part"] = self._write_part(self._session.report, about, record, comparison, checked)
         note_outcome(self._item, record)
 
-    def _about(self, context: Context, outcome: str, message: str, kept: Kept | None) -> dict[str, Any]:
+    def _about(self, context: Context, outcome: Outcome, message: str, kept: Kept | None) -> dict[str, Any]:
         file, line, _ = self._item.location
         bad = outcome not in ("passed", "recorded")
         return {
@@ -139,17 +141,19 @@ class Records:
         }
 
     def _commands(self, context: Context, kept: Kept | None) -> list[dict[str, str]]:
-        commands = [("record again", self.command("--update-golden"))]
+        commands = [{"what": "record again", "command": self.command("--update-golden")}]
         if kept is not None:
-            commands.append(("diagnose", self.command("--parity-diagnose")))
+            commands.append({"what": "diagnose", "command": self.command("--parity-diagnose")})
             golden, obtained = (shlex.quote(self._from_here(path)) for path in (context.shown_path, kept.path))
-            commands.append(("look closer", f"logprob-parity diff {golden} {obtained}"))
+            commands.append({"what": "look closer", "command": f"logprob-parity diff {golden} {obtained}"})
             if not kept.refusal:
                 root = self._from_here("")
                 below = "" if root == "." else f" --root {shlex.quote(root)}"
-                commands.insert(0, ("accept", f"logprob-parity accept {obtained}{below}"))
+                accept = "logprob-parity accept"
+                told = {"what": "accept", "command": f"{accept} {obtained}{below}", "for_all": f"{accept}{below}"}
+                commands.insert(0, told)
         called = os.path.relpath(self._config.invocation_params.dir, self._config.rootpath).replace(os.sep, "/")
-        return [{"what": what, "command": command, "from": called} for what, command in commands]
+        return [{**command, "from": called} for command in commands]
 
     def _write_part(
         self,

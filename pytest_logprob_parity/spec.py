@@ -326,6 +326,22 @@ class Sampling:
         """The same temperature and penalties, without top-p, top-k and min-p."""
         return dataclasses.replace(self, top_p=1.0, top_k=0, min_p=0.0)
 
+    def steps(self) -> dict[str, float]:
+        """What processed logprobs went through, by field: penalties, the temperature (0: greedy), then truncation.
+
+        Values have six digits, so that a temperature which came by way of float32 is the same one.
+        """
+        steps: dict[str, float] = {
+            name: getattr(self, name)
+            for name, neutral in (("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0))
+            if getattr(self, name) != neutral
+        }
+        steps["temperature"] = 0.0 if self.greedy else self.temperature
+        if self.truncates:
+            on = {"top_k": self.top_k > 0, "top_p": self.top_p < 1, "min_p": self.min_p > 0}
+            steps |= {name: getattr(self, name) for name in on if on[name]}
+        return {name: float(f"{value:.6g}") for name, value in steps.items()}
+
     def processing(self) -> str:
         """What processed logprobs went through, in words: `T=0.7, top-p 0.9`."""
         parts = (

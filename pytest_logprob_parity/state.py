@@ -14,6 +14,7 @@ from .errors import ParityError
 from .server_settings import SERVER
 
 if TYPE_CHECKING:
+    from .comparison.result import Level
     from .pool import Pool
     from .spec import EngineSpec
 
@@ -32,7 +33,7 @@ class Session:
     golden_dir: Path
     ini_settings: dict[str, Any]
     set_settings: dict[str, Any]
-    level: str
+    level: Level
     repeats: int
     report: Path | None = None
     keep_candidates: bool = True

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from .comparison.result import LAYERS, Finding
+from .comparison.result import LAYERS, Cause, Finding, Layer
 
 #: Part of a fingerprint -> (layer, cause) that it can bring about.
-SUSPECTS: Final = {
+SUSPECTS: Final[Mapping[str, tuple[Layer, Cause]]] = {
     "config.logprobs_mode": ("semantic", "raw_vs_processed"),
     "config.generation_config": ("semantic", "truncation"),
     "config.enable_prefix_caching": ("path", "prefix_cache"),
@@ -65,9 +65,9 @@ def suspects(differences: Sequence[tuple[str, Any, Any]]) -> list[Finding]:
     fingerprints do not differ, what they cannot see is left: the weights themselves.
     """
     if adapter := adapter_finding(differences):
-        others = [d for d in differences if SUSPECTS.get(d[0], ("", ""))[1] not in ("adapter", "")]
+        others = [d for d in differences if d[0] in SUSPECTS and SUSPECTS[d[0]][1] != "adapter"]
         return [adapter, *(suspects(others) if others else [])]
-    found: dict[str, dict[str, list[str]]] = {}
+    found: dict[Layer, dict[Cause, list[str]]] = {}
     for whole, golden, now in differences:
         name = "config.hf_overrides" if whole.startswith("config.hf_overrides.") else whole
         # One of the two versions does not say, or the server does not.

@@ -197,7 +197,7 @@ class Trace:
         Raises UsageError naming the sequence and the key that does not fit.
         """
         if not sequences:
-            raise UsageError("Trace.from_sequences: no sequences")
+            raise _misfit("no sequences")
         known = {
             "prompt_token_ids", "token_ids", "logprobs", "top_logprobs", "ranks", "mask", "finish_reason", "group",
             "sample", "episode", "turn", "seed", "weight_versions", "untruncated_logprobs",
@@ -211,27 +211,27 @@ class Trace:
         tops: list[dict[int, float]] = []
         counts: dict[int, int] = {}
         for index, sequence in enumerate(sequences):
-            where = f"Trace.from_sequences: sequence {index}"
+            where = f"sequence {index}"
             if not isinstance(sequence, Mapping):
-                raise UsageError(f"{where} is no mapping but {type(sequence).__name__}")
+                raise _misfit(f"{where} is no mapping but {type(sequence).__name__}")
             unknown = sorted(set(sequence) - known)
             if unknown:
-                raise UsageError(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+                raise _misfit(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
             for name in ("prompt_token_ids", "token_ids", "logprobs"):
                 if sequence.get(name) is None:
-                    raise UsageError(f"{where} lacks {name}")
+                    raise _misfit(f"{where} lacks {name}")
             for name in ("token_ids", "logprobs", "top_logprobs", "ranks", "mask", "untruncated_logprobs", "weight_versions"):
                 if sequence.get(name) is not None and not hasattr(sequence[name], "__len__"):
-                    raise UsageError(f"{where}: {name} has one entry for each token, so it is not {sequence[name]!r:.40}")
+                    raise _misfit(f"{where}: {name} has one entry for each token, so it is not {sequence[name]!r:.40}")
             length = len(sequence["token_ids"])
             for name in ("logprobs", "top_logprobs", "ranks", "mask", "untruncated_logprobs", "weight_versions"):
                 column = sequence.get(name)
                 if column is not None and len(column) != length:
-                    raise UsageError(f"{where} has {length} token_ids but {len(column)} {name}")
+                    raise _misfit(f"{where} has {length} token_ids but {len(column)} {name}")
             try:
                 prompt = tuple(_column("prompt_token_ids", sequence["prompt_token_ids"]).tolist())
             except UsageError as error:
-                raise UsageError(f"{where}: {error}") from None
+                raise _misfit(f"{where}: {error}") from None
             key = (sequence["group"], prompt) if "group" in sequence else prompt
             if key not in prompts:
                 prompts[key] = len(prompt_ids)
@@ -253,7 +253,7 @@ class Trace:
                 parts["mask"].append(_column("mask", np.ones(length, bool) if mask is None else mask))
                 parts["ranks"].append(_column("ranks", np.zeros(length, np.int32) if ranks is None else ranks))
             except UsageError as error:
-                raise UsageError(f"{where}: {error}") from None
+                raise _misfit(f"{where}: {error}") from None
             for name in ("untruncated_logprobs", "weight_versions"):
                 if sequence.get(name) is not None:
                     parts[name].append(np.asarray(sequence[name]))
@@ -261,7 +261,7 @@ class Trace:
             try:
                 tops.extend([{}] * length if given is None else [_top(top) for top in given])
             except (TypeError, ValueError, AttributeError):
-                raise UsageError(f"{where}: top_logprobs has one {{token id: logprob}} for each token, or None") from None
+                raise _misfit(f"{where}: top_logprobs has one {{token id: logprob}} for each token, or None") from None
         k = max((len(top) for top in tops), default=0)
         top_ids = np.full((len(tops), k), -1, np.int32)
         top_logprobs = np.full((len(tops), k), -np.inf, np.float32)
@@ -272,7 +272,7 @@ class Trace:
                 top_logprobs[i, : len(top)] = [value for _, value in order]
         for name in ("untruncated_logprobs", "weight_versions"):
             if parts[name] and len(parts[name]) != len(sequences):
-                raise UsageError(f"Trace.from_sequences: some sequences have {name} and some have not")
+                raise _misfit(f"some sequences have {name} and some have not")
         prompt_rows = [np.asarray(p, np.int32) for p in prompt_ids]
         return cls.from_arrays(
             prompt_token_ids=np.concatenate(prompt_rows),
@@ -402,14 +402,20 @@ class Trace:
             for turn, (first, last) in enumerate(edges.reshape(-1, 2).tolist()):
                 yield Segment(sequence, turn, start + first, start + last)
 
-    def distribution(self) -> str:
-        """What `logprobs` are logarithms of, in words: `raw`, or `processed (T=0.7, top-p 0.9)`.
+    @property
+    def is_raw(self) -> bool:
+        """Whether `logprobs` are raw, or would be the same under the trace's sampling."""
+        return self.logprobs_mode == "raw_logprobs" or self.sampling.raw_is_processed
 
-        Where raw and processed coincide under the trace's sampling, both are called `raw`.
-        """
-        if self.logprobs_mode == "raw_logprobs" or self.sampling.raw_is_processed:
-            return "raw"
-        return f"processed ({self.sampling.processing()})"
+    def means_as(self, other: Trace) -> bool:
+        """Whether the labels of both traces say that their logprobs are of the same distribution."""
+        if self.is_raw or other.is_raw:
+            return self.is_raw and other.is_raw
+        return self.sampling.steps() == other.sampling.steps()
+
+    def distribution(self) -> str:
+        """What `logprobs` are logarithms of, in words: `raw`, or `processed (T=0.7, top-p 0.9)`. Code asks `is_raw`."""
+        return "raw" if self.is_raw else f"processed ({self.sampling.processing()})"
 
     def lag(self, now: int | None = None) -> IntArray:
         """By how many weight updates each token [N] is older than the weights of `now`, by default the newest in the trace.
@@ -503,6 +509,11 @@ def _pack_texts(texts: Mapping[int, str]) -> dict[str, list[Any]]:
 
 def _unpack_texts(steps: Sequence[int], texts: Sequence[str]) -> dict[int, str]:
     return {int(i): str(text) for i, text in zip(itertools.accumulate(steps), texts, strict=True)}
+
+
+def _misfit(reason: str) -> UsageError:
+    """What `Trace.from_sequences` raises."""
+    return UsageError(reason, "Trace.from_sequences")
 
 
 def _column(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:

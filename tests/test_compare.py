@@ -1,6 +1,8 @@
 """compare(): identical tokens, d = actual - expected, and a verdict that says why."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from pytest_logprob_parity import (
     assert_tokens_equal,
     compare,
 )
+from pytest_logprob_parity.comparison.result import Note
 
 TOKENS, SEQUENCES, VOCABULARY = 40, 10, 50
 
@@ -267,3 +270,9 @@ def test_assert_tokens_equal_names_the_first_difference():
     tokens[45] = 49 if tokens[45] != 49 else 48
     with pytest.raises(ParityError, match="sequence 1 differs at position 5"):
         assert_tokens_equal(expected=trace, actual=trace.with_(token_ids=tokens))
+
+
+def test_a_note_is_its_text_and_keeps_its_key():
+    note = Note("excluded", "2 tokens are excluded on both sides")
+    for again in (note, copy.deepcopy(note), pickle.loads(pickle.dumps(note))):
+        assert (again, again.key) == ("2 tokens are excluded on both sides", "excluded")

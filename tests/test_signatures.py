@@ -1,12 +1,16 @@
 """Causes read off two traces, without an engine: each leaves its arithmetic behind, and kernel noise leaves none of it."""
 
 import dataclasses
+import json
 import time
 
 import numpy as np
 import pytest
 
 from pytest_logprob_parity import Sampling, Trace, compare
+from pytest_logprob_parity.comparison.result import SIDES
+from pytest_logprob_parity.comparison.tolerance import default_tolerance
+from pytest_logprob_parity.comparison.verdict import Evidence, judge
 
 VOCABULARY, SEQUENCES, LENGTH, PROMPT = 512, 60, 20, 12
 
@@ -157,6 +161,33 @@ def test_a_temperature_is_named_with_its_value_and_uncertainty():
     assert "applied to this run and not to the golden, or twice to this run" in str(finding(twice, "temperature"))
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_sides_with_names_of_their_own_are_called_by_them_in_every_sentence(recipe):
+    rollouts = policy(**recipe)
+    golden, raw = rollouts.trace(k=8), rollouts.trace("raw", k=8)
+    swapped = golden.with_(logprobs=np.roll(golden.logprobs, 1))
+    for expected, actual in ((golden, raw), (raw, golden), (golden, swapped), (golden, golden.with_(logprobs=raw.logprobs))):
+        ours, others = (
+            judge(expected, actual, default_tolerance("float32"), "rl", Evidence(sides=sides))
+            for sides in (SIDES, ("rollout", "trainer"))
+        )
+        assert ours.findings
+        notes = [[str(note) for note in c.notes if note.key != "no_floor"] for c in (ours, others)]  # of goldens alone
+        texts = [[c.headline, *map(str, c.findings), *n, str(c.difference)] for c, n in zip((ours, others), notes, strict=True)]
+        assert texts[1] == [text.replace("the golden", "the rollout").replace("this run", "the trainer") for text in texts[0]]
+
+
+def test_a_finding_has_the_numbers_of_its_evidence():
+    rollouts = policy(temperature=0.7, top_p=0.9, repetition_penalty=1.1)
+    result = compare(expected=rollouts.trace(k=8), actual=rollouts.trace("raw", k=8))
+    for cause, name, value in (("temperature", "temperature", 0.7), ("penalties", "repetition_penalty", 1.1)):
+        values = finding(result, cause).values
+        assert values[name] == pytest.approx(value, abs=5 * values["error"] + 1e-3)
+        assert f"from {values['positions']:,} positions" in finding(result, cause).evidence
+    told = json.loads(json.dumps(result.to_json()["findings"], allow_nan=False))
+    assert [set(of["values"]) for of in told] == [set(found.values) for found in result.findings]
+
+
 def test_a_temperature_that_nobody_recorded_is_a_candidate_beside_other_scales_of_the_logits():
     rollouts = policy(temperature=0.7)
     found = finding(compare(expected=rollouts.trace(), actual=rollouts.trace(Sampling(temperature=0.9))), "temperature")
@@ -168,7 +199,8 @@ def test_top_p_is_bounded_by_kept_sets_and_not_guessed():
     rollouts = policy(top_p=0.9)
     found = finding(compare(expected=rollouts.trace(k=20), actual=rollouts.trace("raw", k=20)), "truncation")
     assert "top-p 0.9 was applied to the golden and not to this run: kept mass 0.9" in found.evidence
-    low, high = map(float, found.evidence.partition("top-p in [")[2].partition("]")[0].split(","))
+    low, high = found.values["top_p"]
+    assert f"they allow top-p in [{low:.4g}, {high:.4g}]" in found.evidence
     assert 0.85 < low <= 0.9 <= high < 0.93
 
 
@@ -589,7 +621,7 @@ def test_top_p_is_bounded_whatever_ids_an_engine_gives_to_places_that_it_does_no
         ids[:, -1] = np.where(out[:, -1] & (golden.token_ids != last), last, ids[:, -1])
     result = compare(expected=golden.with_(top_token_ids=ids), actual=raw)
     assert causes(result) == ["raw_vs_processed", "temperature", "truncation"]
-    low, high = map(float, finding(result, "truncation").evidence.partition("top-p in [")[2].partition("]")[0].split(", "))
+    low, high = finding(result, "truncation").values["top_p"]
     assert low - 0.01 <= 0.9 <= high + 0.01
     assert high - low < 0.06
 

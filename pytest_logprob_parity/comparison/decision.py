@@ -9,7 +9,7 @@ from typing import Final
 from ..trace import Trace
 from .alignment import Alignment
 from .intervals import MIN_SEQUENCES
-from .result import Difference, Finding, FreeRun, Gate, Level, Setup, Verdict, in_words
+from .result import Difference, Finding, FreeRun, Gate, Level, Names, Setup, Verdict, in_words, names_of
 from .signatures.semantics import different_meaning
 from .wording import NOT_SHOWN, failed_line, unverified_line
 
@@ -44,6 +44,11 @@ class Found:
     exact: bool
     sides: tuple[str, str]
 
+    @property
+    def names(self) -> Names:
+        """What sentences call the two sides."""
+        return names_of(self.sides)
+
 
 def decide(found: Found) -> tuple[Verdict, str]:
     """The verdict and its headline. What is wrong fails first; what is not shown comes next; the rest passes."""
@@ -74,7 +79,7 @@ def _failure(found: Found) -> str:
     if numbers["n_nan"]:
         return f"{int(numbers['n_nan'])} of {tokens} logprobs are NaN or +inf"
     if found.failed:
-        return f"Logprobs are not close: {failed_line(max(found.failed, key=lambda g: g.excess))}"
+        return f"Logprobs are not close: {failed_line(max(found.failed, key=lambda g: g.excess), found.names)}"
     if found.free_problem:
         return found.free_problem
     if found.setup == "same" and found.reproduces and numbers["n_changed"]:
@@ -82,7 +87,8 @@ def _failure(found: Found) -> str:
         return f"{count} of {tokens} logprobs are not bit-identical, although they were when recorded: the engine is the same"
     missing = found.rows.wanted - tokens
     if found.level == "bitwise" and missing and found.actual.replay != "window":
-        return f"{missing} of the golden's {found.rows.wanted} tokens did not come back, so they are not the same bit for bit"
+        whose = f"{found.names.expected}'s {found.rows.wanted} tokens"
+        return f"{missing} of {whose} did not come back, so they are not the same bit for bit"
     if numbers["n_tokens"] and found.level == "bitwise" and not found.exact:
         return f"{int(numbers['n_changed'])} of {tokens} logprobs are not the same bit for bit"
     if found.level == "bitwise" and found.free_run is not None and not found.free_run.same:
@@ -103,7 +109,7 @@ def _not_shown(found: Found) -> str:
         return (
             f"Only {numbers['coverage']:.1%} of the tokens could be compared ({COVERAGE:.0%} needed): "
             f"{found.rows.diverged_sequences} sequences diverge, {found.rows.missing_sequences} are missing, "
-            f"{int(numbers['n_missing'])} tokens have no logprob in the golden"
+            f"{int(numbers['n_missing'])} tokens have no logprob in {found.names.expected}"
         )
     if found.level == "noise" and not found.exact and found.difference.different is None:
         return f"Not shown to be a regression: {found.difference.reason}"
@@ -117,5 +123,5 @@ def _not_shown(found: Found) -> str:
     unsure = [g for g in found.gates if not g.sure]
     if unsure:
         more = "" if any(g.hidden or g.beyond for g in unsure) else ": record more prompts"
-        return f"{NOT_SHOWN}: {unverified_line(max(unsure, key=lambda g: (g.hidden, g.excess)))}{more}"
+        return f"{NOT_SHOWN}: {unverified_line(max(unsure, key=lambda g: (g.hidden, g.excess)), found.names)}{more}"
     return ""

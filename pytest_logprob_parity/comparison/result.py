@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
 from ..errors import ParityError
 
 if TYPE_CHECKING:
     from ..trace import Trace
 
-Verdict = Literal["pass", "fail", "unverified"]
+Verdict: TypeAlias = Literal["pass", "fail", "unverified"]
 #: What fails: any other bit; any difference beyond what other batch compositions do; an effect that matters to an RL update.
-Level = Literal["bitwise", "noise", "rl"]
+Level: TypeAlias = Literal["bitwise", "noise", "rl"]
+LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 #: How two fingerprints compare.
-Setup = Literal["same", "compatible", "unknown"]
-GateKey = Literal[
+Setup: TypeAlias = Literal["same", "compatible", "unknown"]
+GateKey: TypeAlias = Literal[
     "nan", "nucleus_flips", "mean_diff", "k3", "clip_share", "weight_variance", "outlier_tokens", "outlier_sequences"
 ]
 
+OUTLIERS: Final[tuple[GateKey, ...]] = ("outlier_tokens", "outlier_sequences")
 #: What a gate's number is, in words.
 GATE_NAMES: Final[Mapping[GateKey, str]] = {
     "nan": "NaN or +inf",
@@ -33,21 +35,43 @@ GATE_NAMES: Final[Mapping[GateKey, str]] = {
     "outlier_sequences": "with an RMS above",
 }
 
+SemanticCause: TypeAlias = Literal[
+    "raw_vs_processed", "temperature", "truncation", "penalties", "shifted_positions", "wrong_token", "wrong_values"
+]
+PathCause: TypeAlias = Literal[
+    "prefix_cache", "async_scheduling", "chunked_prefill", "batch_shape", "compilation", "attention_backend",
+    "kv_cache_dtype", "parallelism", "speculative_decoding", "expert_routing", "engine_build",
+]  # fmt: skip
+WeightsCause: TypeAlias = Literal[
+    "weights_differ", "weight_dtype", "quantization", "adapter", "stale_weights", "stale_kv_cache"
+]  # fmt: skip
+Cause: TypeAlias = (
+    SemanticCause | PathCause | Literal["head_precision"] | WeightsCause | Literal["seed_stream"] | Literal["numerical_noise"]
+)
+Layer: TypeAlias = Literal["semantic", "path", "head", "weights", "sampling", "noise"]
 #: Layers, in the order in which to rule them out, and the causes of each.
-CAUSES: Final[Mapping[str, tuple[str, ...]]] = {
-    "semantic": (
-        "raw_vs_processed", "temperature", "truncation", "penalties", "shifted_positions", "wrong_token", "wrong_values",
-    ),
-    "path": (
-        "prefix_cache", "async_scheduling", "chunked_prefill", "batch_shape", "compilation", "attention_backend",
-        "kv_cache_dtype", "parallelism", "speculative_decoding", "expert_routing", "engine_build",
-    ),
+CAUSES: Final[Mapping[Layer, tuple[Cause, ...]]] = {
+    "semantic": get_args(SemanticCause),
+    "path": get_args(PathCause),
     "head": ("head_precision",),
-    "weights": ("weights_differ", "weight_dtype", "quantization", "adapter", "stale_weights", "stale_kv_cache"),
+    "weights": get_args(WeightsCause),
     "sampling": ("seed_stream",),
     "noise": ("numerical_noise",),
-}  # fmt: skip
-LAYERS: Final = tuple(CAUSES)
+}
+LAYERS: Final[tuple[Layer, ...]] = tuple(CAUSES)
+
+#: What a note is about.
+NoteKey: TypeAlias = Literal[
+    # what was compared, and what was not
+    "not_compared", "no_logprob", "excluded", "labels", "one_prompt", "top_k", "left_unexplained", "beyond_dtype", "no_floor",
+    "free_generation", "prefill_for_decode", "to_verify", "without_truncation", "min_tokens", "fillers",
+    # by which limits
+    "declared_gap", "gap_not_there", "recorded_limits", "unknown_dtype", "as_in_its_run",
+    # of the engine, the weights and the trainer
+    "another_adapter", "unverified_pins", "sent_again", "reading", "cache_not_told", "head_precision",
+    # of a recording
+    "floor", "floor_seconds", "reference", "cannot_tell_raw", "chance", "noise_hides",
+]  # fmt: skip
 
 #: What the two sides of a comparison are called, unless they are others: a rollout and a trainer, say.
 SIDES: Final = ("golden", "now")
@@ -58,21 +82,40 @@ def in_words(side: str) -> str:
     return side if side == SIDES[1] else f"in the {side}"
 
 
-def by_their_names(text: str, sides: tuple[str, str]) -> str:
-    """A sentence about `the golden` and `this run`, where the two sides are called otherwise."""
-    if sides == SIDES:
-        return text
-    return text.replace("the golden", f"the {sides[0]}").replace("this run", f"the {sides[1]}")
+class Names(NamedTuple):
+    """What sentences call the two sides of a comparison."""
+
+    expected: str = "the golden"
+    actual: str = "this run"
+
+
+def names_of(sides: tuple[str, str]) -> Names:
+    """The names of two sides in a sentence: those of Names, or of sides that are called otherwise."""
+    return Names() if sides == SIDES else Names(*(f"the {side}" for side in sides))
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One cause: its layer, its name (None where the evidence does not single one out), candidates, and evidence."""
+    """One cause: its layer, its name (None where the evidence does not single one out), candidates, and evidence.
 
-    layer: str
-    cause: str | None
+    `evidence` is for people; `values` are the numbers in it, by name, for code (JSON values).
+    """
+
+    layer: Layer
+    cause: Cause | None
     evidence: str
-    candidates: tuple[str, ...] = ()
+    candidates: tuple[Cause, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; what is not a number becomes None."""
+        return {
+            "layer": self.layer,
+            "cause": self.cause,
+            "candidates": list(self.candidates),
+            "evidence": self.evidence,
+            "values": _value(self.values),
+        }
 
     def __str__(self) -> str:
         name = self.cause or "one of " + ", ".join(self.candidates)
@@ -195,25 +238,31 @@ class Note(str):
     """A sentence beside a verdict, with the `key` that code finds it by."""
 
     __slots__ = ("key",)
-    key: str
+    key: NoteKey
 
-    def __new__(cls, key: str, text: str) -> Note:
+    def __new__(cls, key: NoteKey, text: str) -> Note:
         """`text` under `key`."""
         note = super().__new__(cls, text)
         note.key = key
         return note
+
+    def __getnewargs__(self) -> tuple[NoteKey, str]:  # type: ignore[override]
+        """For copies, and for other processes."""
+        return self.key, str(self)
 
 
 @dataclass(frozen=True)
 class Difference:
     """The answer to "is it different", whether or not it matters.
 
-    `different` is None where it is not known; `p_value` is that of the block permutation test (NaN where none was made).
+    `different` is None where it is not known; `p_value` is that of the block permutation test (NaN where none was made);
+    `decided` says that the headline of a failure is the reason.
     """
 
     different: bool | None
     reason: str
     p_value: float = float("nan")
+    decided: bool = False
 
     def __str__(self) -> str:
         return f"{ {True: 'yes', False: 'no', None: 'not known'}[self.different] }: {self.reason}"
@@ -378,10 +427,7 @@ class Comparison:
             "headline": self.headline,
             "metrics": {k: _finite(v) for k, v in self.metrics.items()},
             "policy_metrics": {k: _finite(v) for k, v in self.policy_metrics.items()},
-            "findings": [
-                {"layer": f.layer, "cause": f.cause, "candidates": list(f.candidates), "evidence": f.evidence}
-                for f in self.findings
-            ],
+            "findings": [finding.to_json() for finding in self.findings],
             "gates": [
                 {
                     "key": g.key,
@@ -406,11 +452,12 @@ class Comparison:
                 "different": self.difference.different,
                 "text": str(self.difference),
                 "p_value": _finite(self.difference.p_value),
+                "decided": self.difference.decided,
             },
             "shows": list(self.shows),
             "shown": None if self.shown is None else {k: _finite(v) for k, v in vars(self.shown).items()},
             "free_run": None if self.free_run is None else self.free_run.to_json(),
-            "notes": list(self.notes),
+            "notes": [{"key": note.key, "text": str(note)} for note in self.notes],
             "recorded": self.recorded,
             "logged": None if self.logged is None else self.logged.to_json(),
         }
@@ -427,6 +474,15 @@ class MismatchError(ParityError):
     def __init__(self, message: str, comparison: Comparison) -> None:
         super().__init__(message)
         self.comparison = comparison
+
+
+def _value(value: Any) -> Any:
+    """A value of a finding as a JSON value; what is not a number becomes None."""
+    if isinstance(value, Mapping):
+        return {key: _value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_value(item) for item in value]
+    return _finite(value) if isinstance(value, float) else value
 
 
 def _finite(value: float) -> float | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import numpy as np
 
@@ -23,7 +22,21 @@ from .gaps import with_gap
 from .intervals import distinct_sequences, prompt_numbers
 from .objectives import DEFAULT_OBJECTIVE
 from .permutation import ALPHA, block_permutation_test
-from .result import SIDES, Comparison, Difference, Finding, FreeRun, Gate, Level, Note, Setup, TokenDiff, by_their_names
+from .result import (
+    LEVELS,
+    SIDES,
+    Comparison,
+    Difference,
+    Finding,
+    FreeRun,
+    Gate,
+    Level,
+    Names,
+    Note,
+    Setup,
+    TokenDiff,
+    names_of,
+)
 from .signatures.head import head_finding
 from .signatures.positions import positions_of
 from .signatures.semantics import (
@@ -37,7 +50,6 @@ from .signatures.semantics import (
 from .support import support_flips
 from .tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance, with_floor
 
-LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 _WORST: Final = 8
 #: In float32 a larger RMS than so many times the noise of builds is no noise.
 _BEYOND: Final = 10
@@ -70,7 +82,7 @@ def compare(
     expected: Trace,
     actual: Trace,
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
-    level: str = "rl",
+    level: Level = "rl",
     objective: str = DEFAULT_OBJECTIVE,
     floor: NoiseFloor | None = None,
     reference: Reference | None = None,
@@ -93,7 +105,7 @@ def compare(
         raise UsageError(f"the reference has {len(reference.logprobs)} tokens, the expected trace {expected.num_tokens}")
     base = with_floor(default_tolerance(expected.dtype, (expected.path, actual.path), objective), floor)
     evidence = Evidence(floor, reference)
-    return with_gap(judge(expected, actual, make_tolerance(base, tolerance), level, evidence), tolerance)
+    return with_gap(judge(expected, actual, make_tolerance(base, tolerance), check_level(level), evidence), tolerance)
 
 
 def check_level(level: str) -> Level:
@@ -103,9 +115,8 @@ def check_level(level: str) -> Level:
     return level
 
 
-def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidence: Evidence) -> Comparison:
+def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evidence: Evidence) -> Comparison:
     """What `compare` does, with everything that a check knows."""
-    level = check_level(level)
     rows = align(expected, actual)
     e, a = expected.logprobs[rows.expected], actual.logprobs[rows.actual]
     finite = np.isfinite(e) & np.isfinite(a)
@@ -117,19 +128,20 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
     sequences = m.sequence_numbers(expected, rows.expected)
     sequences = sequences if every else sequences[finite]
     differences = _differences(expected, e, a, d, finite, sequences, rows, evidence.reference)
-    setting = setting_of(expected, evidence.routed)
+    setting, names = setting_of(expected, evidence.routed), names_of(evidence.sides)
     gates = gates_of(differences, int(numbers["n_nan"]), flips, limits, setting, expected.num_sequences)
     shown = what_it_shows(differences, gates)
     failed = [g for g in gates if not g.ok]
     exact = bool(len(d)) and not numbers["n_changed"]
-    notes_of_tokens = _uncompared(expected, actual, rows, numbers)
+    notes_of_tokens = _uncompared(expected, actual, rows, numbers, names)
     notes: list[Note]
-    findings, notes = _meanings(expected, actual, rows, numbers, bool(failed) or not len(d))
+    findings, notes = _meanings(expected, actual, rows, numbers, bool(failed) or not len(d), names)
     if findings:
         gates = ()
     elif failed:
-        findings += semantic_findings(expected, actual, rows, _far_off(d, sequences, limits))
-        if not any(finding.cause for finding in findings) and (head := head_finding(positions_of(expected, actual, rows))):
+        findings += semantic_findings(expected, actual, rows, _far_off(d, sequences, limits), names)
+        unnamed = not any(finding.cause for finding in findings)
+        if unnamed and (head := head_finding(positions_of(expected, actual, rows, names=names))):
             findings.append(head)
         notes += [Note("top_k", unsure)] if (unsure := unsure_of(expected, actual, rows)) else []
     penalties = any(f.cause == "penalties" for f in findings)  # what they move is no remainder
@@ -193,24 +205,23 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
             notes.append(Note("beyond_dtype", f"{text}, by less than objective {limits.objective} feels"))
     if shown is not None and shown.prompts == 1 and level == "rl":
         notes.append(Note("one_prompt", "all sequences are of one prompt: the verdict speaks for that prompt alone"))
-    sides = evidence.sides
     return Comparison(
         verdict=verdict,
-        headline=by_their_names(headline, sides),
+        headline=headline,
         metrics=numbers,
-        findings=tuple(dataclasses.replace(f, evidence=by_their_names(f.evidence, sides)) for f in findings),
+        findings=tuple(findings),
         gates=gates,
         worst=_worst(expected, actual, rows, e, a),
         expected=expected,
         actual=actual,
         policy_metrics=_policy_metrics(expected, evidence.policy_logprobs, rows),
         free_run=evidence.free_run,
-        notes=tuple(Note(note.key, by_their_names(note, sides)) for note in notes),
+        notes=tuple(notes),
         level=level,
         setup=evidence.setup,
         objective=limits.objective,
         difference=difference,
-        sides=sides,
+        sides=evidence.sides,
         shown=shown if gates else None,
     )
 
@@ -251,17 +262,19 @@ def _numbers(
     }
 
 
-def _uncompared(expected: Trace, actual: Trace, rows: Alignment, numbers: Mapping[str, float]) -> list[Note]:
+def _uncompared(
+    expected: Trace, actual: Trace, rows: Alignment, numbers: Mapping[str, float], names: Names
+) -> list[Note]:  # fmt: skip
     """What was not compared although the golden has it, in words."""
     notes = []
     if rows.tokens < rows.wanted and actual.replay != "window":
         text = (
-            f"{rows.wanted - rows.tokens:,} of the golden's {rows.wanted:,} tokens were not compared: {rows.missing_sequences} "
-            f"sequences are missing, {rows.diverged_sequences} go on with other tokens"
+            f"{rows.wanted - rows.tokens:,} of {names.expected}'s {rows.wanted:,} tokens were not compared: "
+            f"{rows.missing_sequences} sequences are missing, {rows.diverged_sequences} go on with other tokens"
         )
         notes.append(Note("not_compared", text))
     if numbers["n_missing"]:
-        notes.append(Note("no_logprob", f"{int(numbers['n_missing']):,} tokens have no logprob in the golden"))
+        notes.append(Note("no_logprob", f"{int(numbers['n_missing']):,} tokens have no logprob in {names.expected}"))
     if numbers["n_excluded"]:
         text = f"{int(numbers['n_excluded']):,} tokens are excluded on both sides: equal, and no number to compare"
         notes.append(Note("excluded", text))
@@ -272,11 +285,12 @@ def _noise(numbers: Mapping[str, float], gates: Sequence[Gate]) -> Finding:
     """What passes and is not bit for bit the same: its size as the gates measure it, and the tokens that are far off."""
     off = next((g for g in gates if g.key == "outlier_tokens" and g.value), None)
     beside = "" if off is None else f", beside {off.value:.0f} {off.unit} {off.name} nats (largest {off.worst:.3g})"
-    return Finding("noise", "numerical_noise", f"RMS {numbers['rms_diff']:.2g} nats{beside}, within tolerance")
+    text = f"RMS {numbers['rms_diff']:.2g} nats{beside}, within tolerance"
+    return Finding("noise", "numerical_noise", text, values={"rms": numbers["rms_diff"]})
 
 
 def _meanings(
-    expected: Trace, actual: Trace, rows: Alignment, numbers: dict[str, float], apart: bool
+    expected: Trace, actual: Trace, rows: Alignment, numbers: dict[str, float], apart: bool, names: Names
 ) -> tuple[list[Finding], list[Note]]:  # fmt: skip
     """What labels that differ come to: a finding where the numbers bear them out, else a note; no finding where equal."""
     claim = different_meaning(expected, actual)
@@ -284,7 +298,7 @@ def _meanings(
         return [], []
     if apart or bears_out(expected, actual, rows):
         numbers |= dict.fromkeys(m.DIFFERENCE_METRICS, float("nan"))  # differences of two meanings mean nothing
-        return label_findings(claim, expected, actual, rows), []
+        return label_findings(claim, expected, actual, rows, names), []
     labels = f"{expected.distribution()} against {actual.distribution()}"
     exact = not numbers["n_changed"]
     what = "agree bit for bit: a label is wrong" if exact else "are too near to each other to tell these apart"
@@ -301,7 +315,7 @@ def _far_off(d: m.Doubles, sequences: Any, limits: Tolerance) -> list[int]:
     return [int(name) for name in off] if 0 < len(off) < len(names) / 2 else []
 
 
-def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evidence: Evidence) -> Difference:
+def _is_different(expected: Trace, exact: bool, decided: bool, level: Level, evidence: Evidence) -> Difference:
     """Is it different? Bit for bit on the stored schedule; where the engine is another one, by the permutation test."""
     floor = evidence.floor
     if exact:
@@ -309,12 +323,13 @@ def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evide
     if level == "bitwise":
         return Difference(True, "not bit for bit the same")
     if decided:
-        return Difference(True, "see the headline")
+        return Difference(True, "see the headline", decided=True)
     scheduled = evidence.setup == "same" and evidence.same_schedule
     if scheduled and floor is not None and floor.reproduces and level != "noise":
         return Difference(True, "not bit-identical, although it was when recorded: the same engine on the same schedule")
     if floor is None:
-        return Difference(None, "not bit for bit the same, and the golden has no noise floor to hold that against")
+        expected_side = names_of(evidence.sides).expected
+        return Difference(None, f"not bit for bit the same, and {expected_side} has no noise floor to hold that against")
     if evidence.draw is None and not evidence.same_schedule:
         text = (
             "not bit for bit the same; a server's requests meet in batches of their own, not in the floor's: level 'noise' asks"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .intervals import CONFIDENCE, POWER
-from .result import Gate, Shown
+from .result import Gate, Names, Shown
 
 NOT_SHOWN = "Inconclusive: too little evidence to pass or to fail"
 
@@ -20,7 +20,7 @@ def measured(gate: Gate) -> str:
     return f"{number(gate.value)} {gate.unit}".rstrip()
 
 
-def failed_line(gate: Gate) -> str:
+def failed_line(gate: Gate, names: Names) -> str:
     """Why this gate fails."""
     if gate.key in ("outlier_tokens", "outlier_sequences"):
         what = f"{int(gate.value)} {gate.unit} {gate.name} nats (limit: {int(gate.limit)})"
@@ -31,20 +31,20 @@ def failed_line(gate: Gate) -> str:
         return what
     if gate.errors is not None:
         return (
-            f"{gate.name} {measured(gate)}; from the reference it is {number(gate.errors.actual)}, the golden "
+            f"{gate.name} {measured(gate)}; from the reference it is {number(gate.errors.actual)}, {names.expected} "
             f"{number(gate.errors.golden)} (limit: {number(gate.errors.limit)})"
         )
     return f"{gate.name} {measured(gate)} (limit: {number(gate.limit)})"
 
 
-def unverified_line(gate: Gate) -> str:
+def unverified_line(gate: Gate, names: Names) -> str:
     """Why this gate neither passes nor fails."""
     if gate.hidden:
         noise = f": noise alone puts {gate.errors.golden:.0%} outside" if gate.errors is not None else ""
         return f"{gate.name} cannot be told from noise in this dtype{noise}"
     if gate.beyond is not None:
         return (
-            f"a difference of {number(gate.worst)} nats is more than the golden's own noise shows "
+            f"a difference of {number(gate.worst)} nats is more than {names.expected}'s own noise shows "
             f"({number(gate.unexplained)}), and a tie between experts can do that"
         )
     if gate.key in ("outlier_tokens", "outlier_sequences", "nucleus_flips"):
@@ -52,8 +52,8 @@ def unverified_line(gate: Gate) -> str:
         return f"{what} (limit: {int(gate.limit)}; more than {int(gate.fail_limit)} would fail)"
     if gate.errors is not None and gate.errors.outcome != "pass":
         return (
-            f"{gate.name} from the reference is {number(gate.errors.actual)}, the golden's {number(gate.errors.golden)}; on "
-            f"other prompts it may be {number(gate.errors.high)} (limit: {number(gate.errors.limit)})"
+            f"{gate.name} from the reference is {number(gate.errors.actual)}, {names.expected}'s {number(gate.errors.golden)}; "
+            f"on other prompts it may be {number(gate.errors.high)} (limit: {number(gate.errors.limit)})"
         )
     return f"{gate.name} is {measured(gate)}, and may be {number(gate.high)} on other prompts (limit: {number(gate.limit)})"
 

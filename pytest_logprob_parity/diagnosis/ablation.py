@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..comparison.result import LAYERS, Finding
+from ..comparison.result import LAYERS, Finding, Layer
 from ..comparison.tolerance import default_tolerance, with_floor
 from ..errors import EngineError, ParityError, UsageError
 from ..golden import Golden
@@ -149,9 +149,10 @@ def _third_opinion(reading: Reading, moved: Sequence[str]) -> str:
     return f"{reading}{where}: {says.get(reading.off, 'it sides with neither')}"
 
 
-def layer_of(setting: str) -> str:
+def layer_of(setting: str) -> Layer:
     """The layer that a setting belongs to."""
-    return SUSPECTS.get(setting, SUSPECTS.get(f"config.{setting}", ("path", "")))[0]
+    suspect = SUSPECTS.get(setting, SUSPECTS.get(f"config.{setting}"))
+    return "path" if suspect is None else suspect[0]
 
 
 def ablate(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ..comparison.alignment import align
-from ..comparison.result import Finding
+from ..comparison.result import Finding, PathCause
 from ..trace import Trace
 
 #: A side is off when it is so many times as far from the reading as the other side,
@@ -25,8 +25,8 @@ _MATTERS: Final = 0.1
 _FEW: Final = 0.5
 #: A sequence carries it with at least this share of the RMS that the worst one has, each token cut off at so many nats.
 _CARRIES, _CUT = 0.03, 3.0
-_OF_ALL: Final = ("engine_build", "attention_backend", "kv_cache_dtype", "compilation")
-_OF_FEW: Final = ("prefix_cache", "batch_shape", "parallelism", "engine_build")
+_OF_ALL: Final[tuple[PathCause, ...]] = ("engine_build", "attention_backend", "kv_cache_dtype", "compilation")
+_OF_FEW: Final[tuple[PathCause, ...]] = ("prefix_cache", "batch_shape", "parallelism", "engine_build")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Reading:
     matters: float = 0.0
 
     @property
-    def off(self) -> str:
-        """The side that the reading disagrees with, `golden` or `now`; empty where it sides with neither."""
+    def off(self) -> Literal["golden", "now", ""]:
+        """The side that the reading disagrees with; empty where it sides with neither."""
         if self.now > max(_FURTHER * self.golden, self.matters):
             return "now"
         return "golden" if self.golden > max(_FURTHER * self.now, self.matters) else ""

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ..belonging import Context
 from ..check import judge_answers
-from ..comparison.result import Comparison
+from ..comparison.result import Comparison, Verdict
 from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden
-from .environments import FULL, Environment
+from .environments import DiskFullError, Environment
 from .executors import Job, answered, run_job, today
 from .worker import load_answers
 
@@ -36,7 +36,7 @@ class Tried:
     problem: str = ""
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict | Literal["not run"]:
         """The verdict, or `not run`."""
         return "not run" if self.comparison is None else self.comparison.verdict
 
@@ -123,7 +123,7 @@ def try_release(
     golden_path: Path, spec: Mapping[str, Any], root: Path, environment: Environment, version: str, out: Path, home: Path,
     notify: Callable[[str], None],
 ) -> Tried:  # fmt: skip
-    """Check a golden on one release; what was answered in an earlier run is taken from there."""
+    """Check a golden on one release; what was answered in an earlier run is taken from there. Raises DiskFullError."""
     told = {
         **today(spec, root, environment), "root": str(root),
         "model": spec["model"], "spec": {k: v for k, v in spec.items() if k != "model"},
@@ -160,10 +160,11 @@ def bisect(
 
     def ask(version: str) -> Tried:
         if version not in tried:
-            tried[version] = attempt(version)
+            try:
+                tried[version] = attempt(version)
+            except DiskFullError as error:
+                raise EngineError(f"the search ends at {Tried(version, None, str(error))}") from None
             notify(str(tried[version]))
-            if FULL in tried[version].problem:  # says nothing of the release, and nothing of the next one
-                raise EngineError(f"the search ends at {tried[version]}")
         return tried[version]
 
     ends = [ask(versions[0]), ask(versions[-1])]

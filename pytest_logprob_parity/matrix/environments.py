@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -28,13 +29,17 @@ _READY: Final = "logprob-parity.json"
 _NEEDED: Final = ("numpy", "safetensors")
 #: How often one that waits for pip looks whether it is to stop, in seconds.
 _LOOK: Final = 0.1
-#: What a full disk is called, here and in what pip prints; with less than so many bytes left a disk is full.
+#: What a full disk is called, here and in what pip and workers print; with less than so many bytes left a disk is full.
 FULL: Final = "No space left on device"
 _NOTHING_LEFT: Final = 8_000_000
 _INSTALLED: Final = """
 import importlib.metadata
 print(sorted(f"{d.metadata['Name']} {d.version}" for d in importlib.metadata.distributions()))
 """
+
+
+class DiskFullError(EngineError):
+    """There is no disk left for an environment: that says nothing of what was to be installed."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def python_of(
 ) -> Path:  # fmt: skip
     """The interpreter of an environment, which is made first where there is none yet. `stop` ends that from another thread.
 
-    Raises EngineError, in one line, where it cannot be made; what was half-made is removed.
+    Raises EngineError, in one line, where it cannot be made, DiskFullError for want of disk; what was half-made is removed.
     """
     stop = stop or threading.Event()
     if environment.python:
@@ -103,9 +108,13 @@ def python_of(
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
                 why = error.strerror or str(error)
-                raise EngineError(f"environment {environment.name} was not made: {why} ({folder})") from None
+                raise _kind_of(error)(f"environment {environment.name} was not made: {why} ({folder})") from None
             raise
     return python
+
+
+def _kind_of(error: OSError) -> type[EngineError]:
+    return DiskFullError if error.errno == errno.ENOSPC else EngineError
 
 
 def _is_whole(folder: Path, environment: Environment) -> bool:
@@ -128,7 +137,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_name(folder.name + ".lock").open("w")
     except OSError as error:
-        raise EngineError(f"environments cannot be kept in {folder.parent}: {error.strerror}") from None
+        raise _kind_of(error)(f"environments cannot be kept in {folder.parent}: {error.strerror}") from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -173,7 +182,9 @@ def _run(environment: Environment, folder: Path, stop: threading.Event, command:
         raise EngineError(f"environment {environment.name} was not made: the run was interrupted")
     if status:
         full = shutil.disk_usage(folder.parent).free < _NOTHING_LEFT  # venv does not say why its ensurepip ended
-        raise EngineError(f"environment {environment.name} was not made: {FULL if full else _last_error(said)}")
+        why = FULL if full else _last_error(said)
+        kind = DiskFullError if FULL in why else EngineError
+        raise kind(f"environment {environment.name} was not made: {why}")
 
 
 def _ask(python: str | Path, code: str) -> subprocess.CompletedProcess[str]:

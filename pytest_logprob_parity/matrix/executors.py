@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol
 from ..errors import EngineError, GoldenError, ParityError, UsageError
 from ..fingerprint import find_model
 from ..golden import Golden
-from .environments import Environment, installed_in, python_of
+from .environments import FULL, DiskFullError, Environment, installed_in, python_of
 from .worker import load_answers
 
 _PACKAGE: Final = Path(__file__).resolve().parent.parent
@@ -104,7 +104,7 @@ def run_job(
 ) -> str:  # fmt: skip
     """Run one job in its folder. Returns an empty text, or why there are no answers, in one line.
 
-    `stop` ends it from another thread.
+    `stop` ends it from another thread. Raises DiskFullError where there is no disk left for it.
     """
     stop = stop or threading.Event()
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +112,8 @@ def run_job(
         (folder / name).write_bytes(data)
     try:
         python = python_of(job.environment, home, notify, stop)
+    except DiskFullError:
+        raise
     except ParityError as error:
         return str(error)
     if stop.is_set():
@@ -136,7 +138,10 @@ def run_job(
                 _end(process)
     if status == 0 and (folder / "done.json").exists():
         return ""
-    return _why(folder, status)
+    why = _why(folder, status)
+    if FULL in why:
+        raise DiskFullError(why)
+    return why
 
 
 def _wait(process: subprocess.Popen[bytes], deadline: float, stop: threading.Event) -> int:
@@ -193,6 +198,8 @@ class LocalExecutor:
                 free[0] -= wanted
             try:
                 why = _STOPPED if stop.is_set() else run_job(job, out / job.name, home, notify, stop)
+            except DiskFullError as error:
+                why = str(error)
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
             with changed:
@@ -287,5 +294,8 @@ def _run_remotely(job: Job, home: str) -> tuple[str, dict[str, bytes]]:
     """On a node: run the job in a folder of its own, and bring what it wrote."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        why = run_job(job, folder, Path(home), lambda _: None)
+        try:
+            why = run_job(job, folder, Path(home), lambda _: None)
+        except DiskFullError as error:
+            why = str(error)
         return why, {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..belonging import Context
 from ..check import judge_answers
-from ..comparison.result import Finding
+from ..comparison.result import Finding, Verdict
 from ..errors import EngineError, ParityError
 from ..fingerprint import digest_of, find_model, find_tokenizer
 from ..golden import Golden
@@ -31,7 +31,7 @@ class Row:
     cell: str
     dtype: str
     sampling: str
-    verdict: str
+    verdict: Verdict | Literal["not run"]
     headline: str
     version: str = ""
     distribution: str = ""
@@ -40,10 +40,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The row as JSON values; numbers that are not finite are left out."""
-        findings = [
-            {"layer": f.layer, "cause": f.cause, "evidence": f.evidence, "candidates": list(f.candidates)}
-            for f in self.findings
-        ]
+        findings = [finding.to_json() for finding in self.findings]
         metrics = {k: v for k, v in (self.metrics or {}).items() if abs(v) < float("inf")}
         return {**self.__dict__, "findings": findings, "metrics": metrics}
 

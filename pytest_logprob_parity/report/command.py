@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from ..comparison.result import Verdict
 from ..errors import UsageError
 from ..files import compare_files
 from ..golden import SUFFIX
 from ..message import failure_message
 from .entry import make_entry
 from .github import add_to_summary, no_summary, workflow_commands
-from .results import GOOD, counts_of
+from .results import GOOD, Outcome, counts_of
 from .write import read_all, results_of, write_report
 
 _OUT: Final = Path("parity-report")
-_OUTCOMES: Final = {"pass": "passed", "fail": "failed"}
+_OUTCOMES: Final[Mapping[Verdict, Outcome]] = {"pass": "passed", "fail": "failed", "unverified": "unverified"}
 
 
 def report(places: Sequence[Path], out: Path | None, github: bool) -> int:
@@ -64,5 +65,5 @@ def _report_of_two(golden: Path, obtained: Path) -> dict[str, Any]:
         look = f"logprob-parity diff {shlex.quote(str(golden))} {shlex.quote(str(obtained))}"
         about["commands"] = [{"what": "look closer", "command": look}]
         about["message"] = failure_message(comparison, golden=str(golden), about=[], differences=checked.differences, accept="")
-    outcome = _OUTCOMES.get(comparison.verdict, "unverified")
+    outcome = _OUTCOMES[comparison.verdict]
     return results_of([make_entry(about, outcome, comparison.headline, comparison, checked, Path.cwd())], Path.cwd())

@@ -15,7 +15,7 @@ from ..fingerprint import find_model
 from ..golden import describe
 from ..message import side
 from .plots import plots_of, short
-from .results import finite
+from .results import Outcome, finite
 from .sequences import texts_of, worst_sequences
 
 _JUDGED: Final = ("verdict", "level", "objective", "setup", "difference", "shown", "free_run", "logged")
@@ -24,7 +24,12 @@ _NUMBERS: Final = ("metrics", "policy_metrics")
 
 
 def make_entry(
-    about: Mapping[str, Any], outcome: str, headline: str, comparison: Comparison | None, checked: Checked | None, root: Path
+    about: Mapping[str, Any],
+    outcome: Outcome,
+    headline: str,
+    comparison: Comparison | None,
+    checked: Checked | None,
+    root: Path,
 ) -> dict[str, Any]:
     """The check `about` (node_id, name, file, line, golden, message, obtained, refusal, commands) as results.json has it.
 

@@ -29,9 +29,10 @@ def render_markdown(content: Mapping[str, Any]) -> str:
         lines += [_row(check) for check in bad[:_LISTED]]
         lines += ["", f"and {len(bad) - _LISTED} more: see the report"] if len(bad) > _LISTED else []
     failing = [check for check in bad if check["outcome"] not in GOOD]
-    accept = [command["command"] for check in failing for command in check["commands"] if command["what"] == "accept"]
+    accept = [command for check in failing for command in check["commands"] if command["what"] == "accept"]
     if accept:
-        shown = accept if len(accept) == 1 else list(dict.fromkeys(map(_accept_all, accept)))
+        name = "command" if len(accept) == 1 else "for_all"
+        shown = list(dict.fromkeys(command.get(name, command["command"]) for command in accept))
         lines += ["", "To accept, with the artifact of this run unpacked in the repository:", "", *_code(shown)]
     unused = [escape(path) for path in content["unused"]]
     lines += ["", f"{len(unused)} unused goldens: {', '.join(unused)}"] if unused else []
@@ -49,11 +50,6 @@ def _row(check: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.3g}"
-
-
-def _accept_all(command: str) -> str:
-    """The command that accepts one check as the one that goes through all of its run."""
-    return re.sub(r"(logprob-parity accept) .*?( --root .*)?(\)?)$", r"\1\2\3", command)
 
 
 def _code(commands: Sequence[str]) -> list[str]:

@@ -11,10 +11,10 @@ import posixpath
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn, TypeAlias
 
 from .. import __version__
-from ..errors import UsageError
+from ..errors import Kind, UsageError
 from .shape import NUMBER, Maybe, check_shape
 
 FORMAT: Final = "logprob-parity results"
@@ -22,16 +22,20 @@ FORMAT: Final = "logprob-parity results"
 SCHEMA: Final = 2
 NAME: Final = "results.json"
 
+#: How a check ended.
+Outcome: TypeAlias = Kind | Literal["unverified", "warned", "expected", "recorded", "passed"]
 #: A check that was not met in a test that expects it: under xfail, in pytest.raises.
 EXPECTED: Final = "expected"
 #: A check that is unverified where `parity_unverified = warn` lets it pass.
 WARNED: Final = "warned"
 #: From what needs somebody's attention to what does not.
-OUTCOMES: Final = ("failed", "engine", "golden", "incomparable", "usage", "unverified", WARNED, EXPECTED, "recorded", "passed")
+OUTCOMES: Final[tuple[Outcome, ...]] = (
+    "failed", "engine", "golden", "incomparable", "usage", "unverified", WARNED, EXPECTED, "recorded", "passed",
+)  # fmt: skip
 #: Those that fail nobody's run.
-GOOD: Final = (WARNED, EXPECTED, "recorded", "passed")
+GOOD: Final[tuple[Outcome, ...]] = (WARNED, EXPECTED, "recorded", "passed")
 #: What an outcome is called, for people.
-IN_WORDS: Final[Mapping[str, str]] = {
+IN_WORDS: Final[Mapping[Outcome, str]] = {
     "failed": "fail", "engine": "engine error", "golden": "no golden", "incomparable": "incomparable",
     "usage": "misused", "unverified": "unverified", WARNED: "unverified, only warned of",
     EXPECTED: "expected to fail", "recorded": "recorded", "passed": "pass",
@@ -76,19 +80,20 @@ CHECK: Final = {
     "objective": Maybe(str),
     "shown": Maybe({str: NUMBER}),
     "setup": Maybe(str),
-    "difference": Maybe({"different": (bool, type(None)), "text": str, "p_value": NUMBER}),
-    "findings": [{"layer": str, "cause": Maybe(str), "candidates": [str], "evidence": str}],
+    "difference": Maybe({"different": (bool, type(None)), "text": str, "p_value": NUMBER, "decided": bool}),
+    "findings": [{"layer": str, "cause": Maybe(str), "candidates": [str], "evidence": str, "values": {str: object}}],
     "metrics": {str: NUMBER},
     "policy_metrics": {str: NUMBER},
     "gates": [GATE],
     "shows": [str],
-    "notes": [str],
+    "notes": [{"key": str, "text": str}],
     "free_run": Maybe({str: object}),
     "logged": Maybe({"framework": str, "metrics": {str: NUMBER}, "lines": [str]}),
     "fingerprint_differences": [{"name": str, "expected": object, "actual": object}],
     "obtained": str,  # the trace's path below the root, "" where none was kept
     "refusal": str,  # why it cannot be accepted, "" where it can
-    "commands": [{"what": str, "command": str}],  # and `from`: the folder they are called from, below the root
+    # And `from`, the folder they are called from, below the root, and `for_all`: the same for all checks of the run.
+    "commands": [{"what": str, "command": str}],
     "plots": Maybe(PLOTS),
     "sequences": [SEQUENCE],
     "token_texts": {str: str},
@@ -257,7 +262,8 @@ def _called_below(prefix: str, command: Mapping[str, Any]) -> dict[str, Any]:
     folder = posixpath.normpath(prefix + str(command.get("from", ".")))
     if not prefix or folder == ".":
         return dict(command)
-    return {**command, "from": ".", "command": f"(cd {shlex.quote(folder)} && {command['command']})"}
+    called = {name: f"(cd {shlex.quote(folder)} && {command[name]})" for name in ("command", "for_all") if name in command}
+    return {**command, "from": ".", **called}
 
 
 def _below(prefix: str, path: str) -> str:
@@ -279,7 +285,7 @@ def title_of(check: Mapping[str, Any]) -> str:
     return str(check["node_id"] or check["golden"]["path"]) + name
 
 
-def counts_of(content: Mapping[str, Any]) -> dict[str, int]:
+def counts_of(content: Mapping[str, Any]) -> dict[Outcome, int]:
     """How many checks there are of each outcome, worst first; only those that occur."""
     outcomes = [check["outcome"] for check in content["checks"]]
     return {name: outcomes.count(name) for name in OUTCOMES if name in outcomes}

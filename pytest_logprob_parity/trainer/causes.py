@@ -9,10 +9,11 @@ from typing import Any, Final
 import numpy as np
 
 from ..comparison.alignment import align
-from ..comparison.result import Comparison, Finding
+from ..comparison.result import Comparison, Finding, Note
 from ..comparison.signatures.head import logit_step
 from ..comparison.signatures.positions import positions_of
 from ..comparison.tolerance import DTYPES, Tolerance
+from ..fingerprint import adapter_digest
 from ..golden import Golden
 from ..trace import Trace
 from .scoring import name_of, score, temperature_of
@@ -43,7 +44,7 @@ def causes(
     scorer: Any,
     batch_size: int,
     limits: Tolerance,
-) -> tuple[list[Finding], list[str]]:
+) -> tuple[list[Finding], list[Note]]:
     """The findings of a comparison of a trainer's logprobs `scored` with the rollouts' own `expected`, and notes besides.
 
     What the trainer cannot have given is first; then what the comparison found by itself; then adapters, head and
@@ -52,7 +53,7 @@ def causes(
     if (of_trainer := _not_a_number(expected, scored)) is not None:
         return [of_trainer], []
     trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
-    findings, notes, failed = list(comparison.findings), list[str](), comparison.verdict == "fail"
+    findings, notes, failed = list(comparison.findings), list[Note](), comparison.verdict == "fail"
     nearest = None
     if failed and not findings:
         adapter = _recorded_adapter(rollouts, scorer)
@@ -64,14 +65,13 @@ def causes(
         if failed and comparison.metrics["rms_diff"] <= _by_a_head(trace):
             findings.append(head)
         else:
-            notes.append(f"head precision: {head.evidence}")
+            notes.append(Note("head_precision", f"head precision: {head.evidence}"))
     if failed and not findings:
         temperature = _forgotten_temperature(expected, scored) or _other_temperature(expected, scorer)
         findings.append(temperature or _truncated(expected, scored) or nearest or _candidates(rollouts, scored, scorer))
     if fillers := int(np.count_nonzero(expected.mask & (expected.logprobs == 0) & (scored.logprobs < _UNLIKE_ZERO))):
-        notes.append(
-            f"{fillers:,} of the rollouts' logprobs are exactly 0 where the trainer's are not: fillers for missing ones?"
-        )
+        text = f"{fillers:,} of the rollouts' logprobs are exactly 0 where the trainer's are not: fillers for missing ones?"
+        notes.append(Note("fillers", text))
     return findings, notes
 
 
@@ -116,7 +116,7 @@ def _forgotten_temperature(trace: Trace, scored: Trace) -> Finding | None:
     lists nearly all of them.
     """
     temperature = temperature_of(trace.sampling)
-    if temperature == 1 or trace.distribution() == "raw" or not trace.top_k:
+    if temperature == 1 or trace.is_raw or not trace.top_k:
         return None
     top = np.where(np.isfinite(trace.top_logprobs), trace.top_logprobs, -np.inf).astype(np.float64)
     listed = trace.top_token_ids == trace.token_ids[:, None]
@@ -143,7 +143,7 @@ def _other_temperature(trace: Trace, scorer: Any) -> Finding | None:
     """
     from scipy.optimize import minimize_scalar
 
-    if trace.distribution() == "raw" and not trace.sampling.raw_is_processed:
+    if trace.is_raw and not trace.sampling.raw_is_processed:
         return None
 
     def rms(temperature: float | None) -> float:
@@ -171,7 +171,7 @@ def _recorded_adapter(rollouts: Trace | Golden, scorer: Any) -> Finding | None:
     """`adapter` where the rollouts' golden was recorded with one, and the trainer has another."""
     recorded = rollouts.fingerprint.get("adapter") if isinstance(rollouts, Golden) else None
     trainers = getattr(scorer, "adapter", None)
-    if not isinstance(recorded, str) or trainers is None or trainers.digest in recorded:
+    if not isinstance(recorded, str) or trainers is None or trainers.digest == adapter_digest(recorded):
         return None
     return Finding("weights", "adapter", f"{recorded} in the golden, {trainers} in the trainer")
 

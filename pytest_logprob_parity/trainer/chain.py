@@ -67,7 +67,7 @@ def trainer_chain(
     Prefill gives raw logprobs only, so the two links in the middle need rollouts whose logprobs are raw, or are the same raw
     and processed (T=1, no truncation, no penalties). Raises UsageError for others, EngineError where the engine fails.
     """
-    if rollouts.distribution() != "raw":
+    if not rollouts.is_raw:
         raise UsageError(
             f"the chain goes by way of prefill, which gives raw logprobs, and these rollouts are {rollouts.distribution()}: "
             "sample at T=1 without truncation and penalties for it"

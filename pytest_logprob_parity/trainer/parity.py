@@ -61,14 +61,14 @@ def compare_with_trainer(
     """What `assert_trainer_parity` asserts, whatever its verdict."""
     if not isinstance(rollouts, (Trace, Golden)):
         raise UsageError(f"rollouts are a Trace or a Golden, not {type(rollouts).__name__}")
-    trace, taken_out = _where_it_may_end(rollouts.trace if isinstance(rollouts, Golden) else rollouts)
+    trace, left_out = _where_it_may_end(rollouts.trace if isinstance(rollouts, Golden) else rollouts)
     rollouts = dataclasses.replace(rollouts, trace=trace) if isinstance(rollouts, Golden) else trace
     scored = score(trace, scorer, batch_size=batch_size)
     expected = _as_the_trainer_sees_it(trace, scored)
     limits = trainer_tolerance(trace.dtype, scored.dtype, tolerance)
     comparison = judge(expected, scored, limits, "rl", Evidence(sides=("rollout", "trainer")))
     findings, why = causes(comparison, rollouts, expected, scored, scorer, batch_size, limits)
-    notes = [*without_top_k(comparison).notes, *(Note("trainer", text) for text in (*why, *taken_out))]
+    notes = [*without_top_k(comparison).notes, *why, *left_out]
     if expected is not trace:
         text = "compared without truncation: the rollouts' second replay, and the trainer's distribution over all tokens"
         notes.append(Note("without_truncation", text))
@@ -86,7 +86,7 @@ def without_top_k(comparison: Comparison) -> Comparison:
     return dataclasses.replace(comparison, notes=tuple(note for note in comparison.notes if note.key != "top_k"))
 
 
-def _where_it_may_end(trace: Trace) -> tuple[Trace, list[str]]:
+def _where_it_may_end(trace: Trace) -> tuple[Trace, list[Note]]:
     """The trace without the tokens at which `min_tokens` kept the engine from ending: it left the tokens that end a sequence
     out there, and a trainer does not. Raw logprobs are of before that. Raises UsageError where nothing is left.
     """
@@ -102,7 +102,8 @@ def _where_it_may_end(trace: Trace) -> tuple[Trace, list[str]]:
     why = f"until min_tokens={least} the engine leaves out what ends a sequence, and a trainer does not"
     if trace.mask.any() and not mask.any():
         raise UsageError(f"these rollouts have no token that a trainer can be held against: {why}; sample without")
-    return trace.with_(sampling=sampling, mask=mask), [f"{int((trace.mask & ~mask).sum()):,} tokens left out: {why}"]
+    note = Note("min_tokens", f"{int((trace.mask & ~mask).sum()):,} tokens left out: {why}")
+    return trace.with_(sampling=sampling, mask=mask), [note]
 
 
 def trainer_tolerance(

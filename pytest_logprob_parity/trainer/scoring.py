@@ -163,7 +163,7 @@ def _check_tokenizer(trace: Trace, scorer: Any) -> None:
 
 def _kept_sets(trace: Trace, scorer: Any) -> Any:
     """The kept sets [N, K] that the scorer has to make its distribution over; None where it need not."""
-    if not trace.sampling.truncates or trace.distribution() == "raw" or trace.untruncated_logprobs is not None:
+    if not trace.sampling.truncates or trace.is_raw or trace.untruncated_logprobs is not None:
         return None
     asked = trace.sampling.processing()
     if not getattr(scorer, "renormalises", False):

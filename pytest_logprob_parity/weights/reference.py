@@ -8,11 +8,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from ..comparison.intervals import t_quantile
+from ..comparison.result import WeightsCause
 from ..errors import UsageError
 from ..trace import FloatArray, Trace
 from ..trainer.parity import trainer_tolerance
@@ -31,8 +32,25 @@ FITS: Final = 1 / 3
 _PARTS: Final = 4
 #: How far from the token that it is said to have arrived at an update is looked for.
 _WITHIN: Final = 4
+#: A tensor's name that has the number of its layer.
+_LAYER: Final = re.compile(r"^.*?layers\.(\d+)\.")
 #: Sizes of the blocks in which engines keep keys and values of a prompt.
 _BLOCKS: Final = (128, 64, 32, 16)
+
+
+class Part(NamedTuple):
+    """A part of a model that an update may have left out: a layer by its number, or what stands beside the layers by name."""
+
+    name: str
+    layer: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What the names of its tensors have in them, between dots."""
+        return f".{self.name}." if self.layer is None else f".layers.{self.layer}."
+
+    def __str__(self) -> str:
+        return self.name if self.layer is None else f"{self.name} {self.layer}"
 
 
 @dataclass(frozen=True)
@@ -41,21 +59,25 @@ class Way:
 
     `came`: it arrived, `later` tokens after the one that the trace says (before it, if negative). `cleared`: keys and values
     of what was written until then are computed again under the new weights; else they are kept. `stale_parts` are those that
-    still have the old weights (`layer 3`, `norm`). `prompt_block`: a prompt's first whole blocks of this many tokens are read
+    still have the old weights. `prompt_block`: a prompt's first whole blocks of this many tokens are read
     from a cache that the old weights filled.
     """
 
     came: bool = True
     cleared: bool = False
     later: int = 0
-    stale_parts: tuple[str, ...] = ()
+    stale_parts: tuple[Part, ...] = ()
     prompt_block: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**vars(self), "stale_parts": [str(part) for part in self.stale_parts]}
 
     def __str__(self) -> str:
         if not self.came:
             return "the old weights all along"
         if self.stale_parts:
-            return f"{' and '.join(self.stale_parts)} still as before the update"
+            return f"{' and '.join(map(str, self.stale_parts))} still as before the update"
         if self.prompt_block:
             return f"old keys and values of the prompt, in blocks of {self.prompt_block}"
         cache = "keys and values computed again" if self.cleared else "old keys and values kept"
@@ -110,7 +132,7 @@ class UpdateReference:
                 f"a weight update is checked on processed logprobs without truncation and penalties, not {trace.distribution()}"
             )
         #: The cause of weights that did not come.
-        self.stale = "adapter" if is_adapter(after) else "stale_weights"
+        self.stale: WeightsCause = "adapter" if is_adapter(after) else "stale_weights"
         self._old, self._new = _load(before, model), _load(after, model)
         self._trace = trace
         self._temperature = temperature_of(trace.sampling)
@@ -178,9 +200,8 @@ class UpdateReference:
             best, found[further] = further, self._rms(further)
         return found
 
-    def _parts(self) -> list[str]:
-        names = [re.sub(r"^.*?layers\.(\d+)\..*$", r"layer \1", name) for name in self._new.state_dict()]
-        return list(dict.fromkeys(n if n.startswith("layer ") else n.removesuffix(".weight").rpartition(".")[2] for n in names))
+    def _parts(self) -> list[Part]:
+        return list(dict.fromkeys(map(_part_of, self._new.state_dict())))
 
     def _pieces(self, sequence: int, way: Way, new: Any) -> list[tuple[int, list[_Piece]]]:
         """For one sequence: from which of its tokens on, which models read what."""
@@ -225,7 +246,7 @@ class UpdateReference:
         rows = torch.cat(logits)[len(prompt) - 1 :].float() / self._temperature
         return rows.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].numpy()
 
-    def _mixed(self, parts: Sequence[str]) -> Any:
+    def _mixed(self, parts: Sequence[Part]) -> Any:
         """The new model with the old weights in layers, or in embeddings, norm or head; a tied head goes by itself."""
         import torch
 
@@ -233,8 +254,7 @@ class UpdateReference:
         head, embeddings = mixed.get_output_embeddings(), mixed.get_input_embeddings()
         if head is not None and head.weight is embeddings.weight:
             head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        keys = [f".{part.replace(' ', 's.')}." if part.startswith("layer ") else f".{part}." for part in parts]
-        old = {n: t for n, t in self._old.state_dict().items() if any(key in f".{n}." for key in keys)}
+        old = {n: t for n, t in self._old.state_dict().items() if any(part.key in f".{n}." for part in parts)}
         mixed.load_state_dict(old, strict=False)
         return mixed
 
@@ -257,6 +277,13 @@ class UpdateReference:
         gain = self._squares(other)[0] - self._squares(one)[0]
         spread = float(gain.std(ddof=1)) / len(gain) ** 0.5 if len(gain) > 1 else np.inf
         return mine < _FAR_BETTER * others or bool(gain.mean() > t_quantile(_SURE, max(len(gain) - 1, 1)) * spread)
+
+
+def _part_of(tensor: str) -> Part:
+    """The part that a tensor of this name belongs to."""
+    if layer := _LAYER.match(tensor):
+        return Part("layer", int(layer[1]))
+    return Part(tensor.removesuffix(".weight").rpartition(".")[2])
 
 
 def _load(weights: Path, model: Path | None) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.gaps import with_gap
-from ..comparison.result import Comparison, Finding, MismatchError, Note
+from ..comparison.result import Comparison, Finding, MismatchError, Note, WeightsCause
 from ..comparison.tolerance import Tolerance, make_tolerance
 from ..comparison.verdict import Evidence, judge
 from ..message import failure_message
@@ -97,16 +97,18 @@ def _failed(comparison: Comparison, finding: Finding, notes: Sequence[Note]) -> 
     )  # fmt: skip
 
 
-def _finding(reading: UpdateReading, stale: str, noise: float) -> Finding:
+def _finding(reading: UpdateReading, stale: WeightsCause, noise: float) -> Finding:
     """What a reading comes to; `stale` is the cause of weights that did not come. A way that leaves more than `noise` (nats)
     is no cause, only the nearest of those that were tried.
     """
     best = reading.best
-    cause = "stale_kv_cache" if best == KEPT or best.prompt_block else stale
+    cause: WeightsCause = "stale_kv_cache" if best == KEPT or best.prompt_block else stale
+    values: dict[str, Any] = {"rms": reading.rms[best], "rms_as_asked": reading.rms[reading.asked], **best.to_json()}
     if reading.rms[best] > noise:
         text = f"nearest: {best}, which leaves RMS {reading.rms[best]:.2g} (as asked: {reading.rms[reading.asked]:.2g})"
-        return Finding("weights", None, text, tuple(dict.fromkeys((cause, stale, "stale_kv_cache", "weights_differ"))))
+        candidates: tuple[WeightsCause, ...] = (cause, stale, "stale_kv_cache", "weights_differ")
+        return Finding("weights", None, text, tuple(dict.fromkeys(candidates)), values)
     text = f"{best} (RMS {reading.rms[best]:.2g}; as asked: {reading.rms[reading.asked]:.2g})"
     if best == CLEARED:
-        return Finding("weights", None, text, ("stale_kv_cache", "engine_build"))
-    return Finding("weights", cause, text)
+        return Finding("weights", None, text, ("stale_kv_cache", "engine_build"), values)
+    return Finding("weights", cause, text, values=values)

@@ -19,7 +19,9 @@ def head_finding(positions: Positions) -> Finding | None:
         return None  # grids as near as these come of logits of another size
     if not _within(positions, 2 * max(golden, now)):
         return None  # rounding moves no logit by more than a step: something else did
-    return Finding("head", "head_precision", f"the golden's logits {_words(golden)}, those of this run {_words(now)}")
+    expected, actual = positions.names
+    text = f"{expected}'s logits {_words(golden)}, those of {actual} {_words(now)}"
+    return Finding("head", "head_precision", text, values={"expected_step": golden, "actual_step": now})
 
 
 def _within(positions: Positions, most: float) -> bool:

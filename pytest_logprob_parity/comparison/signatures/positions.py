@@ -13,12 +13,14 @@ import numpy.typing as npt
 
 from ...trace import Trace
 from ..alignment import Alignment
+from ..result import Names
 
 Doubles = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 #: More positions than this make no fit better; of longer comparisons, sequences are taken at even distances.
 MOST: Final = 20_000
+_NAMES: Final = Names()
 #: Noise is what most positions have: the others may have another reason to be far.
 _NEAREST: Final = 0.9
 
@@ -29,7 +31,7 @@ class Positions:
 
     `ids` int64 [n, m], -1 where there is no token. `expected` and `actual` float64 [n, m]: logprobs in nats, -inf where
     truncation excluded the token, NaN where a side does not say. `rows` and `others` [n] are the tokens' places in the
-    two traces, `sequences` [n] their sequences.
+    two traces, `sequences` [n] their sequences; `names` are what sentences call the two sides.
     """
 
     golden: Trace
@@ -40,6 +42,7 @@ class Positions:
     ids: npt.NDArray[np.int64]
     expected: Doubles
     actual: Doubles
+    names: Names = _NAMES
 
     @functools.cached_property
     def common(self) -> Bools:
@@ -89,11 +92,13 @@ class Positions:
         """These positions only (a mask or an index over n)."""
         return Positions(
             self.golden, self.now, self.rows[chosen], self.others[chosen], self.sequences[chosen], self.ids[chosen],
-            self.expected[chosen], self.actual[chosen],
+            self.expected[chosen], self.actual[chosen], self.names,
         )  # fmt: skip
 
 
-def positions_of(expected: Trace, actual: Trace, rows: Alignment, sequences: Any = None) -> Positions:
+def positions_of(
+    expected: Trace, actual: Trace, rows: Alignment, sequences: Any = None, names: Names = _NAMES
+) -> Positions:  # fmt: skip
     """The table over the aligned tokens, of `sequences` alone where they are given, thinned out to `MOST`."""
     here, there = np.arange(expected.num_tokens)[rows.expected], np.arange(actual.num_tokens)[rows.actual]
     owner = np.searchsorted(expected.sequence_offsets, here, side="right") - 1
@@ -101,8 +106,8 @@ def positions_of(expected: Trace, actual: Trace, rows: Alignment, sequences: Any
         taken = np.isin(owner, sequences)
         here, there, owner = here[taken], there[taken], owner[taken]
     if len(here) > MOST:
-        names = np.unique(owner)
-        kept = names[np.linspace(0, len(names) - 1, max(int(len(names) * MOST / len(here)), 1)).astype(np.int64)]
+        owners = np.unique(owner)
+        kept = owners[np.linspace(0, len(owners) - 1, max(int(len(owners) * MOST / len(here)), 1)).astype(np.int64)]
         taken = np.isin(owner, kept)
         here, there, owner = here[taken][:MOST], there[taken][:MOST], owner[taken][:MOST]
     chosen = expected.token_ids[here].astype(np.int64)[:, None]
@@ -117,7 +122,7 @@ def positions_of(expected: Trace, actual: Trace, rows: Alignment, sequences: Any
         same = (ids == other_ids[:, column : column + 1]) & (ids >= 0)
         now = np.where(same, other[:, column : column + 1], now)
     now[:, 0] = actual.logprobs[there]
-    return Positions(expected, actual, here, there, owner, ids, golden, now)
+    return Positions(expected, actual, here, there, owner, ids, golden, now, names)
 
 
 def _written(trace: Trace, sequences: set[int]) -> Iterator[tuple[int, int, list[int]]]:

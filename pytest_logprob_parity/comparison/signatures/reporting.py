@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from ...trace import Trace
+from ..result import SemanticCause
 from .positions import Doubles, Positions
 
 #: A chosen logprob and the same token's entry in the top-k are one number; float32 may round it on the way.
@@ -37,7 +38,7 @@ class Misreport:
     `minor` ones, of a few tokens or of the size of rounding, leave room for another cause.
     """
 
-    cause: str
+    cause: SemanticCause
     text: str
     minor: bool = False
 
@@ -47,7 +48,7 @@ def misreport(positions: Positions, *, golden: bool) -> Misreport | None:
     trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
     if not trace.top_k:
         return None
-    side = "the golden" if golden else "this run"
+    side = positions.names.expected if golden else positions.names.actual
     mine = trace.top_token_ids[rows] == trace.token_ids[rows][:, None]
     listed = np.where(mine, trace.top_logprobs[rows], np.nan).astype(np.float64)
     own = np.where(mine.any(axis=1), np.nanmax(np.where(mine, listed, -np.inf), axis=1), np.nan)
@@ -68,7 +69,7 @@ def misreport(positions: Positions, *, golden: bool) -> Misreport | None:
 def no_logprobs(positions: Positions, *, golden: bool) -> Misreport | None:
     """A side whose numbers are no logprobs: some are above 0, or the probabilities of a position add up to more than 1."""
     trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
-    side, of = "the golden's" if golden else "this run's", len(rows)
+    side, of = f"{positions.names.expected if golden else positions.names.actual}'s", len(rows)
     chosen, top = trace.logprobs[rows].astype(np.float64), trace.top_logprobs[rows].astype(np.float64)
     above = int(np.count_nonzero(np.nan_to_num(np.column_stack([chosen, top]), nan=0.0, posinf=0.0).max(axis=1) > _ROUNDING))
     if above >= _ENOUGH:
@@ -88,6 +89,7 @@ def find_rewritten(positions: Positions) -> Misreport | None:
     """All numbers of one side times a factor, or plus a constant: no distribution comes out of another so, for each position
     has a normaliser of its own.
     """
+    golden, now = positions.names
     x, y = positions.expected[positions.common], positions.actual[positions.common]
     if np.count_nonzero(np.abs(x) > _LARGE) < _ENOUGH_LARGE:
         return None
@@ -95,12 +97,12 @@ def find_rewritten(positions: Positions) -> Misreport | None:
     if np.count_nonzero(_all_listed(positions, constant)) < _ENOUGH:
         constant = 0.0  # of distributions that are flat, a truncation keeps the same mass everywhere
     for size, change, text in (
-        (factor - 1, y - factor * x, f"{factor:.4g} times the golden's{_LOGARITHMS.get(round(factor, 3), '')}"),
-        (constant, y - x - constant, f"the golden's {constant:+.4g}"),
+        (factor - 1, y - factor * x, f"{factor:.4g} times {golden}'s{_LOGARITHMS.get(round(factor, 3), '')}"),
+        (constant, y - x - constant, f"{golden}'s {constant:+.4g}"),
     ):
         exact = np.mean(np.abs(change) <= _EXACT * np.maximum(1, np.abs(y))) >= _ALL_BUT_FEW
         if exact and abs(size) > _CHANGED and np.sqrt(np.mean((y - x) ** 2)) > _ROUNDING:
-            return Misreport("wrong_values", f"every number of this run is {text}: no distribution has a normaliser like that")
+            return Misreport("wrong_values", f"every number of {now} is {text}: no distribution has a normaliser like that")
     return None
 
 
@@ -129,9 +131,8 @@ def find_shift(positions: Positions) -> Misreport | None:
             continue
         fits = np.abs(now - moved)[telling] <= 0.1 * np.abs(moved - golden)[telling]
         if np.mean(fits) >= _MOST and np.median(apart[telling]) > _TELLING:
-            text = (
-                f"each number is that which the golden has for the token {name} ({int(np.count_nonzero(telling)):,} positions)"
-            )
+            of = int(np.count_nonzero(telling))
+            text = f"each number is that which {positions.names.expected} has for the token {name} ({of:,} positions)"
             return Misreport("shifted_positions", text)
     return None
 
@@ -146,14 +147,13 @@ def find_shifted_rows(positions: Positions) -> Misreport | None:
         moved = np.roll(first, shift)
         telling = (np.roll(positions.sequences, shift) == positions.sequences) & (moved != first)
         if np.count_nonzero(telling) >= _ENOUGH and np.mean((now == moved)[telling]) >= _MOST:
-            text = (
-                f"each top-k is that which the golden has for the token {name} ({int(np.count_nonzero(telling)):,} positions)"
-            )
+            of = int(np.count_nonzero(telling))
+            text = f"each top-k is that which {positions.names.expected} has for the token {name} ({of:,} positions)"
             return Misreport("shifted_positions", text)
     return None
 
 
-def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -> tuple[str, str]:
+def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -> tuple[SemanticCause, str]:
     excluded = known & np.isneginf(said)
     if excluded.any():
         return "wrong_values", f"-inf for {int(np.count_nonzero(excluded)):,} that its top-k keeps"
@@ -188,7 +188,7 @@ def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -
     return _by_sequence(trace, rows, said, own, wrong)
 
 
-def _by_sequence(trace: Trace, rows: Any, said: Doubles, own: Doubles, wrong: Any) -> tuple[str, str]:
+def _by_sequence(trace: Trace, rows: Any, said: Doubles, own: Doubles, wrong: Any) -> tuple[SemanticCause, str]:
     """What a whole sequence gives away: one value for all tokens, or those of another sequence; else only that it differs."""
     owner = np.searchsorted(trace.sequence_offsets, rows, side="right") - 1
     of = np.unique(owner[wrong])

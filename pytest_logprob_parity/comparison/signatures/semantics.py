@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 
 from ...spec import Sampling
 from ...trace import Trace
 from ..alignment import Alignment
-from ..result import Finding
+from ..result import Finding, Names, SemanticCause
 from .positions import Positions, positions_of
 from .reporting import Misreport, find_rewritten, find_shift, find_shifted_rows, misreport, no_logprobs
 from .scale import ENOUGH
-from .stage import OR_TWICE, Stage
+from .stage import Stage, applied
 from .stages import applied_temperature, scale_of, stages_of
+
+_NAMES: Final = Names()
+
 
 # -- what the labels say -----------------------------------------------------------------------------------------------
 
 
-def different_meaning(expected: Trace, actual: Trace) -> str | None:
+def different_meaning(expected: Trace, actual: Trace) -> SemanticCause | None:
     """The cause's name where the labels of the two sides say that their numbers mean different things."""
-    if expected.distribution() == actual.distribution():
+    if expected.means_as(actual):
         return None
     if expected.logprobs_mode != actual.logprobs_mode:
         return "raw_vs_processed"
@@ -42,27 +47,32 @@ def bears_out(expected: Trace, actual: Trace, rows: Alignment) -> bool:
     )
 
 
-def label_findings(cause: str, expected: Trace, actual: Trace, rows: Alignment) -> list[Finding]:
+def label_findings(
+    cause: SemanticCause, expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAMES
+) -> list[Finding]:  # fmt: skip
     """The findings for labels that differ: what they claim, and step by step what the numbers say of it."""
     claim = f"{expected.distribution()} against {actual.distribution()}"
-    stages = [stage.finding for stage in stages_of(positions_of(expected, actual, rows))]
+    stages = [stage.finding for stage in stages_of(positions_of(expected, actual, rows, names=names))]
     same = [finding for finding in stages if finding.cause == cause]
     if same:
         claim += f"; {same[0].evidence}"
-    return [Finding("semantic", cause, claim), *(finding for finding in stages if finding.cause != cause)]
+    values = same[0].values if same else {}
+    return [Finding("semantic", cause, claim, values=values), *(finding for finding in stages if finding.cause != cause)]
 
 
 # -- what the numbers say ----------------------------------------------------------------------------------------------
 
 
-def semantic_findings(expected: Trace, actual: Trace, rows: Alignment, off: Sequence[int] | None = None) -> list[Finding]:
+def semantic_findings(
+    expected: Trace, actual: Trace, rows: Alignment, off: Sequence[int] | None = None, names: Names = _NAMES
+) -> list[Finding]:  # fmt: skip
     """Semantic causes that equal labels hide, from the arithmetic that each leaves behind; nothing where there is none.
 
     `off` are the sequences that are far off, where those are the smaller part: what cannot be seen over all sequences is
-    looked for in these.
+    looked for in these. `names` are what the two sides are called.
     """
     for sequences in (None, off) if off is not None and len(off) else (None,):
-        positions = positions_of(expected, actual, rows, sequences)
+        positions = positions_of(expected, actual, rows, sequences, names)
         reports = _reported(positions)
         found = [Finding("semantic", report.cause, report.text) for report in reports]
         if all(report.minor for report in reports):
@@ -70,7 +80,7 @@ def semantic_findings(expected: Trace, actual: Trace, rows: Alignment, off: Sequ
             found = [*_whole(stages, positions), *(stage.finding for stage in stages), *found]
         if found:
             where = "" if sequences is None else f"in {len(sequences)} of {expected.num_sequences} sequences: "
-            return [Finding(f.layer, f.cause, where + f.evidence, f.candidates) for f in found]
+            return [dataclasses.replace(f, evidence=where + f.evidence) for f in found]
     return []
 
 
@@ -90,20 +100,23 @@ def _reported(positions: Positions) -> list[Misreport]:
 
 def _whole(stages: Sequence[Stage], positions: Positions) -> Iterator[Finding]:
     """Raw for processed: all that the recorded sampling asks for is on one side only."""
-    asked = _recorded(positions.golden.sampling)
-    for on_golden, text in ((True, "the golden's logprobs are processed, these are raw"),
-                            (False, "these logprobs are processed, the golden's are raw")):  # fmt: skip
+    asked, names = _recorded(positions.golden.sampling), positions.names
+    for on_golden, text in ((True, f"{names.expected}'s logprobs are processed, these are raw"),
+                            (False, f"these logprobs are processed, {names.expected}'s are raw")):  # fmt: skip
         found = {stage.finding.cause for stage in stages if stage.on_golden == on_golden and stage.recorded}
         other = any(s.on_golden != on_golden and s.finding.cause and not s.recorded for s in stages)  # it processes, otherwise
         penalties = sum(s.finding.cause == "penalties" for s in stages if s.on_golden == on_golden and s.recorded)
         if asked == {"penalties"} and penalties < _penalties(positions.golden.sampling):
             continue  # those that are left were applied
         if asked and found == asked and not other:
-            steps = ", ".join(s.finding.evidence.partition(":")[0].partition(" (")[0] for s in stages if s.recorded)
-            if on_golden or asked not in ({"temperature"}, {"penalties"}):
-                yield Finding("semantic", "raw_vs_processed", f"{text}: {steps.replace(OR_TWICE, '')}")
-            else:  # nothing tells it from a step that this run took twice
+            twice = not on_golden and asked in ({"temperature"}, {"penalties"})  # nothing tells it from a step taken twice
+            steps = ", ".join(
+                applied(s.step, names, on_golden=s.on_golden, twice=twice and s.twice) for s in stages if s.recorded
+            )
+            if twice:
                 yield Finding("semantic", None, f"{text}, or it was applied twice: {steps}", ("raw_vs_processed", *asked))
+            else:
+                yield Finding("semantic", "raw_vs_processed", f"{text}: {steps}")
 
 
 def _penalties(sampling: Sampling) -> int:
@@ -111,9 +124,9 @@ def _penalties(sampling: Sampling) -> int:
     return (sampling.repetition_penalty != 1) + (sampling.presence_penalty != 0) + (sampling.frequency_penalty != 0)
 
 
-def _recorded(sampling: Sampling) -> set[str]:
+def _recorded(sampling: Sampling) -> set[SemanticCause]:
     """The causes that the steps of this sampling can bring about."""
-    steps = (
+    steps: tuple[tuple[SemanticCause, bool], ...] = (
         ("temperature", not sampling.greedy and abs(sampling.temperature - 1) > 1e-6),
         ("truncation", sampling.truncates),
         ("penalties", sampling.penalizes),

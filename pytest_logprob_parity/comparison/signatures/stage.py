@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
-from ..result import Finding
-
-ON_GOLDEN: Final = "applied to the golden and not to this run"
-ON_NOW: Final = "applied to this run and not to the golden"
-OR_TWICE: Final = ", or twice to this run"
+from ..result import Finding, Names
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of processing that one side has and the other has not. `on_golden` says which, `recorded` whether it is
-    what the recorded sampling asks for; `finding` says it in words.
+    """One step of processing that one side has and the other has not.
+
+    `on_golden` says which, `recorded` whether it is what the recorded sampling asks for; `finding` says it in words, `step` is
+    the step alone (`temperature 0.7`), `twice` that the numbers would look the same had the other side taken it twice.
     """
 
     finding: Finding
     on_golden: bool
     recorded: bool
+    step: str = ""
+    twice: bool = False
+
+
+def applied(step: str, names: Names, *, on_golden: bool, twice: bool = False) -> str:
+    """That one side took a step and the other did not: `top-p 0.9 was applied to the golden and not to this run`."""
+    one, other = names if on_golden else reversed(names)
+    return f"{step} was applied to {one} and not to {other}{f', or twice to {one}' if twice else ''}"

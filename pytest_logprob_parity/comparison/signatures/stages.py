@@ -11,11 +11,11 @@ import numpy as np
 
 from ...spec import Sampling
 from ...trace import Trace
-from ..result import Finding
+from ..result import Finding, Names
 from .penalties import Penalty, find_penalties, moves_only_seen
 from .positions import Positions
 from .scale import ENOUGH, FINEST, NO_SCALE, Scale, fit_scale
-from .stage import ON_GOLDEN, ON_NOW, OR_TWICE, Stage
+from .stage import Stage, applied
 from .truncation import truncation_stages
 
 #: A fit with a smaller error knows no noise; kept sets have edges where this share of the positions excludes something.
@@ -43,10 +43,11 @@ def stages_of(positions: Positions) -> Iterator[Stage]:
     if stage is not None:
         scaled = not stage.finding.cause and bool(found) and all(_is_scaled(p, sampling, slope) for p in found)
         if scaled:
-            text = stage.finding.evidence.partition(": ")[0] + ", before the penalties: no temperature comes there"
-            stage = dataclasses.replace(stage, finding=Finding("weights", None, text, ("weights_differ", "head_precision")))
+            text = f"{_larger(scale, positions)}, before the penalties: no temperature comes there"
+            finding = Finding("weights", None, text, ("weights_differ", "head_precision"), stage.finding.values)
+            stage = dataclasses.replace(stage, finding=finding)
         yield stage
-    penalties = [] if scaled else [_penalty_stage(penalty, sampling) for penalty in found]
+    penalties = [] if scaled else [_penalty_stage(penalty, sampling, positions.names) for penalty in found]
     if not penalties and not scaled and moves_only_seen(positions, slope):
         text = "only tokens that stood before are moved, by no penalty that explains them"
         penalties = [Stage(Finding("semantic", None, text, ("penalties", "weights_differ")), False, False)]
@@ -87,32 +88,45 @@ def _with_edges(line: Scale, positions: Positions) -> Scale:
 
 
 def _temperature_stage(scale: Scale, positions: Positions) -> Stage:
-    sampling = positions.golden.sampling
+    sampling, names = positions.golden.sampling, positions.names
     golden_temperature, now = applied_temperature(positions.golden), applied_temperature(positions.now)
+    values = {"slope": scale.slope, "error": scale.error, "positions": scale.positions}
     fitted = f"(fitted {{}} +- {{:.1g}} from {scale.positions:,} positions)"
     labelled = now != golden_temperature and scale.is_(golden_temperature / now)
     if labelled and positions.golden.logprobs_mode == positions.now.logprobs_mode:
         how = fitted.format(f"{golden_temperature / scale.slope:.4f}", golden_temperature * scale.error / scale.slope**2)
         text = f"temperature {now:g} in place of {golden_temperature:g}, as the labels say {how}"
-        return Stage(Finding("semantic", "temperature", text), now > golden_temperature, False)
+        values["temperature"] = golden_temperature / scale.slope
+        return Stage(Finding("semantic", "temperature", text, values=values), now > golden_temperature, False)
     recorded = sampling.temperature if not sampling.greedy else 1.0
+    step = f"temperature {recorded:g}"
     if recorded != 1 and scale.is_(recorded):
         how = fitted.format(f"{scale.slope:.4f}", scale.error)
-        return Stage(Finding("semantic", "temperature", f"temperature {recorded:g} was {ON_GOLDEN} {how}"), True, True)
+        text = f"{applied(step, names, on_golden=True)} {how}"
+        values["temperature"] = scale.slope
+        return Stage(Finding("semantic", "temperature", text, values=values), True, True, step)
     if recorded != 1 and scale.is_(1 / recorded):
         how = fitted.format(f"{1 / scale.slope:.4f}", scale.error / scale.slope**2)
-        text = f"temperature {recorded:g} was {ON_NOW}{'' if labelled else OR_TWICE} {how}"
-        return Stage(Finding("semantic", "temperature", text), False, True)
+        text = f"{applied(step, names, on_golden=False, twice=not labelled)} {how}"
+        values["temperature"] = 1 / scale.slope
+        return Stage(Finding("semantic", "temperature", text, values=values), False, True, step, twice=not labelled)
     other = golden_temperature / scale.slope
     text = (
-        f"the logits are {scale.slope:.4f} +- {scale.error:.1g} times the golden's ({scale.positions:,} positions): "
-        f"temperature {other:.3f} in place of {golden_temperature:g}, or another scale of the logits (final norm, head); "
-        "the logprobs alone do not tell these apart"
+        f"{_larger(scale, positions)}: temperature {other:.3f} in place of {golden_temperature:g}, or another scale of the "
+        "logits (final norm, head); the logprobs alone do not tell these apart"
     )
-    return Stage(Finding("semantic", None, text, ("temperature", "weights_differ", "head_precision")), scale.slope < 1, False)
+    values["temperature"] = other
+    finding = Finding("semantic", None, text, ("temperature", "weights_differ", "head_precision"), values)
+    return Stage(finding, scale.slope < 1, False)
 
 
-def _penalty_stage(penalty: Penalty, sampling: Sampling) -> Stage:
+def _larger(scale: Scale, positions: Positions) -> str:
+    """How many times as large the logits are."""
+    times = f"{scale.slope:.4f} +- {scale.error:.1g} times"
+    return f"the logits are {times} {positions.names.expected}'s ({scale.positions:,} positions)"
+
+
+def _penalty_stage(penalty: Penalty, sampling: Sampling, names: Names) -> Stage:
     """The recorded penalty on one side only, another in place of it, or, where none was recorded, one on either side."""
     asked, neutral = getattr(sampling, penalty.name), penalty.neutral
     words = penalty.name.replace("_", " ")
@@ -131,17 +145,18 @@ def _penalty_stage(penalty: Penalty, sampling: Sampling) -> Stage:
         return Stage(Finding("semantic", "penalties", text), on_golden, False)
     elif asked != neutral:
         fitted = penalty.now(asked)
-    text = f"{words} {asked if recorded else round(fitted, 3):g} "
+    step, twice = f"{words} {asked if recorded else round(fitted, 3):g}", recorded and not on_golden
     if recorded or asked == neutral:
-        text += f"was {ON_GOLDEN if on_golden else ON_NOW}{OR_TWICE if recorded and not on_golden else ''}"
+        text = applied(step, names, on_golden=on_golden, twice=twice)
         if on_golden and not recorded:
-            text += f", or {now:.3g} to this run and none to the golden"
+            text += f", or {now:.3g} to {names.actual} and none to {names.expected}"
     else:
-        text += f"in place of the recorded {asked:g}"
+        text = f"{step} in place of the recorded {asked:g}"
     text += f" (fitted {fitted:.3f} +- {penalty.error:.1g} from {penalty.positions:,} positions)"
     if penalty.alike:
         text += f"; a {penalty.alike.replace('_', ' ')} would look the same here"
-    return Stage(Finding("semantic", "penalties", text), on_golden, recorded)
+    values = {penalty.name: fitted, "error": penalty.error, "positions": penalty.positions}
+    return Stage(Finding("semantic", "penalties", text, values=values), on_golden, recorded, step, twice)
 
 
 def applied_temperature(trace: Trace) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from ...spec import Sampling
 from ..result import Finding
 from . import kept_sets
 from .positions import Positions
-from .stage import ON_GOLDEN, ON_NOW, Stage
+from .stage import Stage, applied
 
 #: Kept sets differ where they do at this share of the positions and more; noise alone moves a few.
 _OTHER_SETS: Final = 0.03
@@ -55,7 +55,7 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Stage]:
     for on_golden, count in excluded.items():
         if both and np.mean((-change if on_golden else change) < -_BLURRED) > 1 - _ONE_WAY:
             continue  # a truncation lowers none of those that it keeps; other logits do, and have other kept sets
-        lift, what = None, []
+        lift, what, values = None, [], dict[str, Any]()
         if alone and (recorded or not on_golden):
             free, cut = (positions.actual, positions.expected) if on_golden else (positions.expected, positions.actual)
             lift = kept_sets.lifted(free, cut)
@@ -64,13 +64,16 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Stage]:
                 f"it raises all tokens of a position by one constant ({lift.positions:,} positions, kept mass {lift.mass:.4f} "
                 "on average)"
             )
+            values |= {"positions": lift.positions, "kept_mass": lift.mass}
         if count >= least:
             what.append(f"it excludes {count} of {len(now):,} tokens")
+            values["excluded"] = count
         if what:
             k = (positions.golden if on_golden else positions.now).top_k
-            text = f"a truncation was {ON_GOLDEN if on_golden else ON_NOW}: {' and '.join(what)}"
+            step = "a truncation"
+            text = f"{applied(step, positions.names, on_golden=on_golden)}: {' and '.join(what)}"
             text += f"; top-{k} logprobs do not show how wide its kept sets are: record more"
-            yield Stage(Finding("semantic", "truncation", text), on_golden, recorded)
+            yield Stage(Finding("semantic", "truncation", text, values=values), on_golden, recorded, step)
 
 
 def _one_truncates(
@@ -89,13 +92,14 @@ def _one_truncates(
     if np.mean(kept.complete) < _ONE_WAY:  # of the others the sets are larger than what is listed
         limits = dataclasses.replace(limits, top_k=None)
     sampling = positions.golden.sampling
-    names = _families(limits)
+    allowed = _allowed(limits)
+    names = [_limit_in_words(limit, value) for limit, value in allowed.items()]
     recorded = _is_recorded(limits, sampling, masses=not penalised)
     blurred = on_golden and sampling.truncates and noise > _BLURRED  # none is named in place of the one that was recorded
     other = "" if blurred else " or ".join(names)
     name = _asked(sampling) if recorded else other or "a truncation"
     text = (
-        f"{name} was {ON_GOLDEN if on_golden else ON_NOW}: "
+        f"{applied(name, positions.names, on_golden=on_golden)}: "
         f"kept mass {limits.mass:.2f} on average ({limits.positions:,} positions"
     )
     fits = any(limit is not None for limit in (limits.top_k, limits.top_p, limits.min_p))
@@ -103,7 +107,8 @@ def _one_truncates(
     text += f"; they allow {', '.join(names)})" if names else f"; {unnamed})"
     if not kept.renormalised:
         text += f"; what was kept adds up to {np.mean(kept.total[kept.complete]):.3f}, not to 1"
-    return Stage(Finding("semantic", "truncation", text), on_golden, recorded)
+    values = {"kept_mass": limits.mass, "positions": limits.positions, **allowed}
+    return Stage(Finding("semantic", "truncation", text, values=values), on_golden, recorded, name)
 
 
 def _both_truncate(
@@ -116,15 +121,17 @@ def _both_truncate(
         less = fewer > more
         counts = golden.counts.mean(), now.counts.mean()
         text = (
-            f"{_asked(positions.golden.sampling)} was recorded, and {'fewer' if less else 'more'} tokens are left in this run: "
-            f"{counts[1]:.2f} on average in place of {counts[0]:.2f}, other sets at {fewer + more:.0%} of positions"
+            f"{_asked(positions.golden.sampling)} was recorded, and {'fewer' if less else 'more'} tokens are left in "
+            f"{positions.names.actual}: {counts[1]:.2f} on average in place of {counts[0]:.2f}, other sets at "
+            f"{fewer + more:.0%} of positions"
         )
         common = np.unique(now.counts[now.complete])
         if len(common) == 1:
             text += f"; always {int(common[0])}, as top-k {int(common[0])} would leave"
-        yield Stage(Finding("semantic", "truncation", text), bool(not less), False)
+        values = {"kept_expected": float(counts[0]), "kept_actual": float(counts[1])}
+        yield Stage(Finding("semantic", "truncation", text, values=values), bool(not less), False)
     elif golden.renormalised != now.renormalised and max(side.mean_total for side in (golden, now)) < 1 + kept_sets.WHOLE:
-        side, kept = ("the golden", golden) if now.renormalised else ("this run", now)
+        side, kept = (positions.names.expected, golden) if now.renormalised else (positions.names.actual, now)
         text = (
             f"{_asked(positions.golden.sampling)} was not followed by a normalisation in {side}: what was kept adds up to "
             f"{np.mean(kept.total[kept.complete]):.3f} on average, not to 1 ({int(kept.complete.sum()):,} positions)"
@@ -139,13 +146,17 @@ def _one_constant(positions: Positions) -> bool:
     return bool(np.nansum(within**2) <= _WITHIN * np.nansum(apart**2))
 
 
-def _families(limits: kept_sets.Limits) -> list[str]:
-    """The limits that the kept sets allow, in words; nothing of those that any value fits."""
-    names = [] if limits.top_k is None else [f"top-k {limits.top_k}"]
-    for name, interval in (("top-p", limits.top_p), ("min-p", limits.min_p)):
-        if interval is not None and interval[1] - interval[0] < 1:
-            names.append(f"{name} in [{interval[0]:.4g}, {interval[1]:.4g}]")
-    return names
+def _allowed(limits: kept_sets.Limits) -> dict[str, int | tuple[float, float]]:
+    """The limits that the kept sets allow, by their fields of Sampling; nothing of those that any value fits."""
+    top_k = {} if limits.top_k is None else {"top_k": limits.top_k}
+    masses = {"top_p": limits.top_p, "min_p": limits.min_p}
+    return {**top_k, **{name: of for name, of in masses.items() if of is not None and of[1] - of[0] < 1}}
+
+
+def _limit_in_words(name: str, value: int | tuple[float, float]) -> str:
+    """`top-k 20`, `top-p in [0.89, 0.91]`."""
+    words = name.replace("_", "-")
+    return f"{words} in [{value[0]:.4g}, {value[1]:.4g}]" if isinstance(value, tuple) else f"{words} {value}"
 
 
 def _is_recorded(limits: kept_sets.Limits, sampling: Sampling, *, masses: bool) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Final
 
-from ...errors import EngineError, IncomparableError, UsageError
+from ...comparison.result import Note
+from ...errors import EngineError, IncomparableError
 from ...server_settings import SERVER, server_settings
 from ...spec import EngineSpec
 from ..base import Completion, Request, ResolvedConfig, reason_of
@@ -62,28 +63,31 @@ class ServerBackend:
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """See Backend.run; at most `concurrency` requests are under way at a time."""
         posts = [post_of(request, self.config.forcing, self._served) for request in requests]
+        name = name_of(self._client, self.config.version)
 
         def read(number: int, content: Any) -> Completion:
             try:
                 return completion_of(requests[number], content, self.config.max_model_len)
+            except EngineError as error:
+                raise EngineError(error.reason, name) from None
             except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-                raise EngineError(f"the server's answer is no completion as vLLM writes them: {reason_of(error)}") from None
+                reason = f"the server's answer is no completion as vLLM writes them: {reason_of(error)}"
+                raise EngineError(reason, name) from None
 
         try:
             return self._client.post_all(posts, read, self._settings)
-        except (EngineError, UsageError) as error:
-            text = str(error)
-            where = "" if self._client.url in text else f"{name_of(self._client, self.config.version)}: "
-            raise (EngineError if isinstance(error, DownError) else type(error))(f"{where}{text}") from None
+        except DownError as error:
+            raise EngineError(str(error)) from None
         finally:
             if self._client.retried:
                 self._retried.append(", ".join(f"{count} for {reason}" for reason, count in self._client.retried.items()))
                 self._client.retried.clear()
 
-    def remarks(self) -> list[str]:
+    def remarks(self) -> list[Note]:
         """What there was to say of its answers since it was last asked: requests that had to be sent again."""
         told, self._retried = self._retried, []
-        return [f"requests sent again: {'; '.join(told)} ({self._client.url})"] if told else []
+        text = f"requests sent again: {'; '.join(told)} ({self._client.url})"
+        return [Note("sent_again", text)] if told else []
 
     def close(self) -> None:
         """Close the connections; the server stays as it is."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from ...errors import EngineError, UsageError
 from ...server_settings import ServerSettings
@@ -33,6 +33,15 @@ _PROGRESS_SECONDS: Final = 10.0
 #: The variable whose value is sent as the key; vLLM's server reads its own from it.
 KEY_VARIABLE: Final = "VLLM_API_KEY"
 _SHOWN: Final = 200
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a request failed: what kind it is, the reason in words, and whether another try may help."""
+
+    kind: Literal["down", "slow", "lost", "refused", "status"]
+    reason: str
+    again: bool = True
 
 
 class DownError(EngineError):
@@ -127,38 +136,40 @@ class Client:
         limits = self._httpx.Timeout(settings.timeout, connect=min(_CONNECT_SECONDS, settings.timeout))
         while True:
             tries += 1
-            answer, reason, again = None, "", True
+            answer = None
             try:
                 request = self._session.request(method, path, json=body, timeout=limits)
                 answer = _answer(await asyncio.wait_for(request, settings.timeout + _GRACE))
-                reason, again = f"status {answer.status}", answer.status in _PASSING
+                failure = _Failure("status", f"status {answer.status}", answer.status in _PASSING)
             except self._httpx.ConnectError as error:
-                reason, again = _no_connection(str(error))
+                failure = _no_connection(str(error))
             except (self._httpx.TimeoutException, asyncio.TimeoutError) as error:
                 timeouts += 1
-                connecting = isinstance(error, self._httpx.ConnectTimeout)
-                reason = f"no connection within {limits.connect:g} s" if connecting else f"no answer within {limits.read:g} s"
                 again = timeouts <= _TIMEOUT_RETRIES
+                if isinstance(error, self._httpx.ConnectTimeout):
+                    failure = _Failure("down", f"no connection within {limits.connect:g} s", again)
+                else:
+                    failure = _Failure("slow", f"no answer within {limits.read:g} s", again)
             except self._httpx.DecodingError as error:
                 text = f"the server at {self.url} answers {path} with a body that cannot be read"
                 raise EngineError(f"{text} (Content-Encoding: {error}); is that a proxy's?") from None
             except self._httpx.TransportError as error:
-                reason = f"connection lost ({str(error) or type(error).__name__})"
-            if answer is not None and not again:
+                failure = _Failure("lost", f"connection lost ({str(error) or type(error).__name__})")
+            if answer is not None and not failure.again:
                 return answer
-            if not again or tries > settings.retries:
+            if not failure.again or tries > settings.retries:
                 if answer is not None:
                     return answer
-                raise self._given_up(reason, tries, time.monotonic() - began)
-            self.retried[reason] += 1
+                raise self._given_up(failure, tries, time.monotonic() - began)
+            self.retried[failure.reason] += 1
             await asyncio.sleep(min(_BACK_OFF[0] * 2 ** (tries - 1), _BACK_OFF[1]))
 
-    def _given_up(self, reason: str, tries: int, seconds: float) -> EngineError:
+    def _given_up(self, failure: _Failure, tries: int, seconds: float) -> EngineError:
         after = f" after {tries} tries in {seconds:.1f} s" if tries > 1 else ""
-        if reason.startswith(("connection refused", "no connection", "no such host")):
-            return DownError(f"no server answers at {self.url}: {reason}{after}")
-        hint = "; timeout=SECONDS allows more" if reason.startswith("no answer") else ""
-        return EngineError(f"the server at {self.url}: {reason}{after}{hint}")
+        if failure.kind == "down":
+            return DownError(f"no server answers at {self.url}: {failure.reason}{after}")
+        hint = "; timeout=SECONDS allows more" if failure.kind == "slow" else ""
+        return EngineError(f"the server at {self.url}: {failure.reason}{after}{hint}")
 
     def success(self, answer: Answer, path: str) -> Any:
         """The JSON of an answer that is a success. Raises EngineError, UsageError where the server refuses what was asked."""
@@ -241,13 +252,13 @@ def _run_in_thread(loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine
     return results[0]
 
 
-def _no_connection(error: str) -> tuple[str, bool]:
-    """Why there is none, and whether to try again."""
+def _no_connection(error: str) -> _Failure:
+    """Why there is none, by what httpx says of it."""
     if "SSL" in error:
-        return f"no TLS there, or a certificate that is not trusted ({error})", False
+        return _Failure("refused", f"no TLS there, or a certificate that is not trusted ({error})", again=False)
     if error.startswith("[Errno"):  # the resolver's
-        return f"no such host ({error.partition('] ')[2]})", True
-    return "connection refused", True
+        return _Failure("down", f"no such host ({error.partition('] ')[2]})")
+    return _Failure("down", "connection refused")
 
 
 def _answer(response: Any) -> Answer:

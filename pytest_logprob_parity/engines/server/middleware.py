@@ -74,12 +74,13 @@ async def _respond(server: StartedServer, method: str, receive: Any) -> tuple[in
         body += message.get("body", b"")
         more = message.get("more_body", False)
     try:
-        asked = json.loads(body)["asked"]
-        if not isinstance(asked, Mapping):
+        told = json.loads(body)
+        asked, name = told["asked"], told.get("name", "")
+        if not isinstance(asked, Mapping) or not isinstance(name, str):
             raise TypeError
     except (ValueError, TypeError, KeyError):
         return 400, {"error": 'the body is JSON such as {"asked": {"seed": 0}}'}
-    return 200, await server.tell(asked)
+    return 200, await server.tell(asked, name=name)
 
 
 class StartedServer:
@@ -109,8 +110,8 @@ class StartedServer:
         names = getattr(state.args, "served_model_name", None) or [config.model_config.model]
         return cls(client, forcing, head, hardware, {"served": str(names[0]), "model": _model(config.model_config)})
 
-    async def tell(self, asked: Mapping[str, Any], *, strict: bool = False) -> dict[str, Any]:
-        """What the route answers; `refused` is the pin among `asked` that the engine did not take, if any.
+    async def tell(self, asked: Mapping[str, Any], *, name: str = "", strict: bool = False) -> dict[str, Any]:
+        """What the route answers; `refused` says which pin among `asked` the engine did not take, if any, and calls it `name`.
 
         Raises EngineError instead where that is `strict`.
         """
@@ -124,7 +125,7 @@ class StartedServer:
         refused = ""
         unverified: tuple[str, ...] = ()
         try:
-            unverified = check_readback(asked, values, f"vllm {vllm.__version__}")
+            unverified = check_readback(asked, values, name or f"vllm {vllm.__version__}")
         except EngineError as error:
             if strict:
                 raise

@@ -115,11 +115,12 @@ def _checked(client: Client, told: Any, names: Iterable[str]) -> Mapping[str, An
 
 
 def _by_our_route(client: Client, spec: EngineSpec, settings: ServerSettings, about: Mapping[str, Any]) -> Told:
-    asked = _pins(spec, cpu=bool(_checked(client, about, ("cpu",))["cpu"]))
-    told = _checked(client, client.success(client.ask("POST", ROUTE, {"asked": asked}), ROUTE), _TOLD)
+    first = _checked(client, about, ("cpu", "version"))
+    asked, name = _pins(spec, cpu=bool(first["cpu"])), name_of(client, str(first["version"]))
+    told = _checked(client, client.success(client.ask("POST", ROUTE, {"asked": asked, "name": name}), ROUTE), _TOLD)
     digests = told["model"].get("digests")
     if told["refused"]:
-        raise EngineError(str(told["refused"]).replace(f"vllm {told['version']}", name_of(client, told["version"]), 1))
+        raise EngineError(str(told["refused"]))
     forcing, unforced = forcing_of(str(told["forcing"]))
     return Told(
         version=str(told["version"]),

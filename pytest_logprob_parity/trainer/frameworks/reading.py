@@ -124,7 +124,7 @@ class Batch:
         try:
             return Trace.from_sequences(sequences, sampling=sampling, token_texts=texts, **about)
         except UsageError as error:
-            raise self.refuse(str(error).removeprefix("Trace.from_sequences: ")) from None
+            raise self.refuse(error.reason) from None
 
     def check_text(self, where: str, text: str, token_ids: Sequence[int], tokenizer: Any) -> None:
         """Refuse a text that is not that of the tokens it goes with: somebody has tokenised it anew."""
