@@ -101,7 +101,9 @@ def main() -> None:
             truth = reach = float("nan")
             for _ in range(draws):
                 d = population.draw(rng, prompts, samples)
-                result = compare(expected=golden, actual=golden.with_(logprobs=(golden.logprobs + d.ravel()).astype(np.float32)))
+                result = compare(
+                    expected=golden, actual=golden.with_(logprobs=(golden.logprobs + d.ravel()).astype(np.float32))
+                )
                 assert result.shown is not None
                 if np.isnan(truth):
                     truth = bad_share(population.draw, samples, result.shown.threshold)
@@ -117,7 +119,9 @@ def main() -> None:
             if population.name == "noise alone" and reach < 1:
                 worst_power = min(worst_power, seen / draws)
                 told = f"{reach:.1%}: {seen / draws:.3f}"
-            print(f"{population.name:30s} {prompts:7d} {samples:7d}  {truth:16.3f} {held / draws:16.3f}   {told:>30s}", flush=True)
+            print(
+                f"{population.name:30s} {prompts:7d} {samples:7d}  {truth:16.3f} {held / draws:16.3f}   {told:>30s}", flush=True
+            )
     report_number("stated confidence of the bound less what comes out", CONFIDENCE - worst_bound, 0.02, f"{worst_bound:.3f}")
     report_number("stated power less what comes out", POWER - worst_power, 0.02, f"{worst_power:.3f}")
 

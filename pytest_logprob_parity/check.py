@@ -26,10 +26,10 @@ from .recording import record
 from .replay import REPLAYS, can_regenerate
 from .spec import Sampling
 from .suspects import adapter_finding, suspects
-from .trace import Trace
+from .trace import ReplayPath, Trace, TracePath
 from .unforced import as_unforced, why_unforced, without_decode
 
-DEFAULT_REPLAY: Final = ("decode", "regenerate")
+DEFAULT_REPLAY: Final[tuple[ReplayPath, ...]] = ("decode", "regenerate")
 
 
 def check_golden(
@@ -39,7 +39,7 @@ def check_golden(
     prompts: Sequence[Any] | None = None,
     sampling: Any = None,
     update: bool = False,
-    replay: Sequence[str] = DEFAULT_REPLAY,
+    replay: Sequence[ReplayPath] = DEFAULT_REPLAY,
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     level: str = "rl",
     objective: str = DEFAULT_OBJECTIVE,
@@ -121,7 +121,7 @@ def _load(path: Path, context: Context) -> Golden:
 
 
 def _compare_engine(
-    golden: Golden, engine: Engine, replay: Sequence[str], tolerance: Any, level: str, context: Context
+    golden: Golden, engine: Engine, replay: Sequence[ReplayPath], tolerance: Any, level: str, context: Context
 ) -> Checked:
     trace = golden.trace
     if "prefill" in replay and trace.distribution() != "raw":
@@ -152,7 +152,8 @@ def judge_answers(
         free = compare_free_run(trace, replays["regenerate"], limits["regenerate"].near_tie)
     judged = []
     scheduled = fingerprint.keeps_schedule(answers.fingerprint)
-    for path in [p for p in replays if p != "regenerate"] or ["regenerate"]:
+    paths: list[ReplayPath] = [p for p in replays if p != "regenerate"] or ["regenerate"]
+    for path in paths:
         evidence = Evidence(
             floor=golden.floor,
             reference=golden.reference,
@@ -180,7 +181,7 @@ def judge_answers(
     return dataclasses.replace(worst, notes=(*worst.notes, *(Note("engine", text) for text in answers.remarks))), differences
 
 
-def _limits(golden: Golden, path: str, tolerance: Any, context: Context) -> Tolerance:
+def _limits(golden: Golden, path: TracePath, tolerance: Any, context: Context) -> Tolerance:
     """The limits of a golden: those of its dtype, its noise floor, the ini file, its recording, the call; the last wins."""
     trace = golden.trace
     paths = (trace.path, path)

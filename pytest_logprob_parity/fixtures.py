@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .comparison.tolerance import Tolerance
     from .pool import Engine, Pool
     from .spec import EngineSpec
-    from .trace import Trace
+    from .trace import ReplayPath, Trace
     from .trainer.transformers_scorer import TransformersScorer
 
 
@@ -144,7 +144,7 @@ class GoldenTrace:
         prompts: Sequence[Any] | None = None,
         sampling: Any = None,
         name: str | None = None,
-        replay: Sequence[str] = ("decode", "regenerate"),
+        replay: Sequence[ReplayPath] = ("decode", "regenerate"),
         tolerance: Tolerance | Mapping[str, Any] | str | None = None,
         level: str | None = None,
         objective: str | None = None,

@@ -25,7 +25,7 @@ from .golden import Golden
 from .pool import Engine
 from .reference_pass import reference_of
 from .spec import Sampling
-from .trace import FloatArray, Trace
+from .trace import FloatArray, ReplayPath, Trace
 
 #: RMS (nats) between clean builds of vLLM 0.8.5 to 0.32.0 on the same tokens (docs/how-to/diagnosis.md, the migration), where a
 #: golden has no reference to know better.
@@ -37,7 +37,7 @@ def record(
     engine: Engine | Trace,
     prompts: list[Any] | None,
     sampling: Sampling | None,
-    replay: Sequence[str],
+    replay: Sequence[ReplayPath],
     tolerance: Tolerance | Mapping[str, Any] | str | None,
     repeats: int,
     context: Context,
@@ -66,7 +66,7 @@ def record(
     itself = compare(expected=golden.trace, actual=golden.trace)
     if not itself.passed:
         raise UsageError(f"{context.shown_path}: not recorded: it could never pass: {itself.headline}")
-    if isinstance(engine, Engine) and repeats and engine.config.forcing in ("sampler", "native"):
+    if isinstance(engine, Engine) and repeats and engine.config.forces:
         began = time.monotonic()
         own, measured = measure_floor(engine, golden.trace, repeats)
         golden = dataclasses.replace(golden, floor=measured)
@@ -110,7 +110,7 @@ def measure_floor(engine: Engine, trace: Trace, repeats: int) -> tuple[FloatArra
     return own, NoiseFloor(np.stack(drawn), shapes, reproduces)
 
 
-def _generate(engine: Engine, prompts: list[Any] | None, sampling: Sampling | None, replay: Sequence[str]) -> Trace:
+def _generate(engine: Engine, prompts: list[Any] | None, sampling: Sampling | None, replay: Sequence[ReplayPath]) -> Trace:
     if prompts is None:
         raise UsageError("recording needs prompts=")
     sampling = sampling or Sampling()
@@ -127,15 +127,14 @@ def with_untruncated(engine: Engine, trace: Trace) -> Trace:
     return trace.with_(untruncated_logprobs=free.logprobs)
 
 
-def _check_can_replay(engine: Engine, replay: Sequence[str], sampling: Sampling) -> None:
+def _check_can_replay(engine: Engine, replay: Sequence[ReplayPath], sampling: Sampling) -> None:
     """Refuse to record what no replay could check later."""
-    forcing = engine.config.forcing
     if "prefill" in replay and engine.config.logprobs_mode == "processed_logprobs" and not sampling.raw_is_processed:
         raise UsageError(f"not recorded: replay 'prefill' gives raw logprobs, {sampling.processing()} other ones; use 'decode'")
     if "window" in replay and (sampling.presence_penalty or sampling.frequency_penalty):
         raise UsageError("not recorded: replay 'window' cannot follow presence and frequency penalties")
-    if "decode" in replay and forcing not in ("sampler", "native"):
-        raise EngineError(f"not recorded: its golden could not be replayed: {forcing}")
+    if "decode" in replay and not engine.config.forces:
+        raise EngineError(f"not recorded: its golden could not be replayed: {engine.config.unforced}")
 
 
 def _check_agrees_with_itself(golden: Golden, own: FloatArray, explicit: Mapping[str, float], context: Context) -> None:

@@ -81,7 +81,7 @@ def _failure(found: Found) -> str:
         count = int(numbers["n_changed"])
         return f"{count} of {tokens} logprobs are not bit-identical, although they were when recorded: the engine is the same"
     missing = found.rows.wanted - tokens
-    if found.level == "bitwise" and missing and not found.actual.replay.startswith("window"):
+    if found.level == "bitwise" and missing and found.actual.replay != "window":
         return f"{missing} of the golden's {found.rows.wanted} tokens did not come back, so they are not the same bit for bit"
     if numbers["n_tokens"] and found.level == "bitwise" and not found.exact:
         return f"{int(numbers['n_changed'])} of {tokens} logprobs are not the same bit for bit"
@@ -99,7 +99,7 @@ def _not_shown(found: Found) -> str:
         return "Nothing was compared: no token has a finite logprob on both sides"
     if numbers["n_excluded"] > numbers["n_tokens"]:
         return f"Most tokens, {int(numbers['n_excluded'])}, are excluded on both sides: {NOT_SHOWN.lower()}"
-    if numbers["coverage"] < COVERAGE and not found.actual.replay.startswith("window"):
+    if numbers["coverage"] < COVERAGE and found.actual.replay != "window":
         return (
             f"Only {numbers['coverage']:.1%} of the tokens could be compared ({COVERAGE:.0%} needed): "
             f"{found.rows.diverged_sequences} sequences diverge, {found.rows.missing_sequences} are missing, "

@@ -184,7 +184,8 @@ def _gate(
     known = rows.known
     if not known.any():
         hidden = room[1] > _HIDES and key == "clip_share"
-        return Gate(key, direct.estimate, limit + room[0], limit + room[1], direct.low, direct.high, unit, hidden=hidden)
+        passing = limit if hidden else limit + room[0]
+        return Gate(key, direct.estimate, passing, limit + room[1], direct.low, direct.high, unit, hidden=hidden)
     mine, golden = felt(rows.error[known]), felt(rows.golden_error[known])
     own = float(golden.mean())
     grown = mean_interval(mine - golden, rows.clusters[known])

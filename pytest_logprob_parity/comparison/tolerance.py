@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..floor import NoiseFloor
 from ..reference import Reference
 from ..spec import nearest
-from ..trace import FloatArray
+from ..trace import FloatArray, TracePath
 from .gaps import gap_of
 from .intervals import poisson_quantile
 from .objectives import DEFAULT_OBJECTIVE, objective_of
@@ -107,7 +107,7 @@ PREFILL_FACTOR: Final = 2.0
 _BY_PATH: Final = ("noise_rms", "outlier", "sequence_rms", "support_flips", "support_depth", "near_tie")
 
 
-def default_tolerance(dtype: str, paths: Iterable[str] = ("decode",), objective: str = DEFAULT_OBJECTIVE) -> Tolerance:
+def default_tolerance(dtype: str, paths: Iterable[TracePath] = ("decode",), objective: str = DEFAULT_OBJECTIVE) -> Tolerance:
     """The limits of an objective, and what noise a golden of this dtype (bfloat16 where it is not known) has along these paths.
 
     Raises UsageError for an objective that does not exist.
@@ -197,7 +197,7 @@ def make_tolerance(base: Tolerance, change: Tolerance | Mapping[str, Any] | str 
     return dataclasses.replace(base, **found, explicit=base.explicit | found.keys())  # type: ignore[arg-type]
 
 
-def parse_tolerance(lines: Iterable[str], dtype: str, paths: Iterable[str]) -> dict[str, float]:
+def parse_tolerance(lines: Iterable[str], dtype: str, paths: Iterable[TracePath]) -> dict[str, float]:
     """The limits that ini lines set for this dtype and path.
 
     A line is `limit = value`, `dtype.limit = value` or `dtype.path.limit = value`; a longer name wins. Raises UsageError.

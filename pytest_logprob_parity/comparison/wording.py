@@ -15,6 +15,11 @@ def number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "no bound"
 
 
+def measured(gate: Gate) -> str:
+    """The number of a gate with its unit."""
+    return f"{number(gate.value)} {gate.unit}".rstrip()
+
+
 def failed_line(gate: Gate) -> str:
     """Why this gate fails."""
     if gate.key in ("outlier_tokens", "outlier_sequences"):
@@ -26,10 +31,10 @@ def failed_line(gate: Gate) -> str:
         return what
     if gate.errors is not None:
         return (
-            f"{gate.name} {number(gate.value)} {gate.unit}; from the reference it is {number(gate.errors.actual)}, the golden "
+            f"{gate.name} {measured(gate)}; from the reference it is {number(gate.errors.actual)}, the golden "
             f"{number(gate.errors.golden)} (limit: {number(gate.errors.limit)})"
         )
-    return f"{gate.name} {number(gate.value)} {gate.unit} (limit: {number(gate.limit)})"
+    return f"{gate.name} {measured(gate)} (limit: {number(gate.limit)})"
 
 
 def unverified_line(gate: Gate) -> str:
@@ -51,7 +56,7 @@ def unverified_line(gate: Gate) -> str:
             f"other prompts it may be {number(gate.errors.high)} (limit: {number(gate.errors.limit)})"
         )
     return (
-        f"{gate.name} is {number(gate.value)} {gate.unit}, and may be {number(gate.high)} on other prompts (limit: "
+        f"{gate.name} is {measured(gate)}, and may be {number(gate.high)} on other prompts (limit: "
         f"{number(gate.limit)})"
     )
 
@@ -62,12 +67,12 @@ def shown_lines(shown: Shown) -> tuple[str, ...]:
         return ("shown: all sequences are of one prompt, and speak for that prompt alone",)
     off = f"off by an RMS above {number(shown.threshold)} nats"
     sequences = shown.sequences_allowed + 1
-    caught = f"not passed: {shown.tokens_allowed + 1} sequences with an outlier token, or "
+    caught = f"{shown.tokens_allowed + 1} sequences with an outlier token, or "
     caught += "1 sequence" if sequences == 1 else f"{sequences} sequences"
     if shown.reach < 1:
         caught += f", {off}; {POWER:.0%} sure where a fault does that to {shown.reach:.1%} of the prompts"
     return (
         f"shown ({CONFIDENCE:.0%} sure, {shown.prompts} prompts): at most {shown.share:.1%} of prompts like these have a "
         f"sequence {off} (its largest token left out); of these, {shown.bad_prompts} do",
-        f"would have {caught}",
+        f"would not have passed: {caught}",
     )

@@ -69,8 +69,9 @@ def compare_with_trainer(
     comparison = judge(expected, scored, limits, "rl", Evidence(sides=("rollout", "trainer")))
     findings, why = causes(comparison, rollouts, expected, scored, scorer, batch_size, limits)
     notes = [*without_top_k(comparison).notes, *(Note("trainer", text) for text in (*why, *taken_out))]
-    if expected.replay != trace.replay:
-        notes.append(Note("without_truncation", expected.replay))
+    if expected is not trace:
+        text = "compared without truncation: the rollouts' second replay, and the trainer's distribution over all tokens"
+        notes.append(Note("without_truncation", text))
     if unknown := _unknown_dtypes(trace, scored):
         notes.append(Note("unknown_dtype", unknown))
     comparison = dataclasses.replace(comparison, findings=tuple(findings), notes=tuple(notes))
@@ -127,7 +128,6 @@ def _as_the_trainer_sees_it(trace: Trace, scored: Trace) -> Trace:
         sampling=trace.sampling.untruncated(),
         top_logprobs=trace.top_logprobs[:, :0],
         top_token_ids=trace.top_token_ids[:, :0],
-        replay="compared without truncation: the rollouts' second replay, and the trainer's distribution over all tokens",
     )
 
 
