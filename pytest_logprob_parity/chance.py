@@ -76,7 +76,8 @@ def _judged(
     errors = np.full(len(rows), np.nan) if reference is None else reference.errors(trace.logprobs)[rows]
     if np.isfinite(errors).any():
         error = scale * _shuffled(errors, trace.logprobs[rows], rng)
-        d = np.where(np.isfinite(error), error - errors, 0.0)
+        d, known, unknown = error - errors, errors[np.isfinite(errors)], ~np.isfinite(errors)
+        d[unknown] = scale * rng.choice(known, unknown.sum()) - rng.choice(known, unknown.sum())
     else:
         size = max(noise, golden.floor.rms if golden.floor is not None and np.isfinite(golden.floor.rms) else 0.0)
         by_sequence = rng.lognormal(-(_BETWEEN_SEQUENCES**2) / 2, _BETWEEN_SEQUENCES, len(tokens))[sequences]

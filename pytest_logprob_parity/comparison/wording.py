@@ -55,10 +55,7 @@ def unverified_line(gate: Gate) -> str:
             f"{gate.name} from the reference is {number(gate.errors.actual)}, the golden's {number(gate.errors.golden)}; on "
             f"other prompts it may be {number(gate.errors.high)} (limit: {number(gate.errors.limit)})"
         )
-    return (
-        f"{gate.name} is {measured(gate)}, and may be {number(gate.high)} on other prompts (limit: "
-        f"{number(gate.limit)})"
-    )
+    return f"{gate.name} is {measured(gate)}, and may be {number(gate.high)} on other prompts (limit: {number(gate.limit)})"
 
 
 def shown_lines(shown: Shown) -> tuple[str, ...]:
