@@ -16,7 +16,9 @@ import pytest_logprob_parity
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import EngineSpec, Golden, Tolerance, plugin
 from pytest_logprob_parity.cli import make_parser
+from pytest_logprob_parity.comparison.objectives import OBJECTIVES
 from pytest_logprob_parity.comparison.result import CAUSES
+from pytest_logprob_parity.comparison.tolerance import LIMITS
 from pytest_logprob_parity.fixtures import GoldenTrace
 from pytest_logprob_parity.spec import PROFILES
 from pytest_logprob_parity.trace import COLUMNS
@@ -243,12 +245,14 @@ def test_every_column_and_key_of_the_file_is_in_the_reference(reference):
         assert table[f"`{name}`"][:2] == [dtype, shape], name
         assert ("optional" in table[f"`{name}`"][2]) is not needed, name
     assert table["`floor_logprobs`"][:2] == ["float32", "R, N"]
-    for path in (ROOT / "golden").rglob("*.safetensors"):
+    assert table["`reference_logprobs`"][:2] == ["float32", "N"]
+    for path in [*(ROOT / "golden").rglob("*.safetensors"), *(ROOT / "examples" / "quickstart").rglob("*.safetensors")]:
         metadata = header(path)
         keys = {f"{part}.{key}" for part in ("trace", "golden") for key in metadata[part]} | {*metadata} - {"trace", "golden"}
         assert keys <= rows(page)
         assert set(metadata["golden"]["fingerprint"]) <= rows(page)
         assert set(metadata["golden"]["floor"] or {}) <= rows(page, 1)
+        assert set(metadata["golden"].get("reference") or {}) <= rows(page, 1)
         assert set(Golden.load(path).fingerprint["hardware"]) <= rows(page, 1) | rows(page)
     assert f"| `schema` | {metadata['schema']};" in page
 
@@ -263,7 +267,9 @@ def header(path):
 
 def test_every_limit_metric_and_cause_is_in_the_reference(reference):
     page = reference["verdicts"]
-    assert {field.name for field in dataclasses.fields(Tolerance)} <= rows(page)
+    assert {*LIMITS, *OBJECTIVES} <= rows(page)
+    for field in dataclasses.fields(Tolerance):
+        assert f"`{field.name}`" in page, field.name
     trace = Golden.load(next((ROOT / "golden").rglob("*.safetensors"))).trace
     metrics = pytest_logprob_parity.compare(expected=trace, actual=trace).metrics
     assert len(metrics) > 20
