@@ -92,7 +92,8 @@ def test_without_a_noise_floor_only_level_noise_shows_nothing():
     assert check_golden(SCHEMA_1, trace, level="noise").headline == "54 logprobs agree bit for bit"
     near = trace.with_(logprobs=trace.logprobs - np.float32(1e-4))
     result = check_golden(SCHEMA_1, near)
-    assert result.headline == "54 logprobs agree within tolerance (bfloat16's defaults, no noise floor)"
+    assert result.headline == "54 logprobs agree within tolerance (no noise floor)"
+    assert "no_floor" in [note.key for note in result.notes]
     with pytest.raises(MismatchError, match=r"unverified: Not shown to be a regression: .* the golden has no noise floor"):
         check_golden(SCHEMA_1, near, level="noise")
 
