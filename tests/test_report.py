@@ -111,7 +111,8 @@ def test_its_numbers_are_those_of_diff(report, pytester, capsys):
     status, out, _ = command(capsys, "diff", golden, obtained, "--json")
     told, check = json.loads(out), read_results(report / "results.json")["checks"][0]
     assert status == 1
-    for name in ("verdict", "headline", "metrics", "policy_metrics", "gates", "findings", "difference", "notes", "shows"):
+    for name in ("verdict", "headline", "metrics", "policy_metrics", "gates", "findings", "difference", "notes", "shows",
+                 "shown", "objective"):  # fmt: skip
         assert check[name] == told[name], name
     assert told["metrics"]["rms_diff"] > 0.2
     status, out, _ = command(capsys, "report", golden, obtained, "--out", pytester.path / "two")  # and of a report of two files
@@ -123,8 +124,11 @@ def test_the_page_and_the_summary_show_the_numbers_of_results_json(report):
     check = read_results(report / "results.json")["checks"][0]
     page = html.unescape((report / "index.html").read_text())
     for gate in check["gates"]:
-        numbers = "".join(f'<td class="num">{x}</td>' for x in _shown(gate["value"], gate["bound"], gate["limit"]))
-        assert f"<td>{gate['name']}</td>{numbers}" in page, gate
+        shown = _shown(gate["value"], gate["low"], gate["bound"], gate["limit"])
+        numbers = "".join(f'<td class="num">{x}</td>' for x in shown)
+        tone = {"fail": "over", "unverified": "unsure", "pass": ""}[gate["outcome"]]
+        assert f'<tr class="{tone}"><td>{gate["name"]}</td>{numbers}<td>{gate["unit"]}</td>' in page, gate
+    assert {gate["key"] for gate in check["gates"] if gate["outcome"] == "fail"} >= {"mean_diff", "k3", "clip_share"}
     for name, value in check["metrics"].items():
         assert f'<td>{name}</td><td class="num">{value:.4g}</td>' in page, name
     row = next(line for line in (report / "summary.md").read_text().splitlines() if "test&#95;moves" in line)
@@ -132,8 +136,8 @@ def test_the_page_and_the_summary_show_the_numbers_of_results_json(report):
     assert " | ".join(["360", *shown]) in row
 
 
-def _shown(value, bound, limit):
-    return f"{value:.4g}", "" if bound is None else f"{bound:.4g}", f"{limit:.4g}"
+def _shown(value, low, high, limit):
+    return f"{value:.4g}", "" if low is None else f"{low:.4g}", "" if high is None else f"{high:.4g}", f"{limit:.4g}"
 
 
 def test_plots_and_tokens_are_the_traces_numbers(report, pytester):
@@ -362,10 +366,13 @@ def test_candidates_are_never_shown_as_the_cause():
 
 def test_worst_first():
     def check(*gates, findings=()):
-        return {"gates": [dict(zip(("value", "limit"), gate, strict=True)) for gate in gates], "findings": findings}
+        of = [dict(zip(("value", "limit", "errors"), (*gate, None)[:3], strict=True)) for gate in gates]
+        return {"gates": of, "findings": findings}
 
     assert excess(check((1, 2), (3, 1))) == 3
     assert excess(check((0, 0))) == 0
+    assert excess(check((9, 1, {"actual": 2, "limit": 4}))) == 0.5  # by how far it is from the reference, where that is known
+    assert excess(check((0, 1, {"actual": None, "limit": 4}))) == np.inf
     assert excess(check((1, 0))) == excess(check((None, 1))) == excess(check(findings=["raw_vs_processed"])) == np.inf
 
 
@@ -580,12 +587,13 @@ def test_results_cut_short(report, capsys, length):
 
 
 BAD = {
-    "schema 2, this version of pytest-logprob-parity reads 1: render it with": lambda c: c.update(schema=2),
+    "schema 1, this version of pytest-logprob-parity reads 2: render it with": lambda c: c.update(schema=1),
     "no results.json of pytest-logprob-parity": lambda c: c.pop("format"),
     "it is not a mapping with 'checks'": lambda c: c.pop("checks"),
     "it.checks[0].metrics is not a mapping but 'none'": lambda c: c["checks"][0].update(metrics="none"),
     "it.checks[1].line is not int but True": lambda c: c["checks"][1].update(line=True),
     "it.checks[0].gates[2].value is not int or float or null": lambda c: c["checks"][0]["gates"][2].update(value="0"),
+    "it.checks[0].gates[2] is not a mapping with 'outcome'": lambda c: c["checks"][0]["gates"][2].pop("outcome"),
     "it.checks[0].outcome is not one of failed, engine, golden, ": lambda c: c["checks"][0].update(outcome="fine"),
     "1e+308 in place of a number": lambda c: c["checks"][0]["gates"][0].update(value=1e308),
     "1000000000000000000000000000000000000000 in place of a number": lambda c: c["checks"][0].update(line=10**400),
