@@ -16,7 +16,6 @@ from .. import fingerprint
 from ..comparison.free_run import compare_free_run
 from ..comparison.result import CAUSES as LAYER_CAUSES
 from ..comparison.result import Comparison, Finding
-from ..comparison.support import depth
 from ..comparison.tolerance import Tolerance, default_tolerance, with_floor
 from ..comparison.verdict import Evidence, judge
 from ..diagnosis.reading import read_against, weigh
@@ -26,46 +25,64 @@ from ..recording import measure_floor, with_untruncated
 from ..replay import replay
 from ..spec import EngineSpec, Sampling
 from ..suspects import suspects
-from ..trace import Trace
-from .catalogue import GOLDENS, Fault, catalogue, causes_of, sampling_of
-from .prompts import make_prompts
-from .reference import Reference, load_checkpoint
-from .sites import EngineSite
+from ..trace import BoolArray, FloatArray, Trace
+from .anatomy import load_checkpoint
+from .catalogue import catalogue
+from .causes import causes_of
+from .fault import GOLDENS, Fault, sampling_of
+from .prompts import LENGTH, make_prompts
+from .reference import Reading, Reference
+from .sites import EngineSite, Shifts
+from .truth import Doubles, Objective, TrueEffect, true_effect
 
 if TYPE_CHECKING:
     from ..floor import NoiseFloor
 
-#: A true effect of so many margins has to fail; one of at most so much of a margin must not.
-MUST_FAIL: Final = 2.0
-MUST_NOT_FAIL: Final = 0.5
 _SAMPLES: Final = 8
 _REPEATS: Final = 3
+#: Faults in the logprobs are judged as those of another engine: on an unchanged one any other bit fails, whatever it does.
+_SETUP: Final = "compatible"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One fault, judged. `effect` is the largest true effect, as a multiple of its margin, and `on` which one it is."""
+    """One fault on one model, judged. `effect` is what float64 says it does to an update.
+
+    It is None for a fault that fails by construction, whatever the objective; `differs` says then whether it did anything.
+    """
 
     fault: Fault
+    model: str
     dtype: str
-    effect: float
-    on: str
+    effect: TrueEffect | None
     verdict: str
     said: str
     findings: tuple[Finding, ...] = ()
+    differs: bool = True
+
+    @property
+    def truth(self) -> str:
+        """`material`, `between` or `immaterial`; `constructed` where it fails by construction."""
+        return "constructed" if self.effect is None else self.effect.size
 
     @property
     def expected(self) -> str:
         """`fail`, `no fail`, or empty between, and where a proven semantic cause may fail at any size."""
-        if self.effect >= MUST_FAIL:
+        if self.effect is None:
+            return "fail" if self.differs else "no fail"
+        if self.effect.size == "material":
             return "fail"
-        return "no fail" if self.effect <= MUST_NOT_FAIL and not self.fault.semantic else ""
+        return "no fail" if self.effect.size == "immaterial" and not self.fault.semantic else ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the check failed, or the engine refused."""
+        return self.verdict in ("fail", "error")
 
     @property
     def right(self) -> bool:
-        """Whether the verdict is as expected."""
-        failed = self.verdict in ("fail", "error")
-        return not self.expected or failed == (self.expected == "fail")
+        """Whether the verdict is as expected; `unverified` is not `fail`."""
+        return not self.expected or self.failed == (self.expected == "fail")
 
     @property
     def diagnosed(self) -> bool:
@@ -92,33 +109,37 @@ class Row:
 
 @dataclass(frozen=True)
 class _Golden:
+    """A golden as a check has it. `exact` [N] are the same tokens' logprobs by transformers in float32."""
+
     fingerprint: Mapping[str, Any]
     trace: Trace
     floor: NoiseFloor
     limits: Tolerance
+    exact: FloatArray
 
 
 class Selftest:
     """The catalogue on one model. `sequences` x `tokens` is the size of its goldens, `notify` gets a line of progress."""
 
     def __init__(
-        self, pool: Pool, model: str, other_step: Path | None, sequences: int, tokens: int, notify: Callable[[str], None]
-    ) -> None:
+        self, pool: Pool, model: str, other_step: Path | None, sequences: int, tokens: int, objective: Objective,
+        notify: Callable[[str], None],
+    ) -> None:  # fmt: skip
         self._pool = pool
         self._model = model
+        self._objective = objective
         self._notify = notify
+        if sequences % _SAMPLES:
+            raise UsageError(f"selftest: sequences come in groups of {_SAMPLES}, so not {sequences}")
         folder, _ = pool.folders(EngineSpec(model))
         self._reference = Reference(folder)
         self._sampling = Sampling(
             temperature=0.7, n=_SAMPLES, max_tokens=tokens, ignore_eos=True, seed=1, logprobs=5
         )  # fmt: skip
-        if sequences % _SAMPLES:
-            raise UsageError(f"selftest: sequences come in groups of {_SAMPLES}, so not {sequences}")
         self._prompts = make_prompts(pool.engine(EngineSpec(model)).tokenizer, sequences // _SAMPLES)
-        vocabulary = len(self._reference.checkpoint["model.embed_tokens.weight"])
         other = {} if other_step is None else load_checkpoint(other_step)
-        self.faults = catalogue(other, vocabulary)
-        self._readings: dict[Any, Trace] = {}
+        self.faults = catalogue(self._reference.anatomy, self._reference.checkpoint, other, LENGTH, tokens)
+        self._readings: dict[Any, Reading] = {}
         self._plain: Trace | None = None
 
     def run(self, dtypes: Sequence[str], chosen: Callable[[Fault], bool]) -> Iterator[Row]:
@@ -143,37 +164,41 @@ class Selftest:
             self._plain = trace
         trace = with_untruncated(engine, trace)
         _, floor = measure_floor(engine, trace, _REPEATS)
+        exact = EngineSpec(self._model, engine="transformers", dtype="float32", logprobs_mode="processed_logprobs")
+        column = self._pool.engine(exact).replay(trace).logprobs
         self._notify(f"golden {name}, {spec.dtype}: {trace.num_sequences} sequences, {trace.num_tokens:,} tokens; "
-                     + floor.describe())  # fmt: skip
-        return _Golden(engine.fingerprint(), trace, floor, with_floor(default_tolerance(spec.dtype), floor))
+                     f"{floor.describe()}; RMS {_rms(trace.logprobs, column):.2g} nats to float32")  # fmt: skip
+        return _Golden(engine.fingerprint(), trace, floor, with_floor(default_tolerance(spec.dtype), floor), column)
+
+    def _evidence(self, golden: _Golden, setup: str) -> Evidence:
+        """What a check knows of the golden besides its trace."""
+        return Evidence(golden.floor, setup=setup)
 
     # -- one fault -----------------------------------------------------------------------------------------------------
 
     def _judge(self, fault: Fault, spec: EngineSpec, dtype: str, golden: _Golden, runs: dict[Any, Trace]) -> Row:
         engine = self._pool.engine(spec)
-        evidence = Evidence(golden.floor, setup="same")
+        model = Path(self._model).name
         if fault.unforced:
-            return Row(fault, dtype, math.inf, "by construction", *self._unforced(fault, engine, golden))
+            return Row(fault, model, dtype, None, *self._unforced(fault, engine, golden))
         if fault.free_run is not None:
             changed = engine.replay(fault.free_run(golden.trace), "regenerate")
             free = compare_free_run(golden.trace, changed.with_(sampling=golden.trace.sampling), golden.limits.near_tie)
-            evidence = dataclasses.replace(evidence, free_run=free)
+            evidence = dataclasses.replace(self._evidence(golden, "same"), free_run=free)
             clean = self._engine_run(dataclasses.replace(fault, free_run=None), engine, golden, runs)
             result = judge(golden.trace, clean, golden.limits, "rl", evidence)
-            effect, on = (0.0, "same tokens") if free.same else (math.inf, "other tokens")
-            return Row(fault, dtype, effect, on, result.verdict, result.headline, result.findings)
-        candidate = self._carried(fault, golden.trace, self._engine_run(fault, engine, golden, runs))
-        result = judge(golden.trace, candidate, golden.limits, "rl", evidence)
-        clean = self._truth(Fault(name="", size="", golden=fault.golden), golden)
-        faulty = self._carried(fault, clean, self._truth(fault, golden))
-        effect, on = true_effect(clean, faulty, golden.limits)
+            return Row(fault, model, dtype, None, result.verdict, result.headline, result.findings, differs=not free.same)
+        candidate = _carried(fault, golden.trace, self._engine_run(fault, engine, golden, runs))
+        result = judge(golden.trace, candidate, golden.limits, "rl", self._evidence(golden, _SETUP))
+        clean_reading = self._truth(Fault(name="", size="", group=fault.group, golden=fault.golden), golden)
+        column, effect = self._effect(fault, golden, clean_reading)
         apart = fingerprint.differences(golden.fingerprint, engine.fingerprint())
-        checkpoint = faulty if "weights_differ" in causes_of(fault) else clean
-        findings = self._diagnosis(result, apart, checkpoint, golden.limits.outlier)
-        return Row(fault, dtype, effect, on, result.verdict, result.headline, findings)
+        checkpoint = column if "weights_differ" in causes_of(fault) else clean_reading.logprobs
+        findings = self._diagnosis(result, apart, checkpoint.astype(np.float32), golden.limits.outlier)
+        return Row(fault, model, dtype, effect, result.verdict, result.headline, findings)
 
     @staticmethod
-    def _diagnosis(result: Comparison, apart: Any, checkpoint: Trace, outlier: float) -> tuple[Finding, ...]:
+    def _diagnosis(result: Comparison, apart: Any, checkpoint: FloatArray, outlier: float) -> tuple[Finding, ...]:
         """What a diagnosis comes to: the comparison's findings, the fingerprints', and a reading of the checkpoint as it is
         now, which for faults planted in the weights is the faulty one.
         """
@@ -182,16 +207,18 @@ class Selftest:
             return tuple(findings)
         if not findings and apart:
             findings = suspects(apart)
-        return tuple(weigh(findings, read_against(result.expected, result.actual, checkpoint, outlier)))
+        reading = result.expected.with_(logprobs=checkpoint)
+        return tuple(weigh(findings, read_against(result.expected, result.actual, reading, outlier)))
 
     def _engine_run(self, fault: Fault, engine: Engine, golden: _Golden, runs: dict[Any, Trace]) -> Trace:
         """The engine's logprobs of the golden's tokens with the fault planted, under the golden's labels."""
         if fault.run_key not in runs:
             asked = _asked(golden.trace, fault)
-            if fault.site is None:
-                answer = engine.replay(asked)
-            else:
-                answer = self._operated(engine, fault.site, lambda: engine.replay(asked))
+            operate: Callable[[Any], None] | None = fault.site
+            if fault.shift is not None:
+                shifts = _shifts(golden.trace, self._shift(fault, golden))
+                operate = lambda site: site.shift(shifts)  # noqa: E731 - one of the two operations on the engine
+            answer = engine.replay(asked) if operate is None else self._operated(engine, operate, lambda: engine.replay(asked))
             runs[fault.run_key] = golden.trace.with_(
                 logprobs=answer.logprobs, ranks=answer.ranks, top_token_ids=answer.top_token_ids,
                 top_logprobs=answer.top_logprobs, replay=answer.replay, logprobs_mode=answer.logprobs_mode,
@@ -215,7 +242,9 @@ class Selftest:
             return "error", str(error)
         return "pass", "tokens that were not forced went unnoticed"
 
-    def _truth(self, fault: Fault, golden: _Golden) -> Trace:
+    # -- the truth -----------------------------------------------------------------------------------------------------
+
+    def _truth(self, fault: Fault, golden: _Golden) -> Reading:
         """What float64 says of the golden's tokens with the fault planted."""
         key = (*fault.run_key, id(golden.trace) if fault.golden != "plain" else 0)
         if key not in self._readings:
@@ -232,23 +261,73 @@ class Selftest:
                 self._reference.undo()
         return self._readings[key]
 
-    def _carried(self, fault: Fault, clean: Trace, faulty: Trace) -> Trace:
-        """The faulty trace in as many sequences or tokens as carry the fault, the clean one elsewhere."""
-        rng = np.random.default_rng(zlib.crc32(f"{fault.name} {fault.size}".encode()))
-        if fault.trace is not None:
-            faulty = fault.trace(faulty, rng)
-        count = fault.sequences or clean.num_sequences
-        hit = np.isin(np.arange(clean.num_sequences), rng.permutation(clean.num_sequences)[:count])
-        tokens = np.repeat(hit, np.diff(clean.sequence_offsets))
-        if fault.tokens:
-            tokens = np.isin(np.arange(clean.num_tokens), rng.permutation(clean.num_tokens)[: fault.tokens])
-        if tokens.all():
-            return faulty
-        return faulty.with_(
-            logprobs=np.where(tokens, faulty.logprobs, clean.logprobs),
-            top_logprobs=np.where(tokens[:, None], faulty.top_logprobs, clean.top_logprobs),
-            top_token_ids=np.where(tokens[:, None], faulty.top_token_ids, clean.top_token_ids),
-        )
+    def _effect(self, fault: Fault, golden: _Golden, clean: Reading) -> tuple[Doubles, TrueEffect]:
+        """The logprobs [N] that float64 gives with the fault planted, and what they do to an update."""
+        if fault.shift is not None:
+            column, depth = clean.logprobs + self._shift(fault, golden), clean.depth
+        else:
+            faulty = self._truth(fault, golden)
+            column, _ = _mixed(fault, clean.logprobs, faulty.logprobs, faulty.trace)
+            depth = np.where(np.isneginf(column), faulty.depth, clean.depth)
+        effect = true_effect(
+            clean.logprobs, column, golden.trace.sequence_offsets, self._objective, depth=depth,
+            experts=self._reference.anatomy.experts > 0,
+        )  # fmt: skip
+        return column, effect
+
+    def _shift(self, fault: Fault, golden: _Golden) -> Doubles:
+        """The fault's shift of each token [N]; tokens of equal completions of one prompt are shifted alike."""
+        assert fault.shift is not None
+        column = fault.shift(golden.trace, _draws(fault))
+        shifts = _shifts(golden.trace, column)
+        return np.concatenate([shifts[key] for key in _keys(golden.trace)])
+
+
+def _draws(fault: Fault) -> np.random.Generator:
+    """Random numbers that are the same for a fault's engine run and for its truth."""
+    return np.random.default_rng(zlib.crc32(f"{fault.name} {fault.size}".encode()))
+
+
+def _mixed(fault: Fault, clean: Doubles, faulty: Doubles, trace: Trace) -> tuple[Doubles, BoolArray]:
+    """The faulty logprobs [N] in the tokens that carry the fault, the clean ones elsewhere; and which tokens do.
+
+    `trace` is the faulty run.
+    """
+    rng = _draws(fault)
+    if fault.reported is not None:
+        faulty = fault.reported(faulty, trace, rng)
+    hit = np.ones(len(clean), bool) if fault.where is None else fault.where(trace, rng)
+    return np.where(hit, faulty, clean), hit
+
+
+def _carried(fault: Fault, clean: Trace, faulty: Trace) -> Trace:
+    """The trace of an engine in which those tokens carry the fault that should. Both runs are the engine's."""
+    column, hit = _mixed(fault, clean.logprobs.astype(np.float64), faulty.logprobs.astype(np.float64), faulty)
+    return faulty.with_(
+        logprobs=column.astype(np.float32),
+        ranks=np.where(hit, faulty.ranks, clean.ranks),
+        top_logprobs=np.where(hit[:, None], faulty.top_logprobs, clean.top_logprobs),
+        top_token_ids=np.where(hit[:, None], faulty.top_token_ids, clean.top_token_ids),
+    )
+
+
+def _keys(trace: Trace) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Prompt and completion of each sequence."""
+    return [(tuple(trace.prompt(i)), tuple(trace.completion(i))) for i in range(trace.num_sequences)]
+
+
+def _shifts(trace: Trace, column: Doubles) -> Shifts:
+    """A column [N] by prompt and completion; that of the first where several sequences are equal."""
+    shifts: dict[Any, list[float]] = {}
+    for i, key in enumerate(_keys(trace)):
+        shifts.setdefault(key, column[slice(*trace.bounds(i))].tolist())
+    return shifts
+
+
+def _rms(a: FloatArray, b: FloatArray) -> float:
+    """RMS difference where both are finite, nats."""
+    known = np.isfinite(a) & np.isfinite(b)
+    return math.sqrt(np.mean((a[known].astype(np.float64) - b[known]) ** 2)) if known.any() else math.nan
 
 
 def _asked(trace: Trace, fault: Fault) -> Trace:
@@ -262,43 +341,3 @@ def _asked(trace: Trace, fault: Fault) -> Trace:
         prompt_token_ids=np.concatenate(prompts).astype(np.int32),
         prompt_offsets=np.cumsum([0, *map(len, prompts)]).astype(np.int64),
     )
-
-
-def true_effect(clean: Trace, faulty: Trace, limits: Tolerance) -> tuple[float, str]:
-    """The largest effect of a fault, as a multiple of its margin or budget, and its name. Both traces are the reference's.
-
-    The effects are those of statistics.md's table, computed anew here: not by the code under test.
-    """
-    if np.isnan(faulty.logprobs).any():
-        return math.inf, "NaN"
-    lost = np.isneginf(faulty.logprobs) & np.isfinite(clean.logprobs)
-    both = np.isfinite(faulty.logprobs) & np.isfinite(clean.logprobs)
-    d = faulty.logprobs[both].astype(np.float64) - clean.logprobs[both]
-    sequences = np.repeat(np.arange(clean.num_sequences), np.diff(clean.sequence_offsets))[both]
-    cut = np.clip(d, -limits.winsorize, limits.winsorize)
-    limit = max(limits.winsorize, 2 * limits.sequence_rms)
-    in_sequence = np.clip(d, -limit, limit)
-    per_sequence = [_rms_but_largest(in_sequence[sequences == s]) for s in np.unique(sequences)]
-    tokens = len(clean.token_ids)
-    deep = bool(lost.any()) and bool((depth(clean, np.flatnonzero(lost), limits) > MUST_FAIL).any())
-    effects = {
-        "mean": abs(cut.mean()) / limits.mean_diff,
-        "RMS": math.sqrt(np.mean(cut**2)) / limits.rms_diff,
-        "clip share": float(np.mean(np.abs(np.expm1(np.minimum(d, 300))) > 0.2)) / limits.clip_share,
-        "outlier tokens": int(np.sum(np.abs(d) > limits.outlier)) / (1 + len(d) // 5000),
-        "outlier sequences": _ratio(sum(rms > limits.sequence_rms for rms in per_sequence), clean.num_sequences // 200),
-        "support flips": _ratio(int(lost.sum()), math.ceil(limits.support_flips * tokens) if clean.sampling.truncates else 0),
-        "flips deep inside": math.inf if deep else 0.0,
-    }
-    on = max(effects, key=lambda name: effects[name])
-    return float(effects[on]), on
-
-
-def _rms_but_largest(d: Any) -> float:
-    """RMS of a sequence's differences, the largest taken for 0."""
-    squares = np.sort(d * d)
-    return math.sqrt(float(squares[:-1].sum()) / len(squares))
-
-
-def _ratio(count: int, budget: int) -> float:
-    return count / budget if budget else math.inf if count else 0.0

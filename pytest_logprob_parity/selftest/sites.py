@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-State = Mapping[str, Any]  # checkpoint name -> tensor
+from .anatomy import State
+
+#: What is added to reported logprobs (nats), by prompt and completion: one number for each token of the completion.
+Shifts = Mapping[tuple[tuple[int, ...], tuple[int, ...]], Sequence[float]]
 
 
 class Site(Protocol):
@@ -34,6 +37,12 @@ class Site(Protocol):
 
     def activation(self, function: Callable[[Any], Any]) -> None:
         """Put `function` in place of the MLP's activation of the gate."""
+
+    def routing(self, change: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
+        """Change which experts a token uses: `change(layer, positions [tokens], shares, experts)`, both [tokens, experts used].
+
+        `experts` are their numbers, `shares` what each one's output is multiplied by. Dense layers have none.
+        """
 
     def logits(self, change: Callable[[Any], Any]) -> None:
         """Change the logits [rows, vocabulary], in float32 or better, before anything is done with them."""
@@ -102,11 +111,7 @@ class EngineSite:
 
     def keys_values(self, change: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
         """See Site."""
-        seen: dict[str, Any] = {}
-
-        def note(_: Any, args: Any, kwargs: Any) -> None:
-            seen["positions"] = kwargs["positions"]
-
+        seen = self._positions_of_step()
         for number, layer in enumerate(self._layers):
             attention = layer.self_attn
 
@@ -116,7 +121,6 @@ class EngineSite:
                 changed = change(number, seen["positions"], *heads)
                 return (query, *(c.to(x).reshape(x.shape) for c, x in zip(changed, rest, strict=True))), kwargs
 
-            self._before(attention, note)
             self._before(attention.attn, operate)
 
     def activation(self, function: Callable[[Any], Any]) -> None:
@@ -128,6 +132,23 @@ class EngineSite:
 
         for layer in self._layers:
             self._set(layer.mlp.act_fn, "forward", forward)
+
+    def routing(self, change: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
+        """See Site."""
+        seen = self._positions_of_step()
+        for number, layer in enumerate(self._layers):
+            block = getattr(layer, "block_sparse_moe", None) or layer.mlp
+            if not hasattr(block, "experts"):
+                continue
+            router = block.experts.router
+            original = router._compute_routing
+
+            def compute(*args: Any, number: int = number, original: Any = original, **kwargs: Any) -> tuple[Any, Any]:
+                shares, experts = original(*args, **kwargs)
+                changed = change(number, seen["positions"], shares, experts)
+                return changed[0].to(shares).contiguous(), changed[1].to(experts).contiguous()
+
+            self._set(router, "_compute_routing", compute)
 
     def logits(self, change: Callable[[Any], Any]) -> None:
         """See Site."""
@@ -145,6 +166,41 @@ class EngineSite:
             return sampled, change(scaled, logprobs)
 
         self._set(sampler, "sample", sample)
+
+    def shift(self, shifts: Shifts) -> None:
+        """Report some tokens of forced requests wrongly: their logprob is off by so much, the others of that position hold the
+        rest of the mass.
+        """
+        from ..engines.forced_decode import FORCED
+
+        sampler, runner = self._runner.sampler, self._runner
+        original = sampler.sample
+
+        def sample(*args: Any, **kwargs: Any) -> Any:
+            sampled, logprobs = original(*args, **kwargs)
+            for row, name in enumerate(runner.input_batch.req_ids):
+                request = runner.requests[name]
+                forced = (request.sampling_params.extra_args or {}).get(FORCED)
+                position = len(request.output_token_ids)
+                if forced is None or position >= len(forced):
+                    continue
+                by = shifts.get((tuple(request.prompt_token_ids), tuple(forced)))
+                if by is not None and by[position]:
+                    logprobs[row] = _with_shift(logprobs[row], forced[position], by[position])
+            return sampled, logprobs
+
+        self._set(sampler, "sample", sample)
+
+    def _positions_of_step(self) -> dict[str, Any]:
+        """Where the positions [tokens] of the step that runs are found, under `positions`."""
+        seen: dict[str, Any] = {}
+
+        def note(_: Any, args: Any, kwargs: Any) -> None:
+            seen["positions"] = kwargs["positions"]
+
+        for layer in self._layers:
+            self._before(layer.self_attn, note)
+        return seen
 
     def free_of_force(self, every: int) -> None:
         """Let one request in `every` draw its own tokens although it was told what to decode."""
@@ -171,3 +227,13 @@ class EngineSite:
 
     def _before(self, module: Any, hook: Callable[..., Any]) -> None:
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _with_shift(logprobs: Any, token: int, by: float) -> Any:
+    """Logprobs [vocabulary] in which one token's is off by `by` nats and the rest is scaled to make it a distribution."""
+    before = logprobs[token].double()
+    after = before + by
+    rest = (-after.exp()).log1p() - (-before.exp()).log1p()
+    changed = logprobs + rest.to(logprobs)
+    changed[token] = after.to(logprobs)
+    return changed
