@@ -5,23 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
 from .. import fingerprint
 from ..comparison.free_run import compare_free_run
 from ..comparison.result import CAUSES as LAYER_CAUSES
-from ..comparison.result import Comparison, Finding
+from ..comparison.result import Comparison, Finding, Setup
 from ..comparison.tolerance import Tolerance, default_tolerance, with_floor
 from ..comparison.verdict import Evidence, judge
 from ..diagnosis.reading import read_against, weigh
 from ..errors import EngineError, UsageError
+from ..golden import Golden
 from ..pool import Engine, Pool
 from ..recording import measure_floor, with_untruncated
+from ..reference_pass import reference_of
 from ..replay import replay
 from ..spec import EngineSpec, Sampling
 from ..suspects import suspects
@@ -35,13 +37,10 @@ from .reference import Reading, Reference
 from .sites import EngineSite, Shifts
 from .truth import Doubles, Objective, TrueEffect, true_effect
 
-if TYPE_CHECKING:
-    from ..floor import NoiseFloor
-
 _SAMPLES: Final = 8
 _REPEATS: Final = 3
 #: Faults in the logprobs are judged as those of another engine: on an unchanged one any other bit fails, whatever it does.
-_SETUP: Final = "compatible"
+_SETUP: Final[Setup] = "compatible"
 
 
 @dataclass(frozen=True)
@@ -107,17 +106,6 @@ class Row:
         return bool(self.findings) and self.findings[0].layer in layers
 
 
-@dataclass(frozen=True)
-class _Golden:
-    """A golden as a check has it. `exact` [N] are the same tokens' logprobs by transformers in float32."""
-
-    fingerprint: Mapping[str, Any]
-    trace: Trace
-    floor: NoiseFloor
-    limits: Tolerance
-    exact: FloatArray
-
-
 class Selftest:
     """The catalogue on one model. `sequences` x `tokens` is the size of its goldens, `notify` gets a line of progress."""
 
@@ -152,7 +140,7 @@ class Selftest:
             for fault in sorted(faults, key=lambda f: (bool(f.settings), str(sorted(f.settings.items())))):
                 yield self._judge(fault, base.replace(**fault.settings), dtype, goldens[fault.golden], runs)
 
-    def _record(self, spec: EngineSpec, name: str) -> _Golden:
+    def _record(self, spec: EngineSpec, name: str) -> Golden:
         """Record a golden; the plain one has the same tokens in every dtype, so that one reference serves them all."""
         engine = self._pool.engine(spec)
         sampling = dataclasses.replace(self._sampling, **GOLDENS[name])
@@ -164,37 +152,41 @@ class Selftest:
             self._plain = trace
         trace = with_untruncated(engine, trace)
         _, floor = measure_floor(engine, trace, _REPEATS)
-        exact = EngineSpec(self._model, engine="transformers", dtype="float32", logprobs_mode="processed_logprobs")
-        column = self._pool.engine(exact).replay(trace).logprobs
+        reference, told = reference_of(engine, trace, math.inf)
         self._notify(f"golden {name}, {spec.dtype}: {trace.num_sequences} sequences, {trace.num_tokens:,} tokens; "
-                     f"{floor.describe()}; RMS {_rms(trace.logprobs, column):.2g} nats to float32")  # fmt: skip
-        return _Golden(engine.fingerprint(), trace, floor, with_floor(default_tolerance(spec.dtype), floor), column)
+                     f"{floor.describe()}; {told}")  # fmt: skip
+        return Golden(trace, fingerprint=engine.fingerprint(), floor=floor, reference=reference)
 
-    def _evidence(self, golden: _Golden, setup: str) -> Evidence:
+    def _limits(self, golden: Golden) -> Tolerance:
+        """The limits of a check of this golden under the objective."""
+        return with_floor(default_tolerance(golden.trace.dtype, objective=self._objective), golden.floor)
+
+    @staticmethod
+    def _evidence(golden: Golden, setup: Setup) -> Evidence:
         """What a check knows of the golden besides its trace."""
-        return Evidence(golden.floor, setup=setup)
+        return Evidence(golden.floor, golden.reference, golden.routed, setup=setup)
 
     # -- one fault -----------------------------------------------------------------------------------------------------
 
-    def _judge(self, fault: Fault, spec: EngineSpec, dtype: str, golden: _Golden, runs: dict[Any, Trace]) -> Row:
+    def _judge(self, fault: Fault, spec: EngineSpec, dtype: str, golden: Golden, runs: dict[Any, Trace]) -> Row:
         engine = self._pool.engine(spec)
-        model = Path(self._model).name
+        model, limits = Path(self._model).name, self._limits(golden)
         if fault.unforced:
             return Row(fault, model, dtype, None, *self._unforced(fault, engine, golden))
         if fault.free_run is not None:
             changed = engine.replay(fault.free_run(golden.trace), "regenerate")
-            free = compare_free_run(golden.trace, changed.with_(sampling=golden.trace.sampling), golden.limits.near_tie)
+            free = compare_free_run(golden.trace, changed.with_(sampling=golden.trace.sampling), limits.near_tie)
             evidence = dataclasses.replace(self._evidence(golden, "same"), free_run=free)
             clean = self._engine_run(dataclasses.replace(fault, free_run=None), engine, golden, runs)
-            result = judge(golden.trace, clean, golden.limits, "rl", evidence)
+            result = judge(golden.trace, clean, limits, "rl", evidence)
             return Row(fault, model, dtype, None, result.verdict, result.headline, result.findings, differs=not free.same)
         candidate = _carried(fault, golden.trace, self._engine_run(fault, engine, golden, runs))
-        result = judge(golden.trace, candidate, golden.limits, "rl", self._evidence(golden, _SETUP))
+        result = judge(golden.trace, candidate, limits, "rl", self._evidence(golden, _SETUP))
         clean_reading = self._truth(Fault(name="", size="", group=fault.group, golden=fault.golden), golden)
         column, effect = self._effect(fault, golden, clean_reading)
         apart = fingerprint.differences(golden.fingerprint, engine.fingerprint())
         checkpoint = column if "weights_differ" in causes_of(fault) else clean_reading.logprobs
-        findings = self._diagnosis(result, apart, checkpoint.astype(np.float32), golden.limits.outlier)
+        findings = self._diagnosis(result, apart, checkpoint.astype(np.float32), limits.outlier)
         return Row(fault, model, dtype, effect, result.verdict, result.headline, findings)
 
     @staticmethod
@@ -210,7 +202,7 @@ class Selftest:
         reading = result.expected.with_(logprobs=checkpoint)
         return tuple(weigh(findings, read_against(result.expected, result.actual, reading, outlier)))
 
-    def _engine_run(self, fault: Fault, engine: Engine, golden: _Golden, runs: dict[Any, Trace]) -> Trace:
+    def _engine_run(self, fault: Fault, engine: Engine, golden: Golden, runs: dict[Any, Trace]) -> Trace:
         """The engine's logprobs of the golden's tokens with the fault planted, under the golden's labels."""
         if fault.run_key not in runs:
             asked = _asked(golden.trace, fault)
@@ -227,14 +219,14 @@ class Selftest:
         return runs[fault.run_key]
 
     def _operated(self, engine: Engine, operate: Callable[[Any], None], work: Callable[[], Any]) -> Any:
-        (site,) = engine.on_worker(lambda worker: EngineSite(worker, self._reference.checkpoint))
+        (site,) = engine.on_worker(lambda worker: EngineSite(worker, self._reference.checkpoint, self._reference.anatomy))
         try:
             operate(site)
             return work()
         finally:
             site.undo()
 
-    def _unforced(self, fault: Fault, engine: Engine, golden: _Golden) -> tuple[str, str]:
+    def _unforced(self, fault: Fault, engine: Engine, golden: Golden) -> tuple[str, str]:
         backend = self._pool.backend(engine.spec)  # an Engine would shut it down, as a check does
         try:
             self._operated(engine, lambda site: site.free_of_force(fault.unforced), lambda: replay(backend, golden.trace))
@@ -244,7 +236,7 @@ class Selftest:
 
     # -- the truth -----------------------------------------------------------------------------------------------------
 
-    def _truth(self, fault: Fault, golden: _Golden) -> Reading:
+    def _truth(self, fault: Fault, golden: Golden) -> Reading:
         """What float64 says of the golden's tokens with the fault planted."""
         key = (*fault.run_key, id(golden.trace) if fault.golden != "plain" else 0)
         if key not in self._readings:
@@ -261,7 +253,7 @@ class Selftest:
                 self._reference.undo()
         return self._readings[key]
 
-    def _effect(self, fault: Fault, golden: _Golden, clean: Reading) -> tuple[Doubles, TrueEffect]:
+    def _effect(self, fault: Fault, golden: Golden, clean: Reading) -> tuple[Doubles, TrueEffect]:
         """The logprobs [N] that float64 gives with the fault planted, and what they do to an update."""
         if fault.shift is not None:
             column, depth = clean.logprobs + self._shift(fault, golden), clean.depth
@@ -275,7 +267,7 @@ class Selftest:
         )  # fmt: skip
         return column, effect
 
-    def _shift(self, fault: Fault, golden: _Golden) -> Doubles:
+    def _shift(self, fault: Fault, golden: Golden) -> Doubles:
         """The fault's shift of each token [N]; tokens of equal completions of one prompt are shifted alike."""
         assert fault.shift is not None
         column = fault.shift(golden.trace, _draws(fault))
@@ -322,12 +314,6 @@ def _shifts(trace: Trace, column: Doubles) -> Shifts:
     for i, key in enumerate(_keys(trace)):
         shifts.setdefault(key, column[slice(*trace.bounds(i))].tolist())
     return shifts
-
-
-def _rms(a: FloatArray, b: FloatArray) -> float:
-    """RMS difference where both are finite, nats."""
-    known = np.isfinite(a) & np.isfinite(b)
-    return math.sqrt(np.mean((a[known].astype(np.float64) - b[known]) ** 2)) if known.any() else math.nan
 
 
 def _asked(trace: Trace, fault: Fault) -> Trace:

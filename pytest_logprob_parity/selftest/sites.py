@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from .anatomy import State
+from .anatomy import Anatomy, State
 
 #: What is added to reported logprobs (nats), by prompt and completion: one number for each token of the completion.
 Shifts = Mapping[tuple[tuple[int, ...], tuple[int, ...]], Sequence[float]]
@@ -57,11 +57,12 @@ class Site(Protocol):
 class EngineSite:
     """The model in the worker of a vLLM that runs in this process, eager."""
 
-    def __init__(self, worker: Any, checkpoint: State) -> None:
+    def __init__(self, worker: Any, checkpoint: State, anatomy: Anatomy) -> None:
         self._runner = worker.model_runner
         self._model = self._runner.get_model()
         self._layers = self._model.model.layers
         self._checkpoint = checkpoint
+        self._anatomy = anatomy
         self._undo: list[Callable[[], None]] = []
 
     def undo(self) -> None:
@@ -71,11 +72,31 @@ class EngineSite:
 
     def weights(self, change: Callable[[State], State]) -> None:
         """See Site."""
-        self._load({**self._checkpoint, **change(self._checkpoint)})
         self._undo.append(lambda: self._load(self._checkpoint))
+        self._load({**self._checkpoint, **change(self._checkpoint)})
 
     def _load(self, state: State) -> None:
         self._runner.reload_weights(weights_iterator=iter(state.items()))
+        for number, layer in enumerate(self._layers):
+            if (block := _experts_of(layer)) is not None:
+                self._load_experts(block.experts.routed_experts, number, state)
+
+    def _load_experts(self, experts: Any, layer: int, state: State) -> None:
+        """Load the experts of a layer as starting does: reloading packs them a second time (seen in 0.32.0 on CPUs)."""
+        import torch
+
+        names = [self._anatomy.mlp(layer, expert) for expert in range(self._anatomy.experts)]
+        both = torch.stack([torch.cat([state[gate], state[up]]) for gate, up, _ in names])
+        down = torch.stack([state[name] for _, _, name in names])
+        kernel = getattr(getattr(experts.quant_method.moe_kernel, "impl", None), "fused_experts", None)
+        isa = getattr(kernel, "isa", None)
+        for parameter, weights in ((experts.w13_weight, both), (experts.w2_weight, down)):
+            weights = weights.to(parameter.dtype)
+            if isa is not None:
+                from vllm._custom_ops import cpu_prepack_moe_weight
+
+                weights = cpu_prepack_moe_weight(weights, isa)
+            parameter.data.copy_(weights)
 
     def norm_epsilon(self, value: float) -> None:
         """See Site."""
@@ -137,8 +158,8 @@ class EngineSite:
         """See Site."""
         seen = self._positions_of_step()
         for number, layer in enumerate(self._layers):
-            block = getattr(layer, "block_sparse_moe", None) or layer.mlp
-            if not hasattr(block, "experts"):
+            block = _experts_of(layer)
+            if block is None:
                 continue
             router = block.experts.router
             original = router._compute_routing
@@ -227,6 +248,12 @@ class EngineSite:
 
     def _before(self, module: Any, hook: Callable[..., Any]) -> None:
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _experts_of(layer: Any) -> Any:
+    """The module of a layer that holds a router and its experts; None in a dense layer."""
+    block = getattr(layer, "block_sparse_moe", None) or layer.mlp
+    return block if hasattr(block, "experts") else None
 
 
 def _with_shift(logprobs: Any, token: int, by: float) -> Any:
