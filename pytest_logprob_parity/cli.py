@@ -59,6 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
     selftest.add_argument("--tokens", type=int, default=64, help="tokens a sequence (default: %(default)s)")
     selftest.add_argument("--only", default="", help="faults whose name contains this text; several by commas")
     selftest.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    selftest.add_argument(
+        "--runs",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what engine and reference said there, and judge that again the next time",
+    )
     matrix = verbs.add_parser("matrix", help="check goldens of one engine version in many others")
     matrix.add_argument("plan", type=Path, help="matrix.toml: cells, environments, samplings, prompts")
     matrix.add_argument("--out", type=Path, default=Path("parity-matrix"), help="answers and reports (default: %(default)s)")
@@ -362,7 +368,7 @@ def _selftest(given: argparse.Namespace) -> int:
         other = given.other_step or Path(f"{model}-step2")
         with Pool(notify=_tell) as pool:
             step = other if other.is_dir() else None
-            selftest = Selftest(pool, model, step, given.sequences, given.tokens, given.objective, _tell)
+            selftest = Selftest(pool, model, step, given.sequences, given.tokens, given.objective, _tell, given.runs)
             for row in selftest.run(given.dtype or ("bfloat16", "float32"), chosen):
                 rows.append(row)
                 print(table.line(row), flush=True)

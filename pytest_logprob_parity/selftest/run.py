@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from .fault import GOLDENS, Fault, sampling_of
 from .prompts import LENGTH, make_prompts
 from .reference import Reading, Reference
 from .sites import EngineSite, Shifts
+from .store import Store
 from .truth import Doubles, Objective, TrueEffect, true_effect
 
 _SAMPLES: Final = 8
@@ -107,11 +109,14 @@ class Row:
 
 
 class Selftest:
-    """The catalogue on one model. `sequences` x `tokens` is the size of its goldens, `notify` gets a line of progress."""
+    """The catalogue on one model. `sequences` x `tokens` is the size of its goldens, `notify` gets a line of progress.
+
+    `runs` is a folder that keeps what the engine and the reference said, for another selftest with the same catalogue.
+    """
 
     def __init__(
         self, pool: Pool, model: str, other_step: Path | None, sequences: int, tokens: int, objective: Objective,
-        notify: Callable[[str], None],
+        notify: Callable[[str], None], runs: Path | None = None,
     ) -> None:  # fmt: skip
         self._pool = pool
         self._model = model
@@ -127,7 +132,8 @@ class Selftest:
         self._prompts = make_prompts(pool.engine(EngineSpec(model)).tokenizer, sequences // _SAMPLES)
         other = {} if other_step is None else load_checkpoint(other_step)
         self.faults = catalogue(self._reference.anatomy, self._reference.checkpoint, other, LENGTH, tokens)
-        self._readings: dict[Any, Reading] = {}
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+        self._store = Store(runs, Path(model).name, files, sequences, tokens)
         self._plain: Trace | None = None
 
     def run(self, dtypes: Sequence[str], chosen: Callable[[Fault], bool]) -> Iterator[Row]:
@@ -135,27 +141,35 @@ class Selftest:
         for dtype in dtypes:
             faults = [f for f in self.faults if dtype in f.dtypes and chosen(f)]
             base = EngineSpec(self._model, dtype=dtype)
-            goldens = {name: self._record(base, name) for name in GOLDENS if any(f.golden == name for f in faults)}
-            runs: dict[Any, Trace] = {}
+            goldens = {name: self._golden(base, name) for name in GOLDENS if any(f.golden == name for f in faults)}
             for fault in sorted(faults, key=lambda f: (bool(f.settings), str(sorted(f.settings.items())))):
-                yield self._judge(fault, base.replace(**fault.settings), dtype, goldens[fault.golden], runs)
+                yield self._judge(fault, base.replace(**fault.settings), goldens[fault.golden])
+
+    def _golden(self, spec: EngineSpec, name: str) -> Golden:
+        """The golden of this name; the plain one has the same tokens in every dtype, so that one reference serves them all."""
+        plain = "" if name != "plain" or self._plain is None else self._plain.dtype
+        golden = self._store.golden((spec.dtype, name, plain), lambda: self._record(spec, name))
+        if name == "plain":
+            self._plain = golden.trace
+        return golden
 
     def _record(self, spec: EngineSpec, name: str) -> Golden:
-        """Record a golden; the plain one has the same tokens in every dtype, so that one reference serves them all."""
         engine = self._pool.engine(spec)
         sampling = dataclasses.replace(self._sampling, **GOLDENS[name])
         if name == "plain" and self._plain is not None:
             trace = engine.replay(self._plain).with_(replay="")
         else:
             trace = engine.generate(self._prompts, sampling)
-        if name == "plain":
-            self._plain = trace
         trace = with_untruncated(engine, trace)
         _, floor = measure_floor(engine, trace, _REPEATS)
         reference, told = reference_of(engine, trace, math.inf)
         self._notify(f"golden {name}, {spec.dtype}: {trace.num_sequences} sequences, {trace.num_tokens:,} tokens; "
                      f"{floor.describe()}; {told}")  # fmt: skip
-        return Golden(trace, fingerprint=engine.fingerprint(), floor=floor, reference=reference)
+        return Golden(trace, fingerprint=self._fingerprint(spec), floor=floor, reference=reference)
+
+    def _fingerprint(self, spec: EngineSpec) -> dict[str, Any]:
+        key = ("fingerprint", spec.dtype, str(sorted(spec.settings.items())))
+        return self._store.value(key, lambda: self._pool.engine(spec).fingerprint())
 
     def _limits(self, golden: Golden) -> Tolerance:
         """The limits of a check of this golden under the objective."""
@@ -168,23 +182,24 @@ class Selftest:
 
     # -- one fault -----------------------------------------------------------------------------------------------------
 
-    def _judge(self, fault: Fault, spec: EngineSpec, dtype: str, golden: Golden, runs: dict[Any, Trace]) -> Row:
-        engine = self._pool.engine(spec)
-        model, limits = Path(self._model).name, self._limits(golden)
+    def _judge(self, fault: Fault, spec: EngineSpec, golden: Golden) -> Row:
+        model, dtype, limits = Path(self._model).name, spec.dtype, self._limits(golden)
         if fault.unforced:
-            return Row(fault, model, dtype, None, *self._unforced(fault, engine, golden))
+            key = ("unforced", fault.size, dtype)
+            verdict, said = self._store.value(key, lambda: list(self._unforced(fault, spec, golden)))
+            return Row(fault, model, dtype, None, verdict, said)
         if fault.free_run is not None:
-            changed = engine.replay(fault.free_run(golden.trace), "regenerate")
+            changed = self._regenerated(fault, spec, golden)
             free = compare_free_run(golden.trace, changed.with_(sampling=golden.trace.sampling), limits.near_tie)
             evidence = dataclasses.replace(self._evidence(golden, "same"), free_run=free)
-            clean = self._engine_run(dataclasses.replace(fault, free_run=None), engine, golden, runs)
+            clean = self._engine_run(dataclasses.replace(fault, free_run=None), spec, golden)
             result = judge(golden.trace, clean, limits, "rl", evidence)
             return Row(fault, model, dtype, None, result.verdict, result.headline, result.findings, differs=not free.same)
-        candidate = _carried(fault, golden.trace, self._engine_run(fault, engine, golden, runs))
+        candidate = _carried(fault, golden.trace, self._engine_run(fault, spec, golden))
         result = judge(golden.trace, candidate, limits, "rl", self._evidence(golden, _SETUP))
         clean_reading = self._truth(Fault(name="", size="", group=fault.group, golden=fault.golden), golden)
         column, effect = self._effect(fault, golden, clean_reading)
-        apart = fingerprint.differences(golden.fingerprint, engine.fingerprint())
+        apart = fingerprint.differences(golden.fingerprint, self._fingerprint(spec))
         checkpoint = column if "weights_differ" in causes_of(fault) else clean_reading.logprobs
         findings = self._diagnosis(result, apart, checkpoint.astype(np.float32), limits.outlier)
         return Row(fault, model, dtype, effect, result.verdict, result.headline, findings)
@@ -202,21 +217,30 @@ class Selftest:
         reading = result.expected.with_(logprobs=checkpoint)
         return tuple(weigh(findings, read_against(result.expected, result.actual, reading, outlier)))
 
-    def _engine_run(self, fault: Fault, engine: Engine, golden: Golden, runs: dict[Any, Trace]) -> Trace:
+    def _engine_run(self, fault: Fault, spec: EngineSpec, golden: Golden) -> Trace:
         """The engine's logprobs of the golden's tokens with the fault planted, under the golden's labels."""
-        if fault.run_key not in runs:
-            asked = _asked(golden.trace, fault)
+
+        def run() -> Trace:
+            engine, asked = self._pool.engine(spec), _asked(golden.trace, fault)
             operate: Callable[[Any], None] | None = fault.site
             if fault.shift is not None:
                 shifts = _shifts(golden.trace, self._shift(fault, golden))
                 operate = lambda site: site.shift(shifts)  # noqa: E731 - one of the two operations on the engine
             answer = engine.replay(asked) if operate is None else self._operated(engine, operate, lambda: engine.replay(asked))
-            runs[fault.run_key] = golden.trace.with_(
+            return golden.trace.with_(
                 logprobs=answer.logprobs, ranks=answer.ranks, top_token_ids=answer.top_token_ids,
                 top_logprobs=answer.top_logprobs, replay=answer.replay, logprobs_mode=answer.logprobs_mode,
                 untruncated_logprobs=None,
             )  # fmt: skip
-        return runs[fault.run_key]
+
+        return self._store.trace((spec.dtype, *fault.run_key), run)
+
+    def _regenerated(self, fault: Fault, spec: EngineSpec, golden: Golden) -> Trace:
+        """What the engine writes of its own with the fault."""
+        assert fault.free_run is not None
+        asked = fault.free_run(golden.trace)
+        key = ("regenerated", spec.dtype, fault.name, fault.size)
+        return self._store.trace(key, lambda: self._pool.engine(spec).replay(asked, "regenerate"))
 
     def _operated(self, engine: Engine, operate: Callable[[Any], None], work: Callable[[], Any]) -> Any:
         (site,) = engine.on_worker(lambda worker: EngineSite(worker, self._reference.checkpoint, self._reference.anatomy))
@@ -226,7 +250,8 @@ class Selftest:
         finally:
             site.undo()
 
-    def _unforced(self, fault: Fault, engine: Engine, golden: Golden) -> tuple[str, str]:
+    def _unforced(self, fault: Fault, spec: EngineSpec, golden: Golden) -> tuple[str, str]:
+        engine = self._pool.engine(spec)
         backend = self._pool.backend(engine.spec)  # an Engine would shut it down, as a check does
         try:
             self._operated(engine, lambda site: site.free_of_force(fault.unforced), lambda: replay(backend, golden.trace))
@@ -238,20 +263,22 @@ class Selftest:
 
     def _truth(self, fault: Fault, golden: Golden) -> Reading:
         """What float64 says of the golden's tokens with the fault planted."""
-        key = (*fault.run_key, id(golden.trace) if fault.golden != "plain" else 0)
-        if key not in self._readings:
+
+        def read() -> Reading:
             operate = fault.reference or fault.site
             try:
                 if operate is not None:
                     operate(self._reference)
                 prompts = [fault.prompt(list(p)) for p in self._prompts] if fault.prompt is not None else self._prompts
-                self._readings[key] = self._reference.read(
+                return self._reference.read(
                     golden.trace, prompts, sampling_of(fault, golden.trace.sampling),
                     processed=fault.settings.get("logprobs_mode") != "raw_logprobs",
                 )  # fmt: skip
             finally:
                 self._reference.undo()
-        return self._readings[key]
+
+        tokens = hashlib.sha256(golden.trace.token_ids.tobytes()).hexdigest()
+        return self._store.reading((tokens, *fault.run_key), golden.trace, read)
 
     def _effect(self, fault: Fault, golden: Golden, clean: Reading) -> tuple[Doubles, TrueEffect]:
         """The logprobs [N] that float64 gives with the fault planted, and what they do to an update."""
