@@ -352,28 +352,19 @@ def _tell(text: str) -> None:
 
 
 def _selftest(given: argparse.Namespace) -> int:
-    from .pool import Pool
     from .selftest import table
-    from .selftest.fault import Fault
-    from .selftest.run import Selftest
+    from .selftest.run import Plan, run_models
 
-    wanted = [part.strip() for part in given.only.split(",") if part.strip()]
-
-    def chosen(fault: Fault) -> bool:
-        return not wanted or any(part in fault.name for part in wanted)
-
+    plan = Plan(
+        given.other_step, given.sequences, given.tokens, given.objective, tuple(given.dtype or ("bfloat16", "float32")),
+        tuple(part.strip() for part in given.only.split(",") if part.strip()), given.runs,
+    )  # fmt: skip
+    print(table.header(), flush=True)
     rows = []
-    print(table.header())
-    for model in given.model or ["models/tiny-arith"]:
-        other = given.other_step or Path(f"{model}-step2")
-        with Pool(notify=_tell) as pool:
-            step = other if other.is_dir() else None
-            selftest = Selftest(pool, model, step, given.sequences, given.tokens, given.objective, _tell, given.runs)
-            for row in selftest.run(given.dtype or ("bfloat16", "float32"), chosen):
-                rows.append(row)
-                print(table.line(row), flush=True)
-                if given.json is not None:  # hours of runs: what is known so far is kept
-                    given.json.write_text(json.dumps(table.to_json(rows), indent=1), "utf-8")
+    for row in run_models(given.model or ["models/tiny-arith"], plan, _tell, table.show):
+        rows.append(row)
+        if given.json is not None:  # hours of runs: what is known so far is kept
+            given.json.write_text(json.dumps(table.to_json(rows), indent=1), "utf-8")
     print("\n".join(table.summary(rows, given.objective)))
     return 0 if rows and table.reached(rows) else 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from .fault import Fault
+from .fault import Case
 
 # What the engine computes otherwise than the checkpoint says is its build; a request that saw other context has another cache,
 # or another batch.
@@ -81,6 +81,6 @@ CAUSES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def causes_of(fault: Fault) -> tuple[str, ...]:
+def causes_of(fault: Case) -> tuple[str, ...]:
     """What a diagnosis of this fault may name; faults planted in the weights are of another checkpoint."""
     return CAUSES.get(fault.name, ("weights_differ",))

@@ -28,7 +28,17 @@ Where = Callable[[Trace, np.random.Generator], BoolArray]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fault:
+class Case:
+    """What a fault is called. `semantic` ones have a cause that is proven whatever its size: they may fail where immaterial."""
+
+    name: str
+    size: str
+    group: Group
+    semantic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault(Case):
     """One fault in one size. All that is set is planted together, in the engine's run and in the reference's.
 
     Planted in the engine:
@@ -41,13 +51,9 @@ class Fault:
     - `reported` changes the column of logprobs
     - `where` says which tokens [N] carry the fault; the others keep the logprobs of the run without it. Both runs are real
 
-    `semantic` faults have a cause that is proven whatever its size: they may fail where they are immaterial. Faults of equal
-    `run` share one run of the engine, whatever they are called.
+    Faults of equal `run` share one run of the engine, whatever they are called.
     """
 
-    name: str
-    size: str
-    group: Group
     golden: str = "plain"
     site: Callable[[Site], None] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -59,7 +65,6 @@ class Fault:
     where: Where | None = None
     free_run: Callable[[Trace], Trace] | None = None
     unforced: int = 0
-    semantic: bool = False
     run: str = ""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
@@ -71,9 +76,9 @@ class Fault:
         return (inside, self.golden, str(sorted(self.settings.items())), str(sorted(self.sampling.items())))
 
     @property
-    def constructed(self) -> bool:
-        """Whether it does nothing to the logprobs of the golden's tokens: it fails by construction, not by its effect."""
-        return self.free_run is not None or bool(self.unforced)
+    def case(self) -> Case:
+        """Its name and size alone, which another process can be sent."""
+        return Case(name=self.name, size=self.size, group=self.group, semantic=self.semantic)
 
 
 def each(name: str, group: Group, sizes: Mapping[str, Mapping[str, Any]], **common: Any) -> Iterator[Fault]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import multiprocessing
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +34,7 @@ from ..trace import BoolArray, FloatArray, Trace
 from .anatomy import load_checkpoint
 from .catalogue import catalogue
 from .causes import causes_of
-from .fault import GOLDENS, Fault, sampling_of
+from .fault import GOLDENS, Case, Fault, sampling_of
 from .prompts import LENGTH, make_prompts
 from .reference import Reading, Reference
 from .sites import EngineSite, Shifts
@@ -50,9 +52,11 @@ class Row:
     """One fault on one model, judged. `effect` is what float64 says it does to an update.
 
     It is None for a fault that fails by construction, whatever the objective; `differs` says then whether it did anything.
+    `seen` is the same of the engine's logprobs with and without the fault: it has the engine's noise, and is near `effect` in
+    float32 where the fault that was planted in the engine is the one that was planted in the reference.
     """
 
-    fault: Fault
+    fault: Case
     model: str
     dtype: str
     effect: TrueEffect | None
@@ -60,6 +64,7 @@ class Row:
     said: str
     findings: tuple[Finding, ...] = ()
     differs: bool = True
+    seen: TrueEffect | None = None
 
     @property
     def truth(self) -> str:
@@ -106,6 +111,50 @@ class Row:
         """Whether the layer that comes out first is the fault's."""
         layers = {layer for layer, causes in LAYER_CAUSES.items() if set(causes) & set(causes_of(self.fault))}
         return bool(self.findings) and self.findings[0].layer in layers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a selftest is asked for; `only` are texts of which a fault's name has to contain one, () for all faults."""
+
+    other_step: Path | None = None
+    sequences: int = 200
+    tokens: int = 64
+    objective: Objective = "token"
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    only: tuple[str, ...] = ()
+    runs: Path | None = None
+
+    def chosen(self, fault: Case) -> bool:
+        """Whether the fault is asked for."""
+        return not self.only or any(part in fault.name for part in self.only)
+
+
+def run_model(model: str, plan: Plan, notify: Callable[[str], None], show: Callable[[Row], None]) -> list[Row]:
+    """Judge the catalogue on one model in this process; `show` gets each row as it comes."""
+    step = plan.other_step or Path(f"{model}-step2")
+    rows = []
+    with Pool(notify=notify) as pool:
+        other = step if step.is_dir() else None
+        selftest = Selftest(pool, model, other, plan.sequences, plan.tokens, plan.objective, notify, plan.runs)
+        for row in selftest.run(plan.dtypes, plan.chosen):
+            rows.append(row)
+            show(row)
+    return rows
+
+
+def run_models(models: Sequence[str], plan: Plan, notify: Callable[[str], None], show: Callable[[Row], None]) -> Iterator[Row]:
+    """Judge the catalogue on each model, several in a process of their own each.
+
+    vLLM does not start a mixture of experts in a process where a dense model has run (0.32.0). `notify` and `show` are
+    functions of a module, for they are sent there.
+    """
+    if len(models) == 1:
+        yield from run_model(models[0], plan, notify, show)
+        return
+    for model in models:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+            yield from executor.submit(run_model, model, plan, notify, show).result()
 
 
 class Selftest:
@@ -187,22 +236,24 @@ class Selftest:
         if fault.unforced:
             key = ("unforced", fault.size, dtype)
             verdict, said = self._store.value(key, lambda: list(self._unforced(fault, spec, golden)))
-            return Row(fault, model, dtype, None, verdict, said)
+            return Row(fault.case, model, dtype, None, verdict, said)
         if fault.free_run is not None:
             changed = self._regenerated(fault, spec, golden)
             free = compare_free_run(golden.trace, changed.with_(sampling=golden.trace.sampling), limits.near_tie)
             evidence = dataclasses.replace(self._evidence(golden, "same"), free_run=free)
             clean = self._engine_run(dataclasses.replace(fault, free_run=None), spec, golden)
             result = judge(golden.trace, clean, limits, "rl", evidence)
-            return Row(fault, model, dtype, None, result.verdict, result.headline, result.findings, differs=not free.same)
+            return Row(fault.case, model, dtype, None, result.verdict, result.headline, result.findings, differs=not free.same)
         candidate = _carried(fault, golden.trace, self._engine_run(fault, spec, golden))
         result = judge(golden.trace, candidate, limits, "rl", self._evidence(golden, _SETUP))
         clean_reading = self._truth(Fault(name="", size="", group=fault.group, golden=fault.golden), golden)
-        column, effect = self._effect(fault, golden, clean_reading)
+        column, depth = self._with_fault(fault, golden, clean_reading)
+        effect = self._effect(golden, clean_reading.logprobs, column, depth)
+        seen = self._effect(golden, golden.trace.logprobs, candidate.logprobs, np.nan_to_num(depth))
         apart = fingerprint.differences(golden.fingerprint, self._fingerprint(spec))
         checkpoint = column if "weights_differ" in causes_of(fault) else clean_reading.logprobs
         findings = self._diagnosis(result, apart, checkpoint.astype(np.float32), limits.outlier)
-        return Row(fault, model, dtype, effect, result.verdict, result.headline, findings)
+        return Row(fault.case, model, dtype, effect, result.verdict, result.headline, findings, seen=seen)
 
     @staticmethod
     def _diagnosis(result: Comparison, apart: Any, checkpoint: FloatArray, outlier: float) -> tuple[Finding, ...]:
@@ -280,19 +331,19 @@ class Selftest:
         tokens = hashlib.sha256(golden.trace.token_ids.tobytes()).hexdigest()
         return self._store.reading((tokens, *fault.run_key), golden.trace, read)
 
-    def _effect(self, fault: Fault, golden: Golden, clean: Reading) -> tuple[Doubles, TrueEffect]:
-        """The logprobs [N] that float64 gives with the fault planted, and what they do to an update."""
+    def _with_fault(self, fault: Fault, golden: Golden, clean: Reading) -> tuple[Doubles, Doubles]:
+        """The logprobs [N] that float64 gives with the fault planted, and how deep what is excluded lies."""
         if fault.shift is not None:
-            column, depth = clean.logprobs + self._shift(fault, golden), clean.depth
-        else:
-            faulty = self._truth(fault, golden)
-            column, _ = _mixed(fault, clean.logprobs, faulty.logprobs, faulty.trace)
-            depth = np.where(np.isneginf(column), faulty.depth, clean.depth)
-        effect = true_effect(
-            clean.logprobs, column, golden.trace.sequence_offsets, self._objective, depth=depth,
+            return clean.logprobs + self._shift(fault, golden), clean.depth
+        faulty = self._truth(fault, golden)
+        column, _ = _mixed(fault, clean.logprobs, faulty.logprobs, faulty.trace)
+        return column, np.where(np.isneginf(column), faulty.depth, clean.depth)
+
+    def _effect(self, golden: Golden, clean: FloatArray | Doubles, faulty: FloatArray | Doubles, depth: Doubles) -> TrueEffect:
+        return true_effect(
+            clean.astype(np.float64), faulty.astype(np.float64), golden.trace.sequence_offsets, self._objective, depth=depth,
             experts=self._reference.anatomy.experts > 0,
         )  # fmt: skip
-        return column, effect
 
     def _shift(self, fault: Fault, golden: Golden) -> Doubles:
         """The fault's shift of each token [N]; tokens of equal completions of one prompt are shifted alike."""

@@ -48,10 +48,11 @@ class Store:
             value: T = json.loads(path.read_text("utf-8"))
             return value
 
-        return self._get(
-            "value", key, lambda: json.loads(json.dumps(make())), read,
-            lambda value, path: path.write_text(json.dumps(value), "utf-8"),
-        )  # fmt: skip
+        def plain() -> T:
+            value: T = json.loads(json.dumps(make()))
+            return value
+
+        return self._get("value", key, plain, read, lambda value, path: path.write_text(json.dumps(value), "utf-8"))
 
     def reading(self, key: tuple[object, ...], trace: Trace, make: Callable[[], Reading]) -> Reading:
         """The reference's reading of the tokens of `trace` under this key, made where it is not known."""

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from .causes import causes_of
 from .run import Row
+from .truth import TrueEffect
 
 #: How many of the material cases have to fail; none of them may pass.
 HAVE_TO_FAIL: Final = 0.95
@@ -36,6 +37,11 @@ def line(row: Row) -> str:
         f"{row.fault.name:<38} {row.fault.size:<28} {row.model:<12} {row.dtype:<9} {effect:>34}  {row.truth:<11} "
         f"{row.verdict:<11} {named}{mark}"
     ).rstrip()
+
+
+def show(row: Row) -> None:
+    """Print one row."""
+    print(line(row), flush=True)
 
 
 def reached(rows: Sequence[Row]) -> bool:
@@ -99,13 +105,17 @@ def _counts(name: str, rows: Sequence[Row]) -> str:
     )
 
 
+def _finite(effect: TrueEffect | None) -> float | None:
+    return None if effect is None or math.isinf(effect.multiple) else effect.multiple
+
+
 def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows as JSON values; an infinite multiple is None."""
     return [
         {
             "fault": r.fault.name, "size": r.fault.size, "group": r.fault.group, "model": r.model, "dtype": r.dtype,
             "truth": r.truth, "on": "" if r.effect is None else r.effect.largest.name,
-            "effect": None if r.effect is None or math.isinf(r.effect.multiple) else r.effect.multiple,
+            "effect": _finite(r.effect), "seen": _finite(r.seen),
             "quantities": {} if r.effect is None else {q.name: q.value for q in r.effect.quantities if math.isfinite(q.value)},
             "verdict": r.verdict, "expected": r.expected, "right": r.right, "said": r.said, "named": r.named,
             "findings": [str(f) for f in r.findings],
