@@ -51,13 +51,23 @@ def make_parser() -> argparse.ArgumentParser:
     accept.add_argument("--yes", action="store_true", help="accept all that may be, without asking for each")
     accept.add_argument("--root", type=Path, default=Path(), help="root of the repo whose goldens they are (default: here)")
     selftest = verbs.add_parser("selftest", help="plant faults in a real engine and see whether the verdicts find them")
-    selftest.add_argument("--model", default="models/tiny-arith", help="model folder or hub id (default: %(default)s)")
+    selftest.add_argument(
+        "--model", action="append", help="model folder or hub id; may be given again (default: models/tiny-arith)"
+    )
     selftest.add_argument("--other-step", type=Path, help="a later checkpoint of it (default: MODEL-step2 where there is one)")
+    selftest.add_argument("--objective", default="token", choices=("token", "sequence", "truncated", "unclipped"),
+                          help="the update that decides what is material (default: %(default)s)")  # fmt: skip
     selftest.add_argument("--dtype", action="append", choices=("bfloat16", "float32"), help="default: both")
     selftest.add_argument("--sequences", type=int, default=200, help="size of the goldens (default: %(default)s)")
     selftest.add_argument("--tokens", type=int, default=64, help="tokens a sequence (default: %(default)s)")
     selftest.add_argument("--only", default="", help="faults whose name contains this text; several by commas")
     selftest.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    selftest.add_argument(
+        "--runs",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what engine and reference said there, and judge that again the next time",
+    )
     matrix = verbs.add_parser("matrix", help="check goldens of one engine version in many others")
     matrix.add_argument("plan", type=Path, help="matrix.toml: cells, environments, samplings, prompts")
     matrix.add_argument("--out", type=Path, default=Path("parity-matrix"), help="answers and reports (default: %(default)s)")
@@ -345,28 +355,21 @@ def _tell(text: str) -> None:
 
 
 def _selftest(given: argparse.Namespace) -> int:
-    from .pool import Pool
     from .selftest import table
-    from .selftest.catalogue import Fault
-    from .selftest.run import Selftest
+    from .selftest.run import Plan, run_models
 
-    other = given.other_step or Path(f"{given.model}-step2")
-    wanted = [part.strip() for part in given.only.split(",") if part.strip()]
-
-    def chosen(fault: Fault) -> bool:
-        return not wanted or any(part in fault.name for part in wanted)
-
+    plan = Plan(
+        given.other_step, given.sequences, given.tokens, given.objective, tuple(given.dtype or ("bfloat16", "float32")),
+        tuple(part.strip() for part in given.only.split(",") if part.strip()), given.runs,
+    )  # fmt: skip
+    print(table.header(), flush=True)
     rows = []
-    with Pool(notify=_tell) as pool:
-        selftest = Selftest(pool, given.model, other if other.is_dir() else None, given.sequences, given.tokens, _tell)
-        print(table.header())
-        for row in selftest.run(given.dtype or ("bfloat16", "float32"), chosen):
-            rows.append(row)
-            print(table.line(row), flush=True)
-    print("\n".join(table.summary(rows)))
-    if given.json is not None:
-        given.json.write_text(json.dumps(table.to_json(rows), indent=1), "utf-8")
-    return 0 if rows and all(row.right for row in rows) else 1
+    for row in run_models(given.model or ["models/tiny-arith"], plan, _tell, table.show):
+        rows.append(row)
+        if given.json is not None:  # hours of runs: what is known so far is kept
+            given.json.write_text(json.dumps(table.to_json(rows), indent=1), "utf-8")
+    print("\n".join(table.summary(rows, given.objective)))
+    return 0 if rows and table.reached(rows) else 1
 
 
 def _diff(expected_path: Path, actual_path: Path, level: Level | None, as_json: bool) -> int:

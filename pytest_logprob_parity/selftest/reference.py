@@ -1,112 +1,103 @@
-"""The truth about a fault: the same model in float64, with the same fault, on the same tokens."""
+"""The truth about a fault: the same model in float64, with the same fault, on the same tokens.
+
+The decoder is written here from its definition. It shares no arithmetic with the engines that are judged, nor with
+transformers, from which goldens get their reference column.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from ..engines.float64 import inverse_frequencies, norm_forward
-from ..engines.transformers import process
 from ..spec import Sampling
 from ..trace import Trace
-from .sites import State
+from .anatomy import Anatomy, State, load_checkpoint
+from .truth import Doubles
 
-_ATTENTION: Final = "logprob_parity_float64"
+#: Prompts that run in one batch, and logits (values) that are held at a time.
+_PROMPTS: Final = 13
+_LOGITS: Final = 8_000_000
 
 
-def load_checkpoint(folder: Path) -> State:
-    """All tensors of a checkpoint, by name."""
-    from safetensors.torch import load_file
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What float64 says of the tokens of a trace: `logprobs` [N], nats, -inf where truncation excludes the token.
 
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    `depth` [N]: by how many nats the logit of an excluded token would have to rise to be kept; NaN for kept ones. `trace` has
+    the same logprobs and the top-k in float32, as an engine would report them.
+    """
+
+    logprobs: Doubles
+    depth: Doubles
+    trace: Trace
 
 
 class Reference:
-    """A transformers model in float64: norms, rotary embedding and attention too, which transformers does in float32.
+    """A decoder-only transformer in float64. Implements Site. Prompts of a trace must all have one length."""
 
-    Implements Site. Prompts of a trace must all have one length. `logits` are computed in two passes: the prompts, and
-    all completions of a prompt behind its cached keys and values.
-    """
-
-    def __init__(self, model: Path) -> None:
-        import torch
-        from transformers import AttentionInterface, AutoModelForCausalLM
-
-        attention = f"{_ATTENTION}_{id(self)}"
-        AttentionInterface.register(attention, self._attend)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            str(model), dtype=torch.float64, attn_implementation=attention, local_files_only=True
-        ).eval()
-        self.checkpoint = load_checkpoint(model)
-        for module in self._model.modules():
-            if hasattr(module, "variance_epsilon"):
-                module.forward = norm_forward(module)
-        self._epsilon = {m: m.variance_epsilon for m in self._model.modules() if hasattr(m, "variance_epsilon")}
-        self._rotary = self._model.model.rotary_emb
-        self._frequencies = inverse_frequencies(self._model.config, 2 * len(self._rotary.inv_freq))
-        self._rotary.forward = self._rotate
-        self._activation = [layer.mlp.act_fn for layer in self._model.model.layers]
-        self._loaded = False
+    def __init__(self, folder: Path) -> None:
+        self.anatomy = Anatomy.of(folder)
+        self.checkpoint = load_checkpoint(folder)
+        self._clean = self._doubles(self.checkpoint)
+        self._hidden: tuple[Any, Any] | None = None
         self.undo()
 
     def undo(self) -> None:
         """Take every fault back."""
-        import torch
-
-        self._scale = 1.0
-        self._change_frequencies: Callable[[Any], Any] = lambda x: x
-        self._change_positions: Callable[[Any], Any] = lambda x: x
+        self._weights: State = self._clean
+        self._epsilon = self.anatomy.epsilon
+        self._scale = self.anatomy.head_size**-0.5
+        self._window: int | None = None
+        self._change_frequencies: Callable[[Any], Any] | None = None
+        self._change_positions: Callable[[Any], Any] | None = None
         self._change_keys_values: Callable[..., Any] | None = None
+        self._activation: Callable[[Any], Any] | None = None
+        self._change_routing: Callable[..., Any] | None = None
         self._change_logits: Callable[[Any], Any] = lambda x: x
         self._change_distribution: Callable[[Any, Any], Any] | None = None
-        self._window: int | None = None
-        for module, epsilon in self._epsilon.items():
-            module.variance_epsilon = epsilon
-        for activation in self._activation:
-            vars(activation).pop("forward", None)
-        if self._loaded:
-            self._model.load_state_dict({k: v.to(torch.float64) for k, v in self.checkpoint.items()}, strict=False)
-            self._loaded = False
+        self._operated = False
+
+    # -- the faults: see Site ------------------------------------------------------------------------------------------
 
     def weights(self, change: Callable[[State], State]) -> None:
         """See Site."""
-        import torch
-
-        self._model.load_state_dict({k: v.to(torch.float64) for k, v in change(self.checkpoint).items()}, strict=False)
-        self._loaded = True
+        self._weights, self._operated = {**self._clean, **self._doubles(change(self.checkpoint))}, True
 
     def norm_epsilon(self, value: float) -> None:
         """See Site."""
-        for module in self._epsilon:
-            module.variance_epsilon = value
+        self._epsilon, self._operated = value, True
 
     def attention_scale(self, factor: float) -> None:
         """See Site."""
-        self._scale = factor
+        self._scale, self._operated = self._scale * factor, True
 
     def window(self, size: int) -> None:
         """See Site."""
-        self._window = size
+        self._window, self._operated = size, True
 
     def rope(self, change: Callable[[Any], Any]) -> None:
         """See Site."""
-        self._change_frequencies = change
+        self._change_frequencies, self._operated = change, True
 
     def positions(self, change: Callable[[Any], Any]) -> None:
         """See Site."""
-        self._change_positions = change
+        self._change_positions, self._operated = change, True
 
     def keys_values(self, change: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
         """See Site."""
-        self._change_keys_values = change
+        self._change_keys_values, self._operated = change, True
 
     def activation(self, function: Callable[[Any], Any]) -> None:
         """See Site."""
-        for activation in self._activation:
-            activation.forward = function
+        self._activation, self._operated = function, True
+
+    def routing(self, change: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
+        """See Site."""
+        self._change_routing, self._operated = change, True
 
     def logits(self, change: Callable[[Any], Any]) -> None:
         """See Site."""
@@ -116,91 +107,235 @@ class Reference:
         """See Site."""
         self._change_distribution = change
 
-    def read(self, trace: Trace, prompts: Sequence[Sequence[int]], sampling: Sampling, *, processed: bool = True) -> Trace:
-        """The tokens of `trace` behind `prompts` (one for each of its prompts), with float64's logprobs and top-k.
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def read(self, trace: Trace, prompts: Sequence[Sequence[int]], sampling: Sampling, *, processed: bool = True) -> Reading:
+        """What float64 says of the tokens of `trace` behind `prompts` (one for each of its prompts).
 
         `sampling` is what the logits go through; `processed=False` reports them raw.
         """
         import torch
 
+        parts: list[tuple[Any, ...]] = []
         with torch.no_grad():
-            logits = self._change_logits(self._logits(trace, prompts))
-            logprobs = self._process(logits, trace, prompts, sampling) if processed else logits.log_softmax(-1)
-            chosen = logprobs.gather(-1, torch.tensor(trace.token_ids, dtype=torch.long)[:, None])[:, 0]
-            top = logprobs.topk(trace.top_k)
-        return trace.with_(
-            logprobs=chosen.numpy().astype(np.float32),
-            top_logprobs=top.values.numpy().astype(np.float32),
-            top_token_ids=top.indices.numpy().astype(np.int32),
-        )
+            hidden = self._hidden_of(trace, prompts)
+            size = max(_LOGITS // self.anatomy.vocabulary, 1)
+            for start in range(0, trace.num_tokens, size):
+                rows = range(start, min(start + size, trace.num_tokens))
+                logits = self._change_logits(hidden[rows.start : rows.stop] @ self._weights[self.anatomy.head].T)
+                if processed:
+                    scaled = self._scaled(logits, rows, trace, prompts, sampling)
+                    kept = truncated(scaled, sampling)
+                else:
+                    scaled = kept = logits
+                logprobs = kept.log_softmax(-1)
+                if processed and self._change_distribution is not None:
+                    logprobs = self._change_distribution(scaled, logprobs)
+                chosen = torch.tensor(trace.token_ids[rows.start : rows.stop], dtype=torch.long)[:, None]
+                edge = scaled.masked_fill(logprobs.isneginf(), torch.inf).amin(-1)
+                top = logprobs.topk(trace.top_k)
+                said = logprobs.gather(-1, chosen)[:, 0]
+                depth = (edge - scaled.gather(-1, chosen)[:, 0]).masked_fill(~said.isneginf(), torch.nan)
+                parts.append((said.numpy(), depth.numpy(), top.values.numpy(), top.indices.numpy()))
+        said, depth, values, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
+        columns = {
+            "logprobs": said.astype(np.float32),
+            "top_logprobs": values.astype(np.float32),
+            "top_token_ids": ids.astype(np.int32),
+        }
+        return Reading(said, depth, trace.with_(**columns))
 
-    def _logits(self, trace: Trace, prompts: Sequence[Sequence[int]]) -> Any:
-        """Logits [tokens, vocabulary] at the positions that predict the tokens of `trace`."""
+    def _scaled(
+        self, logits: Any, rows: range, trace: Trace, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Any:  # fmt: skip
+        """Logits [rows, vocabulary] after penalties and temperature."""
+        if sampling.penalizes:
+            logits = logits.clone()
+            for row, (prompt, written) in zip(rows, _contexts(rows, trace, prompts), strict=True):
+                _penalise(logits[row - rows.start], prompt, written, sampling)
+        return logits if sampling.greedy else logits / sampling.temperature
+
+    # -- the model -----------------------------------------------------------------------------------------------------
+
+    def _hidden_of(self, trace: Trace, prompts: Sequence[Sequence[int]]) -> Any:
+        """Final hidden states [tokens, hidden] at the positions that predict the tokens of `trace`.
+
+        Those of the model without a fault are kept for the next reading of the same tokens.
+        """
         import torch
 
-        length = len(prompts[0])
-        longest = int(np.diff(trace.sequence_offsets).max())
-        completions = torch.zeros((trace.num_sequences, longest), dtype=torch.long)
-        rows = [trace.completion(i) for i in range(trace.num_sequences)]
-        for i, row in enumerate(rows):
-            completions[i, : len(row)] = torch.tensor(row)
-        head = self._model.get_output_embeddings()
-        pieces: list[Any] = []
-        order: list[int] = []
-        for groups in np.array_split(np.arange(len(prompts)), max(len(prompts) // 13, 1)):
-            members = [i for i in range(trace.num_sequences) if int(trace.group[i]) in set(groups.tolist())]
-            place = {int(g): n for n, g in enumerate(groups)}
-            first = self._model.model(torch.tensor([list(prompts[g]) for g in groups]), use_cache=True)
-            index = torch.tensor([place[int(trace.group[i])] for i in members])
-            first.past_key_values.batch_select_indices(index)
-            then = self._model.model(
-                completions[members, :-1], past_key_values=first.past_key_values, use_cache=True,
-                position_ids=torch.arange(length, length + longest - 1)[None],
-            ).last_hidden_state  # fmt: skip
-            hidden = torch.cat([first.last_hidden_state[index, -1:], then], 1)
-            pieces += [head(hidden[n, : len(rows[i])]) for n, i in enumerate(members)]
-            order += members
-        return torch.cat([pieces[n] for n in np.argsort(order)])
-
-    def _process(self, logits: Any, trace: Trace, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Any:
-        """Logprobs [tokens, vocabulary] after penalties, temperature and truncation."""
-        import torch
-
-        if not (sampling.penalizes or sampling.truncates or self._change_distribution):
-            return (logits / sampling.temperature).log_softmax(-1)
-        processed, scaled = torch.empty_like(logits), torch.empty_like(logits)
+        key = (trace.token_ids.tobytes(), tuple(map(tuple, prompts)))
+        if not self._operated and self._hidden is not None and self._hidden[0] == key:
+            return self._hidden[1]
+        lengths = np.diff(trace.sequence_offsets)
+        completions = torch.zeros((trace.num_sequences, int(lengths.max())), dtype=torch.long)
         for i in range(trace.num_sequences):
-            start, stop = trace.bounds(i)
-            prompt, written = prompts[int(trace.group[i])], trace.completion(i)
-            for row in range(start, stop):
-                before = written[: row - start]
-                processed[row] = process(logits[row], sampling, prompt, before, frozenset())
-                scaled[row] = process(logits[row], sampling.untruncated(), prompt, before, frozenset())
-        logprobs = processed.log_softmax(-1)
-        return logprobs if self._change_distribution is None else self._change_distribution(scaled, logprobs)
+            completions[i, : lengths[i]] = torch.tensor(trace.completion(i))
+        pieces: list[Any] = [None] * trace.num_sequences
+        for start in range(0, len(prompts), _PROMPTS):
+            groups = range(start, min(start + _PROMPTS, len(prompts)))
+            members = [i for i in range(trace.num_sequences) if int(trace.group[i]) in groups]
+            first, cache = self._run(torch.tensor([list(prompts[g]) for g in groups]), [])
+            owner = torch.tensor([int(trace.group[i]) - start for i in members], dtype=torch.long)
+            then, _ = self._run(completions[members, :-1], [(k[owner], v[owner]) for k, v in cache])
+            hidden = torch.cat([first[owner, -1:], then], 1)
+            for n, i in enumerate(members):
+                pieces[i] = hidden[n, : lengths[i]]
+        result = torch.cat(pieces)
+        if not self._operated:
+            self._hidden = (key, result)
+        return result
 
-    def _rotate(self, hidden: Any, position_ids: Any) -> tuple[Any, Any]:
+    def _run(self, ids: Any, past: Sequence[tuple[Any, Any]]) -> tuple[Any, list[tuple[Any, Any]]]:
+        """Final hidden states [batch, length, hidden] of token ids [batch, length] behind cached keys and values.
+
+        Keys and values are [batch, length, heads, head size], one pair for each layer; those so far are returned too.
+        """
         import torch
 
-        angles = self._change_positions(position_ids)[..., None].double() * self._change_frequencies(self._frequencies)
-        both = torch.cat([angles, angles], -1)
-        return both.cos(), both.sin()
+        start = past[0][0].shape[1] if past else 0
+        positions = torch.arange(start, start + ids.shape[1])
+        cosines = self._cosines(positions)
+        hidden = self._weights["model.embed_tokens.weight"][ids]
+        cache = []
+        for layer in range(self.anatomy.layers):
+            name = f"model.layers.{layer}."
+            before = self._norm(hidden, f"{name}input_layernorm.weight")
+            query, key, value = self._projected(before, f"{name}self_attn.", cosines)
+            if self._change_keys_values is not None:
+                key, value = self._with_changed(layer, positions, key, value)
+            if past:
+                key, value = torch.cat([past[layer][0], key], 1), torch.cat([past[layer][1], value], 1)
+            cache.append((key, value))
+            mixed = self._attend(query, key, value, positions)
+            hidden = hidden + self._linear(mixed, f"{name}self_attn.o_proj")
+            hidden = hidden + self._mlp(self._norm(hidden, f"{name}post_attention_layernorm.weight"), layer, positions)
+        return self._norm(hidden, "model.norm.weight"), cache
 
-    def _attend(self, module: Any, query: Any, key: Any, value: Any, *_: Any, scaling: float, **__: Any) -> tuple[Any, None]:
-        """Attention over all keys so far, [batch, heads, tokens, head size], causal, within the window if there is one."""
+    def _projected(self, hidden: Any, name: str, cosines: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+        """Query, key and value [batch, length, heads, head size], the first two normed where the model does that, rotated."""
+        parts = []
+        for part in ("q", "k", "v"):
+            projected = self._linear(hidden, f"{name}{part}_proj").unflatten(-1, (-1, self.anatomy.head_size))
+            if f"{name}{part}_norm.weight" in self._weights:
+                projected = self._norm(projected, f"{name}{part}_norm.weight")
+            parts.append(projected if part == "v" else _rotated(projected, *cosines))
+        return parts[0], parts[1], parts[2]
+
+    def _with_changed(self, layer: int, positions: Any, key: Any, value: Any) -> tuple[Any, Any]:
+        assert self._change_keys_values is not None
+        shape = key.shape
+        flat = (x.reshape(-1, *shape[2:]) for x in (key, value))
+        changed_key, changed_value = self._change_keys_values(layer, positions.repeat(shape[0]), *flat)
+        return changed_key.to(key).view(shape), changed_value.to(value).view(shape)
+
+    def _attend(self, query: Any, key: Any, value: Any, positions: Any) -> Any:
+        """Causal attention, within the window where there is one: [batch, length, heads x head size]."""
         import torch
 
-        total, asked = key.shape[2], query.shape[2]
-        if self._change_keys_values is not None:
-            batch, heads = key.shape[:2]
-            positions = torch.arange(total).repeat(batch)
-            flat = [x.transpose(1, 2).reshape(batch * total, heads, -1) for x in (key, value)]
-            changed = self._change_keys_values(module.layer_idx, positions, *flat)
-            key, value = (x.view(batch, total, heads, -1).transpose(1, 2).to(key) for x in changed)
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        weights = query @ key.transpose(2, 3) * (scaling * self._scale)
-        ahead = torch.arange(total)[None] - torch.arange(total - asked, total)[:, None]
+        repeats = self.anatomy.heads // self.anatomy.key_value_heads
+        query = query.transpose(1, 2)
+        key, value = (x.transpose(1, 2).repeat_interleave(repeats, 1) for x in (key, value))
+        scores = query @ key.transpose(2, 3) * self._scale
+        ahead = torch.arange(key.shape[2])[None] - positions[:, None]
         hidden = ahead > 0 if self._window is None else (ahead > 0) | (ahead <= -self._window)
-        output = weights.masked_fill(hidden, -torch.inf).softmax(-1) @ value
-        return output.transpose(1, 2).contiguous(), None
+        return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+    def _mlp(self, hidden: Any, layer: int, positions: Any) -> Any:
+        """The layer's MLP, or its experts, of hidden states [batch, length, hidden]."""
+        import torch
+
+        if self.anatomy.router(layer) not in self._weights:
+            return self._gated(hidden, self.anatomy.mlp(layer))
+        flat = hidden.flatten(0, 1)
+        logits = flat @ self._weights[self.anatomy.router(layer)].T
+        shares, experts = logits.softmax(-1).topk(self.anatomy.experts_per_token)
+        if self.anatomy.renormalises:
+            shares = shares / shares.sum(-1, keepdim=True)
+        if self._change_routing is not None:
+            shares, experts = self._change_routing(layer, positions.repeat(hidden.shape[0]), shares, experts)
+        total = torch.zeros_like(flat)
+        for expert in range(self.anatomy.experts):
+            rows, slots = torch.where(experts == expert)
+            total.index_add_(0, rows, shares[rows, slots, None] * self._gated(flat[rows], self.anatomy.mlp(layer, expert)))
+        return total.view(hidden.shape)
+
+    def _gated(self, hidden: Any, names: tuple[str, str, str]) -> Any:
+        gate, up, down = (name.removesuffix(".weight") for name in names)
+        gates = self._linear(hidden, gate)
+        active = gates * gates.sigmoid() if self._activation is None else self._activation(gates)
+        return self._linear(active * self._linear(hidden, up), down)
+
+    def _linear(self, hidden: Any, name: str) -> Any:
+        result = hidden @ self._weights[f"{name}.weight"].T
+        return result + self._weights[f"{name}.bias"] if f"{name}.bias" in self._weights else result
+
+    def _norm(self, hidden: Any, name: str) -> Any:
+        return hidden * (hidden.pow(2).mean(-1, keepdim=True) + self._epsilon) ** -0.5 * self._weights[name]
+
+    def _cosines(self, positions: Any) -> tuple[Any, Any]:
+        """Cosines and sines [length, 1, head size / 2] of the rotary embedding."""
+        import torch
+
+        size = self.anatomy.head_size
+        frequencies = self.anatomy.rope_base ** (-torch.arange(0, size, 2).double() / size)
+        if self._change_frequencies is not None:
+            frequencies = self._change_frequencies(frequencies)
+        if self._change_positions is not None:
+            positions = self._change_positions(positions)
+        angles = (positions.double()[:, None] * frequencies)[:, None]
+        return angles.cos(), angles.sin()
+
+    @staticmethod
+    def _doubles(state: State) -> State:
+        return {name: tensor.double() for name, tensor in state.items()}
+
+
+def _rotated(x: Any, cosines: Any, sines: Any) -> Any:
+    """Heads [batch, length, heads, head size], each pair (i, i + half) turned by its angle."""
+    import torch
+
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosines - b * sines, b * cosines + a * sines], -1)
+
+
+def _contexts(rows: range, trace: Trace, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], list[int]]]:
+    """The prompt and the tokens written so far, for each of the tokens `rows`."""
+    for row in rows:
+        sequence = int(np.searchsorted(trace.sequence_offsets, row, side="right")) - 1
+        start, _ = trace.bounds(sequence)
+        yield prompts[int(trace.group[sequence])], trace.token_ids[start:row].tolist()
+
+
+def _penalise(logits: Any, prompt: Sequence[int], written: Sequence[int], sampling: Sampling) -> None:
+    """Apply penalties to logits [vocabulary] in place: repetition for prompt and completion, the others for the completion."""
+    import torch
+
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*prompt, *written}))
+        values, penalty = logits[seen], sampling.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if written:
+        tokens, counts = torch.tensor(written).unique(return_counts=True)
+        logits[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+
+
+def truncated(scaled: Any, sampling: Sampling) -> Any:
+    """Logits [rows, vocabulary] with -inf for what min-p, top-k and top-p exclude, one after the other."""
+    import torch
+
+    if sampling.greedy:
+        return scaled
+    if sampling.min_p > 0:
+        likeliest = scaled.amax(-1, keepdim=True)  # ln(p / p_max) is the distance to the largest logit
+        scaled = scaled.masked_fill(scaled - likeliest < np.log(sampling.min_p), -torch.inf)
+    if 0 < sampling.top_k < scaled.shape[-1]:
+        last = scaled.topk(sampling.top_k).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < last, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = scaled.sort(-1, descending=True)
+        masses = ordered.softmax(-1)
+        likelier = masses.cumsum(-1) - masses  # a token stays where those likelier than it hold less than top-p
+        gone = (likelier >= sampling.top_p).scatter(-1, order, likelier >= sampling.top_p)
+        scaled = scaled.masked_fill(gone, -torch.inf)
+    return scaled

@@ -3,69 +3,92 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+import multiprocessing
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
 from .. import fingerprint
 from ..comparison.free_run import compare_free_run
 from ..comparison.result import CAUSES as LAYER_CAUSES
-from ..comparison.result import Comparison, Finding
-from ..comparison.support import depth
+from ..comparison.result import Comparison, Finding, Setup
 from ..comparison.tolerance import Tolerance, default_tolerance, with_floor
 from ..comparison.verdict import Evidence, judge
 from ..diagnosis.reading import read_against, weigh
 from ..errors import EngineError, UsageError
+from ..golden import Golden
 from ..pool import Engine, Pool
 from ..recording import measure_floor, with_untruncated
+from ..reference_pass import reference_of
 from ..replay import replay
 from ..spec import EngineSpec, Sampling
 from ..suspects import suspects
-from ..trace import Trace
-from .catalogue import GOLDENS, Fault, catalogue, causes_of, sampling_of
-from .prompts import make_prompts
-from .reference import Reference, load_checkpoint
-from .sites import EngineSite
+from ..trace import BoolArray, FloatArray, Trace
+from .anatomy import load_checkpoint
+from .catalogue import catalogue
+from .causes import causes_of
+from .fault import GOLDENS, Case, Fault, sampling_of
+from .prompts import LENGTH, make_prompts
+from .reference import Reading, Reference
+from .sites import EngineSite, Shifts
+from .store import Store
+from .truth import Doubles, Objective, TrueEffect, true_effect
 
-if TYPE_CHECKING:
-    from ..floor import NoiseFloor
-
-#: A true effect of so many margins has to fail; one of at most so much of a margin must not.
-MUST_FAIL: Final = 2.0
-MUST_NOT_FAIL: Final = 0.5
 _SAMPLES: Final = 8
 _REPEATS: Final = 3
+#: Faults in the logprobs are judged as those of another engine: on an unchanged one any other bit fails, whatever it does.
+_SETUP: Final[Setup] = "compatible"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One fault, judged. `effect` is the largest true effect, as a multiple of its margin, and `on` which one it is."""
+    """One fault on one model, judged. `effect` is what float64 says it does to an update.
 
-    fault: Fault
+    It is None for a fault that fails by construction, whatever the objective; `differs` says then whether it did anything.
+    `seen` is the same of the engine's logprobs with and without the fault: it has the engine's noise, and is near `effect` in
+    float32 where the fault that was planted in the engine is the one that was planted in the reference.
+    """
+
+    fault: Case
+    model: str
     dtype: str
-    effect: float
-    on: str
+    effect: TrueEffect | None
     verdict: str
     said: str
     findings: tuple[Finding, ...] = ()
+    differs: bool = True
+    seen: TrueEffect | None = None
+
+    @property
+    def truth(self) -> str:
+        """`material`, `between` or `immaterial`; `constructed` where it fails by construction."""
+        return "constructed" if self.effect is None else self.effect.size
 
     @property
     def expected(self) -> str:
         """`fail`, `no fail`, or empty between, and where a proven semantic cause may fail at any size."""
-        if self.effect >= MUST_FAIL:
+        if self.effect is None:
+            return "fail" if self.differs else "no fail"
+        if self.effect.size == "material":
             return "fail"
-        return "no fail" if self.effect <= MUST_NOT_FAIL and not self.fault.semantic else ""
+        return "no fail" if self.effect.size == "immaterial" and not self.fault.semantic else ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the check failed, or the engine refused."""
+        return self.verdict in ("fail", "error")
 
     @property
     def right(self) -> bool:
-        """Whether the verdict is as expected."""
-        failed = self.verdict in ("fail", "error")
-        return not self.expected or failed == (self.expected == "fail")
+        """Whether the verdict is as expected; `unverified` is not `fail`."""
+        return not self.expected or self.failed == (self.expected == "fail")
 
     @property
     def diagnosed(self) -> bool:
@@ -91,34 +114,75 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Golden:
-    fingerprint: Mapping[str, Any]
-    trace: Trace
-    floor: NoiseFloor
-    limits: Tolerance
+class Plan:
+    """What a selftest is asked for; `only` are texts of which a fault's name has to contain one, () for all faults."""
+
+    other_step: Path | None = None
+    sequences: int = 200
+    tokens: int = 64
+    objective: Objective = "token"
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    only: tuple[str, ...] = ()
+    runs: Path | None = None
+
+    def chosen(self, fault: Case) -> bool:
+        """Whether the fault is asked for."""
+        return not self.only or any(part in fault.name for part in self.only)
+
+
+def run_model(model: str, plan: Plan, notify: Callable[[str], None], show: Callable[[Row], None]) -> list[Row]:
+    """Judge the catalogue on one model in this process; `show` gets each row as it comes."""
+    step = plan.other_step or Path(f"{model}-step2")
+    rows = []
+    with Pool(notify=notify) as pool:
+        other = step if step.is_dir() else None
+        selftest = Selftest(pool, model, other, plan.sequences, plan.tokens, plan.objective, notify, plan.runs)
+        for row in selftest.run(plan.dtypes, plan.chosen):
+            rows.append(row)
+            show(row)
+    return rows
+
+
+def run_models(models: Sequence[str], plan: Plan, notify: Callable[[str], None], show: Callable[[Row], None]) -> Iterator[Row]:
+    """Judge the catalogue on each model, several in a process of their own each.
+
+    vLLM does not start a mixture of experts in a process where a dense model has run (0.32.0). `notify` and `show` are
+    functions of a module, for they are sent there.
+    """
+    if len(models) == 1:
+        yield from run_model(models[0], plan, notify, show)
+        return
+    for model in models:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+            yield from executor.submit(run_model, model, plan, notify, show).result()
 
 
 class Selftest:
-    """The catalogue on one model. `sequences` x `tokens` is the size of its goldens, `notify` gets a line of progress."""
+    """The catalogue on one model. `sequences` x `tokens` is the size of its goldens, `notify` gets a line of progress.
+
+    `runs` is a folder that keeps what the engine and the reference said, for another selftest with the same catalogue.
+    """
 
     def __init__(
-        self, pool: Pool, model: str, other_step: Path | None, sequences: int, tokens: int, notify: Callable[[str], None]
-    ) -> None:
+        self, pool: Pool, model: str, other_step: Path | None, sequences: int, tokens: int, objective: Objective,
+        notify: Callable[[str], None], runs: Path | None = None,
+    ) -> None:  # fmt: skip
         self._pool = pool
         self._model = model
+        self._objective = objective
         self._notify = notify
+        if sequences % _SAMPLES:
+            raise UsageError(f"selftest: sequences come in groups of {_SAMPLES}, so not {sequences}")
         folder, _ = pool.folders(EngineSpec(model))
         self._reference = Reference(folder)
         self._sampling = Sampling(
             temperature=0.7, n=_SAMPLES, max_tokens=tokens, ignore_eos=True, seed=1, logprobs=5
         )  # fmt: skip
-        if sequences % _SAMPLES:
-            raise UsageError(f"selftest: sequences come in groups of {_SAMPLES}, so not {sequences}")
         self._prompts = make_prompts(pool.engine(EngineSpec(model)).tokenizer, sequences // _SAMPLES)
-        vocabulary = len(self._reference.checkpoint["model.embed_tokens.weight"])
         other = {} if other_step is None else load_checkpoint(other_step)
-        self.faults = catalogue(other, vocabulary)
-        self._readings: dict[Any, Trace] = {}
+        self.faults = catalogue(self._reference.anatomy, self._reference.checkpoint, other, LENGTH, tokens)
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+        self._store = Store(runs, Path(model).name, files, sequences, tokens)
         self._plain: Trace | None = None
 
     def run(self, dtypes: Sequence[str], chosen: Callable[[Fault], bool]) -> Iterator[Row]:
@@ -126,54 +190,73 @@ class Selftest:
         for dtype in dtypes:
             faults = [f for f in self.faults if dtype in f.dtypes and chosen(f)]
             base = EngineSpec(self._model, dtype=dtype)
-            goldens = {name: self._record(base, name) for name in GOLDENS if any(f.golden == name for f in faults)}
-            runs: dict[Any, Trace] = {}
+            goldens = {name: self._golden(base, name) for name in GOLDENS if any(f.golden == name for f in faults)}
             for fault in sorted(faults, key=lambda f: (bool(f.settings), str(sorted(f.settings.items())))):
-                yield self._judge(fault, base.replace(**fault.settings), dtype, goldens[fault.golden], runs)
+                yield self._judge(fault, base.replace(**fault.settings), goldens[fault.golden])
 
-    def _record(self, spec: EngineSpec, name: str) -> _Golden:
-        """Record a golden; the plain one has the same tokens in every dtype, so that one reference serves them all."""
+    def _golden(self, spec: EngineSpec, name: str) -> Golden:
+        """The golden of this name; the plain one has the same tokens in every dtype, so that one reference serves them all."""
+        plain = "" if name != "plain" or self._plain is None else self._plain.dtype
+        golden = self._store.golden((spec.dtype, name, plain), lambda: self._record(spec, name))
+        if name == "plain":
+            self._plain = golden.trace
+        return golden
+
+    def _record(self, spec: EngineSpec, name: str) -> Golden:
         engine = self._pool.engine(spec)
         sampling = dataclasses.replace(self._sampling, **GOLDENS[name])
         if name == "plain" and self._plain is not None:
             trace = engine.replay(self._plain).with_(replay="")
         else:
             trace = engine.generate(self._prompts, sampling)
-        if name == "plain":
-            self._plain = trace
         trace = with_untruncated(engine, trace)
         _, floor = measure_floor(engine, trace, _REPEATS)
+        reference, told = reference_of(engine, trace, math.inf)
         self._notify(f"golden {name}, {spec.dtype}: {trace.num_sequences} sequences, {trace.num_tokens:,} tokens; "
-                     + floor.describe())  # fmt: skip
-        return _Golden(engine.fingerprint(), trace, floor, with_floor(default_tolerance(spec.dtype), floor))
+                     f"{floor.describe()}; {told}")  # fmt: skip
+        return Golden(trace, fingerprint=self._fingerprint(spec), floor=floor, reference=reference)
+
+    def _fingerprint(self, spec: EngineSpec) -> dict[str, Any]:
+        key = ("fingerprint", spec.dtype, str(sorted(spec.settings.items())))
+        return self._store.value(key, lambda: self._pool.engine(spec).fingerprint())
+
+    def _limits(self, golden: Golden) -> Tolerance:
+        """The limits of a check of this golden under the objective."""
+        return with_floor(default_tolerance(golden.trace.dtype, objective=self._objective), golden.floor)
+
+    @staticmethod
+    def _evidence(golden: Golden, setup: Setup) -> Evidence:
+        """What a check knows of the golden besides its trace."""
+        return Evidence(golden.floor, golden.reference, golden.routed, setup=setup)
 
     # -- one fault -----------------------------------------------------------------------------------------------------
 
-    def _judge(self, fault: Fault, spec: EngineSpec, dtype: str, golden: _Golden, runs: dict[Any, Trace]) -> Row:
-        engine = self._pool.engine(spec)
-        evidence = Evidence(golden.floor, setup="same")
+    def _judge(self, fault: Fault, spec: EngineSpec, golden: Golden) -> Row:
+        model, dtype, limits = Path(self._model).name, spec.dtype, self._limits(golden)
         if fault.unforced:
-            return Row(fault, dtype, math.inf, "by construction", *self._unforced(fault, engine, golden))
+            key = ("unforced", fault.size, dtype)
+            verdict, said = self._store.value(key, lambda: list(self._unforced(fault, spec, golden)))
+            return Row(fault.case, model, dtype, None, verdict, said)
         if fault.free_run is not None:
-            changed = engine.replay(fault.free_run(golden.trace), "regenerate")
-            free = compare_free_run(golden.trace, changed.with_(sampling=golden.trace.sampling), golden.limits.near_tie)
-            evidence = dataclasses.replace(evidence, free_run=free)
-            clean = self._engine_run(dataclasses.replace(fault, free_run=None), engine, golden, runs)
-            result = judge(golden.trace, clean, golden.limits, "rl", evidence)
-            effect, on = (0.0, "same tokens") if free.same else (math.inf, "other tokens")
-            return Row(fault, dtype, effect, on, result.verdict, result.headline, result.findings)
-        candidate = self._carried(fault, golden.trace, self._engine_run(fault, engine, golden, runs))
-        result = judge(golden.trace, candidate, golden.limits, "rl", evidence)
-        clean = self._truth(Fault(name="", size="", golden=fault.golden), golden)
-        faulty = self._carried(fault, clean, self._truth(fault, golden))
-        effect, on = true_effect(clean, faulty, golden.limits)
-        apart = fingerprint.differences(golden.fingerprint, engine.fingerprint())
-        checkpoint = faulty if "weights_differ" in causes_of(fault) else clean
-        findings = self._diagnosis(result, apart, checkpoint, golden.limits.outlier)
-        return Row(fault, dtype, effect, on, result.verdict, result.headline, findings)
+            changed = self._regenerated(fault, spec, golden)
+            free = compare_free_run(golden.trace, changed.with_(sampling=golden.trace.sampling), limits.near_tie)
+            evidence = dataclasses.replace(self._evidence(golden, "same"), free_run=free)
+            clean = self._engine_run(dataclasses.replace(fault, free_run=None), spec, golden)
+            result = judge(golden.trace, clean, limits, "rl", evidence)
+            return Row(fault.case, model, dtype, None, result.verdict, result.headline, result.findings, differs=not free.same)
+        candidate = _carried(fault, golden.trace, self._engine_run(fault, spec, golden))
+        result = judge(golden.trace, candidate, limits, "rl", self._evidence(golden, _SETUP))
+        clean_reading = self._truth(Fault(name="", size="", group=fault.group, golden=fault.golden), golden)
+        column, depth = self._with_fault(fault, golden, clean_reading)
+        effect = self._effect(golden, clean_reading.logprobs, column, depth)
+        seen = self._effect(golden, golden.trace.logprobs, candidate.logprobs, np.nan_to_num(depth))
+        apart = fingerprint.differences(golden.fingerprint, self._fingerprint(spec))
+        checkpoint = column if "weights_differ" in causes_of(fault) else clean_reading.logprobs
+        findings = self._diagnosis(result, apart, checkpoint.astype(np.float32), limits.outlier)
+        return Row(fault.case, model, dtype, effect, result.verdict, result.headline, findings, seen=seen)
 
     @staticmethod
-    def _diagnosis(result: Comparison, apart: Any, checkpoint: Trace, outlier: float) -> tuple[Finding, ...]:
+    def _diagnosis(result: Comparison, apart: Any, checkpoint: FloatArray, outlier: float) -> tuple[Finding, ...]:
         """What a diagnosis comes to: the comparison's findings, the fingerprints', and a reading of the checkpoint as it is
         now, which for faults planted in the weights is the faulty one.
         """
@@ -182,32 +265,44 @@ class Selftest:
             return tuple(findings)
         if not findings and apart:
             findings = suspects(apart)
-        return tuple(weigh(findings, read_against(result.expected, result.actual, checkpoint, outlier)))
+        reading = result.expected.with_(logprobs=checkpoint)
+        return tuple(weigh(findings, read_against(result.expected, result.actual, reading, outlier)))
 
-    def _engine_run(self, fault: Fault, engine: Engine, golden: _Golden, runs: dict[Any, Trace]) -> Trace:
+    def _engine_run(self, fault: Fault, spec: EngineSpec, golden: Golden) -> Trace:
         """The engine's logprobs of the golden's tokens with the fault planted, under the golden's labels."""
-        if fault.run_key not in runs:
-            asked = _asked(golden.trace, fault)
-            if fault.site is None:
-                answer = engine.replay(asked)
-            else:
-                answer = self._operated(engine, fault.site, lambda: engine.replay(asked))
-            runs[fault.run_key] = golden.trace.with_(
+
+        def run() -> Trace:
+            engine, asked = self._pool.engine(spec), _asked(golden.trace, fault)
+            operate: Callable[[Any], None] | None = fault.site
+            if fault.shift is not None:
+                shifts = _shifts(golden.trace, self._shift(fault, golden))
+                operate = lambda site: site.shift(shifts)  # noqa: E731 - one of the two operations on the engine
+            answer = engine.replay(asked) if operate is None else self._operated(engine, operate, lambda: engine.replay(asked))
+            return golden.trace.with_(
                 logprobs=answer.logprobs, ranks=answer.ranks, top_token_ids=answer.top_token_ids,
                 top_logprobs=answer.top_logprobs, replay=answer.replay, logprobs_mode=answer.logprobs_mode,
                 untruncated_logprobs=None,
             )  # fmt: skip
-        return runs[fault.run_key]
+
+        return self._store.trace((spec.dtype, *fault.run_key), run)
+
+    def _regenerated(self, fault: Fault, spec: EngineSpec, golden: Golden) -> Trace:
+        """What the engine writes of its own with the fault."""
+        assert fault.free_run is not None
+        asked = fault.free_run(golden.trace)
+        key = ("regenerated", spec.dtype, fault.name, fault.size)
+        return self._store.trace(key, lambda: self._pool.engine(spec).replay(asked, "regenerate"))
 
     def _operated(self, engine: Engine, operate: Callable[[Any], None], work: Callable[[], Any]) -> Any:
-        (site,) = engine.on_worker(lambda worker: EngineSite(worker, self._reference.checkpoint))
+        (site,) = engine.on_worker(lambda worker: EngineSite(worker, self._reference.checkpoint, self._reference.anatomy))
         try:
             operate(site)
             return work()
         finally:
             site.undo()
 
-    def _unforced(self, fault: Fault, engine: Engine, golden: _Golden) -> tuple[str, str]:
+    def _unforced(self, fault: Fault, spec: EngineSpec, golden: Golden) -> tuple[str, str]:
+        engine = self._pool.engine(spec)
         backend = self._pool.backend(engine.spec)  # an Engine would shut it down, as a check does
         try:
             self._operated(engine, lambda site: site.free_of_force(fault.unforced), lambda: replay(backend, golden.trace))
@@ -215,40 +310,88 @@ class Selftest:
             return "error", str(error)
         return "pass", "tokens that were not forced went unnoticed"
 
-    def _truth(self, fault: Fault, golden: _Golden) -> Trace:
+    # -- the truth -----------------------------------------------------------------------------------------------------
+
+    def _truth(self, fault: Fault, golden: Golden) -> Reading:
         """What float64 says of the golden's tokens with the fault planted."""
-        key = (*fault.run_key, id(golden.trace) if fault.golden != "plain" else 0)
-        if key not in self._readings:
+
+        def read() -> Reading:
             operate = fault.reference or fault.site
             try:
                 if operate is not None:
                     operate(self._reference)
                 prompts = [fault.prompt(list(p)) for p in self._prompts] if fault.prompt is not None else self._prompts
-                self._readings[key] = self._reference.read(
+                return self._reference.read(
                     golden.trace, prompts, sampling_of(fault, golden.trace.sampling),
                     processed=fault.settings.get("logprobs_mode") != "raw_logprobs",
                 )  # fmt: skip
             finally:
                 self._reference.undo()
-        return self._readings[key]
 
-    def _carried(self, fault: Fault, clean: Trace, faulty: Trace) -> Trace:
-        """The faulty trace in as many sequences or tokens as carry the fault, the clean one elsewhere."""
-        rng = np.random.default_rng(zlib.crc32(f"{fault.name} {fault.size}".encode()))
-        if fault.trace is not None:
-            faulty = fault.trace(faulty, rng)
-        count = fault.sequences or clean.num_sequences
-        hit = np.isin(np.arange(clean.num_sequences), rng.permutation(clean.num_sequences)[:count])
-        tokens = np.repeat(hit, np.diff(clean.sequence_offsets))
-        if fault.tokens:
-            tokens = np.isin(np.arange(clean.num_tokens), rng.permutation(clean.num_tokens)[: fault.tokens])
-        if tokens.all():
-            return faulty
-        return faulty.with_(
-            logprobs=np.where(tokens, faulty.logprobs, clean.logprobs),
-            top_logprobs=np.where(tokens[:, None], faulty.top_logprobs, clean.top_logprobs),
-            top_token_ids=np.where(tokens[:, None], faulty.top_token_ids, clean.top_token_ids),
-        )
+        tokens = hashlib.sha256(golden.trace.token_ids.tobytes()).hexdigest()
+        return self._store.reading((tokens, *fault.run_key), golden.trace, read)
+
+    def _with_fault(self, fault: Fault, golden: Golden, clean: Reading) -> tuple[Doubles, Doubles]:
+        """The logprobs [N] that float64 gives with the fault planted, and how deep what is excluded lies."""
+        if fault.shift is not None:
+            return clean.logprobs + self._shift(fault, golden), clean.depth
+        faulty = self._truth(fault, golden)
+        column, _ = _mixed(fault, clean.logprobs, faulty.logprobs, faulty.trace)
+        return column, np.where(np.isneginf(column), faulty.depth, clean.depth)
+
+    def _effect(self, golden: Golden, clean: FloatArray | Doubles, faulty: FloatArray | Doubles, depth: Doubles) -> TrueEffect:
+        return true_effect(
+            clean.astype(np.float64), faulty.astype(np.float64), golden.trace.sequence_offsets, self._objective, depth=depth,
+            experts=self._reference.anatomy.experts > 0,
+        )  # fmt: skip
+
+    def _shift(self, fault: Fault, golden: Golden) -> Doubles:
+        """The fault's shift of each token [N]; tokens of equal completions of one prompt are shifted alike."""
+        assert fault.shift is not None
+        column = fault.shift(golden.trace, _draws(fault))
+        shifts = _shifts(golden.trace, column)
+        return np.concatenate([shifts[key] for key in _keys(golden.trace)])
+
+
+def _draws(fault: Fault) -> np.random.Generator:
+    """Random numbers that are the same for a fault's engine run and for its truth."""
+    return np.random.default_rng(zlib.crc32(f"{fault.name} {fault.size}".encode()))
+
+
+def _mixed(fault: Fault, clean: Doubles, faulty: Doubles, trace: Trace) -> tuple[Doubles, BoolArray]:
+    """The faulty logprobs [N] in the tokens that carry the fault, the clean ones elsewhere; and which tokens do.
+
+    `trace` is the faulty run.
+    """
+    rng = _draws(fault)
+    if fault.reported is not None:
+        faulty = fault.reported(faulty, trace, rng)
+    hit = np.ones(len(clean), bool) if fault.where is None else fault.where(trace, rng)
+    return np.where(hit, faulty, clean), hit
+
+
+def _carried(fault: Fault, clean: Trace, faulty: Trace) -> Trace:
+    """The trace of an engine in which those tokens carry the fault that should. Both runs are the engine's."""
+    column, hit = _mixed(fault, clean.logprobs.astype(np.float64), faulty.logprobs.astype(np.float64), faulty)
+    return faulty.with_(
+        logprobs=column.astype(np.float32),
+        ranks=np.where(hit, faulty.ranks, clean.ranks),
+        top_logprobs=np.where(hit[:, None], faulty.top_logprobs, clean.top_logprobs),
+        top_token_ids=np.where(hit[:, None], faulty.top_token_ids, clean.top_token_ids),
+    )
+
+
+def _keys(trace: Trace) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Prompt and completion of each sequence."""
+    return [(tuple(trace.prompt(i)), tuple(trace.completion(i))) for i in range(trace.num_sequences)]
+
+
+def _shifts(trace: Trace, column: Doubles) -> Shifts:
+    """A column [N] by prompt and completion; that of the first where several sequences are equal."""
+    shifts: dict[Any, list[float]] = {}
+    for i, key in enumerate(_keys(trace)):
+        shifts.setdefault(key, column[slice(*trace.bounds(i))].tolist())
+    return shifts
 
 
 def _asked(trace: Trace, fault: Fault) -> Trace:
@@ -262,43 +405,3 @@ def _asked(trace: Trace, fault: Fault) -> Trace:
         prompt_token_ids=np.concatenate(prompts).astype(np.int32),
         prompt_offsets=np.cumsum([0, *map(len, prompts)]).astype(np.int64),
     )
-
-
-def true_effect(clean: Trace, faulty: Trace, limits: Tolerance) -> tuple[float, str]:
-    """The largest effect of a fault, as a multiple of its margin or budget, and its name. Both traces are the reference's.
-
-    The effects are those of statistics.md's table, computed anew here: not by the code under test.
-    """
-    if np.isnan(faulty.logprobs).any():
-        return math.inf, "NaN"
-    lost = np.isneginf(faulty.logprobs) & np.isfinite(clean.logprobs)
-    both = np.isfinite(faulty.logprobs) & np.isfinite(clean.logprobs)
-    d = faulty.logprobs[both].astype(np.float64) - clean.logprobs[both]
-    sequences = np.repeat(np.arange(clean.num_sequences), np.diff(clean.sequence_offsets))[both]
-    cut = np.clip(d, -limits.winsorize, limits.winsorize)
-    limit = max(limits.winsorize, 2 * limits.sequence_rms)
-    in_sequence = np.clip(d, -limit, limit)
-    per_sequence = [_rms_but_largest(in_sequence[sequences == s]) for s in np.unique(sequences)]
-    tokens = len(clean.token_ids)
-    deep = bool(lost.any()) and bool((depth(clean, np.flatnonzero(lost), limits) > MUST_FAIL).any())
-    effects = {
-        "mean": abs(cut.mean()) / limits.mean_diff,
-        "RMS": math.sqrt(np.mean(cut**2)) / limits.rms_diff,
-        "clip share": float(np.mean(np.abs(np.expm1(np.minimum(d, 300))) > 0.2)) / limits.clip_share,
-        "outlier tokens": int(np.sum(np.abs(d) > limits.outlier)) / (1 + len(d) // 5000),
-        "outlier sequences": _ratio(sum(rms > limits.sequence_rms for rms in per_sequence), clean.num_sequences // 200),
-        "support flips": _ratio(int(lost.sum()), math.ceil(limits.support_flips * tokens) if clean.sampling.truncates else 0),
-        "flips deep inside": math.inf if deep else 0.0,
-    }
-    on = max(effects, key=lambda name: effects[name])
-    return float(effects[on]), on
-
-
-def _rms_but_largest(d: Any) -> float:
-    """RMS of a sequence's differences, the largest taken for 0."""
-    squares = np.sort(d * d)
-    return math.sqrt(float(squares[:-1].sum()) / len(squares))
-
-
-def _ratio(count: int, budget: int) -> float:
-    return count / budget if budget else math.inf if count else 0.0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-State = Mapping[str, Any]  # checkpoint name -> tensor
+from .anatomy import Anatomy, State
+
+#: What is added to reported logprobs (nats), by prompt and completion: one number for each token of the completion.
+Shifts = Mapping[tuple[tuple[int, ...], tuple[int, ...]], Sequence[float]]
 
 
 class Site(Protocol):
@@ -35,6 +38,12 @@ class Site(Protocol):
     def activation(self, function: Callable[[Any], Any]) -> None:
         """Put `function` in place of the MLP's activation of the gate."""
 
+    def routing(self, change: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
+        """Change which experts a token uses: `change(layer, positions [tokens], shares, experts)`, both [tokens, experts used].
+
+        `experts` are their numbers, `shares` what each one's output is multiplied by. Dense layers have none.
+        """
+
     def logits(self, change: Callable[[Any], Any]) -> None:
         """Change the logits [rows, vocabulary], in float32 or better, before anything is done with them."""
 
@@ -48,11 +57,12 @@ class Site(Protocol):
 class EngineSite:
     """The model in the worker of a vLLM that runs in this process, eager."""
 
-    def __init__(self, worker: Any, checkpoint: State) -> None:
+    def __init__(self, worker: Any, checkpoint: State, anatomy: Anatomy) -> None:
         self._runner = worker.model_runner
         self._model = self._runner.get_model()
         self._layers = self._model.model.layers
         self._checkpoint = checkpoint
+        self._anatomy = anatomy
         self._undo: list[Callable[[], None]] = []
 
     def undo(self) -> None:
@@ -62,11 +72,31 @@ class EngineSite:
 
     def weights(self, change: Callable[[State], State]) -> None:
         """See Site."""
-        self._load({**self._checkpoint, **change(self._checkpoint)})
         self._undo.append(lambda: self._load(self._checkpoint))
+        self._load({**self._checkpoint, **change(self._checkpoint)})
 
     def _load(self, state: State) -> None:
         self._runner.reload_weights(weights_iterator=iter(state.items()))
+        for number, layer in enumerate(self._layers):
+            if (block := _experts_of(layer)) is not None:
+                self._load_experts(block.experts.routed_experts, number, state)
+
+    def _load_experts(self, experts: Any, layer: int, state: State) -> None:
+        """Load the experts of a layer as starting does: reloading packs them a second time (seen in 0.32.0 on CPUs)."""
+        import torch
+
+        names = [self._anatomy.mlp(layer, expert) for expert in range(self._anatomy.experts)]
+        both = torch.stack([torch.cat([state[gate], state[up]]) for gate, up, _ in names])
+        down = torch.stack([state[name] for _, _, name in names])
+        kernel = getattr(getattr(experts.quant_method.moe_kernel, "impl", None), "fused_experts", None)
+        isa = getattr(kernel, "isa", None)
+        for parameter, weights in ((experts.w13_weight, both), (experts.w2_weight, down)):
+            weights = weights.to(parameter.dtype)
+            if isa is not None:
+                from vllm._custom_ops import cpu_prepack_moe_weight
+
+                weights = cpu_prepack_moe_weight(weights, isa)
+            parameter.data.copy_(weights)
 
     def norm_epsilon(self, value: float) -> None:
         """See Site."""
@@ -102,11 +132,7 @@ class EngineSite:
 
     def keys_values(self, change: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
         """See Site."""
-        seen: dict[str, Any] = {}
-
-        def note(_: Any, args: Any, kwargs: Any) -> None:
-            seen["positions"] = kwargs["positions"]
-
+        seen = self._positions_of_step()
         for number, layer in enumerate(self._layers):
             attention = layer.self_attn
 
@@ -116,7 +142,6 @@ class EngineSite:
                 changed = change(number, seen["positions"], *heads)
                 return (query, *(c.to(x).reshape(x.shape) for c, x in zip(changed, rest, strict=True))), kwargs
 
-            self._before(attention, note)
             self._before(attention.attn, operate)
 
     def activation(self, function: Callable[[Any], Any]) -> None:
@@ -128,6 +153,23 @@ class EngineSite:
 
         for layer in self._layers:
             self._set(layer.mlp.act_fn, "forward", forward)
+
+    def routing(self, change: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
+        """See Site."""
+        seen = self._positions_of_step()
+        for number, layer in enumerate(self._layers):
+            block = _experts_of(layer)
+            if block is None:
+                continue
+            router = block.experts.router
+            original = router._compute_routing
+
+            def compute(*args: Any, number: int = number, original: Any = original, **kwargs: Any) -> tuple[Any, Any]:
+                shares, experts = original(*args, **kwargs)
+                changed = change(number, seen["positions"], shares, experts)
+                return changed[0].to(shares).contiguous(), changed[1].to(experts).contiguous()
+
+            self._set(router, "_compute_routing", compute)
 
     def logits(self, change: Callable[[Any], Any]) -> None:
         """See Site."""
@@ -145,6 +187,41 @@ class EngineSite:
             return sampled, change(scaled, logprobs)
 
         self._set(sampler, "sample", sample)
+
+    def shift(self, shifts: Shifts) -> None:
+        """Report some tokens of forced requests wrongly: their logprob is off by so much, the others of that position hold the
+        rest of the mass.
+        """
+        from ..engines.forced_decode import FORCED
+
+        sampler, runner = self._runner.sampler, self._runner
+        original = sampler.sample
+
+        def sample(*args: Any, **kwargs: Any) -> Any:
+            sampled, logprobs = original(*args, **kwargs)
+            for row, name in enumerate(runner.input_batch.req_ids):
+                request = runner.requests[name]
+                forced = (request.sampling_params.extra_args or {}).get(FORCED)
+                position = len(request.output_token_ids)
+                if forced is None or position >= len(forced):
+                    continue
+                by = shifts.get((tuple(request.prompt_token_ids), tuple(forced)))
+                if by is not None and by[position]:
+                    logprobs[row] = _with_shift(logprobs[row], forced[position], by[position])
+            return sampled, logprobs
+
+        self._set(sampler, "sample", sample)
+
+    def _positions_of_step(self) -> dict[str, Any]:
+        """Where the positions [tokens] of the step that runs are found, under `positions`."""
+        seen: dict[str, Any] = {}
+
+        def note(_: Any, args: Any, kwargs: Any) -> None:
+            seen["positions"] = kwargs["positions"]
+
+        for layer in self._layers:
+            self._before(layer.self_attn, note)
+        return seen
 
     def free_of_force(self, every: int) -> None:
         """Let one request in `every` draw its own tokens although it was told what to decode."""
@@ -171,3 +248,19 @@ class EngineSite:
 
     def _before(self, module: Any, hook: Callable[..., Any]) -> None:
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _experts_of(layer: Any) -> Any:
+    """The module of a layer that holds a router and its experts; None in a dense layer."""
+    block = getattr(layer, "block_sparse_moe", None) or layer.mlp
+    return block if hasattr(block, "experts") else None
+
+
+def _with_shift(logprobs: Any, token: int, by: float) -> Any:
+    """Logprobs [vocabulary] in which one token's is off by `by` nats and the rest is scaled to make it a distribution."""
+    before = logprobs[token].double()
+    after = before + by
+    rest = (-after.exp()).log1p() - (-before.exp()).log1p()
+    changed = logprobs + rest.to(logprobs)
+    changed[token] = after.to(logprobs)
+    return changed
