@@ -11,7 +11,7 @@ OBJECTIVES = ("token", "sequence", "truncated", "unclipped")
 
 
 def make_trace(sequences=50, tokens=40, *, prompts=None, temperature=1.0, dtype="bfloat16", seed=0, **columns):
-    """A trace of `sequences` completions of `tokens` each (a number, or one for each), of a prompt each or of `prompts` in all."""
+    """A trace of `sequences` completions of `tokens` each (or of one number for each), of as many prompts or of `prompts`."""
     rng = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(np.broadcast_to(tokens, sequences))])
     prompts = prompts or sequences

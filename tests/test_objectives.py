@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-
 from made_up import OBJECTIVES, gate, keys, make_trace, moved, outcomes, reference_of
+
 from pytest_logprob_parity import Sampling, UsageError, check_golden, compare
 from pytest_logprob_parity.chance import chance_to_pass
 from pytest_logprob_parity.comparison.intervals import POWER, detectable_share, mean_interval, share_bound
@@ -51,6 +51,15 @@ def test_one_token_that_no_noise_explains_passes_under_no_objective(sequences, n
     result = compare(expected=trace, actual=moved(trace, wild - errors), **evidence)
     outlier = gate(result, "outlier_tokens")
     assert (outlier.value, outlier.beyond, round(outlier.worst)) == (1, "fail", abs(nats))
+
+
+def test_an_outlier_of_the_goldens_excuses_none_that_is_far_larger_at_the_same_token():
+    trace = make_trace(64, 64)
+    golden, now = spread(4096, 0.02, seed=1), spread(4096, 0.02, seed=2)
+    golden[777] = 0.7
+    for error, verdict in ((0.0, "pass"), (0.9, "pass"), (20.0, "fail")):
+        now[777] = error
+        assert verdicts(trace, now - golden, reference=reference_of(trace, golden))["unclipped"] == verdict, error
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -304,29 +313,30 @@ def test_what_fails_by_an_interval_is_rare_however_heavy_the_tails():
 @pytest.mark.parametrize("prompts", [2, 8, 24, 200])
 def test_statements_about_other_prompts_are_exact(prompts):
     """The share holds in 95 % of goldens whatever it is; what `reach` says is caught is, in 90 %."""
-    from scipy.stats import binom
+    from scipy.special import bdtr
 
+    bounds = np.array([share_bound(events, prompts) for events in range(prompts + 1)])
     for truth in (0.01, 0.05, 0.2, 0.5):
-        bounds = np.array([share_bound(events, prompts) for events in range(prompts + 1)])
-        assert binom.pmf(np.arange(prompts + 1), prompts, truth)[bounds >= truth].sum() >= 0.95
+        probabilities = np.diff(bdtr(np.arange(prompts + 1), prompts, truth), prepend=0)
+        assert probabilities[bounds >= truth].sum() >= 0.95
     for allowed in (0, 1):
         reach = detectable_share(prompts, allowed)
-        assert 1 - binom.cdf(allowed, prompts, reach) == pytest.approx(POWER, abs=1e-6)
+        assert 1 - bdtr(allowed, prompts, reach) == pytest.approx(POWER, abs=1e-6)
     assert detectable_share(prompts, prompts) == 1
 
 
 def test_the_chance_that_a_clean_build_passes_and_the_prompts_that_bring_it_to_95_percent():
     def chance(prompts, rms, dtype="bfloat16", objective="token"):
-        trace = make_trace(prompts, 32, dtype=dtype)
+        trace = make_trace(prompts, 16, dtype=dtype)
         golden = Golden(trace, reference=reference_of(trace, spread(trace.num_tokens, rms, seed=1)))
         return chance_to_pass(golden, default_tolerance(dtype, objective=objective), 0.0)
 
     few, many = chance(4, 0.02), chance(24, 0.02)
     assert (few.prompts, few.share, 8 <= few.needed <= 24) == (4, 0, True)  # fewer than 8 sequences show nothing of others
     assert (many.share, many.needed, many.hidden) == (1, 24, False)
-    loud = chance(24, 0.08)
-    assert loud.share < 0.95
-    assert loud.needed is None or loud.needed > 24
+    loud = chance(8, 0.08)
+    assert loud.share < 0.9
+    assert loud.needed is None or loud.needed > 12
     hidden = chance(24, 0.02, objective="sequence")
     assert (hidden.share, hidden.needed, hidden.hidden) == (0, None, True)
     assert chance(24, 1e-7, "float32", "sequence").share == 1
@@ -339,8 +349,8 @@ def test_the_chance_that_a_clean_build_passes_and_the_prompts_that_bring_it_to_9
 @pytest.mark.parametrize(
     ("limits", "key"),
     [
-        ({"k3": 1e-5}, "k3"), ({"rms_diff": 0.01}, "k3"), ({"mean_diff": 1e-5}, "mean_diff"), ({"outlier": 0.05}, "outlier_tokens"),
-        ({"sequence_rms": 0.015}, "outlier_sequences"),
+        ({"k3": 1e-5}, "k3"), ({"rms_diff": 0.01}, "k3"), ({"mean_diff": 1e-5}, "mean_diff"),
+        ({"outlier": 0.05}, "outlier_tokens"), ({"sequence_rms": 0.015}, "outlier_sequences"),
     ],
 )  # fmt: skip
 def test_a_limit_that_a_caller_set_leaves_no_room_for_noise(limits, key, known):

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from made_up import gate, keys, make_trace, moved, noise, outcomes
 
 from pytest_logprob_parity import GoldenError, Sampling, Trace, UsageError, check_golden, compare
 from pytest_logprob_parity.comparison.free_run import compare_free_run, judge_free_run, predicted_divergences
@@ -16,38 +17,6 @@ from pytest_logprob_parity.golden import Golden
 
 #: What shape noise in bfloat16 looks like: RMS between two replays, in nats; most tokens never move.
 BFLOAT16_NOISE = 0.009
-
-
-def make_trace(sequences=50, tokens=40, *, dtype="bfloat16", seed=0, distinct=True, **columns):
-    """A trace of `sequences` completions of a prompt each; with `distinct=False` they are all one and the same."""
-    rng = np.random.default_rng(seed)
-    count = sequences * tokens
-    ids = rng.integers(0, 1000, count) if distinct else np.tile(rng.integers(0, 1000, tokens), sequences)
-    logprobs = -rng.exponential(0.7, count)
-    return Trace.from_arrays(
-        **{
-            "prompt_token_ids": np.arange(sequences) if distinct else np.zeros(1),
-            "prompt_offsets": np.arange(sequences + 1) if distinct else [0, 1],
-            "token_ids": ids,
-            "sequence_offsets": np.arange(sequences + 1) * tokens,
-            "logprobs": logprobs if distinct else np.tile(logprobs[:tokens], sequences),
-            "group": np.arange(sequences) if distinct else np.zeros(sequences),
-            "dtype": dtype,
-        }
-        | columns
-    )
-
-
-def moved(trace, change):
-    """The trace with `change` added to its logprobs."""
-    return trace.with_(logprobs=(trace.logprobs + change).astype(np.float32))
-
-
-def noise(trace, rms, seed=0):
-    """Independent noise [N] of this RMS on a fifth of the tokens, none on the others."""
-    rng = np.random.default_rng(seed)
-    moves = rng.random(trace.num_tokens) < 0.2
-    return np.where(moves, rng.normal(0, rms / math.sqrt(0.2), trace.num_tokens), 0)
 
 
 class ShapeNoise:
@@ -72,44 +41,45 @@ class ShapeNoise:
         return NoiseFloor(np.stack([self.replay(n) for n in range(repeats)]), Shapes(), reproduces)
 
 
-def judged(trace, actual, *, level="rl", floor=None, draw=None, setup="compatible", **more):
+def judged(trace, actual, *, level="rl", setup="compatible", **evidence):
     """The verdict of a check with this evidence, under the limits that a check would take."""
-    limits = with_floor(default_tolerance(trace.dtype), floor)
-    return judge(trace, actual, limits, level, Evidence(floor, draw=draw, setup=setup, **more))
-
-
-def gate(comparison, key):
-    return next(g for g in comparison.gates if g.key == key)
+    limits = with_floor(default_tolerance(trace.dtype), evidence.get("floor"))
+    return judge(trace, actual, limits, level, Evidence(setup=setup, **evidence))
 
 
 # -- does it matter: fail, pass, unverified ---------------------------------------------------------------------------
 
 
-def test_an_effect_above_its_margin_fails():
-    trace = make_trace()
-    shifted, spread = moved(trace, 0.004), moved(trace, np.random.default_rng(1).normal(0, 0.063, 2000))
-    assert "|mean difference| 0.004 nats (0.002 allowed)" in compare(expected=trace, actual=shifted).headline
-    result = compare(expected=trace, actual=spread)
-    assert (result.verdict, gate(result, "RMS").ok) == ("fail", False)
+@pytest.mark.parametrize(
+    ("dtype", "shift", "verdict"),
+    [
+        ("float32", 1.9e-3, "pass"), ("float32", 2.1e-3, "fail"),  # the objective's limit is 0.002
+        ("bfloat16", 4e-3, "pass"), ("bfloat16", 6e-3, "unverified"), ("bfloat16", 9e-3, "fail"),  # and noise moves a mean
+    ],
+)  # fmt: skip
+def test_a_mean_fails_beyond_its_limit_and_what_noise_makes_of_it(dtype, shift, verdict):
+    trace = make_trace(dtype=dtype)
+    result = compare(expected=trace, actual=moved(trace, shift))
+    assert (result.verdict, gate(result, "mean_diff").outcome) == (verdict, verdict)
+    assert gate(result, "mean_diff").value == pytest.approx(shift, rel=1e-3)
 
 
-def test_within_all_margins_and_shown_to_be_passes():
+def test_within_all_limits_and_shown_to_be_passes():
     trace = make_trace()
     result = compare(expected=trace, actual=moved(trace, noise(trace, BFLOAT16_NOISE)))
-    assert (result.verdict, all(g.sure for g in result.gates)) == ("pass", True)
-    assert result.headline == "2000 logprobs agree within tolerance (bfloat16's defaults, no noise floor)"
+    assert (result.verdict, outcomes(result)) == ("pass", {})
+    assert all(g.low <= g.value <= g.high <= g.limit for g in result.gates)
 
 
-def test_an_estimate_below_with_a_bound_above_the_margin_is_unverified():
-    trace = make_trace(sequences=10)
+def test_an_estimate_below_with_a_bound_above_the_limit_is_unverified():
+    trace = make_trace(sequences=10, dtype="float32")
     change = np.repeat(np.random.default_rng(5).normal(0, 1, 10), 40)
     change = 0.0015 + 0.0015 * (change - change.mean()) / change.std()  # the mean is inside, how far it may be is not
     result = compare(expected=trace, actual=moved(trace, change))
-    mean = gate(result, "|mean")
+    mean = gate(result, "mean_diff")
     assert (result.verdict, mean.ok, mean.sure) == ("unverified", True, False)
     assert mean.value == pytest.approx(0.0015, rel=1e-3)
-    assert mean.bound > mean.limit
-    assert "on other prompts it may be" in result.headline
+    assert mean.high > mean.limit > mean.value
 
 
 def test_under_95_percent_of_the_tokens_is_unverified_and_a_failure_in_the_rest_still_fails():
@@ -120,13 +90,12 @@ def test_under_95_percent_of_the_tokens_is_unverified_and_a_failure_in_the_rest_
     assert compare(expected=trace, actual=moved(trace, 0.1).with_(mask=mask)).verdict == "fail"
 
 
-def test_fewer_than_8_sequences_speak_for_no_others():
+def test_fewer_than_8_sequences_are_too_few_to_generalise():
     for sequences, verdict in ((7, "unverified"), (8, "pass")):
         trace = make_trace(sequences)
         result = compare(expected=trace, actual=moved(trace, noise(trace, 1e-3)))
         assert result.verdict == verdict, result.headline
     trace = make_trace(5)
-    assert "5 distinct sequences" in compare(expected=trace, actual=moved(trace, 1e-6)).headline
     assert compare(expected=trace, actual=moved(trace, 0.1)).verdict == "fail"  # what is seen is seen
 
 
@@ -137,15 +106,13 @@ def test_bits_that_came_back_on_the_same_setup_need_no_other_sequences():
 
 
 def test_identical_sequences_count_once():
-    trace = make_trace(50, distinct=False)
-    result = compare(expected=trace, actual=moved(trace, np.tile(noise(make_trace(1), 1e-3), 50)))
-    assert result.verdict == "unverified"
-    assert "1 distinct sequences" in result.headline
-    assert result.clusters.count == 1
-    apart = make_trace(50)
-    tokens = np.where(np.arange(2000) % 40 == 0, np.arange(2000) // 40, 7)  # one prompt, one other token each
-    same_prompt = trace.with_(token_ids=tokens.astype(np.int32))
-    assert compare(expected=same_prompt, actual=moved(same_prompt, noise(apart, 1e-3))).verdict == "pass"
+    one = make_trace(1)
+    again = {"token_ids": np.tile(one.token_ids, 50), "logprobs": np.tile(one.logprobs, 50)}
+    trace = make_trace(50, prompts=1, **again)
+    result = compare(expected=trace, actual=moved(trace, np.tile(noise(one, 1e-3), 50)))
+    assert (result.verdict, result.shown.prompts) == ("unverified", 1)
+    apart = make_trace(50, prompts=1)  # of the same prompt, and each another
+    assert compare(expected=apart, actual=moved(apart, noise(apart, 1e-3))).verdict == "pass"
 
 
 def test_one_nan_fails_whatever_else_is_seen():
@@ -155,46 +122,63 @@ def test_one_nan_fails_whatever_else_is_seen():
         assert (result.verdict, result.headline) == ("fail", "1 of 2000 logprobs are NaN or +inf")
 
 
-def test_a_fault_below_every_margin_passes_and_the_pass_says_what_it_would_have_caught():
+def test_a_pass_says_what_holds_of_other_prompts_and_what_would_not_have_passed():
     trace = make_trace(200, 64)
     result = compare(expected=trace, actual=moved(trace, 5e-4))
-    assert result.verdict == "pass"
-    shown, caught = result.shows
-    assert shown.startswith("shown (95% sure, 200 sequences): |mean d| up to 0.0005 of 0.002 nats, RMS up to 0.0005 of 0.045")
-    assert "up to 1.5% of sequences off by an RMS above 0.1" in shown  # statistics.md: 0 bad of 200 prove their share
-    assert "a mean shift above 0.002 nats, an RMS above 0.045, 4 tokens off by 0.5, 2 sequences" in caught
-    assert "90% sure where it hits 1.9% of rollouts" in caught
+    shown = result.shown
+    assert (result.verdict, shown.prompts, shown.sequences, shown.bad_prompts) == ("pass", 200, 200, 0)
+    assert shown.share == pytest.approx(0.015, abs=2e-4)  # statistics.md: 0 bad of 200 prove their share
+    assert (shown.sequences_allowed, shown.reach) == (gate(result, "outlier_sequences").limit, pytest.approx(0.019, abs=1e-3))
+    assert shown.tokens_allowed == gate(result, "outlier_tokens").limit
+    assert len(result.shows) == 2
 
 
-# -- how sure: bounds clustered by sequence ---------------------------------------------------------------------------
+@pytest.mark.parametrize(("rms", "verdict"), [(0.009, "pass"), (0.03, "pass"), (0.055, "unverified"), (0.09, "fail")])
+def test_error_rates_at_50_sequences_of_64_tokens(rms, verdict):
+    """k3, about half the square of the RMS: 5e-4 matters, and bfloat16's noise adds 5e-4 to pass and 2e-3 to fail."""
+    trace = make_trace(50, 64)
+    rng = np.random.default_rng(8)
+    assert {compare(expected=trace, actual=moved(trace, rng.normal(0, rms, 3200))).verdict for _ in range(20)} == {verdict}
 
 
-def heavy_tailed(rng, sequences, tokens=32):
-    """Noise of a scale of its own for each sequence; one token in 200 is 10 times further off."""
-    scale = 0.02 * np.exp(rng.normal(0, 0.5, (sequences, 1)))
-    return rng.normal(0, 1, (sequences, tokens)) * scale * np.where(rng.random((sequences, tokens)) < 0.005, 10, 1)
+# -- outliers ---------------------------------------------------------------------------------------------------------
 
 
-# -- heavy tails ------------------------------------------------------------------------------------------------------
+def planted(count, nats):
+    """A change of 200 x 64 tokens: one token of `count` sequences is off by `nats`, up and down in turn."""
+    change = np.zeros((200, 64))
+    change[np.arange(count), 7] = nats * (-1.0) ** np.arange(count)
+    return change.ravel()
 
 
-def test_one_token_464_nats_off_is_an_outlier_and_no_spread():
+def test_sequences_with_an_outlier_token_pass_up_to_a_limit_and_fail_beyond_another():
+    """Half precision puts a few so far off. The negative control: float32 does not, and leaves nothing between the two."""
     trace = make_trace(200, 64)
-    change = np.zeros(12_800)
-    change[4321] = -464
-    result = compare(expected=trace, actual=moved(trace, change), tolerance={"mean_diff": 1})
-    assert result.verdict == "pass"
-    assert result.metrics["max_abs_diff"] == pytest.approx(464)
-    assert gate(result, "RMS").value == pytest.approx(0.25 / math.sqrt(12_800))  # cut off at 0.25
-    assert (gate(result, "tokens off").value, gate(result, "tokens off").limit) == (1, 3)
+    few, many = (getattr(gate(compare(expected=trace, actual=trace), "outlier_tokens"), n) for n in ("limit", "fail_limit"))
+    assert (few, few < many) == (3, True)
+    for count, verdict in ((few, "pass"), (few + 1, "unverified"), (many, "unverified"), (many + 1, "fail")):
+        found = gate(compare(expected=trace, actual=moved(trace, planted(int(count), 0.6))), "outlier_tokens")
+        assert (found.value, found.outcome) == (count, verdict)
+    in_one = np.zeros(12_800)
+    in_one[:8] = 0.6  # in one sequence, which counts once
+    assert gate(compare(expected=trace, actual=moved(trace, in_one)), "outlier_tokens").value == 1
+    float32 = make_trace(200, 64, dtype="float32")
+    for count, verdict in ((few, "pass"), (few + 1, "fail")):
+        found = gate(compare(expected=float32, actual=moved(float32, planted(int(count), 0.6))), "outlier_tokens")
+        assert found.outcome == verdict
 
 
-def test_more_outlier_tokens_than_the_budget_fail():
+def test_sequences_that_are_off_as_a_whole_fail_although_every_average_is_small():
     trace = make_trace(200, 64)
-    for count, verdict in ((3, "pass"), (4, "fail")):
-        change = np.zeros(12_800)
-        change[np.arange(count)] = [0.6, -0.6, 0.6, -0.6][:count]  # in one sequence: that one is within its budget
-        assert compare(expected=trace, actual=moved(trace, change)).verdict == verdict
+
+    def wrong(count):
+        change = np.random.default_rng(0).normal(0, 0.2, 12_800) * np.repeat(np.arange(200) < count, 64)
+        return compare(expected=trace, actual=moved(trace, change))
+
+    limit, most = (getattr(gate(wrong(0), "outlier_sequences"), name) for name in ("limit", "fail_limit"))
+    assert wrong(int(limit)).verdict == "pass"
+    assert outcomes(wrong(int(limit) + 1)) == {"outlier_sequences": "unverified"}
+    assert outcomes(wrong(int(most) + 1)) == {"outlier_sequences": "fail"}
 
 
 def test_15_percent_of_sequences_100_times_worse_fail():
@@ -202,15 +186,7 @@ def test_15_percent_of_sequences_100_times_worse_fail():
     scale = np.where(np.arange(200) % 20 < 3, 0.3, 0.003)
     change = np.random.default_rng(0).normal(0, 1, 12_800) * np.repeat(scale, 64)
     result = compare(expected=trace, actual=moved(trace, change))
-    assert (result.verdict, gate(result, "sequences of RMS").value) == ("fail", 30)
-
-
-def test_4_of_200_sequences_gone_wrong_fail_although_every_average_is_small():
-    trace = make_trace(200, 64)
-    change = np.random.default_rng(0).normal(0, 0.15, 12_800) * np.repeat(np.arange(200) % 50 == 7, 64)
-    result = compare(expected=trace, actual=moved(trace, change))
-    assert (gate(result, "RMS").sure, gate(result, "|mean").sure) == (True, True)
-    assert result.headline == "Logprobs are not close: sequences of RMS above 0.1 4 sequences (1 allowed)"
+    assert (result.verdict, gate(result, "outlier_sequences").value) == ("fail", 30)
 
 
 def test_what_is_an_outlier_grows_with_the_floor_and_what_matters_does_not():
@@ -220,10 +196,10 @@ def test_what_is_an_outlier_grows_with_the_floor_and_what_matters_does_not():
     assert (quiet.outlier, quiet.sequence_rms) == (plain.outlier, plain.sequence_rms)
     assert loud.outlier == pytest.approx(30 * 0.04, rel=0.1)
     assert loud.sequence_rms == pytest.approx(5 * 0.04, rel=0.1)
-    for name in ("mean_diff", "rms_diff", "winsorize", "clip_share"):
+    for name in ("mean_diff", "k3", "clip_share", "weight_variance"):
         assert getattr(loud, name) == getattr(plain, name)
-    change = np.where(np.arange(2000) < 40, np.random.default_rng(0).normal(0, 0.15, 2000), 0)
-    assert judged(trace, moved(trace, change)).verdict == "fail"
+    change = np.where(np.arange(2000) < 40, 0.18 * (-1.0) ** np.arange(2000), 0)  # one sequence
+    assert outcomes(judged(trace, moved(trace, change))) == {"outlier_sequences": "unverified"}
     assert judged(trace, moved(trace, change), floor=ShapeNoise(trace, 0.04).floor()).verdict == "pass"
 
 
@@ -235,13 +211,13 @@ def test_what_is_an_outlier_grows_with_the_floor_and_what_matters_does_not():
     [
         ("none", ("pass", "pass", "pass")),
         ("shape noise", ("fail", "pass", "pass")),
-        ("a shift of half a margin", ("fail", "fail", "pass")),
-        ("a shift of twice a margin", ("fail", "fail", "fail")),
+        ("a shift of half the limit", ("fail", "fail", "pass")),
+        ("a shift of five times the limit", ("fail", "fail", "fail")),
     ],
 )
 def test_a_level_says_what_fails(change, verdicts):
     engine = ShapeNoise(make_trace())
-    shift = {"a shift of half a margin": 1e-3, "a shift of twice a margin": 4e-3}.get(change, 0)
+    shift = {"a shift of half the limit": 1e-3, "a shift of five times the limit": 1e-2}.get(change, 0)
     now = engine.trace if change == "none" else engine.trace.with_(logprobs=engine.replay(77))
     for level, verdict in zip(("bitwise", "noise", "rl"), verdicts, strict=True):
         result = judged(
@@ -255,16 +231,15 @@ def test_a_level_that_is_none():
         compare(expected=make_trace(), actual=make_trace(), level="nose")
 
 
-def test_any_other_bit_is_a_difference_where_recording_got_every_bit_back():
+def test_any_other_bit_fails_where_recording_got_every_bit_back_and_is_held_against_noise_elsewhere():
     engine = ShapeNoise(make_trace())
-    change = np.where(np.arange(2000) == 5, 1e-6, 0)
-    now = moved(engine.trace, change)
+    now = moved(engine.trace, np.where(np.arange(2000) == 5, 1e-6, 0))
     result = judged(engine.trace, now, floor=engine.floor(), setup="same", draw=lambda: engine.replay(5))
-    assert (result.verdict, result.difference.different) == ("pass", True)  # different, and it does not matter
-    assert math.isnan(result.difference.p_value)  # and that needs no p-value
+    assert (result.verdict, result.difference.different) == ("fail", True)
+    assert math.isnan(result.difference.p_value)  # that needs no p-value
     result = judged(engine.trace, now, floor=engine.floor(reproduces=False), setup="same", draw=lambda: engine.replay(5))
     assert (result.verdict, result.difference.different) == ("pass", False)
-    assert "within shape noise, p = " in result.difference.reason
+    assert result.difference.p_value > 0.01
 
 
 def test_noise_cannot_be_told_from_a_difference_without_a_floor_or_an_engine():
@@ -282,11 +257,9 @@ def test_noise_cannot_be_told_from_a_difference_without_a_floor_or_an_engine():
 def test_at_level_rl_the_defaults_stand_in_for_a_missing_floor_and_the_verdict_says_so():
     trace = make_trace()
     result = judged(trace, moved(trace, noise(trace, 0.005)))
-    assert result.verdict == "pass"
-    assert "no noise floor" in result.headline
-    assert result.notes == ("no noise floor: the limits for outliers and support flips are the defaults of bfloat16",)
+    assert (result.verdict, keys(result)) == ("pass", ["no_floor"])
     with_one = judged(trace, moved(trace, noise(trace, 0.005)), floor=ShapeNoise(trace).floor())
-    assert (with_one.headline, with_one.notes) == ("2000 logprobs agree within tolerance", ())
+    assert (with_one.verdict, keys(with_one)) == ("pass", [])
 
 
 # -- is it different: the block permutation test ----------------------------------------------------------------------
@@ -406,19 +379,20 @@ def excluded(trace, count):
 
 
 @pytest.mark.parametrize(
-    ("how", "rank", "verdict"),
+    ("how", "rank", "deep"),
     [
-        ("top-p", 4, "pass"), ("top-p", 3, "fail"), ("top-p", 1, "fail"),
-        ("top-k", 3, "pass"), ("top-k", 2, "pass"), ("top-k", 1, "fail"),
-        ("min-p", 3, "pass"), ("min-p", 2, "fail"), ("min-p", 1, "fail"),
+        ("top-p", 4, False), ("top-p", 3, True), ("top-p", 1, True),
+        ("top-k", 3, False), ("top-k", 2, False), ("top-k", 1, True),
+        ("min-p", 3, False), ("min-p", 2, True), ("min-p", 1, True),
     ],
 )  # fmt: skip
-def test_an_excluded_token_passes_near_the_edge_and_fails_deep_inside(how, rank, verdict):
+def test_a_token_excluded_deep_inside_is_an_outlier_and_one_near_the_edge_is_none(how, rank, deep):
+    """The noise that puts one token far off excludes one: both are of one budget."""
     trace = truncated_trace(how, rank)
-    result = judged(trace, excluded(trace, 1))
-    assert (result.verdict, gate(result, "support flips deep").value) == (verdict, float(verdict == "fail"))
-    if verdict == "fail":
-        assert result.headline == "Logprobs are not close: support flips deep inside 1 tokens (0 allowed)"
+    for count in (1, 5):
+        result = judged(trace, excluded(trace, count))
+        assert (gate(result, "outlier_tokens").value, gate(result, "nucleus_flips").value) == (deep * count, count)
+        assert result.verdict == ("fail" if deep and count > 1 else "pass"), result.headline
 
 
 def test_the_nearest_edge_counts():
@@ -438,9 +412,10 @@ def test_flips_near_the_edge_are_allowed_at_the_goldens_own_rate():
         return NoiseFloor(repeats, Shapes(), reproduces=True)
 
     assert (floor(0).flips, floor(4).flips) == (0, 4)
-    for own, now, verdict in ((0, 4, "pass"), (0, 6, "fail"), (4, 25, "pass"), (4, 40, "fail"), (40, 150, "pass")):
+    counts = ((0, 4, "pass"), (0, 6, "unverified"), (0, 11, "fail"), (4, 25, "pass"), (4, 40, "unverified"), (40, 150, "pass"))
+    for own, now, verdict in counts:
         result = judged(trace, excluded(trace, now), floor=floor(own))
-        assert result.verdict == verdict, (own, now, result.headline)
+        assert (result.verdict, gate(result, "nucleus_flips").outcome) == (verdict, verdict), (own, now, result.headline)
 
 
 def test_the_allowed_number_of_flips_is_a_whole_one():
@@ -448,13 +423,13 @@ def test_the_allowed_number_of_flips_is_a_whole_one():
     for tokens, flips in ((41, 7), (27, 29), (41, 28)):
         trace = make_trace(10, tokens, sampling=Sampling(top_p=0.9))
         result = compare(expected=trace, actual=trace, tolerance={"support_flips": flips / trace.num_tokens})
-        assert gate(result, "support flips").limit == flips
+        assert gate(result, "nucleus_flips").limit == flips
 
 
 def test_a_token_that_appears_in_the_support_is_a_flip_and_never_deep():
     trace = truncated_trace("top-p", 1)
     result = judged(excluded(trace, 2), trace)
-    assert (result.metrics["support_flips"], gate(result, "support flips deep").value) == (2, 0)
+    assert (result.metrics["support_flips"], gate(result, "outlier_tokens").value) == (2, 0)
     assert result.verdict == "pass"
 
 
@@ -619,9 +594,8 @@ def test_a_single_sequence_is_compared_bit_for_bit_and_shows_no_more(tmp_path):
     assert compare(expected=trace, actual=trace).verdict == "pass"
     result = compare(expected=trace, actual=moved(trace, 1e-6))
     assert result.verdict == "unverified"
-    assert "1 distinct sequences speak for no other prompts, 8 are needed: record 7 more" in result.headline
     recorded = check_golden(tmp_path / "g.safetensors", trace, update=True)
-    assert "a clean engine of another version would be unverified: 7 more sequences are needed" in recorded.notes
+    assert {"chance", "one_prompt"} <= set(keys(recorded))
     assert check_golden(tmp_path / "g.safetensors", trace).verdict == "pass"
 
 
@@ -629,7 +603,7 @@ def test_one_token():
     trace = make_trace(1, 1)
     assert compare(expected=trace, actual=trace).verdict == "pass"
     assert compare(expected=trace, actual=moved(trace, 1e-6)).verdict == "unverified"
-    assert compare(expected=trace, actual=moved(trace, 1)).verdict == "fail"
+    assert compare(expected=trace, actual=moved(trace, -7)).verdict == "fail"
     eight = make_trace(8, 1)
     assert compare(expected=eight, actual=moved(eight, 1e-6)).verdict == "pass"
 
@@ -739,26 +713,17 @@ def test_where_nothing_was_compared_nothing_is_said_to_differ():
 # -- small goldens, short completions, other orders ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 2, 4, 6])
-def test_one_wild_token_makes_no_bad_sequence_however_short(length):
+@pytest.mark.parametrize("length", [2, 4, 6])
+def test_one_outlier_token_makes_no_outlier_sequence_however_short(length):
     trace = make_trace(64, length)
-    logprobs = trace.logprobs.copy()
-    logprobs[3] -= np.float32(0.45)  # within what one token may be off
-    result = compare(expected=trace, actual=trace.with_(logprobs=logprobs), tolerance={"mean_diff": 0.1})
-    assert result.verdict != "fail", result.headline
-    wrong = logprobs.copy()
-    wrong[: 2 * length] -= np.float32(0.45)  # whole sequences are something else
-    result = compare(expected=trace, actual=trace.with_(logprobs=wrong), tolerance={"mean_diff": 0.1, "rms_diff": 1})
-    assert result.verdict == "fail"
-
-
-def test_a_small_golden_in_float32_allows_the_outlier_that_its_budget_allows():
-    trace = make_trace(8, 64, dtype="float32")
-    logprobs = trace.logprobs.copy()
-    logprobs[100] += np.float32(0.3)
-    assert compare(expected=trace, actual=trace.with_(logprobs=logprobs)).verdict != "fail"
-    logprobs[300] += np.float32(0.3)
-    assert compare(expected=trace, actual=trace.with_(logprobs=logprobs)).verdict == "fail"
+    change = np.zeros((64, length))
+    change[3, 0] = -0.45  # within what one token may be off
+    limits = {"mean_diff": 1, "k3": 1, "clip_share": 1}
+    result = compare(expected=trace, actual=moved(trace, change.ravel()), tolerance=limits)
+    assert (result.verdict, gate(result, "outlier_sequences").value) == ("pass", 0)
+    change[:5] = -0.45  # whole sequences are something else
+    result = compare(expected=trace, actual=moved(trace, change.ravel()), tolerance=limits)
+    assert (result.verdict, gate(result, "outlier_sequences").value) == ("fail", 5)
 
 
 def test_rollouts_in_another_order_find_their_partners():
@@ -786,17 +751,13 @@ def test_deep_inside_the_nucleus_goes_by_the_floors_rms_and_not_by_its_noisiest_
     assert with_floor(default_tolerance("bfloat16"), floor).support_depth == default_tolerance("bfloat16").support_depth
 
 
-def test_other_bits_are_a_difference_where_no_shape_moved_one_whatever_the_level():
+def test_other_bits_are_a_difference_where_no_shape_moved_one_and_matter_where_they_matter():
     trace = make_trace(200, 64)
     floor = NoiseFloor(np.stack([trace.logprobs] * 5), Shapes(), True)
-    logprobs = trace.logprobs.copy()
-    logprobs[5] -= np.float32(0.4)
-    for setup in ("same", "compatible"):
-        evidence = Evidence(floor, setup=setup, draw=lambda: logprobs)
-        limits = with_floor(default_tolerance("bfloat16"), floor)
-        result = judge(trace, trace.with_(logprobs=logprobs), limits, "noise", evidence)
-        assert (result.verdict, result.difference.different) == ("fail", True)
-        assert judge(trace, trace.with_(logprobs=logprobs), limits, "rl", evidence).verdict == "pass"
+    now = moved(trace, -0.4 * (np.arange(12_800) == 5))
+    for level, verdict in (("noise", "fail"), ("rl", "pass")):
+        result = judged(trace, now, level=level, floor=floor, draw=lambda: now.logprobs)
+        assert (result.verdict, result.difference.different) == (verdict, True)
 
 
 # -- the free run -------------------------------------------------------------------------------------------------------
