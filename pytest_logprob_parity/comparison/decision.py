@@ -21,7 +21,9 @@ _NOT_SHOWN: Final = "Not shown to be a regression, and not shown to be none"
 
 @dataclass(frozen=True)
 class Found:
-    """Everything that a verdict rests on. `sequences` counts the distinct ones, `exact` is every bit the same."""
+    """Everything that a verdict rests on. `sequences` counts the distinct ones, `exact` is every bit the same; `record` says
+    how the actual side's record contradicts itself, "" where it does not.
+    """
 
     expected: Trace
     actual: Trace
@@ -40,6 +42,7 @@ class Found:
     sequences: int
     exact: bool
     sides: tuple[str, str]
+    record: str = ""
 
 
 def decide(found: Found) -> tuple[str, str]:
@@ -62,6 +65,8 @@ def decide(found: Found) -> tuple[str, str]:
 def _failure(found: Found) -> str:
     """Why it fails; empty where it does not."""
     numbers, tokens = found.numbers, found.rows.tokens
+    if found.record and not different_meaning(found.expected, found.actual):
+        return found.record
     if any(f.cause in _OTHER_MEANING for f in found.findings):
         if different_meaning(found.expected, found.actual):
             here, there = (in_words(side) for side in found.sides)

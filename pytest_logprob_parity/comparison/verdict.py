@@ -20,6 +20,7 @@ from .effects import gates_of, what_it_shows
 from .free_run import judge_free_run
 from .gaps import with_gap
 from .permutation import ALPHA, block_permutation_test
+from .record import examine, topk_judged
 from .result import SIDES, Comparison, Difference, Finding, FreeRun, Gate, TokenDiff, by_their_names
 from .signatures.head import head_finding
 from .signatures.positions import positions_of
@@ -107,10 +108,11 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
     failed = [g for g in gates if not g.ok]
     exact = bool(len(d)) and not numbers["n_changed"]
     notes_of_tokens = _uncompared(expected, actual, rows, numbers)
+    record = examine(expected, actual, rows)
     findings, notes = _meanings(expected, actual, rows, numbers, bool(failed) or not len(d))
     if findings:
         gates = ()
-    elif failed:
+    elif failed and not record.explains:
         findings += semantic_findings(expected, actual, rows, _far_off(d, sequences if every else sequences[finite], limits))
         if not any(finding.cause for finding in findings) and (head := head_finding(positions_of(expected, actual, rows))):
             findings.append(head)
@@ -122,7 +124,9 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
         and (rest := left_unexplained(expected, actual, rows, 2 * limits.rms_diff))
     ):
         notes.append(rest)
-    if numbers["n_nan"]:
+    findings += record.beside(findings)
+    notes += record.notes
+    if numbers["n_nan"] and not record.accounts_for(int(numbers["n_nan"])):
         evidence_of = f"{int(numbers['n_nan'])} logprobs are NaN or +inf"
         findings.insert(0, Finding("path", None, evidence_of, ("engine_build", "kv_cache_dtype")))
     problem, finding = "", None
@@ -141,7 +145,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
     elif evidence.free_run is not None and not evidence.free_run.same:
         notes.append(f"free run: {evidence.free_run}")
     if len(d) or failed or findings:
-        difference = _is_different(expected, exact, bool(failed or findings), level, evidence)
+        difference = _is_different(expected, exact and not record.new, bool(failed or findings), level, evidence)
     else:
         difference = Difference(None, "nothing was compared")
     notes += notes_of_tokens
@@ -167,8 +171,10 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
             sequences=0 if clusters is None else clusters.count,
             exact=exact,
             sides=evidence.sides,
+            record=record.headline,
         )
     )
+    notes += [topk_judged(expected, actual)] if verdict == "pass" else []
     if verdict == "pass" and not exact:
         findings.append(_noise(numbers, gates))
     sides = evidence.sides
@@ -198,7 +204,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
 def _numbers(
     expected: Trace, actual: Trace, rows: Alignment, e: Any, a: Any, d: m.Doubles, flipped: Any
 ) -> dict[str, float]:  # fmt: skip
-    broken = (np.isnan(a) & ~np.isnan(e)) | np.isposinf(a) | np.isposinf(e)
+    broken = np.isnan(a) | np.isposinf(a) | np.isposinf(e)
     excluded, flips = np.count_nonzero(np.isneginf(e) & np.isneginf(a)), np.count_nonzero(flipped)
     return {
         "n_tokens": float(len(d)),
