@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import inspect
+import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import pytest_logprob_parity
 from pytest_logprob_parity import plugin
 from pytest_logprob_parity.cli import make_parser
 from pytest_logprob_parity.comparison import tolerance
+from pytest_logprob_parity.comparison.objectives import OBJECTIVES
 from pytest_logprob_parity.fixtures import GoldenTrace
 from pytest_logprob_parity.spec import PROFILES, RL_ON_CPU
 
@@ -226,16 +227,45 @@ def _definition(text: str) -> list[str]:
 # -- limits -----------------------------------------------------------------------------------------------------------
 
 
+def _limits_told() -> dict[str, str]:
+    """What the docstring of Tolerance says of each limit."""
+    text = inspect.getdoc(tolerance.Tolerance) or ""
+    return dict(re.findall(r"^- `(\w+)`: (.*?)(?=\n- |\n\n|\Z)", text, re.DOTALL | re.MULTILINE))
+
+
+def _table_of_limits(names: Iterable[str], columns: Mapping[str, tolerance.Tolerance]) -> Iterator[str]:
+    """Rows of limits, a column for each set of them; `-` for a limit that bounds nothing."""
+    told = _limits_told()
+    yield from (f"| limit | {' | '.join(columns)} | |", "|---" * (len(columns) + 2) + "|")
+    for name in names:
+        values = (getattr(column, name) for column in columns.values())
+        shown = " | ".join(f"{value:g}" if math.isfinite(value) else "-" for value in values)
+        yield f"| `{name}` | {shown} | {_cell(told[name])} |"
+
+
+def objectives() -> Iterator[str]:
+    """Each objective, what it is for, and the ratio that its update leaves alone."""
+    yield from ("| objective | | clip of the ratio | of |", "|---|---|---|---|")
+    for objective in OBJECTIVES.values():
+        lower, upper = objective.clip
+        unit = "a sequence" if objective.by_sequence else "a token"
+        yield f"| `{objective.name}` | {objective.title} | {lower:g} to {upper:g} | {unit} |"
+
+
 def limits() -> Iterator[str]:
-    """The limits of Tolerance with their defaults by dtype and what they are."""
-    told = dict(
-        re.findall(r"^- `(\w+)`: (.*?)(?=\n- |\Z)", inspect.getdoc(tolerance.Tolerance) or "", re.DOTALL | re.MULTILINE)
-    )
-    dtypes = ("float32", "bfloat16", "float16")
-    yield from (f"| limit | {' | '.join(dtypes)} | |", "|---|---|---|---|---|")
-    for field in dataclasses.fields(tolerance.Tolerance):
-        values = " | ".join(f"{getattr(tolerance.DEFAULTS[dtype], field.name):g}" for dtype in dtypes)
-        yield f"| `{field.name}` | {values} | {_cell(told[field.name])} |"
+    """The limits of what an update feels, by objective."""
+    columns = {f"`{name}`": tolerance.default_tolerance("bfloat16", objective=name) for name in OBJECTIVES}
+    yield from _table_of_limits(_FELT, columns)
+
+
+def noise() -> Iterator[str]:
+    """The limits of what is noise, by dtype."""
+    names = [name for name in tolerance.LIMITS if name not in _FELT]
+    yield from _table_of_limits(names, {d: tolerance.default_tolerance(d) for d in ("float32", "float16", "bfloat16")})
+
+
+#: The limits that go by objective; all others go by dtype.
+_FELT: Final = ("mean_diff", "k3", "clip_share", "weight_variance")
 
 
 def _cell(text: str) -> str:
@@ -243,5 +273,5 @@ def _cell(text: str) -> str:
 
 
 PARTS: Final[dict[str, Callable[..., Iterator[str]]]] = {
-    part.__name__: part for part in (options, ini_keys, fixtures, check, profiles, commands, name, limits)
+    part.__name__: part for part in (options, ini_keys, fixtures, check, profiles, commands, name, objectives, limits, noise)
 }

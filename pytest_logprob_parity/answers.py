@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .replay import can_regenerate
-from .trace import FloatArray, Trace
+from .trace import FloatArray, ReplayPath, Trace
 
 if TYPE_CHECKING:
     from .golden import Golden
@@ -22,16 +22,16 @@ class Answers:
     shapes drawn as the golden's floor was, where it has one; `remarks` are what there is to say of the engine beside them.
     """
 
-    replays: Mapping[str, Trace]
+    replays: Mapping[ReplayPath, Trace]
     fingerprint: Mapping[str, Any]
     policy_logprobs: FloatArray | None = None
     draw: Callable[[], FloatArray] | None = None
     remarks: Sequence[str] = ()
 
 
-def ask(engine: Engine, golden: Golden, paths: Sequence[str]) -> Answers:
+def ask(engine: Engine, golden: Golden, paths: Sequence[ReplayPath]) -> Answers:
     """Replay a golden by `paths`; `regenerate` is left out where the golden does not know its seeds."""
-    wanted = [p for p in paths if p != "regenerate" or can_regenerate(golden.trace)]
+    wanted: list[ReplayPath] = [p for p in paths if p != "regenerate" or can_regenerate(golden.trace)]
     replays = engine.replay_all(golden.trace, wanted)
     decoded = "decode" in wanted
     return Answers(

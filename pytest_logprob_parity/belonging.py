@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from . import fingerprint
+from .comparison.result import Note
 from .errors import IncomparableError
 from .golden import Golden
 from .pool import Engine
@@ -31,6 +32,8 @@ class Context:
     tolerance_lines: tuple[str, ...] = ()
     max_megabytes: float | None = None
     metrics: str = ""
+    objective: str = "token"
+    reference: str = "auto"
     observe: Callable[[Checked], None] | None = None
 
 
@@ -90,8 +93,8 @@ def with_temperature_note(comparison: Comparison, asked: Sampling | None) -> Com
     ran = comparison.expected.sampling.temperature
     if asked is None or asked.temperature == ran:
         return comparison
-    note = f"temperature {asked.temperature:g} was asked for; {comparison.expected.engine} samples with {ran:g}, its smallest"
-    return dataclasses.replace(comparison, notes=(*comparison.notes, f"{note} above 0"))
+    text = f"temperature {asked.temperature:g} was asked for; {comparison.expected.engine} samples with {ran:g}, its smallest"
+    return dataclasses.replace(comparison, notes=(*comparison.notes, Note("temperature", f"{text} above 0")))
 
 
 def _check_prompt_tokens(trace: Trace, engine: Engine | Trace, given: list[Any], context: Context, again: str) -> None:

@@ -12,8 +12,9 @@ from .answers import Answers, ask
 from .belonging import Checked, Context, check_belongs, with_temperature_note
 from .comparison.free_run import compare_free_run
 from .comparison.gaps import with_gap
-from .comparison.result import Comparison, MismatchError
-from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
+from .comparison.objectives import DEFAULT_OBJECTIVE, objective_of
+from .comparison.result import Comparison, MismatchError, Note
+from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor, with_reference
 from .comparison.verdict import Evidence, check_level, judge
 from .errors import GoldenError, UsageError
 from .floor import REPEATS
@@ -25,10 +26,10 @@ from .recording import record
 from .replay import REPLAYS, can_regenerate
 from .spec import Sampling
 from .suspects import adapter_finding, suspects
-from .trace import Trace
+from .trace import ReplayPath, Trace, TracePath
 from .unforced import as_unforced, why_unforced, without_decode
 
-DEFAULT_REPLAY: Final = ("decode", "regenerate")
+DEFAULT_REPLAY: Final[tuple[ReplayPath, ...]] = ("decode", "regenerate")
 
 
 def check_golden(
@@ -38,9 +39,10 @@ def check_golden(
     prompts: Sequence[Any] | None = None,
     sampling: Any = None,
     update: bool = False,
-    replay: Sequence[str] = DEFAULT_REPLAY,
+    replay: Sequence[ReplayPath] = DEFAULT_REPLAY,
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     level: str = "rl",
+    objective: str = DEFAULT_OBJECTIVE,
     repeats: int = REPEATS,
     context: Context | None = None,
 ) -> Comparison:
@@ -49,7 +51,8 @@ def check_golden(
     The engine is asked for its logprobs of the golden's tokens by every path in `replay`. A Trace in place of the
     engine is the candidate itself, or with `update` the golden's source. Without `prompts` and `sampling` the golden's
     own are used. `tolerance` changes limits, or declares a gap that is there on purpose (`"fp8"`, `"int8"`). `level` says
-    what fails: `bitwise`, `noise` or `rl` (see `compare`). `repeats` is how often recording replays its tokens in other
+    what fails: `bitwise`, `noise` or `rl`, and `objective` what matters to an update: `token`, `sequence`, `truncated` or
+    `unclipped` (see `compare`). `repeats` is how often recording replays its tokens in other
     batch shapes, for the noise floor; 0 records none.
 
     Raises ParityError: GoldenError, IncomparableError, UsageError, EngineError; MismatchError for the verdicts `fail`
@@ -67,6 +70,7 @@ def check_golden(
     if not isinstance(engine, (Engine, Trace)):
         raise UsageError(f"check takes an engine or a Trace, not {type(engine).__name__}")
     check_level(level)
+    context = dataclasses.replace(context, objective=objective_of(objective).name)
     if update:
         recorded = record(path, engine, given, asked, replay, tolerance, repeats, context)
         return with_temperature_note(recorded, asked)
@@ -74,14 +78,16 @@ def check_golden(
     check_belongs(golden, engine, given, asked, context)
     if isinstance(engine, Trace):
         limits = _limits(golden, engine.path, tolerance, context)
-        evidence = Evidence(golden.floor, policy_logprobs=engine.untruncated_logprobs)
+        evidence = Evidence(golden.floor, golden.reference, golden.routed, policy_logprobs=engine.untruncated_logprobs)
         checked = Checked(golden, with_gap(judge(golden.trace, engine, limits, level, evidence), tolerance))
     else:
         checked = _compare_engine(golden, engine, replay, tolerance, level, context)
     comparison, differences = checked.comparison, checked.differences
     if golden.tolerance:
         kept = ", ".join(f"{name} {value:g}" for name, value in sorted(golden.tolerance.items()))
-        note = f"limits recorded with the golden: {kept}; recording it again without tolerance= drops them"
+        note = Note(
+            "recorded_limits", f"limits recorded with the golden: {kept}; recording it again without tolerance= drops them"
+        )
         comparison = dataclasses.replace(comparison, notes=(*comparison.notes, note))
     comparison = with_temperature_note(comparison, asked)
     if context.metrics:
@@ -115,7 +121,7 @@ def _load(path: Path, context: Context) -> Golden:
 
 
 def _compare_engine(
-    golden: Golden, engine: Engine, replay: Sequence[str], tolerance: Any, level: str, context: Context
+    golden: Golden, engine: Engine, replay: Sequence[ReplayPath], tolerance: Any, level: str, context: Context
 ) -> Checked:
     trace = golden.trace
     if "prefill" in replay and trace.distribution() != "raw":
@@ -146,9 +152,12 @@ def judge_answers(
         free = compare_free_run(trace, replays["regenerate"], limits["regenerate"].near_tie)
     judged = []
     scheduled = fingerprint.keeps_schedule(answers.fingerprint)
-    for path in [p for p in replays if p != "regenerate"] or ["regenerate"]:
+    paths: list[ReplayPath] = [p for p in replays if p != "regenerate"] or ["regenerate"]
+    for path in paths:
         evidence = Evidence(
             floor=golden.floor,
+            reference=golden.reference,
+            routed=golden.routed,
             draw=answers.draw if path == "decode" and (scheduled or level == "noise") else None,
             setup=setup,
             same_stream=bool(golden.fingerprint) and not any(fingerprint.moves_the_stream(*d) for d in differences),
@@ -164,19 +173,20 @@ def judge_answers(
                 findings = (*findings, other)
             comparison = dataclasses.replace(comparison, findings=findings)
         elif other is not None:
-            note = f"another adapter: {other.evidence}"
+            note = Note("another_adapter", f"another adapter: {other.evidence}")
             headline = f"{comparison.headline}; {note}"
             comparison = dataclasses.replace(comparison, headline=headline, notes=(*comparison.notes, note))
         judged.append(with_gap(comparison, tolerance, answers.fingerprint.get("config", {})))
     worst = min(judged, key=lambda c: ("fail", "unverified", "pass").index(c.verdict))
-    return dataclasses.replace(worst, notes=(*worst.notes, *answers.remarks)), differences
+    return dataclasses.replace(worst, notes=(*worst.notes, *(Note("engine", text) for text in answers.remarks))), differences
 
 
-def _limits(golden: Golden, path: str, tolerance: Any, context: Context) -> Tolerance:
+def _limits(golden: Golden, path: TracePath, tolerance: Any, context: Context) -> Tolerance:
     """The limits of a golden: those of its dtype, its noise floor, the ini file, its recording, the call; the last wins."""
     trace = golden.trace
     paths = (trace.path, path)
-    limits = with_floor(default_tolerance(trace.dtype, paths), golden.floor)
+    limits = with_floor(default_tolerance(trace.dtype, paths, context.objective), golden.floor)
+    limits = with_reference(limits, trace.logprobs, golden.reference)
     for change in (parse_tolerance(context.tolerance_lines, trace.dtype, paths), golden.tolerance, tolerance):
         limits = make_tolerance(limits, change)
     return limits

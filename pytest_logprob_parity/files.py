@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .belonging import Checked
 from .comparison.alignment import align
+from .comparison.result import Note
 from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, with_floor
 from .comparison.verdict import Evidence, judge
 from .errors import IncomparableError
@@ -31,15 +32,16 @@ def compare_files(expected_path: Path, actual_path: Path, level: str | None = No
     checked = compare_goldens(expected, actual, level or told.level, told.limits)
     if not (changed := _changed(_limits(expected, actual), told, level)):
         return checked
-    note = f"as in the run that left it: {', '.join(changed)}"
+    note = Note("as_in_its_run", f"as in the run that left it: {', '.join(changed)}")
     comparison = dataclasses.replace(checked.comparison, notes=(*checked.comparison.notes, note))
     return dataclasses.replace(checked, comparison=comparison)
 
 
 def _changed(limits: Tolerance, told: Obtained, level: str | None) -> list[str]:
     """What of a run's level and limits is not as two files alone would have it."""
-    then, usual = dataclasses.asdict(told.limits or limits), dataclasses.asdict(limits)
-    changed = [f"{name} {value:g} (usually {usual[name]:g})" for name, value in then.items() if value != usual[name]]
+    then, usual = (told.limits or limits), limits.limits()
+    changed = [f"{name} {value:g} (usually {usual[name]:g})" for name, value in then.limits().items() if value != usual[name]]
+    changed += [f"objective {then.objective}"] * (then.objective != limits.objective)
     return [f"level {told.level}"] * (level is None and told.level != "rl") + changed
 
 
@@ -51,7 +53,7 @@ def compare_goldens(expected: Golden, actual: Golden, level: str = "rl", limits:
         apart.append(("sampling", expected.trace.sampling.processing(), actual.trace.sampling.processing()))
     policy = actual.trace.untruncated_logprobs
     setup = setup_class(expected.fingerprint if both else {}, apart)
-    evidence = Evidence(expected.floor, setup=setup, policy_logprobs=policy)
+    evidence = Evidence(expected.floor, expected.reference, expected.routed, setup=setup, policy_logprobs=policy)
     comparison = judge(expected.trace, actual.trace, limits or _limits(expected, actual), level, evidence)
     if both and comparison.verdict == "fail" and not comparison.findings:  # as a check of an engine says it
         comparison = dataclasses.replace(comparison, findings=tuple(suspects(apart)))

@@ -6,17 +6,27 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from .errors import UsageError
 
 #: Parts of config.json that say how a checkpoint was written, not what it computes.
 _VOLATILE: Final = frozenset({"transformers_version", "_name_or_path", "torch_dtype", "dtype"})
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+#: What config.json calls the number of experts, by architecture.
+_EXPERTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+#: Environment variables that choose kernels, and so move bits.
+_KERNELS: Final = (
+    "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
+    "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "VLLM_ATTENTION_BACKEND", "VLLM_BATCH_INVARIANT",
+    "VLLM_FLASH_ATTN_VERSION", "VLLM_USE_DEEP_GEMM", "VLLM_USE_FLASHINFER_SAMPLER", "VLLM_USE_V1",
+    "VLLM_USE_V2_MODEL_RUNNER", "VLLM_CPU_SGL_KERNEL", "VLLM_CPU_MOE_PREPACK",
+)  # fmt: skip
 _LIBRARIES: Final = ("torch", "transformers", "tokenizers", "numpy")
 
 
@@ -82,13 +92,22 @@ def model_digests(model: Path, tokenizer: Path) -> Mapping[str, str]:
             with file.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 parts[file.name] = hashlib.sha256(stream.read(min(length, 100_000_000))).hexdigest()
+    experts = _experts(config)
     files = [tokenizer / n for n in (*_TOKENIZER_FILES, "merges.txt", "added_tokens.json") if (tokenizer / n).is_file()]
     return {
         "model": digest_of(parts),
         "tokenizer": digest_of({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}),
         "chat_template": digest_of(_chat_template(tokenizer)),
         "end_tokens": canonical_json(_end_tokens(model, config)),
+        **({"experts": str(experts)} if experts > 1 else {}),
     }
+
+
+def _experts(config: Mapping[str, Any]) -> int:
+    """How many experts a layer of this config.json routes tokens to; 0 where none."""
+    text = config.get("text_config")
+    found = (c.get(name) for c in (config, text if isinstance(text, Mapping) else {}) for name in _EXPERTS)
+    return max((int(n) for n in found if isinstance(n, int)), default=0)
 
 
 def _end_tokens(model: Path, config: Mapping[str, Any]) -> Any:
@@ -126,6 +145,8 @@ def hardware() -> dict[str, Any]:
     """What computes: the GPU where torch sees one, else the CPU with its number of threads."""
     import torch
 
+    kernels = {name: os.environ[name] for name in _KERNELS if os.environ.get(name)}
+    told: dict[str, Any] = {"kernels": kernels} if kernels else {}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return {
@@ -133,11 +154,13 @@ def hardware() -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
             "count": torch.cuda.device_count(),
+            **told,
         }
     return {
         "device": _cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        **told,
     }
 
 
@@ -166,7 +189,7 @@ def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
     return [(n, flat_golden.get(n), flat_now.get(n)) for n in names if flat_golden.get(n) != flat_now.get(n)]
 
 
-def setup_class(golden: Mapping[str, Any], apart: Sequence[tuple[str, Any, Any]]) -> str:
+def setup_class(golden: Mapping[str, Any], apart: Sequence[tuple[str, Any, Any]]) -> Literal["same", "compatible", "unknown"]:
     """How a golden's fingerprint compares, once it belongs to the engine's model and prompts.
 
     `same`: engine, version, configuration, hardware and libraries are the golden's, bits are expected back. `compatible`:

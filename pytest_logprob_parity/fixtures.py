@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .comparison.tolerance import Tolerance
     from .pool import Engine, Pool
     from .spec import EngineSpec
-    from .trace import Trace
+    from .trace import ReplayPath, Trace
     from .trainer.transformers_scorer import TransformersScorer
 
 
@@ -128,6 +128,8 @@ class GoldenTrace:
         self._node_id = request.node.stash.get(NODE_ID, request.node.nodeid)
         self._records = Records(request.node, self._node_id)
         self._names: set[str] = set()
+        settings = request.node.stash.get(ITEM, None)
+        self._objective = "" if settings is None else settings.objective
 
     def path(self, name: str | None = None) -> Path:
         """Where the golden of the check `name` lives."""
@@ -142,15 +144,17 @@ class GoldenTrace:
         prompts: Sequence[Any] | None = None,
         sampling: Any = None,
         name: str | None = None,
-        replay: Sequence[str] = ("decode", "regenerate"),
+        replay: Sequence[ReplayPath] = ("decode", "regenerate"),
         tolerance: Tolerance | Mapping[str, Any] | str | None = None,
         level: str | None = None,
+        objective: str | None = None,
     ) -> Comparison:
         """Hold an engine, or a trace, against this test's golden; under `--update-golden` make it the golden.
 
         `prompts` are strings, lists of token ids or message lists; `sampling` a Sampling, dict or vllm.SamplingParams;
         `name` tells several checks of one test apart; `level` says what fails (`bitwise`, `noise`, `rl`; default: the
-        run's, see --parity-level). Returns the comparison, for those who log it.
+        run's, see --parity-level), `objective` what matters to an update (`token`, `sequence`, `truncated`, `unclipped`;
+        default: the marker's, then the ini file's). Returns the comparison, for those who log it.
 
         Raises ParityError; see check_golden.
         """
@@ -166,6 +170,7 @@ class GoldenTrace:
             "replay": replay,
             "tolerance": tolerance,
             "level": level or self._session.level,
+            "objective": objective or self._objective or self._session.objective,
             "repeats": self._session.repeats,
         }
         try:
@@ -175,6 +180,9 @@ class GoldenTrace:
             checked = dataclasses.replace(seen[-1], comparison=found.comparison)
             kept = self._records.keep(path, checked, lambda place: self._candidate(place, engine_or_trace, context, arguments))
             outcome = "unverified" if found.comparison.verdict == "unverified" else found.kind
+            if outcome == "unverified" and self._session.warn_unverified:
+                self._records.note(context, "warned", str(found), found.comparison, checked, kept)
+                return found.comparison
             self._records.note(context, outcome, str(found), found.comparison, checked, kept)
             setattr(found, ORIGIN, NOTED)
             # The message says it all; the frames and causes below would bury it.
@@ -205,6 +213,7 @@ class GoldenTrace:
             tolerance_lines=tuple(self._config.getini("parity_tolerance")),
             max_megabytes=float(self._config.getini("parity_max_golden_mb")),
             metrics=self._config.getoption("--parity-metrics") or "",
+            reference=self._session.reference,
             observe=observe,
         )
 

@@ -14,12 +14,15 @@ import numpy as np
 from . import container
 from .errors import GoldenError, UsageError
 from .floor import NoiseFloor, Shapes
+from .reference import Reference
 from .trace import Trace
 
 SUFFIX: Final = ".safetensors"
 
 #: The column of the noise floor: float32 [repeats, tokens].
 _FLOOR: Final = "floor_logprobs"
+#: The column of the reference: float32 [tokens].
+_REFERENCE: Final = "reference_logprobs"
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class Golden:
 
     `fingerprint` is Engine.fingerprint() of the recording engine, or {} for a trace of someone's own rollouts;
     `prompts_digest` is of the prompts as the test gave them; `node_id` and `name` say which check it belongs to.
-    `floor` is its noise floor (None for a trace of someone's own rollouts, and in goldens of schema 1); `tolerance`
-    holds the limits that the recording test asked for. `digest` is that of the file it was read from, "" for one that was
-    not read.
+    `floor` is its noise floor and `reference` its reference column; None for a trace of someone's own rollouts, where nobody
+    could compute it, and in goldens of before. `tolerance` holds the limits that the recording test asked for. `digest` is that
+    of the file it was read from, "" for one that was not read.
     """
 
     trace: Trace
@@ -39,6 +42,7 @@ class Golden:
     node_id: str = ""
     name: str = ""
     floor: NoiseFloor | None = None
+    reference: Reference | None = None
     tolerance: Mapping[str, float] = field(default_factory=dict)
     digest: str = ""
 
@@ -51,6 +55,8 @@ class Golden:
         columns = self.trace.to_columns()
         if self.floor is not None:
             columns[_FLOOR] = self.floor.logprobs
+        if self.reference is not None:
+            columns[_REFERENCE] = self.reference.logprobs
         megabytes = sum(column.nbytes for column in columns.values()) / 1e6
         if max_megabytes is not None and megabytes > max_megabytes:
             raise GoldenError(_too_large(path, self.trace, megabytes, max_megabytes))
@@ -66,6 +72,7 @@ class Golden:
                 "prompts_digest": self.prompts_digest,
                 "tolerance": dict(self.tolerance),
                 "floor": None if self.floor is None else _floor_to_json(self.floor),
+                "reference": None if self.reference is None else self.reference.to_json(),
             },
         }
         try:
@@ -78,24 +85,29 @@ class Golden:
         """Read a golden. Raises GoldenError, in one line, for a file that is missing or cannot be trusted."""
         path = Path(path)
         columns, metadata = container.read(path)
-        repeats = columns.pop(_FLOOR, None)
+        repeats, column = columns.pop(_FLOOR, None), columns.pop(_REFERENCE, None)
         trace = Trace.from_file_parts(columns, metadata, path)
         if "golden" not in metadata:
             return cls(trace, digest=metadata["digest"])
         try:
-            golden = cls._from_header(trace, dict(metadata["golden"]), repeats)
+            golden = cls._from_header(trace, dict(metadata["golden"]), repeats, column)
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
             raise container.damaged(path, f"its golden header does not hold what it should ({error})") from None
         return replace(golden, digest=metadata["digest"])
 
     @classmethod
-    def _from_header(cls, trace: Trace, about: dict[str, Any], repeats: Any) -> Golden:
+    def _from_header(cls, trace: Trace, about: dict[str, Any], repeats: Any, column: Any) -> Golden:
         texts = {name: about.pop(name) for name in ("prompts_digest", "node_id", "name")}
         prints, tolerance, drawn = about.pop("fingerprint"), about.pop("tolerance", {}), about.pop("floor", None)
+        told = about.pop("reference", None)
         parts = [prints, tolerance, *(prints.get(part, {}) for part in ("engine", "hardware", "config"))]
         if about or not all(isinstance(text, str) for text in texts.values()):
             raise ValueError(f"unknown: {', '.join(about)}" if about else "texts that are none")
-        if not all(isinstance(part, Mapping) for part in parts) or (drawn is None) != (repeats is None):
+        if (
+            not all(isinstance(part, Mapping) for part in parts)
+            or (drawn is None) != (repeats is None)
+            or ((told is None) != (column is None))
+        ):
             raise ValueError("parts are missing")
         floor = None
         if drawn is not None:
@@ -104,7 +116,17 @@ class Golden:
             if not (np.isfinite(kept := repeats[:, trace.mask]) | np.isneginf(kept)).all():
                 raise ValueError("its noise floor contains NaN or +inf")
             floor = NoiseFloor(repeats, Shapes.from_json(drawn["shapes"]), bool(drawn["reproduces"]))
-        return cls(trace, prints, **texts, floor=floor, tolerance=tolerance)
+        reference = None
+        if told is not None:
+            if column.shape != (trace.num_tokens,):
+                raise ValueError(f"its reference is {list(column.shape)}, its tokens are {trace.num_tokens}")
+            reference = Reference.from_json(column, told)
+        return cls(trace, prints, **texts, floor=floor, reference=reference, tolerance=tolerance)
+
+    @property
+    def routed(self) -> bool | None:
+        """Whether its model routes tokens to experts; None where the fingerprint does not say."""
+        return "experts" in self.fingerprint if self.fingerprint else None
 
 
 def _floor_to_json(floor: NoiseFloor) -> dict[str, Any]:
@@ -163,6 +185,7 @@ def describe(golden: Golden) -> Sequence[str]:
     if prints.get("adapter"):
         lines.append(f"adapter {prints['adapter']}")
     lines.append("no noise floor" if golden.floor is None else golden.floor.describe())
+    lines.append("no reference" if golden.reference is None else golden.reference.describe(trace.logprobs))
     if golden.node_id:
         lines.append(f"test {golden.node_id}" + (f", check {golden.name!r}" if golden.name else ""))
     return lines

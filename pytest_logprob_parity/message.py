@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
+from .comparison.objectives import objective_of
 from .comparison.result import SIDES, Comparison, TokenDiff, in_words
 from .trace import Trace
 
@@ -22,6 +23,10 @@ _LEVELS: Final = {
     "noise": "noise: any difference beyond what other batch shapes do fails",
     "rl": "rl: what matters to an RL update fails",
 }
+
+
+#: What stands beside a number that does not pass.
+_MARKS: Final = {"pass": "", "fail": "  <-- exceeds", "unverified": "  <-- inconclusive"}
 
 
 def failure_message(
@@ -43,14 +48,20 @@ def failure_message(
             (sides[0], [golden, *about]),
             (sides[1], [side(comparison.actual)]),
             ("setup", [_SETUPS[comparison.setup]] if sides == SIDES else []),
-            ("level", [_LEVELS[comparison.level]]),
+            (
+                "level",
+                [
+                    _LEVELS[comparison.level]
+                    + (f"; objective {objective_of(comparison.objective).title}" if comparison.level == "rl" else "")
+                ],
+            ),
         ),
         "\n".join(_numbers(comparison)),
         "\n".join(_worst_tokens(comparison)),
         _fields(
             ("findings", [str(f) for f in comparison.findings]),
             ("different?", [str(comparison.difference)]),
-            ("free run", [] if comparison.free_run is None else [str(comparison.free_run)]),
+            ("generation", [] if comparison.free_run is None else [str(comparison.free_run)]),
             ("logged", [] if comparison.logged is None else list(comparison.logged.lines)),
             ("differs", _difference_lines(differences, sides) if differences or comparison.setup == "same" else []),
             ("note", list(comparison.notes)),
@@ -62,9 +73,10 @@ def failure_message(
 
 def side(trace: Trace) -> str:
     """Who said the numbers of a trace, which ones, and by which replay."""
+    forced = f" ({trace.forcing})" if trace.replay and trace.forcing else ""
     return (
         f"{trace.engine} {trace.engine_version}, {trace.dtype}, {trace.logprobs_mode.replace('_', ' ')} by "
-        f"{trace.replay or trace.path}"
+        f"{trace.replay or trace.path}{forced}"
     )
 
 
@@ -90,24 +102,36 @@ def _numbers(comparison: Comparison) -> list[str]:
         ]
     if not total:
         return []
-    changed = [g for g in comparison.gates if g.name.startswith("tokens off by")]
     share = f"{numbers['coverage']:.1%} of the {sides[0]}"
     lines = [f"compared     {total:,} tokens of {int(numbers['n_sequences'])} sequences ({share})"]
-    if changed:
-        gate = changed[0]
-        lines.append(
-            f"{gate.name.replace('tokens off by', 'off by')}: {int(gate.value):,} / {total:,} tokens ({gate.value / total:.1%})"
-        )
+    lines[0] += f", {int(numbers['n_changed']):,} of them differ"
     if comparison.worst:
         lines.append(f"greatest     |d| {numbers['max_abs_diff']:.3g} nats {_place(comparison.worst[0])}")
-    lines.append(f"{'':<34}{'measured':>12}{'95 % bound':>12}{'allowed':>12}")
-    for gate in comparison.gates:
-        mark = "" if gate.sure else "  <-- exceeds" if not gate.ok else "  <-- not shown"
-        bound = "" if gate.bound is None else f"{gate.bound:.4g}"
-        lines.append(f"  {gate.name:<32}{gate.value:>12.4g}{bound:>12}{gate.limit:>12.4g} {gate.unit}{mark}")
+    lines += _table(comparison)
     lines.append(_shown("shown, not judged: ", numbers))
     if comparison.policy_metrics:
         lines.append(_shown("without truncation: ", comparison.policy_metrics))
+    return lines
+
+
+def _table(comparison: Comparison) -> list[str]:
+    """What decides, a line each: from golden to now, and, where there is a reference, how far both are from it."""
+    gates, sides = comparison.gates, comparison.sides
+    lines = [f"  {f'{sides[0]} to {sides[1]}':<38}{'measured':>10}{'from':>10}{'to':>10}{'limit':>10}"]
+    for gate in gates:
+        name = f"{gate.unit} {gate.name}" if gate.key.startswith("outlier") else gate.name
+        unit = "" if gate.key.startswith("outlier") else f" {gate.unit}"
+        low, high = ("", "") if gate.low == gate.high else (f"{max(gate.low, 0):.3g}", f"{gate.high:.3g}")
+        mark = "" if gate.errors is not None else _MARKS[gate.outcome]
+        lines.append(f"  {name:<38}{gate.value:>10.3g}{low:>10}{high:>10}{gate.limit:>10.3g}{unit}{mark}")
+    with_errors = [gate for gate in gates if gate.errors is not None]
+    if with_errors:
+        lines.append(f"  {'distance to the reference':<38}{sides[0]:>10}{sides[1]:>10}{'to':>10}{'limit':>10}")
+    for gate in with_errors:
+        errors = gate.errors
+        assert errors is not None
+        row = "".join(f"{x:>10.3g}" for x in (errors.golden, errors.actual, errors.high, errors.limit))
+        lines.append(f"  {gate.name:<38}{row} {gate.unit}{_MARKS[gate.outcome]}")
     return lines
 
 

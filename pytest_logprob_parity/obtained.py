@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -70,7 +70,8 @@ def keep(path: Path, checked: Checked, golden: str, record: Callable[[Path], obj
     )  # fmt: skip
     trace = comparison.actual.with_(untruncated_logprobs=checked.policy_logprobs)
     kept = Golden(trace, checked.fingerprint, told.prompts_digest, told.node_id, told.name)
-    kept.save(path, also={_KEY: asdict(obtained)})
+    limits = None if obtained.limits is None else obtained.limits.to_json()
+    kept.save(path, also={_KEY: {**vars(obtained), "limits": limits}})
     return obtained
 
 
@@ -102,8 +103,8 @@ def read(path: Path) -> Obtained:
         limits = texts.pop("limits", None)
         if set(texts) != set(_TEXTS) or not all(isinstance(text, str) for text in texts.values()):
             raise TypeError
-        return Obtained(**texts, limits=None if limits is None else Tolerance(**{k: float(v) for k, v in limits.items()}))
-    except (TypeError, ValueError, AttributeError):
+        return Obtained(**texts, limits=None if limits is None else Tolerance.from_json(limits))
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError):
         raise GoldenError(
             f"{path}: another version of pytest-logprob-parity left it; accept it with that one, or run again"
         ) from None

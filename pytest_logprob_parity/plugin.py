@@ -30,6 +30,9 @@ MARKER: Final = "logprob_parity"
 UPDATES: Final = ("all", "missing", "failed")
 #: Those of comparison/verdict.py, which is not imported here.
 LEVELS: Final = ("bitwise", "noise", "rl")
+#: Those of comparison/objectives.py and reference_pass.py, likewise.
+OBJECTIVES: Final = ("token", "sequence", "truncated", "unclipped")
+REFERENCES: Final = ("auto", "transformers", "engine", "none")
 #: That of obtained.py, likewise.
 _OBTAINED: Final = "parity-obtained"
 #: Options under which no test runs, so that there is nothing to report.
@@ -91,6 +94,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write a report of all checks there: index.html, results.json, summary.md",
     )
     parser.addini("parity_level", "what fails: bitwise, noise or rl", default="rl")
+    parser.addini(
+        "parity_objective", "what matters to an update: token, sequence, truncated or unclipped ratios", default="token"
+    )
+    parser.addini("parity_unverified", "what an unverified check does: fail, or warn in the summary", default="fail")
+    parser.addini(
+        "parity_reference",
+        "who computes the reference in float32 at recording: auto, transformers, engine, none",
+        default="auto",
+    )
     parser.addini("parity_repeats", "how often recording replays its tokens, for the noise floor; 0: none", default="5")
     parser.addini(
         "parity_obtained",
@@ -116,8 +128,8 @@ def pytest_load_initial_conftests(parser: pytest.Parser, args: list[str]) -> Gen
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        f"{MARKER}(model, dtype, profile, **settings): the engine this test runs against; any EngineSpec field or"
-        " engine argument.",
+        f"{MARKER}(model, dtype, profile, objective, **settings): the engine this test runs against; any EngineSpec field"
+        " or engine argument; `objective` is what its checks are judged for.",
     )
     handed = getattr(config, "workerinput", {}).get("logprob_parity_update")
     flag = config.getoption("--update-golden", False)  # a conftest's own may hold anything; only a plain flag counts
@@ -132,6 +144,14 @@ def pytest_configure(config: pytest.Config) -> None:
         level = config.getoption("--parity-level") or str(config.getini("parity_level"))
         if level not in LEVELS:
             raise UsageError(f"parity_level: {level!r} is not one of {', '.join(LEVELS)}")
+        choices = {
+            name: _choice(config, name, known)
+            for name, known in (
+                ("parity_objective", OBJECTIVES),
+                ("parity_unverified", ("fail", "warn")),
+                ("parity_reference", REFERENCES),
+            )
+        }
         repeats = str(config.getini("parity_repeats"))
         if not repeats.isdecimal() or repeats == "1":
             raise UsageError(f"parity_repeats: {repeats!r} must be 2 or more, or 0 for no noise floor")
@@ -154,10 +174,22 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"parity_max_golden_mb: {config.getini('parity_max_golden_mb')!r} must be a number above 0"
         ) from None
-    session = Session(update, golden_dir, ini, override, level, int(repeats), report, obtained == "golden", server)
+    session = Session(
+        update, golden_dir, ini, override, level, int(repeats), report, obtained == "golden", server,
+        objective=choices["parity_objective"], reference=choices["parity_reference"],
+        warn_unverified=choices["parity_unverified"] == "warn",
+    )  # fmt: skip
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(session), "logprob_parity_outcomes")
+
+
+def _choice(config: pytest.Config, name: str, known: Sequence[str]) -> str:
+    """The value of an ini key that has few. Raises UsageError."""
+    value = str(config.getini(name))
+    if value not in known:
+        raise UsageError(f"{name}: {value!r} is not one of {', '.join(known)}")
+    return value
 
 
 def _report_folder(config: pytest.Config) -> Path | None:
@@ -223,7 +255,10 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         if not isinstance(parameter, dict):
             raise UsageError(f"parametrize('parity_engine', ..., indirect=True) takes dicts of settings, not {parameter!r}")
         settings = {**session.ini_settings, **marker_settings(marks), **parameter, **session.set_settings}
-        item.stash[ITEM] = ItemSettings(make_spec(session.point(settings)), None)
+        objective = settings.pop("objective", "")
+        if objective not in ("", *OBJECTIVES):
+            raise UsageError(f"objective={objective!r}: known are {', '.join(OBJECTIVES)}")
+        item.stash[ITEM] = ItemSettings(make_spec(session.point(settings)), None, objective)
     except ParityError as error:
         item.stash[ITEM] = ItemSettings(None, error)
 
@@ -351,7 +386,7 @@ class Outcomes:
     def _tell(self, terminalreporter: pytest.TerminalReporter, records: Sequence[dict[str, Any]]) -> None:
         counts = Counter(record["outcome"] for record in records)
         good = [record for record in records if record["outcome"] in _GOOD and "shows" in record]
-        checked = sum(counts.get(o, 0) for o in ("passed", "failed", "unverified", "expected"))
+        checked = sum(counts.get(o, 0) for o in ("passed", "failed", "unverified", "warned", "expected"))
         unused = sorted(self._session.unused)
         parts = [f"{counts['recorded']} recorded"] if counts.get("recorded") else []
         parts += [f"{checked} checked"] if checked else []
@@ -360,12 +395,18 @@ class Outcomes:
             "incomparable": "incomparable", "usage": "misused", "engine": "engine errors",
         }  # fmt: skip
         parts += [f"{counts[kind]} {text}" for kind, text in names.items() if counts.get(kind)]
+        parts += [f"{counts['warned']} unverified and only warned of"] if counts.get("warned") else []
         parts += [f"{counts['expected']} failed as expected"] if counts.get("expected") else []
         parts += [f"{len(unused)} unused goldens"] if unused else []
         if not parts:
             return
         bad = any(counts.get(kind) for kind in names)
-        terminalreporter.write_line("logprob-parity: " + ", ".join(parts), red=bad, yellow=bool(unused) and not bad)
+        terminalreporter.write_line(
+            "logprob-parity: " + ", ".join(parts), red=bad, yellow=bool(unused or counts.get("warned")) and not bad
+        )
+        for record in records:
+            if record["outcome"] == "warned":
+                terminalreporter.write_line(f"  unverified {record['golden']}: {record['headline']}", yellow=True)
         most = len(good) if terminalreporter.config.getoption("verbose") > 0 else _SHOWN
         for record in good[:most]:
             for line in _told(record):
@@ -390,7 +431,8 @@ def _told(record: dict[str, Any]) -> list[str]:
     if record["outcome"] == "recorded":
         about = [f"  recorded {name}", *(f"    {note}" for note in record["notes"])]
     else:
-        about = [f"  pass ({record['setup']} setup, level {record['level']}) {name}: {record['headline']}"]
+        judged = f"{record['setup']} setup, level {record['level']}, objective {record['objective']}"
+        about = [f"  pass ({judged}) {name}: {record['headline']}"]
         about.append(f"    different? {record['difference']['text']}")
     return about + [f"    {line}" for line in [*record["shows"], *record.get("logged", {}).get("lines", ())]]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .engines.base import Backend, ResolvedConfig
     from .engines.server.client import Client
     from .floor import Shapes
-    from .trace import FloatArray, Trace
+    from .trace import FloatArray, ReplayPath, Trace
     from .weights.adapter import Adapter
     from .weights.update import WeightUpdate
 
@@ -61,6 +61,15 @@ class Engine:
         from .prompts import load_tokenizer
 
         return load_tokenizer(self._pool.folders(self.spec)[1])
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder. Raises UsageError where there is none here; needs no engine."""
+        return self._pool.folders(self.spec)[0]
+
+    def in_dtype(self, dtype: str) -> Engine:
+        """The engine of the same spec in another dtype, in the same pool."""
+        return self._pool.engine(self.spec.replace(dtype=dtype))
 
     def generate(self, prompts: Sequence[Any], sampling: Any = None) -> Trace:
         """Sample completions of prompts (strings, token ids or message lists) under a Sampling, dict or SamplingParams.
@@ -154,11 +163,11 @@ class Engine:
             adapter.check_unchanged()
         return adapter
 
-    def replay(self, trace: Trace, path: str = "decode", **options: Any) -> Trace:
+    def replay(self, trace: Trace, path: ReplayPath = "decode", **options: Any) -> Trace:
         """The engine's logprobs of the tokens of `trace`, by `decode`, `prefill`, `regenerate` or `window`."""
         return self.replay_all(trace, [path], **options)[path]
 
-    def replay_all(self, trace: Trace, paths: Sequence[str], **options: Any) -> dict[str, Trace]:
+    def replay_all(self, trace: Trace, paths: Sequence[ReplayPath], **options: Any) -> dict[ReplayPath, Trace]:
         """Several replays of one trace, by path."""
         from .replay import replay_all
 
@@ -442,7 +451,7 @@ class Pool:
             if backend.config.unverified:
                 self.notify(f"could not be read back: {', '.join(backend.config.unverified)}")
             if spec.engine == SERVER and not backend.config.forces:
-                self.notify(backend.config.forcing)
+                self.notify(backend.config.unforced)
         return backend
 
     def _start_where_possible(self, spec: EngineSpec) -> tuple[Backend, bool]:

@@ -114,7 +114,7 @@ class Records:
             record["name"] = context.name
         if comparison is not None:
             told = comparison.to_json()
-            record |= {key: told[key] for key in ("verdict", "level", "setup", "difference", "shows", "notes")}
+            record |= {key: told[key] for key in ("verdict", "level", "objective", "setup", "difference", "shows", "notes")}
             if told["logged"] is not None:
                 record["logged"] = told["logged"]
             record["metrics"] = {k: v for k, v in told["metrics"].items() if v is not None}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 
@@ -16,10 +16,10 @@ from .engines.base import Backend, Completion, Request
 from .errors import EngineError, UsageError
 from .prompts import Prompt
 from .spec import Sampling
-from .trace import FINISH_REASONS, NO_SEED, Segment, Trace, offsets_of
+from .trace import FINISH_REASONS, NO_SEED, ReplayPath, Segment, Trace, TracePath, offsets_of
 from .weights.update import WeightUpdate
 
-REPLAYS: Final = ("decode", "prefill", "regenerate", "window")
+REPLAYS: Final[tuple[ReplayPath, ...]] = get_args(ReplayPath)
 
 
 @dataclass
@@ -152,7 +152,7 @@ class _Plan:
     assemble: Callable[[list[list[Completion]]], Trace]
 
 
-def replay(backend: Backend, trace: Trace, path: str = "decode", **options: Any) -> Trace:
+def replay(backend: Backend, trace: Trace, path: ReplayPath = "decode", **options: Any) -> Trace:
     """What the engine says of the tokens of `trace`.
 
     - `decode`: it decodes, forced along the tokens. Processed or raw, as the engine reports.
@@ -165,18 +165,20 @@ def replay(backend: Backend, trace: Trace, path: str = "decode", **options: Any)
     return replay_all(backend, trace, [path], **options)[path]
 
 
-def replay_all(backend: Backend, trace: Trace, paths: Sequence[str], **options: Any) -> dict[str, Trace]:
+def replay_all(backend: Backend, trace: Trace, paths: Sequence[ReplayPath], **options: Any) -> dict[ReplayPath, Trace]:
     """Several replays of one trace; see `replay`. Each turn is one batched call for each path, in the trace's order.
 
     Calls are not merged across paths: the batch shape of a call is part of what a logprob depends on, so a decode
     replay has the shape of the run that recorded the trace, and reproduces it bit for bit on the same engine.
     """
-    makers = {"decode": _plan_decode, "prefill": _plan_prefill, "regenerate": _plan_regenerate, "window": _plan_window}
+    makers: dict[ReplayPath, Callable[..., _Plan]] = {
+        "decode": _plan_decode, "prefill": _plan_prefill, "regenerate": _plan_regenerate, "window": _plan_window,
+    }  # fmt: skip
     limit = backend.config.max_model_len
     longest = int(np.max(np.diff(trace.prompt_offsets)[trace.group] + np.diff(trace.sequence_offsets), initial=0))
     if limit is not None and longest > limit:
         raise UsageError(f"the trace has a sequence of {longest:,} tokens with its prompt; max_model_len is {limit:,}")
-    result: dict[str, Trace] = {}
+    result: dict[ReplayPath, Trace] = {}
     for path in paths:
         if path not in makers:
             raise UsageError(f"replay {path!r} is not one of {', '.join(REPLAYS)}")
@@ -213,11 +215,11 @@ def _plan_window(backend: Backend, trace: Trace, windows: int = 4, width: int = 
     return _forced(backend, trace, pieces, mask, "window")
 
 
-def _forced(backend: Backend, trace: Trace, pieces: list[tuple[Segment, int]], mask: Any, name: str) -> _Plan:
+def _forced(backend: Backend, trace: Trace, pieces: list[tuple[Segment, int]], mask: Any, name: ReplayPath) -> _Plan:
     """Forced decode of segments, each with how many tokens of its turn stand before it, in its prompt."""
-    forcing = backend.config.forcing
-    if forcing not in ("sampler", "native"):
-        raise EngineError(f"decode replay is not possible: {forcing}. Use replay=('prefill',), or turn that off")
+    config = backend.config
+    if not config.forces:
+        raise EngineError(f"decode replay is not possible: {config.unforced}. Use replay=('prefill',), or turn that off")
     turns = by_turn([segment for segment, _ in pieces])
     before = dict(pieces)
     requests = [[forced_request(trace, segment, before[segment]) for segment in turn] for turn in turns]
@@ -229,10 +231,11 @@ def _forced(backend: Backend, trace: Trace, pieces: list[tuple[Segment, int]], m
             if not np.array_equal(completion.token_ids, expected):
                 raise EngineError(
                     f"decode replay did not force the tokens: sequence {segment.sequence} came back with "
-                    f"{first_difference(completion.token_ids, expected)}; its logprobs are of other tokens ({forcing})"
+                    f"{first_difference(completion.token_ids, expected)}; its logprobs are of other tokens "
+                    f"({config.forcing})"
                 )
             rows.fill(segment.start, completion)
-        return _same_tokens(backend, trace, rows, mask, path="decode", replay=f"{name} ({forcing})")
+        return _same_tokens(backend, trace, rows, mask, path="decode", replay=name).with_(forcing=config.forcing)
 
     return _Plan(requests, assemble)
 
@@ -306,7 +309,7 @@ def _plan_regenerate(backend: Backend, trace: Trace) -> _Plan:
     return _Plan(requests, assemble)
 
 
-def _same_tokens(backend: Backend, trace: Trace, rows: _Rows, mask: Any, *, path: str, replay: str) -> Trace:
+def _same_tokens(backend: Backend, trace: Trace, rows: _Rows, mask: Any, *, path: TracePath, replay: ReplayPath) -> Trace:
     """A trace over the tokens of `trace` with other logprobs."""
     return trace.with_(
         logprobs=rows.logprobs,

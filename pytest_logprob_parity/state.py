@@ -37,6 +37,9 @@ class Session:
     report: Path | None = None
     keep_candidates: bool = True
     server: str = ""
+    objective: str = "token"
+    reference: str = "auto"
+    warn_unverified: bool = False
     node_ids: dict[str, Path] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
 
@@ -49,10 +52,13 @@ class Session:
 
 @dataclass(frozen=True)
 class ItemSettings:
-    """What one marked test asks for: its spec (None: no model named), or what is wrong with its marker."""
+    """What one marked test asks for: its spec (None: no model named), or what is wrong with its marker; `objective` is "" where
+    the marker names none.
+    """
 
     spec: EngineSpec | None
     error: ParityError | None
+    objective: str = ""
 
 
 SESSION: Final = pytest.StashKey[Session]()

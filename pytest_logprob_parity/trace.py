@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,14 @@ FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
 LOGPROBS_MODES: Final = ("processed_logprobs", "raw_logprobs")
-PATHS: Final = ("decode", "prefill")
+#: What computed logprobs.
+TracePath: TypeAlias = Literal["decode", "prefill"]
+PATHS: Final[tuple[TracePath, ...]] = get_args(TracePath)
+#: How an engine is asked about a trace; see `replay.replay`.
+ReplayPath: TypeAlias = Literal["decode", "prefill", "regenerate", "window"]
+#: What made it decode along given tokens: its own trace replay, or its sampler, wrapped.
+Forcing: TypeAlias = Literal["sampler", "native"]
+FORCINGS: Final[tuple[Forcing, ...]] = get_args(Forcing)
 
 #: Why a sequence ended, as coded in the column `finish_reasons`.
 FINISH_REASONS: Final = ("unknown", "stop", "length", "abort")
@@ -95,8 +102,8 @@ class Trace:
       whether or not it wrote any
 
     What the numbers mean: `logprobs_mode`, `path`, `sampling` (as the engine ran it: vLLM's least temperature above 0 is
-    0.01), `engine`, `engine_version`, `dtype`; `replay` says how a replay forced its tokens. `token_texts` maps ids to
-    text, for reports on machines without the tokenizer.
+    0.01), `engine`, `engine_version`, `dtype`; `replay` says how another trace's tokens were asked about ("" where these are
+    its own), `forcing` what forced them. `token_texts` maps ids to text, for reports on machines without the tokenizer.
     """
 
     prompt_token_ids: IntArray
@@ -118,12 +125,13 @@ class Trace:
     weight_versions: IntArray | None = None
 
     logprobs_mode: str = "processed_logprobs"
-    path: str = "decode"
+    path: TracePath = "decode"
     sampling: Sampling = field(default_factory=Sampling)
     engine: str = "unknown"
     engine_version: str = "unknown"
     dtype: str = "unknown"
-    replay: str = ""
+    replay: ReplayPath | Literal["scorer", ""] = ""
+    forcing: Forcing | None = None
     token_texts: Mapping[int, str] = field(default_factory=dict)
     newest_version: int | None = None
 
@@ -455,6 +463,7 @@ class Trace:
             "dtype": self.dtype,
             "replay": self.replay,
             "token_texts": _pack_texts(self.token_texts),
+            **({} if self.forcing is None else {"forcing": self.forcing}),
             **({} if self.newest_version is None else {"newest_version": self.newest_version}),
         }
 
@@ -473,11 +482,17 @@ class Trace:
             )
             raise container.damaged(path, f"not a trace: {what}")
         try:
-            labels = dict(metadata["trace"])
+            labels = _with_forcing(metadata["trace"])
             texts = _unpack_texts(**labels.pop("token_texts"))
             return cls(**columns, **{**labels, "sampling": Sampling.of(labels["sampling"]), "token_texts": texts})  # type: ignore[arg-type]
         except (UsageError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise container.damaged(path, f"its parts do not fit together: {error}") from None
+
+
+def _with_forcing(labels: Mapping[str, Any]) -> dict[str, Any]:
+    """The labels of a file; older ones have `decode (sampler)` for what is `replay` and `forcing` now."""
+    replay, _, forcing = str(labels.get("replay", "")).removesuffix(")").partition(" (")
+    return {**labels, "replay": replay, "forcing": forcing} if forcing in FORCINGS else dict(labels)
 
 
 def _pack_texts(texts: Mapping[int, str]) -> dict[str, list[Any]]:

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from .comparison.result import Comparison, Difference
+from .comparison.result import Comparison, Difference, Note
 from .server_settings import SERVER
-from .trace import Trace
+from .trace import ReplayPath, Trace
 
 if TYPE_CHECKING:
     from .pool import Engine
 
-_DECODES = ("decode", "window")
+_DECODES: Final[tuple[ReplayPath, ...]] = ("decode", "window")
 
 
-def why_unforced(engine: Engine, replay: Sequence[str]) -> str:
+def why_unforced(engine: Engine, replay: Sequence[ReplayPath]) -> str:
     """Why a server cannot decode along given tokens, where that is asked of it; else ""."""
     config = engine.config
     asked = any(path in _DECODES for path in replay)
-    return config.forcing if asked and config.engine == SERVER and not config.forces else ""
+    return config.unforced if asked and config.engine == SERVER else ""
 
 
-def without_decode(replay: Sequence[str]) -> tuple[str, ...]:
+def without_decode(replay: Sequence[ReplayPath]) -> tuple[ReplayPath, ...]:
     """The paths that are left: a prefill in the place of decode."""
-    return tuple(dict.fromkeys("prefill" if path in _DECODES else path for path in replay))
+    left: list[ReplayPath] = ["prefill" if path in _DECODES else path for path in replay]
+    return tuple(dict.fromkeys(left))
 
 
 def as_unforced(comparison: Comparison, golden: Trace, reason: str) -> Comparison:
     """A comparison with a prefill that was to be with a decode: `unverified` where the golden's logprobs are not raw."""
-    note = f"not decoded, scored by a prefill: {reason}"
+    note = Note("prefill_for_decode", f"not decoded, scored by a prefill: {reason}")
     if golden.distribution() == "raw":
         return dataclasses.replace(comparison, notes=(note, *comparison.notes))
     return dataclasses.replace(
@@ -42,7 +43,7 @@ def as_unforced(comparison: Comparison, golden: Trace, reason: str) -> Compariso
         ),
         findings=(),
         gates=(),
-        shows=(),
+        shown=None,
         difference=Difference(None, "raw logprobs say nothing of processed ones"),
-        notes=(f"to verify: {reason}", *comparison.notes),
+        notes=(Note("to_verify", f"to verify: {reason}"), *comparison.notes),
     )

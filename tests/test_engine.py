@@ -113,7 +113,7 @@ def test_decode_replay_and_free_run_reproduce_the_recording_bit_for_bit(pool, qu
     np.testing.assert_array_equal(replayed["decode"].logprobs, trace.logprobs)
     np.testing.assert_array_equal(replayed["decode"].top_logprobs, trace.top_logprobs)
     np.testing.assert_array_equal(replayed["regenerate"].token_ids, trace.token_ids)
-    assert replayed["decode"].replay == "decode (sampler)"
+    assert (replayed["decode"].replay, replayed["decode"].forcing) == ("decode", "sampler")
 
 
 def test_decode_replay_forces_tokens_that_the_engine_would_never_write(engine, questions):

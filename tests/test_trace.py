@@ -74,6 +74,15 @@ def test_a_file_gives_back_what_was_saved(trace, tmp_path):
     assert (loaded.newest_version, Trace.load(tmp_path / "updated.safetensors").newest_version) == (None, 3)
 
 
+def test_how_a_replay_was_forced_is_kept_and_older_files_tell_it_in_one_text(trace, tmp_path):
+    replayed, file = trace.with_(replay="window", forcing="native"), tmp_path / "t.safetensors"
+    replayed.save(file)
+    assert Trace.load(file).to_metadata() == replayed.to_metadata()
+    for text, told in (("decode (sampler)", ("decode", "sampler")), ("prefill", ("prefill", None)), ("", ("", None))):
+        trace.with_(replay=text).save(file)
+        assert (Trace.load(file).replay, Trace.load(file).forcing) == told
+
+
 def test_equal_traces_give_equal_bytes_in_any_process(trace, tmp_path):
     trace.save(tmp_path / "here.safetensors")
     code = (

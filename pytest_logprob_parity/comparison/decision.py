@@ -9,20 +9,22 @@ from typing import Final
 from ..trace import Trace
 from .alignment import Alignment
 from .intervals import MIN_SEQUENCES
-from .result import Difference, Finding, FreeRun, Gate, in_words
+from .result import Difference, Finding, FreeRun, Gate, Level, Setup, Verdict, in_words
 from .signatures.semantics import different_meaning
+from .wording import NOT_SHOWN, failed_line, unverified_line
 
 #: Below this share of the golden's tokens compared, a comparison proves too little to pass.
 COVERAGE: Final = 0.95
 #: Causes that make the two columns other quantities, not the same one off by something.
 _OTHER_MEANING: Final = frozenset({"raw_vs_processed", "temperature", "truncation", "penalties", "shifted_positions"})
-_NOT_SHOWN: Final = "Not shown to be a regression, and not shown to be none"
 
 
 @dataclass(frozen=True)
 class Found:
-    """Everything that a verdict rests on. `sequences` counts the distinct ones, `exact` is every bit the same; `record` says
-    how the actual side's record contradicts itself, "" where it does not.
+    """Everything that a verdict rests on.
+
+    `sequences` counts the distinct ones, `exact` is every bit the same, `reproduces` that recording got every bit back.
+    `record` says how the actual side's record contradicts itself, "" where it does not.
     """
 
     expected: Trace
@@ -35,17 +37,17 @@ class Found:
     free_problem: str
     free_run: FreeRun | None
     difference: Difference
-    level: str
-    setup: str
+    level: Level
+    setup: Setup
     has_floor: bool
-    whose_limits: str
+    reproduces: bool
     sequences: int
     exact: bool
     sides: tuple[str, str]
     record: str = ""
 
 
-def decide(found: Found) -> tuple[str, str]:
+def decide(found: Found) -> tuple[Verdict, str]:
     """The verdict and its headline. What is wrong fails first; what is not shown comes next; the rest passes."""
     if not found.rows.tokens:
         return "unverified", "Nothing was compared: the two traces have no tokens in common"
@@ -58,8 +60,7 @@ def decide(found: Found) -> tuple[str, str]:
         return "pass", f"{count} logprobs agree bit for bit"
     if found.has_floor:
         return "pass", f"{count} logprobs agree within tolerance"
-    defaults = f"{found.whose_limits}'s defaults, " if found.whose_limits else ""
-    return "pass", f"{count} logprobs agree within tolerance ({defaults}no noise floor)"
+    return "pass", f"{count} logprobs agree within tolerance (no noise floor)"
 
 
 def _failure(found: Found) -> str:
@@ -77,12 +78,14 @@ def _failure(found: Found) -> str:
     if numbers["n_nan"]:
         return f"{int(numbers['n_nan'])} of {tokens} logprobs are NaN or +inf"
     if found.failed:
-        worst = max(found.failed, key=lambda g: g.value / g.limit if g.limit else float("inf"))
-        return f"Logprobs are not close: {worst.name} {worst.value:.3g} {worst.unit} ({worst.limit:.3g} allowed)"
+        return f"Logprobs are not close: {failed_line(max(found.failed, key=lambda g: g.excess))}"
     if found.free_problem:
         return found.free_problem
+    if found.setup == "same" and found.reproduces and numbers["n_changed"]:
+        count = int(numbers["n_changed"])
+        return f"{count} of {tokens} logprobs are not bit-identical, although they were when recorded: the engine is the same"
     missing = found.rows.wanted - tokens
-    if found.level == "bitwise" and missing and not found.actual.replay.startswith("window"):
+    if found.level == "bitwise" and missing and found.actual.replay != "window":
         return f"{missing} of the golden's {found.rows.wanted} tokens did not come back, so they are not the same bit for bit"
     if numbers["n_tokens"] and found.level == "bitwise" and not found.exact:
         return f"{int(numbers['n_changed'])} of {tokens} logprobs are not the same bit for bit"
@@ -99,8 +102,8 @@ def _not_shown(found: Found) -> str:
     if not numbers["n_tokens"]:
         return "Nothing was compared: no token has a finite logprob on both sides"
     if numbers["n_excluded"] > numbers["n_tokens"]:
-        return f"Most tokens, {int(numbers['n_excluded'])}, are excluded on both sides: {_NOT_SHOWN.lower()}"
-    if numbers["coverage"] < COVERAGE and not found.actual.replay.startswith("window"):
+        return f"Most tokens, {int(numbers['n_excluded'])}, are excluded on both sides: {NOT_SHOWN.lower()}"
+    if numbers["coverage"] < COVERAGE and found.actual.replay != "window":
         return (
             f"Only {numbers['coverage']:.1%} of the tokens could be compared ({COVERAGE:.0%} needed): "
             f"{found.rows.diverged_sequences} sequences diverge, {found.rows.missing_sequences} are missing, "
@@ -112,14 +115,11 @@ def _not_shown(found: Found) -> str:
         return ""  # there is no effect whose size could be unsure; another engine has to show it on enough sequences
     if found.sequences < MIN_SEQUENCES:
         return (
-            f"{_NOT_SHOWN}: {found.sequences} distinct sequences speak for no other prompts, {MIN_SEQUENCES} are needed: "
-            f"record {MIN_SEQUENCES - found.sequences} more"
+            f"{NOT_SHOWN}: {found.sequences} distinct sequences are too few to generalise to other prompts, {MIN_SEQUENCES} "
+            f"are needed: record {MIN_SEQUENCES - found.sequences} more"
         )
     unsure = [g for g in found.gates if not g.sure]
     if unsure:
-        gate = max(unsure, key=lambda g: (g.bound or 0) / g.limit if g.limit else float("inf"))
-        return (
-            f"{_NOT_SHOWN}: {gate.name} is {gate.value:.3g} {gate.unit}, on other prompts it may be {gate.bound:.3g} "
-            f"({gate.limit:.3g} allowed): record more sequences"
-        )
+        more = "" if any(g.hidden or g.beyond for g in unsure) else ": record more prompts"
+        return f"{NOT_SHOWN}: {unverified_line(max(unsure, key=lambda g: (g.hidden, g.excess)))}{more}"
     return ""

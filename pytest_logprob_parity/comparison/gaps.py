@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import UsageError
 from ..spec import nearest
+from .result import Note
 
 if TYPE_CHECKING:
     from .result import Comparison
@@ -33,7 +34,7 @@ GAPS: Final[Mapping[str, Gap]] = {
     "fp8": Gap(
         "fp8 rollouts",
         {
-            "mean_diff": 0.01, "rms_diff": 0.09, "winsorize": 0.5, "clip_share": 0.04, "outlier": 3.0, "sequence_rms": 0.25,
+            "mean_diff": 0.01, "k3": 0.004, "noise_rms": 0.09, "clip_share": 0.04, "outlier": 3.0, "sequence_rms": 0.25,
             "support_flips": 0.03, "support_depth": 0.2, "near_tie": 0.5,
         },
         "NeMo-RL's limit for fp8, token_mult_prob_error < 1.08, is what d of this RMS gives",
@@ -42,7 +43,7 @@ GAPS: Final[Mapping[str, Gap]] = {
     "int8": Gap(
         "int8 rollouts",
         {
-            "mean_diff": 0.003, "rms_diff": 0.06, "winsorize": 0.35, "clip_share": 0.02, "outlier": 0.75, "sequence_rms": 0.15,
+            "mean_diff": 0.003, "k3": 0.0018, "noise_rms": 0.06, "clip_share": 0.02, "outlier": 0.75, "sequence_rms": 0.15,
             "support_flips": 0.015, "support_depth": 0.15, "near_tie": 0.35,
         },
         "NeMo-RL's limit for all rollouts, token_mult_prob_error < 1.05, is what d of this RMS gives",
@@ -64,14 +65,16 @@ def with_gap(comparison: Comparison, tolerance: Any, config: Mapping[str, Any] |
         return comparison
     gap = GAPS[tolerance]
     limits = ", ".join(f"{name} {value:g}" for name, value in gap.limits.items())
-    notes = [f"declared gap: {gap.title}; limits {limits} ({gap.reason})"]
+    notes = [Note("declared_gap", f"declared gap: {gap.title}; limits {limits} ({gap.reason})")]
     says = [str((config or {}).get(name)) for name in ("quantization", "kv_cache_dtype")]
     if config is not None and not any(mark in text.lower() for mark in gap.marks for text in says):
-        notes.append(
-            f"the gap is declared and not there: the engine's quantization is {says[0]}, its kv_cache_dtype {says[1]}; "
+        text = (
+            f"a gap was declared, but the engine reports none: its quantization is {says[0]}, its kv_cache_dtype {says[1]}; "
             "without it narrower limits would hold"
         )
+        notes.append(Note("gap_not_there", text))
     if comparison.metrics.get("n_tokens") and not comparison.metrics.get("n_changed"):
-        notes.append("the gap is declared and not there: every logprob is bit for bit the other side's, as without it")
+        text = "a gap was declared, but every logprob is bit-identical to the other side's, as without it"
+        notes.append(Note("gap_not_there", text))
     headline = f"{comparison.headline} (declared gap: {gap.title})" if comparison.gates else comparison.headline
     return dataclasses.replace(comparison, headline=headline, notes=(*notes, *comparison.notes))

@@ -5,13 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ..errors import ParityError
 
 if TYPE_CHECKING:
     from ..trace import Trace
-    from .intervals import Clusters
+
+Verdict = Literal["pass", "fail", "unverified"]
+#: What fails: any other bit; any difference beyond what other batch compositions do; an effect that matters to an RL update.
+Level = Literal["bitwise", "noise", "rl"]
+#: How two fingerprints compare.
+Setup = Literal["same", "compatible", "unknown"]
+GateKey = Literal[
+    "nan", "nucleus_flips", "mean_diff", "k3", "clip_share", "weight_variance", "outlier_tokens", "outlier_sequences"
+]
+
+#: What a gate's number is, in words.
+GATE_NAMES: Final[Mapping[GateKey, str]] = {
+    "nan": "NaN or +inf",
+    "nucleus_flips": "nucleus flips",
+    "mean_diff": "|mean difference|",
+    "k3": "k3 (KL)",
+    "clip_share": "ratios outside the clip",
+    "weight_variance": "variance of the weights",
+    "outlier_tokens": "with a token off by more than",
+    "outlier_sequences": "with an RMS above",
+}
 
 #: Layers, in the order in which to rule them out, and the causes of each.
 CAUSES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -60,27 +80,128 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Gate:
-    """One number that decides: its value, what is allowed, and the unit both are in.
+class Errors:
+    """How far both sides are from the reference, in the unit of a gate, and the interval and the limits of `actual`.
 
-    `bound` is the upper 95 % confidence bound of what the value says of other prompts; None where it is a count.
+    The limits are what the objective bears beside the golden's own error; `limit` with the room in which a clean build passes,
+    `fail_limit` with the room beyond which noise explains it no longer.
     """
 
-    name: str
+    golden: float
+    actual: float
+    limit: float
+    fail_limit: float
+    low: float
+    high: float
+
+    @property
+    def outcome(self) -> Verdict:
+        """Whether the error has grown by what matters."""
+        return _outcome(self.low, self.high, self.limit, self.fail_limit)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One number that decides, with its interval and limits, all in `unit`.
+
+    - it passes where `high` is within `limit`, fails where `low` is above `fail_limit`, and is unverified between
+    - `errors` is the same of the distances to the reference: an effect that passes there passes, for nothing has got worse;
+      one fails only where it fails there and matters itself
+    - `hidden`: noise alone exceeds what the objective bears, so a difference that does not pass is not told from noise
+    - `threshold` is what makes an outlier; `worst` the largest one, `unexplained` what no noise explains (nats), and `beyond`
+      the outcome where the worst is above that
+    """
+
+    key: GateKey
     value: float
     limit: float
+    fail_limit: float
+    low: float
+    high: float
     unit: str = ""
-    bound: float | None = None
+    errors: Errors | None = None
+    hidden: bool = False
+    threshold: float = math.nan
+    worst: float = math.nan
+    unexplained: float = math.nan
+    beyond: Verdict | None = None
+
+    @property
+    def outcome(self) -> Verdict:
+        """`pass`, `fail` or `unverified`."""
+        if self.beyond is not None:
+            return "fail" if self.low > self.fail_limit else self.beyond
+        direct = _outcome(self.low, self.high, self.limit, self.fail_limit)
+        if direct == "pass" or (self.errors is None and not self.hidden):
+            return direct
+        if self.errors is not None and self.errors.outcome == "pass" and not self.hidden:
+            return "pass"
+        if self.hidden or self.errors is None:
+            return "unverified"
+        return "fail" if self.errors.outcome == "fail" and self.low > self.limit else "unverified"
 
     @property
     def ok(self) -> bool:
-        """Whether the value is within the limit; NaN is not."""
-        return self.value <= self.limit
+        """Whether it does not fail."""
+        return self.outcome != "fail"
 
     @property
     def sure(self) -> bool:
-        """Whether the bound is within the limit too."""
-        return self.ok and (self.bound is None or self.bound <= self.limit)
+        """Whether it passes."""
+        return self.outcome == "pass"
+
+    @property
+    def excess(self) -> float:
+        """How many times the limit of failing the value is; infinite where nothing is allowed."""
+        if self.beyond is not None:
+            return max(self.value / self.fail_limit if self.fail_limit else math.inf, self.worst / self.unexplained)
+        if self.errors is not None:
+            return self.errors.actual / self.errors.fail_limit if self.errors.fail_limit else math.inf
+        return self.value / self.fail_limit if self.fail_limit else math.inf if self.value else 0.0
+
+    @property
+    def name(self) -> str:
+        """The number in words; code goes by `key`."""
+        return GATE_NAMES[self.key] + (f" {self.threshold:.2g}" if math.isfinite(self.threshold) else "")
+
+
+def _outcome(low: float, high: float, limit: float, fail_limit: float) -> Verdict:
+    """Where an interval lies: NaN, which is no number to compare, fails."""
+    if math.isnan(low) or math.isnan(high) or low > fail_limit:
+        return "fail"
+    return "pass" if high <= limit else "unverified"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a comparison says of other prompts, exact whatever the noise (Clopper-Pearson over distinct prompts).
+
+    `bad_prompts` of `prompts` hold a sequence whose RMS is above `threshold` (nats), so with CONFIDENCE no more than `share`
+    (0 to 1) of such prompts do. A fault that moves the sequences of a prompt by more than `threshold` does not pass with
+    probability POWER where it hits `reach` of the prompts (1: wherever it hits them all).
+    """
+
+    prompts: int
+    sequences: int
+    threshold: float
+    bad_prompts: int
+    share: float
+    reach: float
+    tokens_allowed: int
+    sequences_allowed: int
+
+
+class Note(str):
+    """A sentence beside a verdict, with the `key` that code finds it by."""
+
+    __slots__ = ("key",)
+    key: str
+
+    def __new__(cls, key: str, text: str) -> Note:
+        """`text` under `key`."""
+        note = super().__new__(cls, text)
+        note.key = key
+        return note
 
 
 @dataclass(frozen=True)
@@ -213,12 +334,12 @@ class Comparison:
     `metrics` are floats by name (nats, shares from 0 to 1, counts), d = actual - expected over the tokens that were
     compared; `policy_metrics` are the same without truncation, where the sampling truncates and both sides have them.
     `level` is what was asked (`bitwise`, `noise`, `rl`), `setup` how the two sides' fingerprints compare (`same`,
-    `compatible`, or `unknown` for traces in hand), `difference` the answer to "is it different", `shows` what the comparison
-    has shown and would have caught, in words, `clusters` the sums by sequence that its bounds rest on, `sides` what the two
-    are called, and `logged` what a framework's own metrics say, where they were asked for.
+    `compatible`, or `unknown` for traces in hand), `objective` whose limits hold, `difference` the answer to "is it
+    different", `shown` what the comparison says of other prompts, `sides` what the two are called, and `logged` what a
+    framework's own metrics say, where they were asked for.
     """
 
-    verdict: str
+    verdict: Verdict
     headline: str
     metrics: Mapping[str, float]
     findings: tuple[Finding, ...]
@@ -228,15 +349,22 @@ class Comparison:
     actual: Trace
     policy_metrics: Mapping[str, float] = field(default_factory=dict)
     free_run: FreeRun | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     recorded: bool = False
-    level: str = "rl"
-    setup: str = "unknown"
+    level: Level = "rl"
+    setup: Setup = "unknown"
+    objective: str = "token"
     difference: Difference = Difference(None, "not asked")
-    shows: tuple[str, ...] = ()
-    clusters: Clusters | None = None
+    shown: Shown | None = None
     sides: tuple[str, str] = SIDES
     logged: Logged | None = None
+
+    @property
+    def shows(self) -> tuple[str, ...]:
+        """What the comparison says of other prompts, in words; () where it has nothing to say of them."""
+        from .wording import shown_lines
+
+        return () if self.shown is None else shown_lines(self.shown)
 
     @property
     def passed(self) -> bool:
@@ -256,15 +384,22 @@ class Comparison:
             ],
             "gates": [
                 {
+                    "key": g.key,
                     "name": g.name,
                     "value": _finite(g.value),
                     "limit": _finite(g.limit),
+                    "fail_limit": _finite(g.fail_limit),
                     "unit": g.unit,
+                    "outcome": g.outcome,
                     "ok": g.ok,
-                    "bound": None if g.bound is None else _finite(g.bound),
+                    "low": _finite(g.low),
+                    "threshold": _finite(g.threshold),
+                    "bound": _finite(g.high),
+                    "errors": None if g.errors is None else {k: _finite(v) for k, v in vars(g.errors).items()},
                 }
                 for g in self.gates
             ],
+            "objective": self.objective,
             "level": self.level,
             "setup": self.setup,
             "difference": {
@@ -273,6 +408,7 @@ class Comparison:
                 "p_value": _finite(self.difference.p_value),
             },
             "shows": list(self.shows),
+            "shown": None if self.shown is None else {k: _finite(v) for k, v in vars(self.shown).items()},
             "free_run": None if self.free_run is None else self.free_run.to_json(),
             "notes": list(self.notes),
             "recorded": self.recorded,

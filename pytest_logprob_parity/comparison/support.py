@@ -8,32 +8,54 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..reference import Reference
 from ..trace import Trace
 from .alignment import Alignment
+from .intervals import poisson_quantile
 from .tolerance import Tolerance
 
 
 @dataclass(frozen=True)
 class SupportFlips:
-    """`count` tokens excluded on one side only, `allowed` of them by the golden's own rate, `deep` far from the edge."""
+    """`count` tokens excluded on one side only, `allowed` of them by the golden's own rate, `deep` far from the edge.
+
+    More than `unexplained` are more than noise explains.
+    """
 
     count: int
     allowed: int
     deep: int
+    unexplained: int
 
 
 def support_flips(
-    expected: Trace, actual: Trace, rows: Alignment, flipped: npt.NDArray[np.bool_], limits: Tolerance
+    expected: Trace,
+    actual: Trace,
+    rows: Alignment,
+    flipped: npt.NDArray[np.bool_],
+    limits: Tolerance,
+    reference: Reference | None = None,
 ) -> SupportFlips:
-    """Judge the flipped ones of the aligned tokens. Without truncation on either side none is allowed."""
+    """Judge the flipped ones of the aligned tokens. Without truncation on either side none is allowed.
+
+    Two builds flip as often as both flip against a reference, so what the golden flips against its own counts twice.
+    """
     count = int(np.count_nonzero(flipped))
-    truncates = expected.sampling.truncates or actual.sampling.truncates
-    allowed = int(np.ceil(limits.support_flips * rows.tokens - 1e-9)) if truncates else 0
+    if not (expected.sampling.truncates or actual.sampling.truncates):
+        return SupportFlips(count, 0, 0, 0)
+    allowed = int(np.ceil(limits.support_flips * rows.tokens - 1e-9))
+    unexplained = allowed
+    if "support_flips" not in limits.explicit:
+        own = (
+            0 if reference is None else int(np.count_nonzero(np.isneginf(reference.logprobs) & np.isfinite(expected.logprobs)))
+        )
+        allowed = max(allowed, poisson_quantile(0.99, 2.0 * own))
+        unexplained = max(2 * allowed, poisson_quantile(0.9995, 4.0 * own))
     if not count or not expected.sampling.truncates:
-        return SupportFlips(count, allowed, 0)
+        return SupportFlips(count, allowed, 0, unexplained)
     places = np.arange(expected.num_tokens)[rows.expected][flipped]
     lost = places[np.isfinite(expected.logprobs[places])]
-    return SupportFlips(count, allowed, int(np.count_nonzero(depth(expected, lost, limits) > 1)))
+    return SupportFlips(count, allowed, int(np.count_nonzero(depth(expected, lost, limits) > 1)), unexplained)
 
 
 def depth(trace: Trace, places: npt.NDArray[Any], limits: Tolerance) -> npt.NDArray[np.float64]:

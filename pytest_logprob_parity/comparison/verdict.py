@@ -5,23 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 
 from ..errors import UsageError
 from ..floor import NoiseFloor
+from ..reference import Reference
 from ..spec import nearest
 from ..trace import FloatArray, Trace
 from . import metrics as m
 from .alignment import Alignment, align
 from .decision import Found, decide
-from .effects import gates_of, what_it_shows
+from .effects import Differences, gates_of, setting_of, what_it_shows
 from .free_run import judge_free_run
 from .gaps import with_gap
+from .intervals import distinct_sequences, prompt_numbers
+from .objectives import DEFAULT_OBJECTIVE
 from .permutation import ALPHA, block_permutation_test
 from .record import examine, topk_judged
-from .result import SIDES, Comparison, Difference, Finding, FreeRun, Gate, TokenDiff, by_their_names
+from .result import SIDES, Comparison, Difference, Finding, FreeRun, Gate, Level, Note, Setup, TokenDiff, by_their_names
 from .signatures.head import head_finding
 from .signatures.positions import positions_of
 from .signatures.semantics import (
@@ -33,26 +36,29 @@ from .signatures.semantics import (
     unsure_of,
 )
 from .support import support_flips
-from .tolerance import DEFAULTS, Tolerance, default_tolerance, make_tolerance, whose_defaults, with_floor
+from .tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance, with_floor
 
-#: What fails: any other bit; any difference beyond what other batch shapes do; an effect that matters to an RL update.
-LEVELS: Final = ("bitwise", "noise", "rl")
+LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 _WORST: Final = 8
+#: In float32 a larger RMS than so many times the noise of builds is no noise.
+_BEYOND: Final = 10
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What a check knows beyond two traces.
 
-    `floor` is the golden's; `draw` asks the engine for its logprobs [N] in shapes drawn as the floor's were; `setup` says
-    how the fingerprints compare (`same`, `compatible`, `unknown`); `same_stream` that nothing which random numbers come
-    from has changed; `same_schedule` that equal requests run in equal batches; `policy_logprobs` [N] are the engine's without
-    truncation; `sides` is what the two are called.
+    `floor` and `reference` are the golden's, `routed` says whether its model routes tokens to experts; `draw` asks the engine
+    for its logprobs [N] in batch compositions drawn as the floor's were; `setup` says how the fingerprints compare;
+    `same_stream` that nothing which random numbers come from has changed; `same_schedule` that equal requests run in equal
+    batches; `policy_logprobs` [N] are the engine's without truncation; `sides` is what the two are called.
     """
 
     floor: NoiseFloor | None = None
+    reference: Reference | None = None
+    routed: bool | None = None
     draw: Callable[[], FloatArray] | None = None
-    setup: str = "unknown"
+    setup: Setup = "unknown"
     same_stream: bool = False
     same_schedule: bool = True
     free_run: FreeRun | None = None
@@ -66,26 +72,32 @@ def compare(
     actual: Trace,
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     level: str = "rl",
+    objective: str = DEFAULT_OBJECTIVE,
     floor: NoiseFloor | None = None,
+    reference: Reference | None = None,
 ) -> Comparison:
     """Compare two traces over their identical tokens; d = actual - expected.
 
     `tolerance` changes the defaults for the golden's dtype and the two paths, or declares a gap that is there on purpose
     (`"fp8"`, `"int8"`). `level` says what fails: `bitwise` any other bit, `noise` any difference beyond shape noise (which
-    two traces in hand cannot show), `rl` what matters to an update. `floor` is the golden's noise floor.
+    two traces in hand cannot show), `rl` what matters to an update of this `objective` (`token`, `sequence`, `truncated`,
+    `unclipped`; see Objective). `floor` is the golden's noise floor, `reference` its reference column.
 
     Where the two sides mean different things, and the numbers bear that out, nothing is subtracted: the metrics of
     differences are NaN and a finding says so.
 
-    Raises UsageError for a tolerance or level that does not exist.
+    Raises UsageError for a tolerance, level or objective that does not exist.
     """
     if not isinstance(expected, Trace) or not isinstance(actual, Trace):
         raise UsageError(f"compare() takes two Traces, not {type(expected).__name__} and {type(actual).__name__}")
-    base = with_floor(default_tolerance(expected.dtype, (expected.path, actual.path)), floor)
-    return with_gap(judge(expected, actual, make_tolerance(base, tolerance), level, Evidence(floor)), tolerance)
+    if reference is not None and len(reference.logprobs) != expected.num_tokens:
+        raise UsageError(f"the reference has {len(reference.logprobs)} tokens, the expected trace {expected.num_tokens}")
+    base = with_floor(default_tolerance(expected.dtype, (expected.path, actual.path), objective), floor)
+    evidence = Evidence(floor, reference)
+    return with_gap(judge(expected, actual, make_tolerance(base, tolerance), level, evidence), tolerance)
 
 
-def check_level(level: str) -> str:
+def check_level(level: str) -> Level:
     """`level`, if it is one. Raises UsageError."""
     if level not in LEVELS:
         raise UsageError(f"level={level!r}: known are {', '.join(LEVELS)}{nearest(str(level), LEVELS)}")
@@ -94,7 +106,7 @@ def check_level(level: str) -> str:
 
 def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidence: Evidence) -> Comparison:
     """What `compare` does, with everything that a check knows."""
-    check_level(level)
+    level = check_level(level)
     rows = align(expected, actual)
     e, a = expected.logprobs[rows.expected], actual.logprobs[rows.actual]
     finite = np.isfinite(e) & np.isfinite(a)
@@ -102,28 +114,33 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
     d = np.subtract(a, e, dtype=np.float64) if every else (a[finite].astype(np.float64) - e[finite])
     flipped = (np.isneginf(e) != np.isneginf(a)) & ~(np.isnan(e) | np.isnan(a))
     numbers = _numbers(expected, actual, rows, e, a, d, flipped)
-    flips = support_flips(expected, actual, rows, flipped, limits)
+    flips = support_flips(expected, actual, rows, flipped, limits, evidence.reference)
     sequences = m.sequence_numbers(expected, rows.expected)
-    gates, clusters = gates_of(expected, d, sequences if every else sequences[finite], numbers, flips, limits)
+    sequences = sequences if every else sequences[finite]
+    differences = _differences(expected, e, a, d, finite, sequences, rows, evidence.reference)
+    setting = setting_of(expected, evidence.routed)
+    gates = gates_of(differences, int(numbers["n_nan"]), flips, limits, setting, expected.num_sequences)
+    shown = what_it_shows(differences, gates)
     failed = [g for g in gates if not g.ok]
     exact = bool(len(d)) and not numbers["n_changed"]
     notes_of_tokens = _uncompared(expected, actual, rows, numbers)
     record = examine(expected, actual, rows)
+    notes: list[Note]
     findings, notes = _meanings(expected, actual, rows, numbers, bool(failed) or not len(d))
     if findings:
         gates = ()
     elif failed and not record.explains:
-        findings += semantic_findings(expected, actual, rows, _far_off(d, sequences if every else sequences[finite], limits))
+        findings += semantic_findings(expected, actual, rows, _far_off(d, sequences, limits))
         if not any(finding.cause for finding in findings) and (head := head_finding(positions_of(expected, actual, rows))):
             findings.append(head)
-        notes += [unsure] if (unsure := unsure_of(expected, actual, rows)) else []
+        notes += [Note("top_k", unsure)] if (unsure := unsure_of(expected, actual, rows)) else []
     penalties = any(f.cause == "penalties" for f in findings)  # what they move is no remainder
     if (
         any(f.cause for f in findings)
         and not penalties
-        and (rest := left_unexplained(expected, actual, rows, 2 * limits.rms_diff))
+        and (rest := left_unexplained(expected, actual, rows, 2 * limits.fit_rms))
     ):
-        notes.append(rest)
+        notes.append(Note("left_unexplained", rest))
     findings += record.beside(findings)
     notes += record.notes
     if numbers["n_nan"] and not record.accounts_for(int(numbers["n_nan"])):
@@ -143,15 +160,15 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
     if finding is not None:
         findings.append(finding)
     elif evidence.free_run is not None and not evidence.free_run.same:
-        notes.append(f"free run: {evidence.free_run}")
+        notes.append(Note("free_generation", f"free generation: {evidence.free_run}"))
     if len(d) or failed or findings:
         difference = _is_different(expected, exact and not record.new, bool(failed or findings), level, evidence)
     else:
         difference = Difference(None, "nothing was compared")
     notes += notes_of_tokens
     if level == "rl" and evidence.floor is None and not exact and len(d) and evidence.sides == SIDES:
-        known = expected.dtype if expected.dtype in DEFAULTS else f"bfloat16, for {expected.dtype!r} is no dtype we know"
-        notes.append(f"no noise floor: the limits for outliers and support flips are the defaults of {known}")
+        known = expected.dtype if expected.dtype in DTYPES else f"bfloat16, for {expected.dtype!r} is no dtype we know"
+        notes.append(Note("no_floor", f"no noise floor: what is noise is taken from the defaults of {known}"))
     verdict, headline = decide(
         Found(
             expected=expected,
@@ -167,8 +184,8 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
             level=level,
             setup=evidence.setup,
             has_floor=evidence.floor is not None,
-            whose_limits=whose_defaults(limits),
-            sequences=0 if clusters is None else clusters.count,
+            reproduces=evidence.floor is not None and evidence.floor.reproduces and evidence.same_schedule,
+            sequences=len(np.unique(distinct_sequences(expected)[np.unique(sequences)])) if len(d) else 0,
             exact=exact,
             sides=evidence.sides,
             record=record.headline,
@@ -177,6 +194,11 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
     notes += [topk_judged(expected, actual)] if verdict == "pass" else []
     if verdict == "pass" and not exact:
         findings.append(_noise(numbers, gates))
+        if setting.dtype in ("float32", "float64") and numbers["rms_diff"] > _BEYOND * limits.noise_rms * setting.enlarged:
+            text = f"RMS {numbers['rms_diff']:.2g} nats is more than noise in {setting.dtype} explains: something has changed"
+            notes.append(Note("beyond_dtype", f"{text}, by less than objective {limits.objective} feels"))
+    if shown is not None and shown.prompts == 1 and level == "rl":
+        notes.append(Note("one_prompt", "all sequences are of one prompt: the verdict speaks for that prompt alone"))
     sides = evidence.sides
     return Comparison(
         verdict=verdict,
@@ -189,16 +211,29 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: str, evidenc
         actual=actual,
         policy_metrics=_policy_metrics(expected, evidence.policy_logprobs, rows),
         free_run=evidence.free_run,
-        notes=tuple(by_their_names(note, sides) for note in notes),
+        notes=tuple(Note(note.key, by_their_names(note, sides)) for note in notes),
         level=level,
         setup=evidence.setup,
+        objective=limits.objective,
         difference=difference,
-        clusters=clusters,
         sides=sides,
-        shows=()
-        if clusters is None or not gates
-        else what_it_shows(clusters, gates, limits, int(numbers["n_tokens"]), int(numbers["n_sequences"])),
+        shown=shown if gates else None,
     )
+
+
+def _differences(
+    expected: Trace, e: Any, a: Any, d: m.Doubles, finite: Any, sequences: Any, rows: Alignment, reference: Reference | None
+) -> Differences:  # fmt: skip
+    """The aligned tokens that have a finite logprob on both sides."""
+    missing = np.full(len(d), np.nan)
+    golden_error = error = missing
+    if reference is not None:
+        truth = reference.logprobs[rows.expected][finite]
+        with np.errstate(invalid="ignore"):
+            golden_error, error = (np.subtract(x[finite], truth, dtype=np.float64) for x in (e, a))
+        unknown = ~np.isfinite(truth)
+        golden_error[unknown] = error[unknown] = np.nan
+    return Differences(d, sequences, prompt_numbers(expected)[sequences], golden_error, error)
 
 
 def _numbers(
@@ -222,32 +257,33 @@ def _numbers(
     }
 
 
-def _uncompared(expected: Trace, actual: Trace, rows: Alignment, numbers: Mapping[str, float]) -> list[str]:
+def _uncompared(expected: Trace, actual: Trace, rows: Alignment, numbers: Mapping[str, float]) -> list[Note]:
     """What was not compared although the golden has it, in words."""
     notes = []
-    if rows.tokens < rows.wanted and not actual.replay.startswith("window"):
-        notes.append(
+    if rows.tokens < rows.wanted and actual.replay != "window":
+        text = (
             f"{rows.wanted - rows.tokens:,} of the golden's {rows.wanted:,} tokens were not compared: {rows.missing_sequences} "
             f"sequences are missing, {rows.diverged_sequences} go on with other tokens"
         )
+        notes.append(Note("not_compared", text))
     if numbers["n_missing"]:
-        notes.append(f"{int(numbers['n_missing']):,} tokens have no logprob in the golden")
+        notes.append(Note("no_logprob", f"{int(numbers['n_missing']):,} tokens have no logprob in the golden"))
     if numbers["n_excluded"]:
-        notes.append(f"{int(numbers['n_excluded']):,} tokens are excluded on both sides: equal, and no number to compare")
+        text = f"{int(numbers['n_excluded']):,} tokens are excluded on both sides: equal, and no number to compare"
+        notes.append(Note("excluded", text))
     return notes
 
 
 def _noise(numbers: Mapping[str, float], gates: Sequence[Gate]) -> Finding:
     """What passes and is not bit for bit the same: its size as the gates measure it, and the tokens that are far off."""
-    rms = next((g.value for g in gates if g.name.startswith("RMS")), numbers["rms_diff"])
-    off = next((g for g in gates if g.name.startswith("tokens off") and g.value), None)
-    beside = "" if off is None else f", beside {off.value:.0f} {off.name} (largest {numbers['max_abs_diff']:.3g})"
-    return Finding("noise", "numerical_noise", f"RMS {rms:.2g} nats{beside}, within tolerance")
+    off = next((g for g in gates if g.key == "outlier_tokens" and g.value), None)
+    beside = "" if off is None else f", beside {off.value:.0f} {off.unit} {off.name} nats (largest {off.worst:.3g})"
+    return Finding("noise", "numerical_noise", f"RMS {numbers['rms_diff']:.2g} nats{beside}, within tolerance")
 
 
 def _meanings(
     expected: Trace, actual: Trace, rows: Alignment, numbers: dict[str, float], apart: bool
-) -> tuple[list[Finding], list[str]]:  # fmt: skip
+) -> tuple[list[Finding], list[Note]]:  # fmt: skip
     """What labels that differ come to: a finding where the numbers bear them out, else a note; no finding where equal."""
     claim = different_meaning(expected, actual)
     if claim is None or not rows.tokens:
@@ -258,16 +294,15 @@ def _meanings(
     labels = f"{expected.distribution()} against {actual.distribution()}"
     exact = not numbers["n_changed"]
     what = "agree bit for bit: a label is wrong" if exact else "are too near to each other to tell these apart"
-    return [], [f"the labels say {labels}, the numbers {what}"]
+    return [], [Note("labels", f"the labels say {labels}, the numbers {what}")]
 
 
 def _far_off(d: m.Doubles, sequences: Any, limits: Tolerance) -> list[int]:
     """The sequences that are far off, where these are the smaller part; empty where they are not."""
     names = np.unique(sequences)
-    cut = max(limits.winsorize, 2 * limits.sequence_rms)
     if not len(d):
         return []
-    rms = m.sequence_rms(d, sequences, cut)
+    rms = m.sequence_rms(d, sequences, 2.5 * limits.sequence_rms)
     off = names[rms > max(limits.sequence_rms / 5, 3 * float(np.median(rms)))]
     return [int(name) for name in off] if 0 < len(off) < len(names) / 2 else []
 
@@ -283,7 +318,7 @@ def _is_different(expected: Trace, exact: bool, decided: bool, level: str, evide
         return Difference(True, "see the headline")
     scheduled = evidence.setup == "same" and evidence.same_schedule
     if scheduled and floor is not None and floor.reproduces and level != "noise":
-        return Difference(True, "the same engine on the same schedule gives other bits, where recording got every bit back")
+        return Difference(True, "not bit-identical, although it was when recorded: the same engine on the same schedule")
     if floor is None:
         return Difference(None, "not bit for bit the same, and the golden has no noise floor to hold that against")
     if evidence.draw is None and not evidence.same_schedule:

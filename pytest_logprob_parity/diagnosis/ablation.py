@@ -169,7 +169,7 @@ def ablate(
     trace = golden.trace
     limits = with_floor(default_tolerance(trace.dtype), golden.floor)
     floor = golden.floor.rms if golden.floor is not None and np.isfinite(golden.floor.rms) else 0.0
-    noise = max(_OTHER_BUILDS * floor, limits.rms_diff / 5)
+    noise = max(_OTHER_BUILDS * floor, limits.fit_rms / 5)
     engine = pool.engine(spec)
     now = engine.replay(trace)
     steps = [Step((), _rms(trace, now))]

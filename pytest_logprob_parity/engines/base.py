@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ..errors import EngineError
 from ..spec import PROFILES, Sampling
+from ..trace import FORCINGS, Forcing
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class ResolvedConfig:
     """What a started engine really uses, read back from it.
 
     `values` are JSON values under engine-argument names; `unverified` names settings that were asked for and that the
-    engine does not tell; `forcing` says how decode replay forces tokens: `sampler`, `native`, or why it cannot. `libraries`
-    are the engine's, {} where it tells none, None where they are this process's.
+    engine does not tell; `forcing` is how decode replay forces tokens, None where it cannot, and then `unforced` says why.
+    `libraries` are the engine's, {} where it tells none, None where they are this process's.
     """
 
     engine: str
@@ -56,14 +57,15 @@ class ResolvedConfig:
     dtype: str
     values: Mapping[str, Any]
     unverified: tuple[str, ...] = ()
-    forcing: str = "sampler"
+    forcing: Forcing | None = "sampler"
+    unforced: str = ""
     hardware: Mapping[str, Any] = field(default_factory=dict)
     libraries: Mapping[str, str] | None = None
 
     @property
     def forces(self) -> bool:
         """Whether decode replay can force tokens."""
-        return self.forcing in ("sampler", "native")
+        return self.forcing is not None
 
     @property
     def logprobs_mode(self) -> str:
@@ -80,6 +82,11 @@ class ResolvedConfig:
         """Where the engine differs from profile `rl`: setting -> (what `rl` pins, what the engine uses)."""
         pins = PROFILES["rl"]
         return {k: (v, self.values[k]) for k, v in pins.items() if k in self.values and self.values[k] != v}
+
+
+def forcing_of(told: str) -> tuple[Forcing | None, str]:
+    """What a worker or a server tells of forcing, `sampler`, `native` or a reason: the key, or None and the reason."""
+    return next(((forcing, "") for forcing in FORCINGS if told == forcing), (None, told))
 
 
 class Backend(Protocol):

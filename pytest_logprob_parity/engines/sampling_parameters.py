@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import EngineError
+from ..trace import Forcing
 from .base import Request
 from .forced_decode import FORCED
 
 
-def sampling_parameters(request: Request, forcing: str) -> dict[str, Any]:
+def sampling_parameters(request: Request, forcing: Forcing | None) -> dict[str, Any]:
     """The SamplingParams of a request as keywords; `forcing` is how the engine forces tokens.
 
     Raises EngineError for what native trace replay cannot do.

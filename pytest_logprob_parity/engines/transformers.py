@@ -34,7 +34,7 @@ class TransformersBackend:
 
     def __init__(self, model: Any, tokenizer: Any, spec: EngineSpec) -> None:
         self._model = model
-        self._stop_ids = _stop_ids(model, tokenizer)
+        self._stop_ids = end_tokens_of(model, tokenizer)
         self._tokenizer = tokenizer
         asked = spec.pins(cpu=True)
         values = _BY_NATURE | {
@@ -192,6 +192,12 @@ class TransformersBackend:
 
 def process(logits: Any, sampling: Sampling, prompt: Sequence[int], written: list[int], stop_ids: frozenset[int]) -> Any:
     """Logits [V] after minimum length, penalties, temperature and truncation, in vLLM's order."""
+    logits = penalize(logits, sampling, prompt, written, stop_ids)
+    return logits if sampling.greedy else truncate(logits, sampling)
+
+
+def penalize(logits: Any, sampling: Sampling, prompt: Sequence[int], written: list[int], stop_ids: frozenset[int]) -> Any:
+    """Logits [V] after minimum length and penalties."""
     import torch
 
     logits = logits.clone()
@@ -204,20 +210,25 @@ def process(logits: Any, sampling: Sampling, prompt: Sequence[int], written: lis
     if written and (sampling.presence_penalty or sampling.frequency_penalty):
         tokens, counts = torch.tensor(written, device=logits.device).unique(return_counts=True)
         logits[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
-    if sampling.greedy:
-        return logits
-    logits /= sampling.temperature
+    return logits
+
+
+def truncate(logits: Any, sampling: Sampling) -> Any:
+    """Logits [..., V] after temperature, min-p, top-k and top-p, in vLLM's order: -inf where a token is left out."""
+    import torch
+
+    logits = logits / sampling.temperature
     if sampling.min_p > 0:
         probabilities = logits.softmax(-1)
-        logits[probabilities < sampling.min_p * probabilities.max()] = -torch.inf
+        logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
     if sampling.top_k > 0:
-        kept = min(sampling.top_k, len(logits))
-        logits[logits < logits.topk(kept).values[-1]] = -torch.inf
+        kept = min(sampling.top_k, logits.shape[-1])
+        logits = logits.masked_fill(logits < logits.topk(kept).values[..., -1:], -torch.inf)
     if sampling.top_p < 1:
         ordered, order = logits.sort()  # ascending: the tail whose mass stays within 1 - top_p goes
         tail = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        tail[-1] = False
-        logits[order[tail]] = -torch.inf
+        tail[..., -1] = False
+        logits = logits.masked_fill(torch.zeros_like(tail).scatter(-1, order, tail), -torch.inf)
     return logits
 
 
@@ -249,7 +260,7 @@ def _generator(request: Request, device: Any) -> Any:
     return generator
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_tokens_of(model: Any, tokenizer: Any) -> frozenset[int]:
     """What ends a completion: the end tokens of tokenizer and model configuration, as vLLM takes them."""
     ids = {tokenizer.eos_token_id}
     for source in (model.config, model.generation_config):

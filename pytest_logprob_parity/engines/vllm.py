@@ -20,7 +20,7 @@ from ..weights.adapter import Adapter, is_adapter, read_adapter
 from ..weights.update import WeightUpdate
 from . import forced_decode, in_flight, lora
 from .applied_head import applied_head, measured_grid, probe_tokens
-from .base import Completion, Request, ResolvedConfig, check_readback, json_value, reason_of
+from .base import Completion, Request, ResolvedConfig, check_readback, forcing_of, json_value, reason_of
 from .sampling_parameters import sampling_parameters
 from .vllm_config import BY_NATURE, SHOWN, before_its_time, settings_of, why_not_forced
 
@@ -51,13 +51,15 @@ class VllmBackend:
         values = settings_of(llm.llm_engine, llm.llm_engine.vllm_config, asked, _applied_head(llm))
         name = f"vllm {_version()}"
         unverified = check_readback(asked, values, name)
+        forcing, unforced = forcing_of(_install_forcing(llm, values))
         self.config = ResolvedConfig(
             engine="vllm",
             version=_version(),
             dtype=str(json_value(values["dtype"])),
             values={k: json_value(v) for k, v in values.items() if k in SHOWN or k in asked},
             unverified=unverified,
-            forcing=_install_forcing(llm, values),
+            forcing=forcing,
+            unforced=unforced,
             hardware=fingerprint.hardware(),
         )
 
@@ -276,6 +278,7 @@ def _columns(tokens: Any, logprobs: Any, k: int) -> tuple[Any, Any, Any, Any]:
 
 
 def _install_forcing(llm: Any, values: Mapping[str, Any]) -> str:
+    """How the engine forces tokens from now on, or why it cannot; see `forcing_of`."""
     config = llm.llm_engine.vllm_config
     if known := why_not_forced(config, values):
         return known

@@ -18,7 +18,7 @@ from .plots import plots_of, short
 from .results import finite
 from .sequences import texts_of, worst_sequences
 
-_JUDGED: Final = ("verdict", "level", "setup", "difference", "free_run", "logged")
+_JUDGED: Final = ("verdict", "level", "objective", "setup", "difference", "shown", "free_run", "logged")
 _LISTS: Final = ("findings", "gates", "shows", "notes")
 _NUMBERS: Final = ("metrics", "policy_metrics")
 
@@ -75,8 +75,8 @@ def differences_to_json(differences: Sequence[tuple[str, Any, Any]]) -> list[dic
 
 def _outlier(comparison: Comparison) -> float | None:
     """The |d| that counts as an outlier token, as its gate names it."""
-    marked = [gate.name.rpartition(" ")[2] for gate in comparison.gates if gate.name.startswith("tokens off by")]
-    return short(float(marked[0])) if marked and np.isfinite(float(marked[0])) else None
+    marked = [gate.threshold for gate in comparison.gates if gate.key == "outlier_tokens"]
+    return short(marked[0]) if marked and np.isfinite(marked[0]) else None
 
 
 def _model_folder(checked: Checked, root: Path) -> Path | None:

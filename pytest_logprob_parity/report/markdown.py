@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from .results import EXPECTED, GOOD, IN_WORDS, cause_of, counts_of, title_of
+from .results import EXPECTED, GOOD, IN_WORDS, WARNED, cause_of, counts_of, title_of
 from .visible import visible
 
 #: Checks that are listed one by one; GitHub cuts a summary off at 1 MiB.
 _LISTED: Final = 60
 _LONGEST: Final = 300
-_MARKS: Final = {"passed": "✅", "recorded": "🆕", "unverified": "⚠️", EXPECTED: "☑️"}
+_MARKS: Final = {"passed": "✅", "recorded": "🆕", "unverified": "⚠️", WARNED: "⚠️", EXPECTED: "☑️"}
 #: The numbers of a row: name, metric.
 _COLUMNS: Final = (("tokens", "n_tokens"), ("mean d", "mean_diff"), ("RMS", "rms_diff"), ("max \\|d\\|", "max_abs_diff"))
 

@@ -95,12 +95,13 @@ def _check(check: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
-    value, limit, bound = gate["value"], gate["limit"], gate["bound"]
-    unsure = bound is not None and limit is not None and bound > limit
+    value, limit = gate["value"], gate["limit"]
+    if (errors := gate["errors"]) is not None:
+        value, limit = errors["actual"], errors["limit"]
     share = 0.0 if not value else value / limit if limit else math.inf
-    tone = "over" if not gate["ok"] else "unsure" if unsure else ""
+    tone = {"fail": "over", "unverified": "unsure"}.get(gate["outcome"], "")
     text = "more than allowed" if math.isinf(share) else f"{share:.0%} of what is allowed"
-    told = {"over": "exceeds", "unsure": "not shown"}.get(tone, "")
+    told = {"over": "exceeds", "unsure": "inconclusive"}.get(tone, "")
     return {**gate, "tone": tone, "told": told, "share_text": text, "width": f"{100 * min(share, 1.0):.0f}"}
 
 

@@ -19,19 +19,22 @@ from .shape import NUMBER, Maybe, check_shape
 
 FORMAT: Final = "logprob-parity results"
 #: Raised where a reader of the last one would go wrong.
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 NAME: Final = "results.json"
 
 #: A check that was not met in a test that expects it: under xfail, in pytest.raises.
 EXPECTED: Final = "expected"
+#: A check that is unverified where `parity_unverified = warn` lets it pass.
+WARNED: Final = "warned"
 #: From what needs somebody's attention to what does not.
-OUTCOMES: Final = ("failed", "engine", "golden", "incomparable", "usage", "unverified", EXPECTED, "recorded", "passed")
+OUTCOMES: Final = ("failed", "engine", "golden", "incomparable", "usage", "unverified", WARNED, EXPECTED, "recorded", "passed")
 #: Those that fail nobody's run.
-GOOD: Final = (EXPECTED, "recorded", "passed")
+GOOD: Final = (WARNED, EXPECTED, "recorded", "passed")
 #: What an outcome is called, for people.
 IN_WORDS: Final[Mapping[str, str]] = {
     "failed": "fail", "engine": "engine error", "golden": "no golden", "incomparable": "incomparable",
-    "usage": "misused", "unverified": "unverified", EXPECTED: "expected to fail", "recorded": "recorded", "passed": "pass",
+    "usage": "misused", "unverified": "unverified", WARNED: "unverified, only warned of",
+    EXPECTED: "expected to fail", "recorded": "recorded", "passed": "pass",
 }  # fmt: skip
 
 _HISTOGRAM: Final = {"edges": [(int, float)], "counts": [NUMBER]}
@@ -53,6 +56,11 @@ SEQUENCE: Final = {
 #: Far beyond any number of ours, and its square is finite still.
 _LARGEST: Final = 10**100
 _COLUMNS: Final = ("ids", "golden", "now", "diff", "golden_ranks", "now_ranks", "golden_top", "now_top")
+#: One number that decides; `errors` is the same of the distances to the reference, where there is one.
+GATE: Final = {
+    "key": str, "name": str, "value": NUMBER, "limit": NUMBER, "fail_limit": NUMBER, "unit": str, "outcome": str, "ok": bool,
+    "low": NUMBER, "bound": NUMBER, "threshold": NUMBER, "errors": Maybe({str: NUMBER}),
+}  # fmt: skip
 CHECK: Final = {
     "node_id": str,
     "name": str,
@@ -65,12 +73,14 @@ CHECK: Final = {
     "now": str,
     "verdict": Maybe(str),  # from here to `logged`: as `logprob-parity diff --json` prints them; null where nothing was judged
     "level": Maybe(str),
+    "objective": Maybe(str),
+    "shown": Maybe({str: NUMBER}),
     "setup": Maybe(str),
     "difference": Maybe({"different": (bool, type(None)), "text": str, "p_value": NUMBER}),
     "findings": [{"layer": str, "cause": Maybe(str), "candidates": [str], "evidence": str}],
     "metrics": {str: NUMBER},
     "policy_metrics": {str: NUMBER},
-    "gates": [{"name": str, "value": NUMBER, "limit": NUMBER, "unit": str, "ok": bool, "bound": NUMBER}],
+    "gates": [GATE],
     "shows": [str],
     "notes": [str],
     "free_run": Maybe({str: object}),
@@ -120,6 +130,8 @@ def excess(check: Mapping[str, Any]) -> float:
     worst = 0.0 if check["gates"] or not check["findings"] else math.inf
     for gate in check["gates"]:
         value, limit = gate["value"], gate["limit"]
+        if gate["errors"] is not None:
+            value, limit = gate["errors"].get("actual"), gate["errors"].get("limit")
         if value is None:
             worst = math.inf
         elif limit is not None and value:

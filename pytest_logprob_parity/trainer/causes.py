@@ -12,7 +12,7 @@ from ..comparison.alignment import align
 from ..comparison.result import Comparison, Finding
 from ..comparison.signatures.head import logit_step
 from ..comparison.signatures.positions import positions_of
-from ..comparison.tolerance import DEFAULTS, Tolerance
+from ..comparison.tolerance import DTYPES, Tolerance
 from ..golden import Golden
 from ..trace import Trace
 from .scoring import name_of, score, temperature_of
@@ -57,7 +57,7 @@ def causes(
     if failed and not findings:
         adapter = _recorded_adapter(rollouts, scorer)
         if adapter is None:
-            adapter, nearest = _other_adapter(expected, scored, scorer, batch_size, _FITS * limits.rms_diff)
+            adapter, nearest = _other_adapter(expected, scored, scorer, batch_size, _FITS * limits.fit_rms)
         findings += [] if adapter is None else [adapter]
     head = _head_finding(trace, scorer)
     if head is not None and not any(f.layer in ("semantic", "weights") and f.cause for f in findings):
@@ -78,7 +78,7 @@ def causes(
 def _head_finding(trace: Trace, scorer: Any) -> Finding | None:
     """`head_precision` where the rollouts' logits lie on the grid of one precision and the trainer declares another."""
     declared = getattr(scorer, "head_dtype", "")
-    if declared not in DEFAULTS:
+    if declared not in DTYPES:
         return None
     step = logit_step(positions_of(trace, trace, align(trace, trace)), golden=True)
     if step is None or (step == 0) == (declared in ("float32", "float64")):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ..comparison.gaps import GAPS, with_gap
-from ..comparison.result import Comparison, MismatchError
-from ..comparison.tolerance import DEFAULTS, Tolerance, default_tolerance, make_tolerance
+from ..comparison.result import Comparison, MismatchError, Note
+from ..comparison.tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance
 from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
 from ..golden import Golden
@@ -68,11 +68,12 @@ def compare_with_trainer(
     limits = trainer_tolerance(trace.dtype, scored.dtype, tolerance)
     comparison = judge(expected, scored, limits, "rl", Evidence(sides=("rollout", "trainer")))
     findings, why = causes(comparison, rollouts, expected, scored, scorer, batch_size, limits)
-    notes = [*without_top_k(comparison).notes, *why, *taken_out]
-    if expected.replay != trace.replay:
-        notes.append(expected.replay)
+    notes = [*without_top_k(comparison).notes, *(Note("trainer", text) for text in (*why, *taken_out))]
+    if expected is not trace:
+        text = "compared without truncation: the rollouts' second replay, and the trainer's distribution over all tokens"
+        notes.append(Note("without_truncation", text))
     if unknown := _unknown_dtypes(trace, scored):
-        notes.append(unknown)
+        notes.append(Note("unknown_dtype", unknown))
     comparison = dataclasses.replace(comparison, findings=tuple(findings), notes=tuple(notes))
     prints = rollouts.fingerprint.get("config") if isinstance(rollouts, Golden) else None
     comparison = with_gap(comparison, tolerance, prints)
@@ -82,7 +83,7 @@ def compare_with_trainer(
 
 def without_top_k(comparison: Comparison) -> Comparison:
     """The comparison without the notes of how much of a top-k would tell more: trainers have none."""
-    return dataclasses.replace(comparison, notes=tuple(note for note in comparison.notes if not note.startswith("top-")))
+    return dataclasses.replace(comparison, notes=tuple(note for note in comparison.notes if note.key != "top_k"))
 
 
 def _where_it_may_end(trace: Trace) -> tuple[Trace, list[str]]:
@@ -110,7 +111,7 @@ def trainer_tolerance(
     """The limits between an engine and a trainer: those of the coarser dtype for decode against prefill, changed by
     `tolerance`; a name means the thresholds of that framework, or a declared gap.
     """
-    known = [dtype for dtype in (rollout_dtype, trainer_dtype) if dtype in DEFAULTS]
+    known = [dtype for dtype in (rollout_dtype, trainer_dtype) if dtype in DTYPES]
     coarser = max(known, key=_COARSER.index) if len(known) == 2 else "unknown"
     limits = default_tolerance(coarser, ("decode", "prefill"))
     if isinstance(tolerance, str) and tolerance not in GAPS:
@@ -127,12 +128,11 @@ def _as_the_trainer_sees_it(trace: Trace, scored: Trace) -> Trace:
         sampling=trace.sampling.untruncated(),
         top_logprobs=trace.top_logprobs[:, :0],
         top_token_ids=trace.top_token_ids[:, :0],
-        replay="compared without truncation: the rollouts' second replay, and the trainer's distribution over all tokens",
     )
 
 
 def _unknown_dtypes(trace: Trace, scored: Trace) -> str:
-    sides = [side for side, trace in (("rollouts'", trace), ("trainer's", scored)) if trace.dtype not in DEFAULTS]
+    sides = [side for side, trace in (("rollouts'", trace), ("trainer's", scored)) if trace.dtype not in DTYPES]
     return f"the {' and the '.join(sides)} dtype is not known: the limits are those of bfloat16" if sides else ""
 
 

@@ -106,6 +106,7 @@ def score(
         engine_version="",
         dtype=getattr(scorer, "dtype", "unknown"),
         replay="scorer",
+        forcing=None,
     )
 
 

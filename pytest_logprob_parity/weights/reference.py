@@ -167,7 +167,7 @@ class UpdateReference:
         """The part that explains most, and the others that do so beside it, one after another as long as each helps."""
         found: dict[Way, float] = {}
         best = min((way for way in rms if way.stale_parts), key=lambda way: rms[way], default=KEPT)
-        fits = FITS * trainer_tolerance("float32", self._trace.dtype).rms_diff
+        fits = FITS * trainer_tolerance("float32", self._trace.dtype).fit_rms
         if min(rms, key=lambda way: rms[way]) != best:
             return found
         while self._rms(best) > fits and len(best.stale_parts) < _PARTS:
@@ -272,4 +272,4 @@ def _load(weights: Path, model: Path | None) -> Any:
 
 def suspicious(dtype: str) -> float:
     """RMS (nats) above which even the way that was asked for is looked into."""
-    return trainer_tolerance("float32", dtype).rms_diff / 4
+    return trainer_tolerance("float32", dtype).fit_rms / 4

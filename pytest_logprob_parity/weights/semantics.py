@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.gaps import with_gap
-from ..comparison.result import Comparison, Finding, MismatchError
+from ..comparison.result import Comparison, Finding, MismatchError, Note
 from ..comparison.tolerance import Tolerance, make_tolerance
 from ..comparison.verdict import Evidence, judge
 from ..message import failure_message
 from ..trace import Trace
-from ..trainer.parity import trainer_tolerance
+from ..trainer.parity import trainer_tolerance, without_top_k
 from .reference import BETTER, CLEARED, FITS, KEPT, UpdateReading, UpdateReference
 from .update import WeightUpdate
 
@@ -76,20 +76,21 @@ def check_weight_update(
     limits = make_tolerance(trainer_tolerance("float32", trace.dtype), tolerance)
     comparison = judge(expected, trace, limits, "rl", Evidence(sides=("reference", "engine")))
     comparison = with_gap(comparison, tolerance)
-    notes = [*(n for n in comparison.notes if not n.startswith("top-")), f"explained by {reading}"]
+    notes = [*without_top_k(comparison).notes, Note("reading", f"explained by {reading}")]
     far_better = reading.rms[reading.best] < BETTER * reading.rms[asked]
     if reading.best != asked and (comparison.verdict != "pass" or far_better):
-        return _failed(comparison, _finding(reading, reference.stale, FITS * limits.rms_diff), notes)
+        return _failed(comparison, _finding(reading, reference.stale, FITS * limits.fit_rms), notes)
     if comparison.passed and not reading.tells_arrival:
         why = "the two checkpoints give these tokens the same logprobs" if reference.updated else "none was written after it"
         headline = f"Not shown that the update arrived: {why}"
         return dataclasses.replace(comparison, verdict="unverified", headline=headline, notes=tuple(notes))
     if not reading.tells_cache:
-        notes.append("these tokens do not tell whether keys and values were kept or computed again")
+        text = "these tokens do not tell whether keys and values were kept or computed again"
+        notes.append(Note("cache_not_told", text))
     return dataclasses.replace(comparison, notes=tuple(notes))
 
 
-def _failed(comparison: Comparison, finding: Finding, notes: Sequence[str]) -> Comparison:
+def _failed(comparison: Comparison, finding: Finding, notes: Sequence[Note]) -> Comparison:
     return dataclasses.replace(
         comparison, verdict="fail", headline=f"The weight update did not go as asked: {finding.evidence}", findings=(finding,),
         notes=tuple(notes),

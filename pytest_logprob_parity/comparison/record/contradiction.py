@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from ..result import Finding
+from ..result import Finding, Note
 
 Side = Literal["expected", "actual"]
 Key = Literal[
@@ -82,6 +82,7 @@ class Record:
         return any(c.key in _EXPLAIN for c in self.new)
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[Note, ...]:
         """What is to be said of contradictions that are not new: they do not decide."""
-        return tuple(f"a contradiction that does not decide: {c.evidence}" for c in self.contradictions if not c.new)
+        others = [c.evidence for c in self.contradictions if not c.new]
+        return tuple(Note("contradiction", f"a contradiction that does not decide: {text}") for text in others)

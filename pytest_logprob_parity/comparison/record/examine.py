@@ -8,7 +8,7 @@ import numpy as np
 
 from ...trace import Trace
 from ..alignment import Alignment
-from ..result import Finding
+from ..result import Finding, Note
 from . import between, within
 from .columns import Bools, Columns, Longs
 from .contradiction import Contradiction, Key, Record, Side
@@ -98,14 +98,14 @@ def _looked_at(expected: Trace, actual: Trace, rows: Alignment) -> slice | Longs
     return np.union1d(inside, far)
 
 
-def topk_judged(expected: Trace, actual: Trace) -> str:
+def topk_judged(expected: Trace, actual: Trace) -> Note:
     """Whether the top-k was judged, as a note: over the common width where the two sides differ in it."""
     here, there = _width(expected), _width(actual)
     if here and there:
         wider = f" (the expected side has {here}, the actual one {there})" if here != there else ""
-        return f"top-{min(here, there)} judged on both sides{wider}"
+        return Note("top_k_judged", f"top-{min(here, there)} judged on both sides{wider}")
     missing = "neither side has one" if not here and not there else f"the {'actual' if here else 'expected'} side has none"
-    return f"top-k not judged: {missing}"
+    return Note("top_k_judged", f"top-k not judged: {missing}")
 
 
 def _width(trace: Trace) -> int:

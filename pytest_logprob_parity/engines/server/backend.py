@@ -54,6 +54,7 @@ class ServerBackend:
             values=values,
             unverified=told.unverified,
             forcing=told.forcing,
+            unforced=told.unforced,
             hardware=told.hardware,
             libraries=told.libraries,
         )

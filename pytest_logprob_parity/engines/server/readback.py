@@ -12,8 +12,9 @@ from ... import __version__
 from ...errors import EngineError, UsageError
 from ...server_settings import ServerSettings
 from ...spec import EngineSpec
+from ...trace import Forcing
 from .. import forced_decode
-from ..base import check_readback, json_value
+from ..base import check_readback, forcing_of, json_value
 from ..vllm_config import SHOWN, settings_of, why_not_forced
 from .client import Answer, Client, DownError
 
@@ -54,7 +55,8 @@ class Told:
     version: str
     served: str
     values: Mapping[str, Any]
-    forcing: str
+    forcing: Forcing | None
+    unforced: str
     unverified: tuple[str, ...]
     model: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -118,11 +120,13 @@ def _by_our_route(client: Client, spec: EngineSpec, settings: ServerSettings, ab
     digests = told["model"].get("digests")
     if told["refused"]:
         raise EngineError(str(told["refused"]).replace(f"vllm {told['version']}", name_of(client, told["version"]), 1))
+    forcing, unforced = forcing_of(str(told["forcing"]))
     return Told(
         version=str(told["version"]),
         served=settings.served_model or str(told["served"]),
         values=told["values"],
-        forcing=str(told["forcing"]),
+        forcing=forcing,
+        unforced=unforced,
         unverified=tuple(told["unverified"]),
         model=str(told["model"]["name"]),
         digests=digests if isinstance(digests, Mapping) else {},
@@ -139,7 +143,7 @@ def _by_its_own(client: Client, spec: EngineSpec, settings: ServerSettings) -> T
     known = version.content.get("version") if isinstance(version.content, Mapping) else None
     number = str(known or "of unknown version")
     development = client.ask("GET", "/server_info?config_format=json")
-    forcing = _cannot_force()
+    how = _cannot_force()
     config, told = None, None
     if development.status == 200 and isinstance(development.content, Mapping) and "vllm_config" in development.content:
         config = _namespace(development.content["vllm_config"])
@@ -147,7 +151,7 @@ def _by_its_own(client: Client, spec: EngineSpec, settings: ServerSettings) -> T
     if told is None:
         told = _pins(spec, cpu=False), {}
     else:
-        forcing = why_not_forced(config, told[1]) or _install(client) or forcing
+        how = why_not_forced(config, told[1]) or _install(client) or how
     asked, values = told
     if isinstance(length := model.get("max_model_len"), int) and length > 0:
         values["max_model_len"] = length
@@ -155,7 +159,7 @@ def _by_its_own(client: Client, spec: EngineSpec, settings: ServerSettings) -> T
         values["logprobs_mode"] = mode
     unverified = check_readback(asked, values, name_of(client, number))
     values = {name: json_value(value) for name, value in values.items()}
-    return Told(number, served, values, forcing, ("the model's digest", *unverified))
+    return Told(number, served, values, *forcing_of(how), ("the model's digest", *unverified))
 
 
 def _of_development(config: Any, spec: EngineSpec) -> tuple[dict[str, Any], dict[str, Any]] | None:

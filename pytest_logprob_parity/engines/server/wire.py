@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from ...errors import EngineError
-from ...trace import MINUS_INFINITY
+from ...trace import MINUS_INFINITY, Forcing
 from ..base import Completion, Request
 from ..sampling_parameters import sampling_parameters
 
@@ -19,7 +19,7 @@ GENERATE: Final = "/inference/v1/generate"
 _TOKEN: Final = "token_id:"
 
 
-def post_of(request: Request, forcing: str, model: str) -> tuple[str, dict[str, Any]]:
+def post_of(request: Request, forcing: Forcing | None, model: str) -> tuple[str, dict[str, Any]]:
     """The path and body that ask for one request; `model` is the name that the server knows it by.
 
     Raises EngineError for what native trace replay cannot do.
