@@ -37,7 +37,7 @@ def align(expected: Trace, actual: Trace) -> Alignment:
         count = int(np.count_nonzero(mask))
         rows = slice(None) if count == len(mask) else np.flatnonzero(mask)
         return Alignment(rows, rows, count, int(np.count_nonzero(expected.mask)), 0, 0)
-    partners = _partners(expected, actual)
+    partners = partners_of(expected, actual)
     left, right, wanted, missing, diverged = [], [], 0, 0, 0
     for sequence in range(expected.num_sequences):
         start, stop = expected.bounds(sequence)
@@ -70,7 +70,7 @@ def _same_tokens(expected: Trace, actual: Trace) -> bool:
     )
 
 
-def _partners(expected: Trace, actual: Trace) -> list[int | None]:
+def partners_of(expected: Trace, actual: Trace) -> list[int | None]:
     """For each sequence of `expected` the one of `actual` with the same prompt: with the same tokens where there is one, for
     rollouts are collected in any order; else the one with the same number within the prompt, then the next one.
     """

@@ -24,6 +24,7 @@ class Found:
     """Everything that a verdict rests on.
 
     `sequences` counts the distinct ones, `exact` is every bit the same, `reproduces` that recording got every bit back.
+    `record` says how the actual side's record contradicts itself, "" where it does not.
     """
 
     expected: Trace
@@ -43,6 +44,7 @@ class Found:
     sequences: int
     exact: bool
     sides: tuple[str, str]
+    record: str = ""
 
     @property
     def names(self) -> Names:
@@ -69,6 +71,8 @@ def decide(found: Found) -> tuple[Verdict, str]:
 def _failure(found: Found) -> str:
     """Why it fails; empty where it does not."""
     numbers, tokens = found.numbers, found.rows.tokens
+    if found.record and not different_meaning(found.expected, found.actual):
+        return found.record
     if any(f.cause in _OTHER_MEANING for f in found.findings):
         if different_meaning(found.expected, found.actual):
             here, there = (in_words(side) for side in found.sides)

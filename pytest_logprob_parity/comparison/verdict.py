@@ -22,6 +22,7 @@ from .gaps import with_gap
 from .intervals import distinct_sequences, prompt_numbers
 from .objectives import DEFAULT_OBJECTIVE
 from .permutation import ALPHA, block_permutation_test
+from .record import examine, topk_judged
 from .result import (
     LEVELS,
     SIDES,
@@ -134,11 +135,12 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     failed = [g for g in gates if not g.ok]
     exact = bool(len(d)) and not numbers["n_changed"]
     notes_of_tokens = _uncompared(expected, actual, rows, numbers, names)
+    record = examine(expected, actual, rows)
     notes: list[Note]
     findings, notes = _meanings(expected, actual, rows, numbers, bool(failed) or not len(d), names)
     if findings:
         gates = ()
-    elif failed:
+    elif failed and not record.explains:
         findings += semantic_findings(expected, actual, rows, _far_off(d, sequences, limits), names)
         unnamed = not any(finding.cause for finding in findings)
         if unnamed and (head := head_finding(positions_of(expected, actual, rows, names=names))):
@@ -151,7 +153,9 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
         and (rest := left_unexplained(expected, actual, rows, 2 * limits.fit_rms))
     ):
         notes.append(Note("left_unexplained", rest))
-    if numbers["n_nan"]:
+    findings += record.beside(findings)
+    notes += record.notes
+    if numbers["n_nan"] and not record.accounts_for(int(numbers["n_nan"])):
         evidence_of = f"{int(numbers['n_nan'])} logprobs are NaN or +inf"
         findings.insert(0, Finding("path", None, evidence_of, ("engine_build", "kv_cache_dtype")))
     problem, finding = "", None
@@ -170,7 +174,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     elif evidence.free_run is not None and not evidence.free_run.same:
         notes.append(Note("free_generation", f"free generation: {evidence.free_run}"))
     if len(d) or failed or findings:
-        difference = _is_different(expected, exact, bool(failed or findings), level, evidence)
+        difference = _is_different(expected, exact and not record.new, bool(failed or findings), level, evidence)
     else:
         difference = Difference(None, "nothing was compared")
     notes += notes_of_tokens
@@ -196,8 +200,10 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
             sequences=len(np.unique(distinct_sequences(expected)[np.unique(sequences)])) if len(d) else 0,
             exact=exact,
             sides=evidence.sides,
+            record=record.headline,
         )
     )
+    notes += [topk_judged(expected, actual)] if verdict == "pass" else []
     if verdict == "pass" and not exact:
         findings.append(_noise(numbers, gates))
         if setting.dtype in ("float32", "float64") and numbers["rms_diff"] > _BEYOND * limits.noise_rms * setting.enlarged:
@@ -244,7 +250,7 @@ def _differences(
 def _numbers(
     expected: Trace, actual: Trace, rows: Alignment, e: Any, a: Any, d: m.Doubles, flipped: Any
 ) -> dict[str, float]:  # fmt: skip
-    broken = (np.isnan(a) & ~np.isnan(e)) | np.isposinf(a) | np.isposinf(e)
+    broken = np.isnan(a) | np.isposinf(a) | np.isposinf(e)
     excluded, flips = np.count_nonzero(np.isneginf(e) & np.isneginf(a)), np.count_nonzero(flipped)
     return {
         "n_tokens": float(len(d)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,6 +20,8 @@ Bools = npt.NDArray[np.bool_]
 #: More positions than this make no fit better; of longer comparisons, sequences are taken at even distances.
 MOST: Final = 20_000
 _NAMES: Final = Names()
+#: Elements of the table, [positions, tokens]: a top-k of the whole vocabulary is looked at in fewer positions.
+_LARGEST: Final = 4_000_000
 #: Noise is what most positions have: the others may have another reason to be far.
 _NEAREST: Final = 0.9
 
@@ -66,16 +67,15 @@ class Positions:
     @functools.cached_property
     def _seen(self) -> tuple[Bools, npt.NDArray[np.int64]]:
         seen, counts = np.zeros(self.ids.shape, bool), np.zeros(self.ids.shape, np.int64)
-        order = {int(row): n for n, row in enumerate(self.rows)}
         for start, stop, history in _written(self.golden, set(self.sequences.tolist())):
-            known, written = set(history), Counter[int]()
-            for row in range(start, stop):
-                n = order.get(row)
-                if n is not None:
-                    ids = self.ids[n].tolist()
-                    counts[n] = [written[token] for token in ids]
-                    seen[n] = [token in known or token in written for token in ids]
-                written[int(self.golden.token_ids[row])] += 1
+            inside = np.flatnonzero((self.rows >= start) & (self.rows < stop))
+            ids = self.ids[inside]
+            # Each token of the run as one number, ordered by its id, then by its place: how many of an id stand before a place.
+            length, written = stop - start, self.golden.token_ids[start:stop].astype(np.int64)
+            order = np.sort(written * length + np.arange(length))
+            before = np.searchsorted(order, ids * length + (self.rows[inside] - start)[:, None])
+            counts[inside] = np.where(ids >= 0, before - np.searchsorted(order, ids * length), 0)
+            seen[inside] = (counts[inside] > 0) | (np.isin(ids, history) & (ids >= 0))
         return seen, counts
 
     @property
@@ -105,24 +105,39 @@ def positions_of(
     if sequences is not None:
         taken = np.isin(owner, sequences)
         here, there, owner = here[taken], there[taken], owner[taken]
-    if len(here) > MOST:
+    most = min(MOST, max(_LARGEST // (1 + max(expected.top_k, actual.top_k)), 1))
+    if len(here) > most:
         owners = np.unique(owner)
-        kept = owners[np.linspace(0, len(owners) - 1, max(int(len(owners) * MOST / len(here)), 1)).astype(np.int64)]
+        kept = owners[np.linspace(0, len(owners) - 1, max(int(len(owners) * most / len(here)), 1)).astype(np.int64)]
         taken = np.isin(owner, kept)
-        here, there, owner = here[taken][:MOST], there[taken][:MOST], owner[taken][:MOST]
+        here, there, owner = here[taken][:most], there[taken][:most], owner[taken][:most]
     chosen = expected.token_ids[here].astype(np.int64)[:, None]
     top = expected.top_token_ids[here].astype(np.int64)
     top = np.where(top == chosen, -1, top)
     ids = np.concatenate([chosen, top], axis=1)
     golden = np.concatenate([expected.logprobs[here][:, None], expected.top_logprobs[here]], axis=1).astype(np.float64)
     golden[ids < 0] = np.nan
-    other_ids, other = actual.top_token_ids[there].astype(np.int64), actual.top_logprobs[there].astype(np.float64)
-    now = np.full(ids.shape, np.nan)
-    for column in range(other_ids.shape[1]):
-        same = (ids == other_ids[:, column : column + 1]) & (ids >= 0)
-        now = np.where(same, other[:, column : column + 1], now)
+    now = _look_up(ids, actual.top_token_ids[there].astype(np.int64), actual.top_logprobs[there].astype(np.float64))
     now[:, 0] = actual.logprobs[there]
     return Positions(expected, actual, here, there, owner, ids, golden, now, names)
+
+
+def _look_up(ids: npt.NDArray[np.int64], listed: npt.NDArray[np.int64], values: Doubles) -> Doubles:
+    """What `values` [n, k] say of `ids` [n, m] at each position, by the ids that are `listed` [n, k]; NaN where none does.
+
+    Position and id make one number, so that all positions are searched at once; of an id that stands twice, the last one.
+    """
+    if not listed.size:
+        return np.full(ids.shape, np.nan)
+    span = int(max(ids.max(initial=0), listed.max(initial=0))) + 2
+    rows = np.arange(len(ids))[:, None] * span + 1  # an id of -1, an empty place, is 0 of its position
+    keys = (rows + listed).ravel()
+    order = np.argsort(keys, kind="stable")
+    wanted = rows + ids
+    place = np.searchsorted(keys[order], wanted, side="right") - 1
+    found = (place >= 0) & (ids >= 0)
+    found &= keys[order][np.maximum(place, 0)] == wanted
+    return np.asarray(np.where(found, values.ravel()[order][np.maximum(place, 0)], np.nan))
 
 
 def _written(trace: Trace, sequences: set[int]) -> Iterator[tuple[int, int, list[int]]]:

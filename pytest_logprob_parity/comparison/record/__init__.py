@@ -1,0 +1,11 @@
+"""The record itself: do chosen logprob, rank and top-k of one token contradict each other, on which side, how often?
+
+`examine` looks at two aligned traces; `columns` is what one side says, `within` holds a side against itself, `between` both
+sides against each other, `contradiction` the findings.
+"""
+
+from .contradiction import Contradiction as Contradiction
+from .contradiction import Record as Record
+from .examine import contradictions as contradictions
+from .examine import examine as examine
+from .examine import topk_judged as topk_judged

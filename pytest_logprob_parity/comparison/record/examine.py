@@ -1,0 +1,116 @@
+"""Examine two aligned records for contradictions, and say whether their top-k was judged."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from ...trace import Trace
+from ..alignment import Alignment
+from ..result import Finding, Note
+from . import between, within
+from .columns import Bools, Columns, Longs
+from .contradiction import Contradiction, Key, Record, Side
+
+#: Elements of a top-k that are looked at; of larger comparisons, sequences at even distances, and all tokens that are far off.
+_MOST: Final = 200_000
+_FAR: Final = 0.25
+#: What is on the actual side so many times as often as on the expected one is new there.
+_LIKE: Final = 2
+_ORDER: Final[tuple[Key, ...]] = (
+    "probability_one", "tokens_shifted", "no_logprob", "top_k_shifted", "no_distribution", "above_zero", "mass_above_one",
+    "chosen_and_top_k", "above_the_largest", "rank_and_top_k", "top_k_differs", "ranks_differ",
+)  # fmt: skip
+
+
+def contradictions(expected: Trace, actual: Trace, rows: Alignment) -> list[Finding]:
+    """The contradictions within each side's record and between the two, each with its side and count; those that fail first."""
+    return list(examine(expected, actual, rows).contradictions)
+
+
+def examine(expected: Trace, actual: Trace, rows: Alignment) -> Record:
+    """Hold chosen logprobs, ranks and top-k of the aligned tokens against each other.
+
+    Clean engines never contradict themselves: vLLM and transformers gave none in a million tokens. So each contradiction that
+    is on the actual side, and not on the expected one in like number, is `new`.
+    """
+    if not rows.tokens:
+        return Record(tuple(between.shifted_tokens(expected, actual, rows)))
+    kept = _looked_at(expected, actual, rows)
+    golden = Columns(expected, "expected", np.arange(expected.num_tokens)[rows.expected][kept])
+    now = Columns(actual, "actual", np.arange(actual.num_tokens)[rows.actual][kept])
+    found = [*between.shifted_tokens(expected, actual, rows)]
+    found += [c for c in (between.no_logprob(golden, now),) if c is not None]
+    same_meaning = expected.distribution() == actual.distribution()
+    if same_meaning and (one := between.probability_one(golden, now)):
+        found.append(one)
+    of_golden, of_now = list(within.checks(golden, now)), list(within.checks(now, golden))
+    agreed = between.agree(golden, now)
+    if same_meaning and np.mean(agreed) >= 0.9:
+        found += _between(golden, now, agreed, of_golden, of_now)
+    shifted = {c.side for c in found if c.key == "top_k_shifted"}
+    for side, mine, theirs in ((golden, of_golden, of_now), (now, of_now, of_golden)):
+        if side.side not in shifted:
+            found += _within(side, mine, theirs)
+    if any(c.key in ("no_distribution", "chosen_and_top_k") for c in found):  # that is why they differ
+        found = [c for c in found if c.key != "top_k_differs"]
+    found.sort(key=lambda c: (not c.new, _ORDER.index(c.key)))
+    return Record(tuple(found))
+
+
+def _within(side: Columns, mine: list[within.Check], theirs: list[within.Check]) -> list[Contradiction]:
+    others = {check.key: check.count for check in theirs if check.certain}
+    found = []
+    for check in mine:
+        if check.count and check.certain:
+            new = check.decides and side.side == "actual" and check.count > _LIKE * others.get(check.key, 0)
+            text, candidates = within.told(check, side), ("engine_build", "parallelism")
+            found.append(Contradiction("path", None, text, candidates, check.key, side.side, check.count, check.of, new))
+    return found
+
+
+def _between(
+    golden: Columns, now: Columns, agreed: Bools, of_golden: list[within.Check], of_now: list[within.Check]
+) -> list[Contradiction]:
+    counts = [sum(c.count for c in checks if c.key == "chosen_and_top_k") for checks in (of_golden, of_now)]
+    wrong: Side = "expected" if counts[0] > counts[1] else "actual"
+    if shifted := between.shifted_top_k(golden, now, wrong):
+        found = [shifted, between.other_ranks(golden, now, agreed)]
+    else:
+        found = [between.other_top_k(golden, now, agreed), between.other_ranks(golden, now, agreed)]
+    told = [c for c in found if c is not None]
+    return [c if c.side == "actual" else Contradiction(**{**vars(c), "new": False}) for c in told]
+
+
+def _looked_at(expected: Trace, actual: Trace, rows: Alignment) -> slice | Longs:
+    """Which of the aligned tokens are looked at: all, or whole sequences and every token that is excluded or far off."""
+    most = _MOST // max(expected.top_k, actual.top_k, 1)
+    if rows.tokens <= most:
+        return slice(None)
+    sequences = expected.num_sequences
+    some = np.zeros(sequences, bool)
+    some[np.linspace(0, sequences - 1, max(sequences * most // rows.tokens, 1)).astype(np.int64)] = True
+    e, a = expected.logprobs[rows.expected], actual.logprobs[rows.actual]
+    with np.errstate(invalid="ignore"):
+        far = np.flatnonzero((np.abs(a - e) > _FAR) | (np.isfinite(a) != np.isfinite(e)))[:most]
+    inside = np.flatnonzero(np.repeat(some, np.diff(expected.sequence_offsets))[rows.expected])
+    return np.union1d(inside, far)
+
+
+def topk_judged(expected: Trace, actual: Trace) -> Note:
+    """Whether the top-k was judged, as a note: over the common width where the two sides differ in it."""
+    here, there = _width(expected), _width(actual)
+    if here and there:
+        wider = f" (the expected side has {here}, the actual one {there})" if here != there else ""
+        return Note("top_k_judged", f"top-{min(here, there)} judged on both sides{wider}")
+    missing = "neither side has one" if not here and not there else f"the {'actual' if here else 'expected'} side has none"
+    return Note("top_k_judged", f"top-k not judged: {missing}")
+
+
+def _width(trace: Trace) -> int:
+    """How many places of the top-k are used at all."""
+    ids = trace.top_token_ids
+    if not len(ids) or (ids[0] >= 0).all():
+        return trace.top_k
+    return int((ids >= 0).any(axis=0).sum())
