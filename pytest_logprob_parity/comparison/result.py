@@ -63,6 +63,7 @@ LAYERS: Final[tuple[Layer, ...]] = tuple(CAUSES)
 #: What a note is about.
 NoteKey: TypeAlias = Literal[
     # what was compared, and what was not
+    "temperature", "top_k_judged", "contradiction",
     "not_compared", "no_logprob", "excluded", "labels", "one_prompt", "top_k", "left_unexplained", "beyond_dtype", "no_floor",
     "free_generation", "prefill_for_decode", "to_verify", "without_truncation", "min_tokens", "fillers",
     # by which limits

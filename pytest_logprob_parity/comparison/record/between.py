@@ -9,6 +9,7 @@ import numpy as np
 
 from ...trace import Trace
 from ..alignment import Alignment, partners_of
+from ..result import Cause
 from .columns import Bools, Columns, Doubles, where
 from .contradiction import WORDS, Contradiction, Side
 
@@ -64,7 +65,9 @@ def shifted_top_k(expected: Columns, actual: Columns, wrong: Side) -> Contradict
                 f"each top-k of {WORDS[wrong]} is that of the token {side} ({count:,} positions tell), and the chosen logprobs "
                 "are not shifted"
             )
-            return Contradiction("semantic", "shifted_positions", text, (), "top_k_shifted", wrong, count, count)
+            return Contradiction(
+                "semantic", "shifted_positions", text, (), key="top_k_shifted", side=wrong, count=count, of=count
+            )
     return None
 
 
@@ -86,7 +89,7 @@ def other_top_k(expected: Columns, actual: Columns, agreed: Bools) -> Contradict
         f"the top-k of {WORDS['actual']} gives likely tokens other probabilities than the golden's at {found:,} of {count:,} "
         f"positions where the chosen logprobs agree ({where(actual, off)})"
     )
-    return Contradiction("path", None, text, ("engine_build", "parallelism"), "top_k_differs", "actual", found, count)
+    return Contradiction("path", None, text, ("engine_build", "parallelism"), key="top_k_differs", count=found, of=count)
 
 
 def _furthest(one: Columns, other: Columns, usable: Bools, width: int) -> Doubles:
@@ -124,7 +127,7 @@ def other_ranks(expected: Columns, actual: Columns, agreed: Bools) -> Contradict
         if found < max(_ENOUGH, _RANKS * count):
             return None
     text = f"{found:,} of {count:,} ranks of {WORDS['actual']} {how}, and the chosen logprobs agree"
-    return Contradiction("path", None, text, ("engine_build", "parallelism"), "ranks_differ", "actual", found, count)
+    return Contradiction("path", None, text, ("engine_build", "parallelism"), key="ranks_differ", count=found, of=count)
 
 
 def probability_one(expected: Columns, actual: Columns) -> Contradiction | None:
@@ -146,8 +149,8 @@ def probability_one(expected: Columns, actual: Columns) -> Contradiction | None:
         f"golden's likeliest"
     )
     rest = ~sure & np.isfinite(a)
-    cause: str | None
-    candidates: tuple[str, ...]
+    cause: Cause | None
+    candidates: tuple[Cause, ...]
     if np.any(rest & ~actual.first_of_turn):  # some tokens have their own numbers: those that were not accepted
         cause, candidates = "speculative_decoding", ()
         text += ": so are accepted draft tokens reported"
@@ -155,7 +158,7 @@ def probability_one(expected: Columns, actual: Columns) -> Contradiction | None:
         cause, candidates = None, ("speculative_decoding", "engine_build")
         text += f": all but {where(actual, rest)}" if rest.any() else ": all of them"
         text += "; as of accepted draft tokens, or of tokens that were forced"
-    return Contradiction("path", cause, text, candidates, "probability_one", "actual", count, of)
+    return Contradiction("path", cause, text, candidates, key="probability_one", count=count, of=of)
 
 
 def no_logprob(expected: Columns, actual: Columns) -> Contradiction | None:
@@ -169,7 +172,7 @@ def no_logprob(expected: Columns, actual: Columns) -> Contradiction | None:
         f"{count:,} of {len(missing):,} tokens of {WORDS['actual']} have no logprob: {where(actual, missing)}. That is no NaN "
         "of the computation: the engine gave no number, or the code that reads its answers lost it"
     )
-    return Contradiction("path", None, text, ("engine_build",), "no_logprob", "actual", count, len(missing))
+    return Contradiction("path", None, text, ("engine_build",), key="no_logprob", count=count, of=len(missing))
 
 
 def shifted_tokens(expected: Trace, actual: Trace, rows: Alignment) -> Iterator[Contradiction]:
@@ -190,7 +193,7 @@ def shifted_tokens(expected: Trace, actual: Trace, rows: Alignment) -> Iterator[
                 "the golden's, with its logprobs"
             )
             yield Contradiction(
-                "semantic", "shifted_positions", text, (), "tokens_shifted", "actual", count, expected.num_sequences
+                "semantic", "shifted_positions", text, (), key="tokens_shifted", count=count, of=expected.num_sequences
             )
 
 

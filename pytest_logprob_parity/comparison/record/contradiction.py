@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Final, Literal
 
 from ..result import Finding, Note
@@ -41,6 +41,7 @@ class Contradiction(Finding):
     `new` says that the comparison must not pass for it: it is on the actual side, and not on the expected one in like number.
     """
 
+    _: KW_ONLY
     key: Key = "chosen_and_top_k"
     side: Side = "actual"
     count: int = 0

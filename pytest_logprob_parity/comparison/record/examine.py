@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Final
 
 import numpy as np
 
 from ...trace import Trace
 from ..alignment import Alignment
-from ..result import Finding, Note
+from ..result import Cause, Finding, Note
 from . import between, within
 from .columns import Bools, Columns, Longs
 from .contradiction import Contradiction, Key, Record, Side
@@ -65,8 +66,13 @@ def _within(side: Columns, mine: list[within.Check], theirs: list[within.Check])
     for check in mine:
         if check.count and check.certain:
             new = check.decides and side.side == "actual" and check.count > _LIKE * others.get(check.key, 0)
-            text, candidates = within.told(check, side), ("engine_build", "parallelism")
-            found.append(Contradiction("path", None, text, candidates, check.key, side.side, check.count, check.of, new))
+            text = within.told(check, side)
+            candidates: tuple[Cause, ...] = ("engine_build", "parallelism")
+            found.append(
+                Contradiction(
+                    "path", None, text, candidates, key=check.key, side=side.side, count=check.count, of=check.of, new=new
+                )
+            )
     return found
 
 
@@ -80,7 +86,7 @@ def _between(
     else:
         found = [between.other_top_k(golden, now, agreed), between.other_ranks(golden, now, agreed)]
     told = [c for c in found if c is not None]
-    return [c if c.side == "actual" else Contradiction(**{**vars(c), "new": False}) for c in told]
+    return [c if c.side == "actual" else dataclasses.replace(c, new=False) for c in told]
 
 
 def _looked_at(expected: Trace, actual: Trace, rows: Alignment) -> slice | Longs:
