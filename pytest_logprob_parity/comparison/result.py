@@ -69,7 +69,7 @@ NoteKey: TypeAlias = Literal[
     # by which limits
     "declared_gap", "gap_not_there", "recorded_limits", "unknown_dtype", "as_in_its_run",
     # of the engine, the weights and the trainer
-    "another_adapter", "unverified_pins", "sent_again", "reading", "cache_not_told", "head_precision",
+    "another_adapter", "unverified_pins", "sent_again", "temperature", "reading", "cache_not_told", "head_precision",
     # of a recording
     "floor", "floor_seconds", "reference", "cannot_tell_raw", "chance", "noise_hides",
 ]  # fmt: skip
