@@ -135,7 +135,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     failed = [g for g in gates if not g.ok]
     exact = bool(len(d)) and not numbers["n_changed"]
     notes_of_tokens = _uncompared(expected, actual, rows, numbers, names)
-    record = examine(expected, actual, rows)
+    record = examine(expected, actual, rows, names)
     notes: list[Note]
     findings, notes = _meanings(expected, actual, rows, numbers, bool(failed) or not len(d), names)
     if findings:

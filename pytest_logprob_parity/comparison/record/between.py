@@ -9,9 +9,9 @@ import numpy as np
 
 from ...trace import Trace
 from ..alignment import Alignment, partners_of
-from ..result import Cause
+from ..result import Cause, Names
 from .columns import Bools, Columns, Doubles, where
-from .contradiction import WORDS, Contradiction, Side
+from .contradiction import Contradiction, Side
 
 _FINE: Final = ("float32", "float64")
 _ENOUGH: Final = 5
@@ -61,8 +61,9 @@ def shifted_top_k(expected: Columns, actual: Columns, wrong: Side) -> Contradict
         count = int(np.count_nonzero(telling))
         if count >= _ENOUGH and np.mean(now[telling] == moved[telling]) >= _MOST:
             side = name if wrong == "actual" else {"before": "after", "after": "before"}[name]
+            off = expected if wrong == "expected" else actual
             text = (
-                f"each top-k of {WORDS[wrong]} is that of the token {side} ({count:,} positions tell), and the chosen logprobs "
+                f"each top-k of {off.name} is that of the token {side} ({count:,} positions tell), and the chosen logprobs "
                 "are not shifted"
             )
             return Contradiction(
@@ -86,7 +87,7 @@ def other_top_k(expected: Columns, actual: Columns, agreed: Bools) -> Contradict
     if found < max(_ENOUGH, _FEW * count, _AS_CHOSEN * not_agreed):
         return None
     text = (
-        f"the top-k of {WORDS['actual']} gives likely tokens other probabilities than the golden's at {found:,} of {count:,} "
+        f"the top-k of {actual.name} gives likely tokens other probabilities than {expected.name}'s at {found:,} of {count:,} "
         f"positions where the chosen logprobs agree ({where(actual, off)})"
     )
     return Contradiction("path", None, text, ("engine_build", "parallelism"), key="top_k_differs", count=found, of=count)
@@ -120,13 +121,13 @@ def other_ranks(expected: Columns, actual: Columns, agreed: Bools) -> Contradict
     values, how_often = np.unique(now - golden, return_counts=True)
     constant, share = int(values[how_often.argmax()]), how_often.max() / count
     if constant and share >= _MOST:
-        found, how = int(how_often.max()), f"are the golden's {constant:+d}"
+        found, how = int(how_often.max()), f"are {expected.name}'s {constant:+d}"
     else:
         far = np.maximum(now / golden, golden / now) > _FACTOR
-        found, how = int(np.count_nonzero(far)), f"differ from the golden's by more than a factor of {_FACTOR:g}"
+        found, how = int(np.count_nonzero(far)), f"differ from {expected.name}'s by more than a factor of {_FACTOR:g}"
         if found < max(_ENOUGH, _RANKS * count):
             return None
-    text = f"{found:,} of {count:,} ranks of {WORDS['actual']} {how}, and the chosen logprobs agree"
+    text = f"{found:,} of {count:,} ranks of {actual.name} {how}, and the chosen logprobs agree"
     return Contradiction("path", None, text, ("engine_build", "parallelism"), key="ranks_differ", count=found, of=count)
 
 
@@ -145,8 +146,8 @@ def probability_one(expected: Columns, actual: Columns) -> Contradiction | None:
     if others < 2:
         return None
     text = (
-        f"{count:,} of {of:,} logprobs of {WORDS['actual']} are 0.0, probability 1, and {others:,} of these tokens are not the "
-        f"golden's likeliest"
+        f"{count:,} of {of:,} logprobs of {actual.name} are 0.0, probability 1, and {others:,} of these tokens are not "
+        f"the likeliest of {expected.name}"
     )
     rest = ~sure & np.isfinite(a)
     cause: Cause | None
@@ -169,13 +170,13 @@ def no_logprob(expected: Columns, actual: Columns) -> Contradiction | None:
     if count < 2 or not np.all(first[missing]) or count < _MOST * turns:
         return None
     text = (
-        f"{count:,} of {len(missing):,} tokens of {WORDS['actual']} have no logprob: {where(actual, missing)}. That is no NaN "
+        f"{count:,} of {len(missing):,} tokens of {actual.name} have no logprob: {where(actual, missing)}. That is no NaN "
         "of the computation: the engine gave no number, or the code that reads its answers lost it"
     )
     return Contradiction("path", None, text, ("engine_build",), key="no_logprob", count=count, of=len(missing))
 
 
-def shifted_tokens(expected: Trace, actual: Trace, rows: Alignment) -> Iterator[Contradiction]:
+def shifted_tokens(expected: Trace, actual: Trace, rows: Alignment, names: Names) -> Iterator[Contradiction]:
     """Sequences with one token more, or fewer, whose other tokens and logprobs are the golden's: nobody computed those after
     another history.
     """
@@ -189,8 +190,8 @@ def shifted_tokens(expected: Trace, actual: Trace, rows: Alignment) -> Iterator[
         if count:
             what = {"twice": "a token stands twice", "more": "there is a token more", "missing": "a token is missing"}[kind]
             text = (
-                f"in {count:,} of {expected.num_sequences:,} sequences of {WORDS['actual']} {what}; the tokens after it are "
-                "the golden's, with its logprobs"
+                f"in {count:,} of {expected.num_sequences:,} sequences of {names.actual} {what}; the tokens after it are "
+                f"those of {names.expected}, with its logprobs"
             )
             yield Contradiction(
                 "semantic", "shifted_positions", text, (), key="tokens_shifted", count=count, of=expected.num_sequences

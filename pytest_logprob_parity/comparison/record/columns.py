@@ -21,7 +21,7 @@ _HALF: Final = ("bfloat16", "float16")
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """One side's record of n aligned tokens, which stand at `rows` [n] of its trace.
+    """One side's record of n aligned tokens, which stand at `rows` [n] of its trace; `name` is what sentences call it.
 
     `ids` int [n, K], -1 where a place is not used, and `top` float32 [n, K] (nats; -inf there).
     """
@@ -29,6 +29,7 @@ class Columns:
     trace: Trace
     side: Side
     rows: Longs
+    name: str
 
     @functools.cached_property
     def chosen(self) -> Doubles:

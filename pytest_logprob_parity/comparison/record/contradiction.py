@@ -14,9 +14,6 @@ Key = Literal[
     "rank_and_top_k", "top_k_differs", "ranks_differ", "probability_one", "tokens_shifted", "no_logprob",
 ]  # fmt: skip
 
-#: What each side is called in a sentence, until a comparison puts its own names in.
-WORDS: Final[Mapping[Side, str]] = {"expected": "the golden", "actual": "this run"}
-
 #: How a headline begins; other contradictions are of one side with itself.
 _TITLES: Final[Mapping[Key, str]] = {
     "probability_one": "These are no sampling probabilities",

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...trace import Trace
 from ..alignment import Alignment
-from ..result import Cause, Finding, Note
+from ..result import Cause, Finding, Names, Note
 from . import between, within
 from .columns import Bools, Columns, Longs
 from .contradiction import Contradiction, Key, Record, Side
@@ -17,6 +17,7 @@ from .contradiction import Contradiction, Key, Record, Side
 #: Elements of a top-k that are looked at; of larger comparisons, sequences at even distances, and all tokens that are far off.
 _MOST: Final = 200_000
 _FAR: Final = 0.25
+_NAMES: Final = Names()
 #: What is on the actual side so many times as often as on the expected one is new there.
 _LIKE: Final = 2
 _ORDER: Final[tuple[Key, ...]] = (
@@ -25,23 +26,23 @@ _ORDER: Final[tuple[Key, ...]] = (
 )  # fmt: skip
 
 
-def contradictions(expected: Trace, actual: Trace, rows: Alignment) -> list[Finding]:
+def contradictions(expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAMES) -> list[Finding]:
     """The contradictions within each side's record and between the two, each with its side and count; those that fail first."""
-    return list(examine(expected, actual, rows).contradictions)
+    return list(examine(expected, actual, rows, names).contradictions)
 
 
-def examine(expected: Trace, actual: Trace, rows: Alignment) -> Record:
+def examine(expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAMES) -> Record:
     """Hold chosen logprobs, ranks and top-k of the aligned tokens against each other.
 
     Clean engines never contradict themselves: vLLM and transformers gave none in a million tokens. So each contradiction that
     is on the actual side, and not on the expected one in like number, is `new`.
     """
     if not rows.tokens:
-        return Record(tuple(between.shifted_tokens(expected, actual, rows)))
+        return Record(tuple(between.shifted_tokens(expected, actual, rows, names)))
     kept = _looked_at(expected, actual, rows)
-    golden = Columns(expected, "expected", np.arange(expected.num_tokens)[rows.expected][kept])
-    now = Columns(actual, "actual", np.arange(actual.num_tokens)[rows.actual][kept])
-    found = [*between.shifted_tokens(expected, actual, rows)]
+    golden = Columns(expected, "expected", np.arange(expected.num_tokens)[rows.expected][kept], names.expected)
+    now = Columns(actual, "actual", np.arange(actual.num_tokens)[rows.actual][kept], names.actual)
+    found = [*between.shifted_tokens(expected, actual, rows, names)]
     found += [c for c in (between.no_logprob(golden, now),) if c is not None]
     same_meaning = expected.distribution() == actual.distribution()
     if same_meaning and (one := between.probability_one(golden, now)):

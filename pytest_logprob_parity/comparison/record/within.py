@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from .columns import Bools, Columns, Doubles, largest_noise, rounding, where
-from .contradiction import WORDS, Key
+from .contradiction import Key
 
 #: Probabilities of a position may add up to so much more than 1, and a logprob be so much above 0: rounding.
 _ROUNDING: Final = 0.02
@@ -39,7 +39,7 @@ class Check:
 
 def checks(side: Columns, other: Columns) -> Iterator[Check]:
     """The contradictions of `side` with itself; `other` is there for the noise of its dtype."""
-    whose, noise = WORDS[side.side], largest_noise(side.trace, other.trace)
+    whose, noise = side.name, largest_noise(side.trace, other.trace)
     yield _above_zero(side, noise, whose)
     if side.trace.top_k:
         empty, what = _no_distribution(side)
