@@ -85,7 +85,7 @@ def _judged(
     kept = np.isfinite(trace.logprobs[rows]) & trace.mask[rows]
     differences = Differences(*(column[kept] for column in (d, sequences, of_prompt, errors, error)))
     setting = setting_of(trace, golden.routed)
-    gates = gates_of(differences, 0, SupportFlips(0, 0, 0, 0), limits, setting, len(tokens))
+    gates = gates_of(differences, 0, SupportFlips(0, 0, 0), limits, setting, len(tokens))
     return gates if len(tokens) >= MIN_SEQUENCES else ()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from .belonging import Checked
 from .comparison.alignment import align
 from .comparison.result import Level, Note
-from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, with_floor
+from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, with_floor, with_reference
 from .comparison.verdict import Evidence, judge
 from .errors import IncomparableError
 from .fingerprint import differences, setup_class
@@ -62,4 +62,5 @@ def compare_goldens(expected: Golden, actual: Golden, level: Level = "rl", limit
 
 def _limits(expected: Golden, actual: Golden) -> Tolerance:
     defaults = default_tolerance(expected.trace.dtype, (expected.trace.path, actual.trace.path))
-    return make_tolerance(with_floor(defaults, expected.floor), expected.tolerance)
+    known = with_reference(with_floor(defaults, expected.floor), expected.trace.logprobs, expected.reference)
+    return make_tolerance(known, expected.tolerance)

@@ -51,6 +51,8 @@ def record(
         raise GoldenError(f"{context.shown_path}: a directory stands where the golden should be; move it away")
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0 or repeats == 1:
         raise UsageError(f"repeats={repeats!r}: a noise floor needs 2 repeats or more; 0 records none")
+    if isinstance(engine, Engine):
+        _ = engine.config  # starts it, which is no part of what generating takes
     began = time.monotonic()
     golden = Golden(engine) if isinstance(engine, Trace) else Golden(_generate(engine, prompts, sampling, replay))
     generating = time.monotonic() - began
@@ -62,7 +64,7 @@ def record(
     else:
         digest = fingerprint.digest_of(prompts)
         golden = dataclasses.replace(golden, fingerprint=engine.fingerprint(), prompts_digest=digest)
-        _check_numbers(golden.trace, context)
+        check_numbers(golden.trace, context.shown_path)
     itself = compare(expected=golden.trace, actual=golden.trace)
     if not itself.passed:
         raise UsageError(f"{context.shown_path}: not recorded: it could never pass: {itself.headline}")
@@ -92,13 +94,11 @@ def record(
     )
 
 
-def _check_numbers(trace: Trace, context: Context) -> None:
+def check_numbers(trace: Trace, name: str) -> None:
     """Raise EngineError where an engine reported no number: such a golden would hide the next one."""
     broken = int(np.count_nonzero((np.isnan(trace.logprobs) | np.isposinf(trace.logprobs)) & trace.mask))
     if broken:
-        raise EngineError(
-            f"{context.shown_path}: not recorded: {broken} of {int(trace.mask.sum())} logprobs of this engine are NaN or +inf"
-        )
+        raise EngineError(f"{name}: not recorded: {broken} of {int(trace.mask.sum())} logprobs of this engine are NaN or +inf")
 
 
 def measure_floor(engine: Engine, trace: Trace, repeats: int) -> tuple[FloatArray, NoiseFloor]:
@@ -142,12 +142,16 @@ def _check_agrees_with_itself(golden: Golden, own: FloatArray, explicit: Mapping
     trace, floor = golden.trace, golden.floor
     assert floor is not None
     limits = make_tolerance(default_tolerance(trace.dtype), explicit)
+    # the repeats have no top-k: held against the golden's, a token at the edge of a nucleus would contradict it
+    chosen = trace.with_(
+        top_logprobs=trace.top_logprobs[:, :0], top_token_ids=trace.top_token_ids[:, :0], ranks=0 * trace.ranks
+    )
     names = [
         "on its own schedule",
         *(f"in other batch compositions, repeat {n + 1} of {floor.repeats}" for n in range(floor.repeats)),
     ]
     for name, logprobs in zip(names, (own, *floor.logprobs), strict=True):
-        again = judge(trace, trace.with_(logprobs=logprobs), limits, "rl", Evidence(routed=golden.routed))
+        again = judge(chosen, chosen.with_(logprobs=logprobs), limits, "rl", Evidence(routed=golden.routed))
         if again.verdict == "fail":
             raise EngineError(
                 f"{context.shown_path}: not recorded: this engine does not agree with itself beyond what {trace.dtype} "

@@ -64,7 +64,9 @@ def test_an_outlier_of_the_goldens_excuses_none_that_is_far_larger_at_the_same_t
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_nineteen_tokens_in_a_thousand_off_by_half_a_nat_pass_under_no_objective(dtype):
-    """k3 is 2.3e-3; cut off at 0.25 nats they were a spread of 0.034. The negative control: a twentieth as many."""
+    """k3 is 2.3e-3; cut off at 0.25 nats they were a spread of 0.034. The negative control: a twentieth as many, which only
+    float32's noise does not explain.
+    """
     trace, rng = make_trace(64, 64, dtype=dtype), np.random.default_rng(0)
     sign = rng.choice([-0.49, 0.49], 4096)
     where = rng.permutation(4096)
@@ -72,7 +74,7 @@ def test_nineteen_tokens_in_a_thousand_off_by_half_a_nat_pass_under_no_objective
     assert "pass" not in result.values()
     assert dtype == "bfloat16" or set(result.values()) == {"fail"}
     few = verdicts(trace, np.where(where < 4, sign, 0))
-    assert (few["token"], few["truncated"]) == ("pass", "pass")
+    assert (few["token"], few["truncated"]) == (("pass", "pass") if dtype == "bfloat16" else ("fail", "fail"))
 
 
 def test_float32_is_judged_by_what_the_objective_feels_and_not_by_its_dtype():
@@ -150,7 +152,7 @@ def test_small_goldens_never_fail_by_the_noise_of_another_build(sequences, token
 def test_noise_of_logits_is_divided_by_a_low_temperature():
     """Two builds, each 0.02 nats from the model at T=1, so 0.4 at T=0.05, with tails."""
     for seed in range(5):
-        trace, rng = make_trace(32, 37, temperature=0.05, seed=seed), np.random.default_rng(seed)
+        trace, rng = moved(make_trace(32, 37, temperature=0.05, seed=seed), -5), np.random.default_rng(seed)
         golden, now = rng.standard_t(5, (2, 1184)) * 0.02 / 0.05 / (5 / 3) ** 0.5
         assert "fail" not in verdicts(trace, now - golden, reference=reference_of(trace, golden)).values()
         assert "fail" not in verdicts(trace, now - golden).values()
@@ -205,7 +207,7 @@ def test_a_tie_between_experts_moves_a_token_by_nats_and_fifty_tokens_are_none()
     trace = make_trace(64, 64)
     golden, now = spread(4096, 0.03, seed=1), spread(4096, 0.03, seed=2)
     once, often = now.copy(), now.copy()
-    once[7], often[::80] = 4.7, 4.7
+    once[7], often[::80] = -4.7, -4.7
     for reference in (None, reference_of(trace, golden)):
         one = judged(trace, once - golden, reference=reference, routed=True)
         assert (one.verdict, gate(one, "outlier_tokens").value) == ("unverified", 1)

@@ -152,7 +152,7 @@ def planted(count, nats):
 
 
 def test_sequences_with_an_outlier_token_pass_up_to_a_limit_and_fail_beyond_another():
-    """Half precision puts a few so far off. The negative control: float32 does not, and leaves nothing between the two."""
+    """Half precision puts a few so far off. The negative control: float32 puts none there."""
     trace = make_trace(200, 64)
     few, many = (getattr(gate(compare(expected=trace, actual=trace), "outlier_tokens"), n) for n in ("limit", "fail_limit"))
     assert (few, few < many) == (3, True)
@@ -163,8 +163,8 @@ def test_sequences_with_an_outlier_token_pass_up_to_a_limit_and_fail_beyond_anot
     in_one[:8] = 0.6  # in one sequence, which counts once
     assert gate(compare(expected=trace, actual=moved(trace, in_one)), "outlier_tokens").value == 1
     float32 = make_trace(200, 64, dtype="float32")
-    for count, verdict in ((few, "pass"), (few + 1, "fail")):
-        found = gate(compare(expected=float32, actual=moved(float32, planted(int(count), 0.6))), "outlier_tokens")
+    for nats, verdict in ((0.2, "pass"), (0.6, "fail")):
+        found = gate(compare(expected=float32, actual=moved(float32, planted(1, nats))), "outlier_tokens")
         assert found.outcome == verdict
 
 
@@ -387,12 +387,14 @@ def excluded(trace, count):
     ],
 )  # fmt: skip
 def test_a_token_excluded_deep_inside_is_an_outlier_and_one_near_the_edge_is_none(how, rank, deep):
-    """The noise that puts one token far off excludes one: both are of one budget."""
+    """The noise that puts one token far off excludes one: both are of one budget. Several in one sequence make it one that is
+    off as a whole.
+    """
     trace = truncated_trace(how, rank)
     for count in (1, 5):
         result = judged(trace, excluded(trace, count))
-        assert (gate(result, "outlier_tokens").value, gate(result, "nucleus_flips").value) == (deep * count, count)
-        assert result.verdict == ("fail" if deep and count > 1 else "pass"), result.headline
+        assert (gate(result, "outlier_tokens").value, gate(result, "nucleus_flips").value) == (deep, count)
+        assert result.verdict == ("unverified" if deep and count > 1 else "pass"), result.headline
 
 
 def test_the_nearest_edge_counts():
@@ -682,13 +684,13 @@ def test_nothing_but_excluded_tokens_is_never_green(tmp_path):
         check_golden(tmp_path / "g.safetensors", trace, update=True)
 
 
-def test_a_golden_with_too_many_holes_could_never_pass_and_is_not_recorded(tmp_path):
-    trace = moved(make_trace(), np.where(np.arange(2000) < 200, np.nan, 0))
-    with pytest.raises(UsageError, match="not recorded: it could never pass: 200 of 2000 logprobs"):
+@pytest.mark.parametrize("holes", [1, 200])
+def test_a_golden_with_a_hole_could_never_pass_and_is_not_recorded(tmp_path, holes):
+    trace = moved(make_trace(), np.where(np.arange(2000) < holes, np.nan, 0))
+    assert compare(expected=trace, actual=trace).verdict == "fail"  # a hole on both sides would hide the next one
+    with pytest.raises(UsageError, match=f"not recorded: it could never pass: {holes} of 2000 logprobs"):
         check_golden(tmp_path / "g.safetensors", trace, update=True)
-    few = moved(make_trace(2), np.where(np.arange(80) == 0, np.nan, 0))  # a hole on both sides is no difference
-    assert check_golden(tmp_path / "g.safetensors", few, update=True).recorded
-    assert check_golden(tmp_path / "g.safetensors", few).verdict == "pass"
+    assert not (tmp_path / "g.safetensors").exists()
 
 
 def test_a_comparison_is_json_whatever_it_holds():

@@ -16,7 +16,7 @@ from .wording import NOT_SHOWN, failed_line, unverified_line
 #: Below this share of the golden's tokens compared, a comparison proves too little to pass.
 COVERAGE: Final = 0.95
 #: Causes that make the two columns other quantities, not the same one off by something.
-_OTHER_MEANING: Final = frozenset({"raw_vs_processed", "temperature", "truncation", "penalties", "shifted_positions"})
+OTHER_MEANING: Final = frozenset({"raw_vs_processed", "temperature", "truncation", "penalties", "shifted_positions"})
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ def _failure(found: Found) -> str:
     numbers, tokens = found.numbers, found.rows.tokens
     if found.record and not different_meaning(found.expected, found.actual):
         return found.record
-    if any(f.cause in _OTHER_MEANING for f in found.findings):
+    if any(f.cause in OTHER_MEANING for f in found.findings):
         if different_meaning(found.expected, found.actual):
             here, there = (in_words(side) for side in found.sides)
             claim = f"{found.expected.distribution()} {here}, {found.actual.distribution()} {there}"
             return f"The logprobs do not mean the same: {claim}"
-        why = next(f.evidence for f in found.findings if f.cause in _OTHER_MEANING)
+        why = next(f.evidence for f in found.findings if f.cause in OTHER_MEANING)
         return f"The logprobs do not mean what their label says: {why}"
     if numbers["n_nan"]:
         return f"{int(numbers['n_nan'])} of {tokens} logprobs are NaN or +inf"
@@ -96,9 +96,9 @@ def _failure(found: Found) -> str:
     if numbers["n_tokens"] and found.level == "bitwise" and not found.exact:
         return f"{int(numbers['n_changed'])} of {tokens} logprobs are not the same bit for bit"
     if found.level == "bitwise" and found.free_run is not None and not found.free_run.same:
-        return f"The free run did not come back token for token: {found.free_run}"
+        return f"What was written freely did not come back token for token: {found.free_run}"
     if numbers["n_tokens"] and found.level == "noise" and found.difference.different:
-        return f"The logprobs differ beyond shape noise: {found.difference.reason}"
+        return f"The logprobs differ beyond the noise of batch composition: {found.difference.reason}"
     return ""
 
 
@@ -122,7 +122,7 @@ def _not_shown(found: Found) -> str:
     if found.sequences < MIN_SEQUENCES:
         return (
             f"{NOT_SHOWN}: {found.sequences} distinct sequences are too few to generalise to other prompts, {MIN_SEQUENCES} "
-            f"are needed: record {MIN_SEQUENCES - found.sequences} more"
+            "are needed: record more prompts"
         )
     unsure = [g for g in found.gates if not g.sure]
     if unsure:

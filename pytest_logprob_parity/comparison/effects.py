@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,7 +43,7 @@ _SAME_OUTLIER: Final = 2.0
 _SEQUENCE, _SEQUENCE_UNEXPLAINED = 1.5, 3.0
 #: What no noise explains where the golden's errors are not known, in nats: a token and a sequence. Half precision has more at
 #: low temperatures, for noise of logits is divided by it.
-_TOKEN_NATS: Final = {"float32": 1.0, "float16": 2.0, "bfloat16": 6.0}
+_TOKEN_NATS: Final = {"float32": 0.25, "float16": 2.0, "bfloat16": 6.0}
 _SEQUENCE_NATS: Final = {"float32": 0.2, "float16": 0.3, "bfloat16": 0.6}
 #: Outliers of up to so many nats, a ratio of 7, are allowed for; larger ones only where the golden's errors have as many.
 _ALLOWED_NATS: Final = 2.0
@@ -117,9 +117,14 @@ class Setting:
         return by_dtype[known] * (1.0 if known == "float32" else self.enlarged)
 
     @property
+    def fine(self) -> bool:
+        """Whether the dtype is float32 or finer."""
+        return self.dtype in ("float32", "float64")
+
+    @property
     def half(self) -> bool:
-        """Whether the dtype is one of half precision."""
-        return self.dtype not in ("float32", "float64")
+        """Whether the dtype is one of half precision, or not known."""
+        return not self.fine
 
 
 def setting_of(expected: Trace, routed: bool | None) -> Setting:
@@ -142,7 +147,7 @@ def gates_of(
     ]
     if not len(rows.d):
         return tuple(gates)
-    outliers = outliers_of(rows, limits, setting)
+    outliers = outliers_of(rows, limits, setting, flips.deep)
     # what the golden's own errors have too is noise, told by its number: an average of exponentials would hang on one token
     bulk = rows.where(~outliers.tokens) if outliers.explained else rows
     return (*gates, *_effects(bulk, limits, setting), *_outlier_gates(rows, outliers, flips, limits, setting, sequences))
@@ -181,8 +186,9 @@ def _gate(
     """
     limit = getattr(limits, key)
     direct = mean_interval(felt(rows.d), rows.clusters)
-    if key in limits.explicit:
-        return Gate(key, direct.estimate, limit, limit, direct.low, direct.high, unit)
+    if key in limits.explicit:  # what is above 0 at all is above it on all prompts
+        low = direct.low if limit else max(direct.low, direct.estimate)
+        return Gate(key, direct.estimate, limit, limit, low, direct.high, unit)
     known = rows.known
     if not known.any():
         hidden = room[1] > _HIDES and key == "clip_share"
@@ -285,12 +291,14 @@ class Outliers:
     sequence_unexplained: float
 
 
-def outliers_of(rows: Differences, limits: Tolerance, setting: Setting) -> Outliers:
-    """Find the outliers of these rows, one at least."""
+def outliers_of(rows: Differences, limits: Tolerance, setting: Setting, deep: Mapping[int, int]) -> Outliers:
+    """Find the outliers of these rows, one at least; `deep` says how many of another kind a sequence has. Two make it one that
+    is off as a whole.
+    """
     known = rows.known
     golden = np.where(known, rows.golden_error, 0.0)
     off = np.where(known, rows.error, rows.d)
-    _, places = np.unique(rows.sequences, return_inverse=True)
+    names, places = np.unique(rows.sequences, return_inverse=True)
     wholes_now, wholes = (m.sequence_rms(x, places, np.inf) for x in (off, golden))
     token, token_unexplained, sequence, sequence_unexplained = _thresholds(golden, known, wholes, limits, setting)
     if "sequence_rms" in limits.explicit:  # what a caller sets holds for differences, and noise excuses none of them
@@ -302,12 +310,12 @@ def outliers_of(rows: Differences, limits: Tolerance, setting: Setting) -> Outli
     return Outliers(
         tokens=is_now | was,
         explained=bool(was.any()),
-        new=len(np.unique(places[is_now & fresh])),
+        new=len(deep.keys() | set(np.unique(rows.sequences[is_now & fresh]).tolist())),
         gone=len(np.unique(places[was & ~is_now])),
         largest=float(np.abs(off[fresh]).max(initial=0.0)),
         token=token,
         token_unexplained=token_unexplained,
-        new_sequences=int(np.count_nonzero((wholes_now > sequence) & (wholes <= sequence))),
+        new_sequences=len({i for i, n in deep.items() if n > 1} | {*names[(wholes_now > sequence) & (wholes <= sequence)]}),
         gone_sequences=int(np.count_nonzero((wholes > sequence) & (wholes_now <= sequence))),
         largest_rms=float(wholes_now[wholes <= sequence].max(initial=0.0)),
         sequence=sequence,
@@ -323,7 +331,7 @@ def _outlier_gates(
     nats = _ALLOWED_NATS * (setting.enlarged if setting.half else 1.0)
     few = limits.outliers(len(rows.d)) if found.largest <= nats or "outlier" in limits.explicit else 0
     counted: tuple[tuple[GateKey, str, int, int, int, float, float, float], ...] = (
-        ("outlier_tokens", "outlier", found.new + flips.deep, found.gone, few, found.token,
+        ("outlier_tokens", "outlier", found.new, found.gone, few, found.token,
          found.largest, found.token_unexplained),
         ("outlier_sequences", "sequence_rms", found.new_sequences, found.gone_sequences, sequences // 200, found.sequence,
          found.largest_rms, found.sequence_unexplained),

@@ -61,14 +61,6 @@ def difference_metrics(d: Doubles) -> dict[str, float]:
     return dict(zip(names, values, strict=True))
 
 
-def winsorized_rms(d: Doubles, limit: float) -> float:
-    """Root mean square of d with every |d| cut off at `limit` (nats)."""
-    if not len(d):
-        return float("nan")
-    cut = np.clip(d, -limit, limit)
-    return float(np.sqrt(np.dot(cut, cut) / len(cut)))
-
-
 def sequence_rms(d: Doubles, sequences: npt.NDArray[np.int64], limit: float) -> Doubles:
     """RMS of d for each sequence that has tokens among `sequences` (the number of each d), every |d| cut off at `limit`.
 

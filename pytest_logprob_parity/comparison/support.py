@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,15 +19,14 @@ from .tolerance import Tolerance
 
 @dataclass(frozen=True)
 class SupportFlips:
-    """`count` tokens excluded on one side only, `allowed` of them by the golden's own rate, `deep` far from the edge.
-
-    More than `unexplained` are more than noise explains.
+    """`count` tokens excluded on one side only, `allowed` of them by the golden's own rate; more than `unexplained` are more
+    than noise explains. `deep` says how many each sequence has far from the edge, where it has any.
     """
 
     count: int
     allowed: int
-    deep: int
     unexplained: int
+    deep: Mapping[int, int] = field(default_factory=dict)
 
 
 def support_flips(
@@ -42,7 +43,7 @@ def support_flips(
     """
     count = int(np.count_nonzero(flipped))
     if not (expected.sampling.truncates or actual.sampling.truncates):
-        return SupportFlips(count, 0, 0, 0)
+        return SupportFlips(count, 0, 0)
     allowed = int(np.ceil(limits.support_flips * rows.tokens - 1e-9))
     unexplained = allowed
     if "support_flips" not in limits.explicit:
@@ -52,10 +53,12 @@ def support_flips(
         allowed = max(allowed, poisson_quantile(0.99, 2.0 * own))
         unexplained = max(2 * allowed, poisson_quantile(0.9995, 4.0 * own))
     if not count or not expected.sampling.truncates:
-        return SupportFlips(count, allowed, 0, unexplained)
+        return SupportFlips(count, allowed, unexplained)
     places = np.arange(expected.num_tokens)[rows.expected][flipped]
     lost = places[np.isfinite(expected.logprobs[places])]
-    return SupportFlips(count, allowed, int(np.count_nonzero(depth(expected, lost, limits) > 1)), unexplained)
+    deep = lost[depth(expected, lost, limits) > 1]
+    sequences = np.searchsorted(expected.sequence_offsets, deep, side="right") - 1
+    return SupportFlips(count, allowed, unexplained, Counter(sequences.tolist()))
 
 
 def depth(trace: Trace, places: npt.NDArray[Any], limits: Tolerance) -> npt.NDArray[np.float64]:

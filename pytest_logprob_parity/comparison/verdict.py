@@ -15,7 +15,7 @@ from ..spec import nearest
 from ..trace import FloatArray, Trace
 from . import metrics as m
 from .alignment import Alignment, align
-from .decision import Found, decide
+from .decision import OTHER_MEANING, Found, decide
 from .effects import Differences, gates_of, setting_of, what_it_shows
 from .free_run import judge_free_run
 from .gaps import with_gap
@@ -137,15 +137,19 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     notes_of_tokens = _uncompared(expected, actual, rows, numbers, names)
     record = examine(expected, actual, rows, names)
     notes: list[Note]
-    findings, notes = _meanings(expected, actual, rows, numbers, bool(failed) or not len(d), names)
+    unsure = not all(gate.sure for gate in gates)
+    findings, notes = _meanings(expected, actual, rows, numbers, unsure or not len(d), names)
+    beyond = setting.fine and numbers["rms_diff"] > _BEYOND * limits.noise_rms * setting.enlarged
     if findings:
         gates = ()
-    elif failed and not record.explains:
+    elif not record.explains and (beyond or unsure):
         findings += semantic_findings(expected, actual, rows, _far_off(d, sequences, limits), names)
-        unnamed = not any(finding.cause for finding in findings)
+        if not failed:  # a meaning that is proven fails at any size; what only may be one does not
+            findings = [finding for finding in findings if finding.cause in OTHER_MEANING]
+        unnamed = bool(failed) and not any(finding.cause for finding in findings)
         if unnamed and (head := head_finding(positions_of(expected, actual, rows, names=names))):
             findings.append(head)
-        notes += [Note("top_k", unsure)] if (unsure := unsure_of(expected, actual, rows)) else []
+        notes += [Note("top_k", told)] if (told := unsure_of(expected, actual, rows)) else []
     penalties = any(f.cause == "penalties" for f in findings)  # what they move is no remainder
     if (
         any(f.cause for f in findings)
@@ -178,7 +182,8 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     else:
         difference = Difference(None, "nothing was compared")
     notes += notes_of_tokens
-    if level == "rl" and evidence.floor is None and not exact and len(d) and evidence.sides == SIDES:
+    unknown = evidence.floor is None and evidence.reference is None
+    if level == "rl" and unknown and not exact and len(d) and evidence.sides == SIDES:
         known = expected.dtype if expected.dtype in DTYPES else f"bfloat16, for {expected.dtype!r} is no dtype we know"
         notes.append(Note("no_floor", f"no noise floor: what is noise is taken from the defaults of {known}"))
     verdict, headline = decide(
@@ -206,7 +211,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     notes += [topk_judged(expected, actual)] if verdict == "pass" else []
     if verdict == "pass" and not exact:
         findings.append(_noise(numbers, gates))
-        if setting.dtype in ("float32", "float64") and numbers["rms_diff"] > _BEYOND * limits.noise_rms * setting.enlarged:
+        if beyond:
             text = f"RMS {numbers['rms_diff']:.2g} nats is more than noise in {setting.dtype} explains: something has changed"
             notes.append(Note("beyond_dtype", f"{text}, by less than objective {limits.objective} feels"))
     if shown is not None and shown.prompts == 1 and level == "rl":

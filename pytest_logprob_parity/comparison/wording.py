@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .intervals import CONFIDENCE, POWER
-from .result import Gate, Names, Shown
+from .result import OUTLIERS, Gate, Names, Shown
 
 NOT_SHOWN = "Inconclusive: too little evidence to pass or to fail"
 
@@ -15,15 +15,20 @@ def number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "no bound"
 
 
+def in_unit(gate: Gate, value: float) -> str:
+    """A number of this gate, a limit of it or its value, with its unit; shares in percent."""
+    return f"{value:.3g}" if gate.key in OUTLIERS else f"{100 * value:.3g} %" if gate.key == "clip_share" else number(value)
+
+
 def measured(gate: Gate) -> str:
     """The number of a gate with its unit."""
-    return f"{number(gate.value)} {gate.unit}".rstrip()
+    return f"{in_unit(gate, gate.value)} {gate.unit}".rstrip()
 
 
 def failed_line(gate: Gate, names: Names) -> str:
     """Why this gate fails."""
     if gate.key in ("outlier_tokens", "outlier_sequences"):
-        what = f"{int(gate.value)} {gate.unit} {gate.name} nats (limit: {int(gate.limit)})"
+        what = f"{int(gate.value)} {gate.unit} {gate.name} nats (more than {int(gate.fail_limit)} fail)"
         if gate.beyond == "fail":
             thing = "a token" if gate.key == "outlier_tokens" else "the RMS of a sequence"
             explained = f"no noise of this model explains more than {number(gate.unexplained)}"
@@ -31,10 +36,10 @@ def failed_line(gate: Gate, names: Names) -> str:
         return what
     if gate.errors is not None:
         return (
-            f"{gate.name} {measured(gate)}; from the reference it is {number(gate.errors.actual)}, {names.expected} "
-            f"{number(gate.errors.golden)} (limit: {number(gate.errors.limit)})"
+            f"{gate.name} {measured(gate)}; from the reference it is {in_unit(gate, gate.errors.actual)}, {names.expected} "
+            f"{in_unit(gate, gate.errors.golden)} (more than {in_unit(gate, gate.errors.fail_limit)} fails)"
         )
-    return f"{gate.name} {measured(gate)} (limit: {number(gate.limit)})"
+    return f"{gate.name} {measured(gate)} (more than {in_unit(gate, gate.fail_limit)} fails)"
 
 
 def unverified_line(gate: Gate, names: Names) -> str:
@@ -52,10 +57,12 @@ def unverified_line(gate: Gate, names: Names) -> str:
         return f"{what} (limit: {int(gate.limit)}; more than {int(gate.fail_limit)} would fail)"
     if gate.errors is not None and gate.errors.outcome != "pass":
         return (
-            f"{gate.name} from the reference is {number(gate.errors.actual)}, {names.expected}'s {number(gate.errors.golden)}; "
-            f"on other prompts it may be {number(gate.errors.high)} (limit: {number(gate.errors.limit)})"
+            f"{gate.name} from the reference is {in_unit(gate, gate.errors.actual)}, {names.expected}'s "
+            f"{in_unit(gate, gate.errors.golden)}; on other prompts it may be {in_unit(gate, gate.errors.high)} "
+            f"(limit: {in_unit(gate, gate.errors.limit)})"
         )
-    return f"{gate.name} is {measured(gate)}, and may be {number(gate.high)} on other prompts (limit: {number(gate.limit)})"
+    high, limit = in_unit(gate, gate.high), in_unit(gate, gate.limit)
+    return f"{gate.name} is {measured(gate)}, and may be {high} on other prompts (limit: {limit})"
 
 
 def shown_lines(shown: Shown) -> tuple[str, ...]:

@@ -14,14 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..answers import Answers, ask
 from ..container import read, write
 from ..errors import ParityError
-from ..floor import NoiseFloor, Shapes
 from ..golden import Golden
 from ..pool import Engine, Pool
+from ..recording import check_numbers, measure_floor, with_untruncated
 from ..spec import EngineSpec, Sampling
 from ..trace import Trace
 
@@ -46,18 +44,11 @@ def work(folder: Path) -> None:
 
 
 def record(engine: Engine, prompts: list[Any], sampling: Sampling, repeats: int) -> Golden:
-    """A golden with its noise floor; what it can show is for whoever reads it to say."""
+    """A golden with its noise floor; what it can show is for whoever reads it to say. Raises EngineError for NaN."""
     trace = engine.generate(prompts, sampling)
-    if trace.sampling.truncates and trace.logprobs_mode == "processed_logprobs":
-        free = engine.replay(trace.with_(sampling=trace.sampling.untruncated()))
-        trace = trace.with_(untruncated_logprobs=free.logprobs)
-    golden = Golden(trace, engine.fingerprint())
-    if repeats < 2:
-        return golden
-    own, shapes = engine.replay(trace).logprobs, Shapes()
-    drawn = np.stack([engine.replay_in_drawn_shapes(trace, shapes, number) for number in range(repeats)])
-    reproduces = bool(np.array_equal(own[trace.mask], trace.logprobs[trace.mask]))
-    return dataclasses.replace(golden, floor=NoiseFloor(drawn, shapes, reproduces))
+    check_numbers(trace, "the golden of this cell")
+    golden = Golden(with_untruncated(engine, trace), engine.fingerprint())
+    return golden if repeats < 2 else dataclasses.replace(golden, floor=measure_floor(engine, golden.trace, repeats)[1])
 
 
 def save_answers(folder: Path, name: str, answers: Answers) -> None:

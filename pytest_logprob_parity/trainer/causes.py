@@ -54,6 +54,8 @@ def causes(
         return [of_trainer], []
     trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
     findings, notes, failed = list(comparison.findings), list[Note](), comparison.verdict == "fail"
+    if comparison.verdict == "unverified" and not findings and (forgotten := _forgotten_temperature(expected, scored)):
+        return [forgotten], []
     nearest = None
     if failed and not findings:
         adapter = _recorded_adapter(rollouts, scorer)

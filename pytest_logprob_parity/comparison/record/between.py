@@ -46,16 +46,32 @@ def agree(expected: Columns, actual: Columns) -> Bools:
         return np.asarray((np.abs(a - e) <= _AGREE[_fine(expected, actual)]) | (np.isneginf(e) & np.isneginf(a)))
 
 
+def _neighbours(expected: Columns) -> Iterator[tuple[int, str, Bools]]:
+    """One step back and one ahead: by how much to roll, the neighbour's name, and the tokens [n] that have one."""
+    follows = np.zeros(len(expected.rows), bool)
+    follows[1:] = (np.diff(expected.rows) == 1) & (np.diff(expected.sequences) == 0)
+    yield 1, "before", follows
+    yield -1, "after", np.roll(follows, -1)
+
+
+def chosen_shifted(expected: Columns, actual: Columns) -> bool:
+    """Whether the chosen logprobs are nearer to those one position away than to those in their own place."""
+    e, a = expected.chosen, actual.chosen
+    for step, _, inside in _neighbours(expected):
+        moved = np.roll(e, step)
+        telling = inside & np.isfinite(e) & np.isfinite(a) & np.isfinite(moved)
+        said, own, other = a[telling], e[telling], moved[telling]
+        if len(said) and np.mean(np.abs(said - other)) < np.mean(np.abs(said - own)) / 2:
+            return True
+    return False
+
+
 def shifted_top_k(expected: Columns, actual: Columns, wrong: Side) -> Contradiction | None:
-    """A top-k that stands one position from where it belongs, beside chosen logprobs that agree, by its likeliest token."""
+    """A top-k that stands one position from where it belongs, beside chosen logprobs that do not, by its likeliest token."""
     if not expected.trace.top_k or not actual.trace.top_k:
         return None
     first, now = expected.ids[:, 0], actual.ids[:, 0]
-    place, owner = expected.rows, expected.sequences
-    follows = np.zeros(len(place), bool)
-    follows[1:] = (np.diff(place) == 1) & (np.diff(owner) == 0)
-    for step, name in ((1, "before"), (-1, "after")):
-        inside = follows if step == 1 else np.roll(follows, -1)
+    for step, name, inside in _neighbours(expected):
         moved = np.roll(first, step)
         telling = inside & (moved != first) & (moved >= 0) & (now >= 0)
         count = int(np.count_nonzero(telling))

@@ -11,7 +11,7 @@ from ...trace import Trace
 from ..alignment import Alignment
 from ..result import Cause, Finding, Names, Note
 from . import between, within
-from .columns import Bools, Columns, Longs
+from .columns import Columns, Longs
 from .contradiction import Contradiction, Key, Record, Side
 
 #: Elements of a top-k that are looked at; of larger comparisons, sequences at even distances, and all tokens that are far off.
@@ -20,6 +20,8 @@ _FAR: Final = 0.25
 _NAMES: Final = Names()
 #: What is on the actual side so many times as often as on the expected one is new there.
 _LIKE: Final = 2
+#: The share of chosen logprobs that agree, beside which a top-k and ranks can be held against each other.
+_AGREE: Final = 0.9
 _ORDER: Final[tuple[Key, ...]] = (
     "probability_one", "tokens_shifted", "no_logprob", "top_k_shifted", "no_distribution", "above_zero", "mass_above_one",
     "chosen_and_top_k", "above_the_largest", "rank_and_top_k", "top_k_differs", "ranks_differ",
@@ -45,12 +47,10 @@ def examine(expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAM
     found = [*between.shifted_tokens(expected, actual, rows, names)]
     found += [c for c in (between.no_logprob(golden, now),) if c is not None]
     same_meaning = expected.distribution() == actual.distribution()
-    if same_meaning and (one := between.probability_one(golden, now)):
-        found.append(one)
     of_golden, of_now = list(within.checks(golden, now)), list(within.checks(now, golden))
-    agreed = between.agree(golden, now)
-    if same_meaning and np.mean(agreed) >= 0.9:
-        found += _between(golden, now, agreed, of_golden, of_now)
+    if same_meaning and not between.chosen_shifted(golden, now):
+        found += [c for c in (between.probability_one(golden, now),) if c is not None]
+        found += _between(golden, now, of_golden, of_now)
     shifted = {c.side for c in found if c.key == "top_k_shifted"}
     for side, mine, theirs in ((golden, of_golden, of_now), (now, of_now, of_golden)):
         if side.side not in shifted:
@@ -78,14 +78,15 @@ def _within(side: Columns, mine: list[within.Check], theirs: list[within.Check])
 
 
 def _between(
-    golden: Columns, now: Columns, agreed: Bools, of_golden: list[within.Check], of_now: list[within.Check]
-) -> list[Contradiction]:
+    golden: Columns, now: Columns, of_golden: list[within.Check], of_now: list[within.Check]
+) -> list[Contradiction]:  # fmt: skip
     counts = [sum(c.count for c in checks if c.key == "chosen_and_top_k") for checks in (of_golden, of_now)]
     wrong: Side = "expected" if counts[0] > counts[1] else "actual"
-    if shifted := between.shifted_top_k(golden, now, wrong):
-        found = [shifted, between.other_ranks(golden, now, agreed)]
-    else:
-        found = [between.other_top_k(golden, now, agreed), between.other_ranks(golden, now, agreed)]
+    agreed = between.agree(golden, now)
+    agree = bool(np.mean(agreed) >= _AGREE)
+    found = [between.shifted_top_k(golden, now, wrong), between.other_ranks(golden, now, agreed) if agree else None]
+    if found[0] is None and agree:
+        found.append(between.other_top_k(golden, now, agreed))
     told = [c for c in found if c is not None]
     return [c if c.side == "actual" else dataclasses.replace(c, new=False) for c in told]
 
