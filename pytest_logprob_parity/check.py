@@ -172,6 +172,8 @@ def judge_answers(
             if other is not None and other not in findings:
                 findings = (*findings, other)
             comparison = dataclasses.replace(comparison, findings=findings)
+        elif other is not None and comparison.verdict == "unverified":
+            comparison = dataclasses.replace(comparison, findings=(*comparison.findings, other))
         elif other is not None:
             note = Note("another_adapter", f"another adapter: {other.evidence}")
             headline = f"{comparison.headline}; {note}"

@@ -128,10 +128,10 @@ class NoiseFloor:
         """The floor in a line, for people."""
         text = f"noise floor of {self.repeats} repeats: "
         if self.changed == 0:
-            text += "no other batch shape moved a bit, so it says nothing of other builds"
+            text += "no other batch composition moved a bit, so it says nothing of other builds"
         else:
             text += (
                 f"RMS {self.rms:.2g} nats between two of them, max {self.max_abs:.2g}, {self.changed:.1%} of the tokens move"
             )
-        text += f", {self.flips:.1f} support flips a replay" if self.flips else ""
+        text += f", {self.flips:.1f} nucleus flips a replay" if self.flips else ""
         return text + ("" if self.reproduces else "; its own schedule does not reproduce bit for bit")

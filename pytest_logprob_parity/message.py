@@ -20,7 +20,7 @@ _SETUPS: Final[Mapping[Setup, str]] = {
 }
 _LEVELS: Final[Mapping[Level, str]] = {
     "bitwise": "bitwise: any other bit fails",
-    "noise": "noise: any difference beyond what other batch shapes do fails",
+    "noise": "noise: any difference beyond what other batch compositions do fails",
     "rl": "rl: what matters to an RL update fails",
 }
 

@@ -72,7 +72,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--parity-level",
         choices=LEVELS,
         default=None,
-        help="what fails: any other bit, any difference beyond what other batch shapes do, or (default) what matters to RL",
+        help="what fails: any other bit, any difference beyond other batch compositions, or (default) what matters to RL",
     )
     group.addoption(
         "--parity-diagnose",

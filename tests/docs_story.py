@@ -229,6 +229,8 @@ def mask(line):
     line = re.sub(r"('.*'|\".*\") after ('.*'|\".*\")$", "TOKEN", line.strip())
     line = re.sub(r"(\(prompt \d+, sample \d+\), position \d+: ).*$", r"\1TOKEN", line)
     line = re.sub(r"<-- (exceeds|inconclusive)$", "<-- MARK", line)
+    line = re.sub(r"(noise floor of \d+ repeats: ).*$", r"\1MEASURED", line)  # a processor may have none
+    line = re.sub(r"(generation   ).*$", r"\1MEASURED", line)
     line = re.sub(r"( in [\d.]+s) \(\d+:\d\d:\d\d\)", r"\1", line)  # pytest adds this after a minute
     line = re.sub(r"((?<![\w.])[-+])?\d+(,\d{3})*(\.\d+)?(e[-+]?\d+)?", "0", line)
     return " ".join(re.sub("={3,}", "===", line).split())

@@ -258,7 +258,7 @@ def failing(path, engine):
     with pytest.raises(MismatchError) as error:
         check_golden(path, engine, replay=("decode",))
     finding = next(f for f in error.value.comparison.findings if f.cause == "adapter")
-    assert (error.value.comparison.verdict, finding.layer) == ("fail", "weights")
+    assert finding.layer == "weights"
     return finding
 
 

@@ -21,7 +21,7 @@ def test_the_quickstart_checks_its_committed_golden(tmp_path):
     quoted = (ROOT / "README.md").read_text().partition("    logprob-parity: 1 checked\n")[2].partition("\n\n")[0].splitlines()
     assert len(quoted) == 4
     if "(same setup" not in done.stdout:  # another processor than the golden's: judged by statistics
-        assert "(compatible setup, level rl)" in done.stdout
+        assert "(compatible setup, level rl," in done.stdout
         quoted = []
     for line in quoted:
         assert _shape(line) in printed, line
@@ -44,4 +44,5 @@ def test_the_readme_quotes_a_message_of_today(run_inner, pytester):
 
 
 def _shape(line):
+    line = re.sub(r"(E   generation   ).*$", r"\1", line)  # what is written freely hangs on the processor
     return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "0", " ".join(line.split()))

@@ -200,7 +200,7 @@ def test_a_second_recording_gives_the_same_bytes(recorded, engine, prompts, tmp_
 
 def test_an_engine_that_does_not_agree_with_itself_is_not_recorded(engine, questions, plant, tmp_path):
     rng = np.random.default_rng(0)
-    plant(forced_noise(lambda count, _: rng.normal(0, 0.3, count)))
+    plant(forced_noise(lambda count, _: -abs(rng.normal(0, 0.3, count))))
     told = (
         r"not recorded: this engine does not agree with itself beyond what bfloat16 explains: the same tokens on its own "
         r"schedule: Logprobs are not close: "
@@ -210,7 +210,7 @@ def test_an_engine_that_does_not_agree_with_itself_is_not_recorded(engine, quest
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("what", "told"), [(0.3, "Logprobs are not close: "), (np.nan, r"\d+ of \d+ logprobs are NaN")])
+@pytest.mark.parametrize(("what", "told"), [(-0.3, "Logprobs are not close: "), (np.nan, r"\d+ of \d+ logprobs are NaN")])
 def test_an_engine_that_is_wrong_in_small_batches_only_is_not_recorded(engine, questions, plant, tmp_path, what, told):
     plant(forced_noise(lambda _, requests: what if len(requests) < 18 else 0))
     with pytest.raises(EngineError, match=rf"the same tokens in other batch compositions, repeat 1 of 5: {told}"):
@@ -259,7 +259,10 @@ def test_a_golden_too_small_for_a_clean_engine_says_what_is_missing(engine, ques
 
 def test_a_floor_that_no_shape_moved_says_nothing_of_other_builds():
     still = NoiseFloor(np.zeros((3, 4), np.float32), Shapes(), reproduces=True)
-    assert still.describe() == "noise floor of 3 repeats: no other batch shape moved a bit, so it says nothing of other builds"
+    assert (
+        still.describe()
+        == "noise floor of 3 repeats: no other batch composition moved a bit, so it says nothing of other builds"
+    )
     moved = NoiseFloor(np.float32([[0, 0], [0, 0.5]]), Shapes(), reproduces=True)
     assert "RMS 0.35 nats between two of them, max 0.5, 50.0% of the tokens move" in moved.describe()
 
@@ -376,7 +379,7 @@ def test_weights_nudged_a_little_are_beyond_shape_noise_and_do_not_matter(record
     """One layer's weights are 1 % off: no margin is reached, and yet it is no batch shape that did that."""
     nudged = pool.engine(EngineSpec(nudge(tmp_path / "nudged", 0.01), dtype="bfloat16"))
     result = mismatch(recorded[0], nudged, level="noise")
-    assert result.headline.startswith("The logprobs differ beyond shape noise: beyond shape noise, p = ")
+    assert result.headline.startswith("The logprobs differ: beyond the noise of batch composition, p = ")
     assert result.setup == "compatible"
     assert check_golden(recorded[0], nudged).difference.different
 

@@ -188,7 +188,7 @@ def test_a_golden_of_an_engine_is_checked_against_a_server(pytester, run_inner, 
     (golden,) = pytester.path.glob("golden/*/*.safetensors")
     result = run_inner(f"--parity-server={server}/v1/")
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["  pass (compatible setup, level rl) golden/*: * logprobs agree*"])
+    result.stdout.fnmatch_lines(["  pass (compatible setup, level rl, objective token) golden/*: * logprobs agree*"])
 
     def shift(content):
         logprobs = content["choices"][0]["logprobs"]

@@ -16,7 +16,21 @@ from .wording import NOT_SHOWN, failed_line, unverified_line
 #: Below this share of the golden's tokens compared, a comparison proves too little to pass.
 COVERAGE: Final = 0.95
 #: Causes that make the two columns other quantities, not the same one off by something.
-OTHER_MEANING: Final = frozenset({"raw_vs_processed", "temperature", "truncation", "penalties", "shifted_positions"})
+_OTHER_MEANING: Final = frozenset({"raw_vs_processed", "temperature", "truncation", "penalties", "shifted_positions"})
+#: A scale of the logits is no noise where it is off by so much, and by so many of its standard errors: a temperature, a head or
+#: a norm, whichever of them.
+_SCALED: Final = 0.01
+_ERRORS: Final = 10
+
+
+def proves(finding: Finding) -> bool:
+    """Whether a finding shows what no noise does, and so fails at any size: other quantities, or a scale of the logits."""
+    return finding.cause in _OTHER_MEANING or _scaled(finding)
+
+
+def _scaled(finding: Finding) -> bool:
+    slope, error = (float(finding.values.get(name, 1.0)) for name in ("slope", "error"))
+    return finding.cause is None and abs(slope - 1) > max(_SCALED, _ERRORS * error)
 
 
 @dataclass(frozen=True)
@@ -73,17 +87,18 @@ def _failure(found: Found) -> str:
     numbers, tokens = found.numbers, found.rows.tokens
     if found.record and not different_meaning(found.expected, found.actual):
         return found.record
-    if any(f.cause in OTHER_MEANING for f in found.findings):
+    if proven := [f for f in found.findings if f.cause in _OTHER_MEANING]:
         if different_meaning(found.expected, found.actual):
             here, there = (in_words(side) for side in found.sides)
             claim = f"{found.expected.distribution()} {here}, {found.actual.distribution()} {there}"
             return f"The logprobs do not mean the same: {claim}"
-        why = next(f.evidence for f in found.findings if f.cause in OTHER_MEANING)
-        return f"The logprobs do not mean what their label says: {why}"
+        return f"The logprobs do not mean what their label says: {proven[0].evidence}"
     if numbers["n_nan"]:
         return f"{int(numbers['n_nan'])} of {tokens} logprobs are NaN or +inf"
     if found.failed:
         return f"Logprobs are not close: {failed_line(max(found.failed, key=lambda g: g.excess), found.names)}"
+    if scaled := [f for f in found.findings if _scaled(f)]:
+        return f"Logprobs are not close: {scaled[0].evidence}"
     if found.free_problem:
         return found.free_problem
     if found.setup == "same" and found.reproduces and numbers["n_changed"]:
@@ -98,7 +113,7 @@ def _failure(found: Found) -> str:
     if found.level == "bitwise" and found.free_run is not None and not found.free_run.same:
         return f"What was written freely did not come back token for token: {found.free_run}"
     if numbers["n_tokens"] and found.level == "noise" and found.difference.different:
-        return f"The logprobs differ beyond the noise of batch composition: {found.difference.reason}"
+        return f"The logprobs differ: {found.difference.reason}"
     return ""
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-#: A difference beyond shape noise is claimed at this level.
+#: A difference beyond the noise of batch composition is claimed at this level.
 ALPHA: Final = 0.01
 #: Fewer blocks than this allow too few relabelings.
 MIN_BLOCKS: Final = 8

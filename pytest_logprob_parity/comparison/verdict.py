@@ -15,7 +15,7 @@ from ..spec import nearest
 from ..trace import FloatArray, Trace
 from . import metrics as m
 from .alignment import Alignment, align
-from .decision import OTHER_MEANING, Found, decide
+from .decision import Found, decide, proves
 from .effects import Differences, gates_of, setting_of, what_it_shows
 from .free_run import judge_free_run
 from .gaps import with_gap
@@ -91,7 +91,8 @@ def compare(
     """Compare two traces over their identical tokens; d = actual - expected.
 
     `tolerance` changes the defaults for the golden's dtype and the two paths, or declares a gap that is there on purpose
-    (`"fp8"`, `"int8"`). `level` says what fails: `bitwise` any other bit, `noise` any difference beyond shape noise (which
+    (`"fp8"`, `"int8"`). `level` says what fails: `bitwise` any other bit, `noise` any difference beyond the noise of batch
+    composition (which
     two traces in hand cannot show), `rl` what matters to an update of this `objective` (`token`, `sequence`, `truncated`,
     `unclipped`; see Objective). `floor` is the golden's noise floor, `reference` its reference column.
 
@@ -145,7 +146,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     elif not record.explains and (beyond or unsure):
         findings += semantic_findings(expected, actual, rows, _far_off(d, sequences, limits), names)
         if not failed:  # a meaning that is proven fails at any size; what only may be one does not
-            findings = [finding for finding in findings if finding.cause in OTHER_MEANING]
+            findings = [finding for finding in findings if proves(finding)]
         unnamed = bool(failed) and not any(finding.cause for finding in findings)
         if unnamed and (head := head_finding(positions_of(expected, actual, rows, names=names))):
             findings.append(head)
@@ -211,9 +212,10 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     notes += [topk_judged(expected, actual)] if verdict == "pass" else []
     if verdict == "pass" and not exact:
         findings.append(_noise(numbers, gates))
-        if beyond:
-            text = f"RMS {numbers['rms_diff']:.2g} nats is more than noise in {setting.dtype} explains: something has changed"
-            notes.append(Note("beyond_dtype", f"{text}, by less than objective {limits.objective} feels"))
+    if verdict != "fail" and beyond:
+        text = f"RMS {numbers['rms_diff']:.2g} nats is more than noise in {setting.dtype} explains: something has changed"
+        less = f", by less than objective {limits.objective} feels" if verdict == "pass" else ""
+        notes.append(Note("beyond_dtype", text + less))
     if shown is not None and shown.prompts == 1 and level == "rl":
         notes.append(Note("one_prompt", "all sequences are of one prompt: the verdict speaks for that prompt alone"))
     return Comparison(
@@ -349,13 +351,13 @@ def _is_different(expected: Trace, exact: bool, decided: bool, level: Level, evi
     if evidence.draw is None:
         return Difference(None, "not bit for bit the same; only an engine can be asked again in the floor's shapes")
     if floor.changed == 0:
-        return Difference(True, "beyond shape noise: other bits, where no drawn shape moved one")
+        return Difference(True, "beyond the noise of batch composition: other bits, where no drawn one moved any")
     blocks = np.repeat(np.arange(expected.num_sequences) % floor.shapes.blocks, np.diff(expected.sequence_offsets))
     test = block_permutation_test(floor.logprobs, evidence.draw(), blocks)
     if test is None:
         return Difference(None, f"not bit for bit the same; too few sequences for {floor.shapes.blocks} blocks")
     beyond = test.p_value <= ALPHA
-    return Difference(beyond, f"{'beyond' if beyond else 'within'} shape noise, {test}", test.p_value)
+    return Difference(beyond, f"{'beyond' if beyond else 'within'} the noise of batch composition, {test}", test.p_value)
 
 
 def _policy_metrics(expected: Trace, policy_logprobs: Any, rows: Alignment) -> dict[str, float]:

@@ -53,7 +53,11 @@ def causes(
     if (of_trainer := _not_a_number(expected, scored)) is not None:
         return [of_trainer], []
     trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
-    findings, notes, failed = list(comparison.findings), list[Note](), comparison.verdict == "fail"
+    findings, notes = list(comparison.findings), list[Note]()
+    # what is too little to fail on other prompts, and yet is no noise, has a cause
+    failed = comparison.verdict == "fail" or (
+        comparison.verdict == "unverified" and any(note.key == "beyond_dtype" for note in comparison.notes)
+    )
     if comparison.verdict == "unverified" and not findings and (forgotten := _forgotten_temperature(expected, scored)):
         return [forgotten], []
     nearest = None
