@@ -64,7 +64,7 @@ def failure_message(
             ("generation", [] if comparison.free_run is None else [str(comparison.free_run)]),
             ("logged", [] if comparison.logged is None else list(comparison.logged.lines)),
             ("differs", _difference_lines(differences, sides) if differences or comparison.setup == "same" else []),
-            ("note", list(comparison.notes)),
+            ("note", [note for note in comparison.notes if note.key != "free_generation"]),
         ),
         _fields(("to accept", [accept] if accept else [])),
     ]
@@ -117,20 +117,20 @@ def _numbers(comparison: Comparison) -> list[str]:
 def _table(comparison: Comparison) -> list[str]:
     """What decides, a line each: from golden to now, and, where there is a reference, how far both are from it."""
     gates, sides = comparison.gates, comparison.sides
-    lines = [f"  {f'{sides[0]} to {sides[1]}':<38}{'measured':>10}{'from':>10}{'to':>10}{'limit':>10}"]
+    lines = [f"  {f'{sides[0]} to {sides[1]}':<44}{'measured':>10}{'from':>10}{'to':>10}{'limit':>10}"]
     for gate in gates:
         name, unit = (f"{gate.unit} {gate.name}", "") if gate.key in OUTLIERS else (gate.name, f" {gate.unit}")
         low, high = ("", "") if gate.low == gate.high else (f"{max(gate.low, 0):.3g}", f"{gate.high:.3g}")
         mark = "" if gate.errors is not None else _MARKS[gate.outcome]
-        lines.append(f"  {name:<38}{gate.value:>10.3g}{low:>10}{high:>10}{gate.limit:>10.3g}{unit}{mark}")
+        lines.append(f"  {name:<44}{gate.value:>10.3g}{low:>10}{high:>10}{gate.limit:>10.3g}{unit}{mark}".rstrip())
     with_errors = [gate for gate in gates if gate.errors is not None]
     if with_errors:
-        lines.append(f"  {'distance to the reference':<38}{sides[0]:>10}{sides[1]:>10}{'to':>10}{'limit':>10}")
+        lines.append(f"  {'distance to the reference':<44}{sides[0]:>10}{sides[1]:>10}{'to':>10}{'limit':>10}")
     for gate in with_errors:
         errors = gate.errors
         assert errors is not None
         row = "".join(f"{x:>10.3g}" for x in (errors.golden, errors.actual, errors.high, errors.limit))
-        lines.append(f"  {gate.name:<38}{row} {gate.unit}{_MARKS[gate.outcome]}")
+        lines.append(f"  {gate.name:<44}{row} {gate.unit}{_MARKS[gate.outcome]}")
     return lines
 
 

@@ -113,7 +113,7 @@ def test_limits_are_the_objectives_and_the_dtype_says_what_is_noise(noise, by_dt
     limits = [gates_by_key(r)["k3"].limit for r in results]
     assert limits == pytest.approx([5e-4, 5e-4 + 0.5 * 0.045**2 / 2], rel=1e-3)  # half of the noise of bfloat16 beside it
     noted = [any(note.key == "beyond_dtype" for note in r.notes) for r in results]
-    assert noted == [noise == 5e-3, False]  # it matters to no update, and yet float32 does not explain it
+    assert noted == [noise in (5e-3, 0.02), False]  # no update may feel it, and yet float32 does not explain it
 
 
 def test_every_limit_can_be_changed_in_the_call():
