@@ -52,6 +52,7 @@ def record(
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0 or repeats == 1:
         raise UsageError(f"repeats={repeats!r}: a noise floor needs 2 repeats or more; 0 records none")
     if isinstance(engine, Engine):
+        _check_size(prompts, sampling or Sampling(), context)
         _ = engine.config  # starts it, which is no part of what generating takes
     began = time.monotonic()
     golden = Golden(engine) if isinstance(engine, Trace) else Golden(_generate(engine, prompts, sampling, replay))
@@ -92,6 +93,25 @@ def record(
     return dataclasses.replace(
         proof, recorded=True, notes=(Note("floor", floor), *notes, *_what_it_can_show(golden, limits)), shown=None
     )
+
+
+#: The share of its tokens that a completion is taken to have, where it may end early; and the bytes of one place of a top-k.
+_LENGTH: Final = 0.25
+_BYTES: Final = 8
+
+
+def _check_size(prompts: Sequence[Any] | None, sampling: Sampling, context: Context) -> None:
+    """Refuse what would be larger than the limit, before an engine runs. Raises UsageError."""
+    if context.max_megabytes is None or prompts is None:
+        return
+    tokens = sampling.max_tokens if sampling.ignore_eos else max(_LENGTH * sampling.max_tokens, sampling.min_tokens, 1)
+    megabytes = len(prompts) * sampling.n * tokens * sampling.logprobs * _BYTES / 1e6
+    if megabytes > context.max_megabytes:
+        raise UsageError(
+            f"{context.shown_path}: not recorded, and no engine was started: {len(prompts)} prompts x {sampling.n} samples x "
+            f"{tokens:.0f} tokens with top-{sampling.logprobs} would be {megabytes:.3g} MB, and parity_max_golden_mb is "
+            f"{context.max_megabytes:g}: sample fewer prompts, a smaller max_tokens, or fewer logprobs"
+        )
 
 
 def check_numbers(trace: Trace, name: str) -> None:

@@ -223,10 +223,21 @@ def test_a_golden_of_ones_own_rollouts_is_of_the_prompts_and_sampling_it_says(py
 
 def test_too_large_to_record(pytester, run_inner, recorded):
     before = recorded.read_bytes()
-    pytester.makeini("[pytest]\nparity_repeats = 0\nparity_max_golden_mb = 0.001")
+    pytester.makeini("[pytest]\nparity_repeats = 0\nparity_max_golden_mb = 0.01")
     result = run_inner("--update-golden")
-    result.stdout.fnmatch_lines(["E*GoldenError: *parity_max_golden_mb is 0.001*sample fewer prompts*"])
+    result.stdout.fnmatch_lines(["E*GoldenError: *parity_max_golden_mb is 0.01*sample fewer prompts*"])
     assert recorded.read_bytes() == before
+
+
+def test_what_would_be_too_large_is_refused_before_an_engine_starts(pytester, run_inner, pool):
+    pytester.makepyfile(test_it=TEST.replace("sampling=SAMPLING", "sampling={**SAMPLING, 'logprobs': 384, 'max_tokens': 9000}"))
+    starts = len(pool.starts)
+    result = run_inner("--update-golden")
+    result.stdout.fnmatch_lines(
+        ["E*UsageError: *no engine was started: 2 prompts x 8 samples x 2250 tokens with top-384 would*"]
+    )
+    assert len(pool.starts) == starts
+    assert not (pytester.path / "golden").exists()
 
 
 def test_an_empty_prompt_list(pytester, run_inner, recorded):
