@@ -7,23 +7,30 @@ from typing import Any
 
 import numpy as np
 
+from .comparison.objectives import DEFAULT_OBJECTIVE
 from .comparison.result import Comparison, MismatchError
 from .comparison.tolerance import Tolerance
 from .comparison.verdict import compare
 from .errors import ParityError
 from .message import failure_message
+from .reference import Reference
 from .trace import Trace
 
 
 def assert_logprobs_close(
-    *, actual: Trace, expected: Trace, tolerance: Tolerance | Mapping[str, Any] | str | None = None
+    *,
+    actual: Trace,
+    expected: Trace,
+    tolerance: Tolerance | Mapping[str, Any] | str | None = None,
+    objective: str = DEFAULT_OBJECTIVE,
+    reference: Reference | None = None,
 ) -> Comparison:
     """Assert that the logprobs of identical tokens agree within the tolerance; returns the comparison.
 
-    Raises MismatchError with the worst tokens and all limits.
+    `objective` and `reference` are those of `compare`. Raises MismatchError with the worst tokens and all limits.
     """
     __tracebackhide__ = True
-    comparison = compare(expected=expected, actual=actual, tolerance=tolerance)
+    comparison = compare(expected=expected, actual=actual, tolerance=tolerance, objective=objective, reference=reference)
     if not comparison.passed:
         message = failure_message(
             comparison,

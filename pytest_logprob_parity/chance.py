@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from .comparison.effects import Differences, gates_of, setting_of
-from .comparison.intervals import MIN_SEQUENCES, Integers, prompt_numbers
+from .comparison.intervals import MIN_SEQUENCES, Integers, distinct_sequences, prompt_numbers
 from .comparison.result import Gate
 from .comparison.support import SupportFlips
 from .comparison.tolerance import Tolerance
@@ -86,7 +86,9 @@ def _judged(
     differences = Differences(*(column[kept] for column in (d, sequences, of_prompt, errors, error)))
     setting = setting_of(trace, golden.routed)
     gates = gates_of(differences, 0, SupportFlips(0, 0, 0), limits, setting, len(tokens))
-    return gates if len(tokens) >= MIN_SEQUENCES else ()
+    kinds = distinct_sequences(trace)
+    distinct = sum(len(np.unique(kinds[group])) for group in members)  # a prompt drawn again stands for another one
+    return gates if distinct >= MIN_SEQUENCES else ()
 
 
 def _shuffled(errors: np.ndarray, logprobs: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -101,8 +101,9 @@ class NoiseFloor:
     @functools.cached_property
     def mean_abs(self) -> float:
         """Mean absolute difference (nats) between two repeats."""
-        pairs = [np.abs(a - b).mean() for a, b in itertools.combinations(self.logprobs[:, self.finite], 2)]
-        return float(np.mean(pairs)) if self.finite.any() else float("nan")
+        if not self.finite.any():
+            return float("nan")
+        return float(np.mean([np.abs(a - b).mean() for a, b in itertools.combinations(self.logprobs[:, self.finite], 2)]))
 
     @functools.cached_property
     def max_abs(self) -> float:

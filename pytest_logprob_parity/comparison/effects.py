@@ -36,8 +36,12 @@ _HIDES: Final = 0.5
 #: largest.
 _OUTLIER: Final = 4.0
 _UNEXPLAINED: Final = 4.0
+#: In float32 errors are rounding, of another order of magnitude than any fault.
+_FINE_NATS, _FINE = 0.05, 30.0
 #: An outlier that the golden's error has at the same token is the same one while it is no more than so many times as large.
 _SAME_OUTLIER: Final = 2.0
+#: What the golden's errors have too is noise while it is felt no more than so many times as much (as k3): twice as far off.
+_AS_FELT: Final = 4.0
 #: A sequence is an outlier beyond so many times the largest RMS that one has in the golden's errors; the second figure is what
 #: no noise explains.
 _SEQUENCE, _SEQUENCE_UNEXPLAINED = 1.5, 3.0
@@ -47,6 +51,7 @@ _TOKEN_NATS: Final = {"float32": 0.25, "float16": 2.0, "bfloat16": 6.0}
 _SEQUENCE_NATS: Final = {"float32": 0.2, "float16": 0.3, "bfloat16": 0.6}
 #: Outliers of up to so many nats, a ratio of 7, are allowed for; larger ones only where the golden's errors have as many.
 _ALLOWED_NATS: Final = 2.0
+_ALLOWED_TIMES: Final = 1.5
 #: The tail of fewer errors than this is not known from them.
 _TAIL: Final = 1500
 
@@ -149,7 +154,7 @@ def gates_of(
         return tuple(gates)
     outliers = outliers_of(rows, limits, setting, flips.deep)
     # what the golden's own errors have too is noise, told by its number: an average of exponentials would hang on one token
-    bulk = rows.where(~outliers.tokens) if outliers.explained else rows
+    bulk = rows.where(~outliers.noise)
     return (*gates, *_effects(bulk, limits, setting), *_outlier_gates(rows, outliers, flips, limits, setting, sequences))
 
 
@@ -277,14 +282,14 @@ def _clip_noise(
 class Outliers:
     """Outlier tokens and sequences: errors where they are known, differences else. Limits are in nats.
 
-    `tokens` [n] marks the rows that are an outlier on one side; `explained` says that the golden's errors have some. `new`
-    counts the sequences with a token that is an outlier and was none in the golden's errors, or one half as large at most,
-    `gone` those with one that was and is none: of noise there are as many of the one as of the other. `largest` is the largest
-    error of a token whose golden's is not as large. The same of sequences that are off as a whole.
+    `noise` [n] marks the outliers of the golden's errors, and as many of now's, while an update feels them no more than
+    _AS_FELT times as much (as k3). `new` counts the sequences with a token that is an outlier and was none in the golden's
+    errors, or one half as large at most, `gone` those with one that was and is none: of noise there are as many of the one as
+    of the other. `largest` is the largest error of a token whose golden's is not as large. The same of sequences that are off
+    as a whole.
     """
 
-    tokens: npt.NDArray[np.bool_]
-    explained: bool
+    noise: npt.NDArray[np.bool_]
     new: int
     gone: int
     largest: float
@@ -314,8 +319,7 @@ def outliers_of(rows: Differences, limits: Tolerance, setting: Setting, deep: Ma
     is_now, was = np.abs(off) > token, np.abs(golden) > token
     fresh = ~was | (np.abs(off) > _SAME_OUTLIER * np.abs(golden))
     return Outliers(
-        tokens=is_now | was,
-        explained=bool(was.any()),
+        noise=_noise(was, is_now, golden, off),
         new=len(deep.keys() | set(np.unique(rows.sequences[is_now & fresh]).tolist())),
         gone=len(np.unique(places[was & ~is_now])),
         largest=float(np.abs(off[fresh]).max(initial=0.0)),
@@ -329,12 +333,28 @@ def outliers_of(rows: Differences, limits: Tolerance, setting: Setting, deep: Ma
     )
 
 
+def _noise(
+    was: npt.NDArray[np.bool_], is_now: npt.NDArray[np.bool_], golden: m.Doubles, off: m.Doubles
+) -> npt.NDArray[np.bool_]:
+    """The outliers [n] of both sides that are one noise: now's n-th largest is held against the golden's n-th largest."""
+    now = np.flatnonzero(is_now)
+    felt = k3_of(off[now])
+    order = np.argsort(-felt)
+    own = -np.sort(-k3_of(golden[was]))
+    paired = np.zeros(len(now))
+    paired[: min(len(own), len(now))] = own[: len(now)]
+    beyond = np.zeros(len(was), bool)
+    beyond[now[order]] = felt[order] > _AS_FELT * paired
+    return np.asarray((was | is_now) & ~beyond)
+
+
 def _outlier_gates(
     rows: Differences, found: Outliers, flips: SupportFlips, limits: Tolerance, setting: Setting, sequences: int
 ) -> list[Gate]:  # fmt: skip
     """The gates of sequences with an outlier token, and of sequences that are off as a whole."""
     gates = []
-    nats = _ALLOWED_NATS * (setting.enlarged if setting.half else 1.0)
+    # a declared gap has outliers of a size of its own
+    nats = max(_ALLOWED_NATS * (setting.enlarged if setting.half else 1.0), _ALLOWED_TIMES * limits.outlier)
     few = limits.outliers(len(rows.d)) if found.largest <= nats or "outlier" in limits.explicit else 0
     counted: tuple[tuple[GateKey, str, int, int, int, float, float, float], ...] = (
         ("outlier_tokens", "outlier", found.new, found.gone, few, found.token,
@@ -360,6 +380,9 @@ def _thresholds(
     enlarged = setting.enlarged if setting.half else 1.0
     token, sequence = limits.outlier * enlarged, limits.sequence_rms * enlarged
     token_unexplained, sequence_unexplained = setting.nats(_TOKEN_NATS), setting.nats(_SEQUENCE_NATS)
+    if known.any() and setting.fine:
+        token_unexplained = max(_FINE_NATS, _FINE * float(np.abs(golden[known]).max()))
+        token = min(token, token_unexplained)
     if known.any() and setting.half:
         errors = np.abs(golden[known])
         few = len(errors) < _TAIL

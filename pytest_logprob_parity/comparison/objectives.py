@@ -15,8 +15,8 @@ from ..spec import nearest
 Doubles = npt.NDArray[np.float64]
 ObjectiveName = Literal["token", "sequence", "truncated", "unclipped"]
 
-#: Log-ratios are cut off here: the squares of their exponentials still fit a double.
-_MAX_LOG_RATIO: Final = 300.0
+#: Log-ratios are cut off here: the fourth powers of their exponentials still fit a double.
+_MAX_LOG_RATIO: Final = 150.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ from .signatures.semantics import (
     unsure_of,
 )
 from .support import support_flips
-from .tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance, with_floor
+from .tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance, with_floor, with_reference
 
 _WORST: Final = 8
 #: In float32 a larger RMS than so many times the noise of builds is no noise.
@@ -105,7 +105,10 @@ def compare(
         raise UsageError(f"compare() takes two Traces, not {type(expected).__name__} and {type(actual).__name__}")
     if reference is not None and len(reference.logprobs) != expected.num_tokens:
         raise UsageError(f"the reference has {len(reference.logprobs)} tokens, the expected trace {expected.num_tokens}")
+    if floor is not None and floor.logprobs.shape[1] != expected.num_tokens:
+        raise UsageError(f"the floor has {floor.logprobs.shape[1]} tokens, the expected trace {expected.num_tokens}")
     base = with_floor(default_tolerance(expected.dtype, (expected.path, actual.path), objective), floor)
+    base = with_reference(base, expected.logprobs, reference)
     evidence = Evidence(floor, reference)
     return with_gap(judge(expected, actual, make_tolerance(base, tolerance), check_level(level), evidence), tolerance)
 
@@ -166,7 +169,8 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     problem, finding = "", None
     if not failed and not findings:
         same_bits = exact and evidence.setup == "same" and evidence.same_schedule
-        noise = max(evidence.floor.mean_abs if evidence.floor is not None else 0.0, numbers["mean_abs_diff"])
+        drawn = evidence.floor.mean_abs if evidence.floor is not None else 0.0
+        noise = max(drawn if np.isfinite(drawn) else 0.0, numbers["mean_abs_diff"])
         problem, finding = judge_free_run(
             evidence.free_run,
             expected,
@@ -210,7 +214,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
         )
     )
     notes += [topk_judged(expected, actual)] if verdict == "pass" else []
-    if verdict == "pass" and not exact:
+    if verdict == "pass" and not exact and not beyond:
         findings.append(_noise(numbers, gates))
     if verdict != "fail" and beyond:
         text = f"RMS {numbers['rms_diff']:.2g} nats is more than noise in {setting.dtype} explains: something has changed"

@@ -15,6 +15,11 @@ def number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "no bound"
 
 
+def counted(count: int, things: str) -> str:
+    """`1 sequence`, `2 sequences`."""
+    return f"{count:,} {things.removesuffix('s') if count == 1 else things}"
+
+
 def in_unit(gate: Gate, value: float) -> str:
     """A number of this gate, a limit of it or its value, with its unit; shares in percent."""
     return f"{value:.3g}" if gate.key in OUTLIERS else f"{100 * value:.3g} %" if gate.key == "clip_share" else number(value)
@@ -28,10 +33,10 @@ def measured(gate: Gate) -> str:
 def failed_line(gate: Gate, names: Names) -> str:
     """Why this gate fails."""
     if gate.key in ("outlier_tokens", "outlier_sequences"):
-        what = f"{int(gate.value)} {gate.unit} {gate.name} nats (more than {int(gate.fail_limit)} fail)"
+        what = f"{counted(int(gate.value), gate.unit)} {gate.name} nats (more than {int(gate.fail_limit)} fail)"
         if gate.beyond == "fail":
             thing = "a token" if gate.key == "outlier_tokens" else "the RMS of a sequence"
-            explained = f"no noise of this model explains more than {number(gate.unexplained)}"
+            explained = f"no noise of this golden or dtype explains more than {number(gate.unexplained)}"
             return f"{thing} differs by {number(gate.worst)} nats, and {explained}"
         return what
     if gate.errors is not None:
@@ -49,20 +54,23 @@ def unverified_line(gate: Gate, names: Names) -> str:
         return f"{gate.name} cannot be told from noise in this dtype{noise}"
     if gate.beyond is not None:
         return (
-            f"a difference of {number(gate.worst)} nats is more than {names.expected}'s own noise shows "
-            f"({number(gate.unexplained)}), and a tie between experts can do that"
+            f"a difference of {number(gate.worst)} nats is more than noise explains here ({number(gate.unexplained)}), and a "
+            "tie between experts can do that"
         )
     if gate.key in ("outlier_tokens", "outlier_sequences", "nucleus_flips"):
-        what = f"{int(gate.value)} {gate.unit} {gate.name}" + (" nats" if math.isfinite(gate.threshold) else "")
+        what = f"{int(gate.value)} {gate.name}"
+        if gate.key in OUTLIERS:
+            what = f"{counted(int(gate.value), gate.unit)} {gate.name} nats"
         return f"{what} (limit: {int(gate.limit)}; more than {int(gate.fail_limit)} would fail)"
     if gate.errors is not None and gate.errors.outcome != "pass":
         return (
             f"{gate.name} from the reference is {in_unit(gate, gate.errors.actual)}, {names.expected}'s "
-            f"{in_unit(gate, gate.errors.golden)}; on other prompts it may be {in_unit(gate, gate.errors.high)} "
-            f"(limit: {in_unit(gate, gate.errors.limit)})"
+            f"{in_unit(gate, gate.errors.golden)}; its interval reaches {in_unit(gate, gate.errors.high)} (limit: "
+            f"{in_unit(gate, gate.errors.limit)})"
         )
     high, limit = in_unit(gate, gate.high), in_unit(gate, gate.limit)
-    return f"{gate.name} is {measured(gate)}, and may be {high} on other prompts (limit: {limit})"
+    reaches = f"its interval reaches {high}" if math.isfinite(gate.high) else "one prompt has no interval"
+    return f"{gate.name} is {measured(gate)}; {reaches} (limit: {limit})"
 
 
 def shown_lines(shown: Shown) -> tuple[str, ...]:
@@ -71,8 +79,7 @@ def shown_lines(shown: Shown) -> tuple[str, ...]:
         return ("shown: all sequences are of one prompt, and speak for that prompt alone",)
     off = f"off by an RMS above {number(shown.threshold)} nats"
     sequences = shown.sequences_allowed + 1
-    caught = f"{shown.tokens_allowed + 1} sequences with an outlier token, or "
-    caught += "1 sequence" if sequences == 1 else f"{sequences} sequences"
+    caught = f"{counted(shown.tokens_allowed + 1, 'sequences')} with an outlier token, or {counted(sequences, 'sequences')}"
     if shown.reach < 1:
         caught += f", {off}; {POWER:.0%} sure where a fault does that to {shown.reach:.1%} of the prompts"
     return (

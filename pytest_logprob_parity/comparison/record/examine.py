@@ -110,9 +110,9 @@ def topk_judged(expected: Trace, actual: Trace) -> Note:
     """Whether the top-k was judged, as a note: over the common width where the two sides differ in it."""
     here, there = _width(expected), _width(actual)
     if here and there:
-        wider = f" (the expected side has {here}, the actual one {there})" if here != there else ""
+        wider = f" (the golden's has {here}, this run's {there})" if here != there else ""
         return Note("top_k_judged", f"top-{min(here, there)} judged on both sides{wider}")
-    missing = "neither side has one" if not here and not there else f"the {'actual' if here else 'expected'} side has none"
+    missing = "neither side has one" if not here and not there else f"{'this run' if here else 'the golden'} has none"
     return Note("top_k_judged", f"top-k not judged: {missing}")
 
 
