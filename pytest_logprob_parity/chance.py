@@ -84,7 +84,7 @@ def _judged(
         d, error = scale * size * by_sequence * rng.normal(size=len(rows)), errors
     kept = np.isfinite(trace.logprobs[rows]) & trace.mask[rows]
     differences = Differences(*(column[kept] for column in (d, sequences, of_prompt, errors, error)))
-    setting = setting_of(trace, golden.routed)
+    setting = setting_of(trace, golden.routed, trace.dtype)
     gates = gates_of(differences, 0, SupportFlips(0, 0, 0), limits, setting, len(tokens))
     kinds = distinct_sequences(trace)
     distinct = sum(len(np.unique(kinds[group])) for group in members)  # a prompt drawn again stands for another one

@@ -196,7 +196,7 @@ def _check_agrees_with_reference(golden: Golden, context: Context) -> None:
     errors = np.sort(errors[np.isfinite(errors)])
     if not len(errors):
         return
-    setting = setting_of(trace, golden.routed)
+    setting = setting_of(trace, golden.routed, trace.dtype)
     enlarged, dtype = setting.enlarged, {"float64": "float32"}.get(trace.dtype, trace.dtype)
     dtype = dtype if dtype in _REFUSED_RMS else "bfloat16"
     rms = float(np.sqrt(np.mean(errors[: max(round(len(errors) * (1 - _LARGEST)), 1)] ** 2)))

@@ -109,17 +109,20 @@ class Differences:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of the noise: dtype, how much the temperature enlarges it, whether tokens are routed to experts."""
+    """What is known of the noise: the golden's dtype, how much the temperature enlarges it, whether tokens are routed to
+    experts, and the dtype now.
+    """
 
     dtype: str
     enlarged: float
     routed: bool | None
+    now: str
 
     def nats(self, by_dtype: dict[str, float]) -> float:
-        """What is listed for this dtype, enlarged by the temperature where the dtype is half precision."""
-        known = {"float64": "float32"}.get(self.dtype, self.dtype)
-        known = known if known in by_dtype else "bfloat16"
-        return by_dtype[known] * (1.0 if known == "float32" else self.enlarged)
+        """What is listed for the coarser of both dtypes, enlarged by the temperature where it is one of half precision."""
+        known = [{"float64": "float32"}.get(dtype, dtype) for dtype in (self.dtype, self.now)]
+        listed = [by_dtype.get(dtype, by_dtype["bfloat16"]) for dtype in known]
+        return max(listed) * (1.0 if set(known) == {"float32"} else self.enlarged)
 
     @property
     def fine(self) -> bool:
@@ -127,16 +130,24 @@ class Setting:
         return self.dtype in ("float32", "float64")
 
     @property
+    def coarser_now(self) -> bool:
+        """Whether a golden in float32 is held against half precision: that is what it has to say, and no noise of its own."""
+        return self.fine and self.now not in ("float32", "float64")
+
+    @property
     def half(self) -> bool:
         """Whether the dtype is one of half precision, or not known."""
         return not self.fine
 
 
-def setting_of(expected: Trace, routed: bool | None) -> Setting:
-    """Noise of logits is divided by the temperature, where that is below 1 and the logprobs are processed by it."""
+def setting_of(expected: Trace, routed: bool | None, now: str) -> Setting:
+    """What is known of the noise of these tokens, where the dtype is `now` now.
+
+    Noise of logits is divided by the temperature, where that is below 1 and the logprobs are processed by it.
+    """
     temperature = expected.sampling.temperature
     low = expected.logprobs_mode == "processed_logprobs" and 0 < temperature < 1
-    return Setting(expected.dtype, 1 / temperature if low else 1.0, routed)
+    return Setting(expected.dtype, 1 / temperature if low else 1.0, routed, now)
 
 
 def gates_of(
@@ -380,7 +391,7 @@ def _thresholds(
     enlarged = setting.enlarged if setting.half else 1.0
     token, sequence = limits.outlier * enlarged, limits.sequence_rms * enlarged
     token_unexplained, sequence_unexplained = setting.nats(_TOKEN_NATS), setting.nats(_SEQUENCE_NATS)
-    if known.any() and setting.fine:
+    if known.any() and setting.fine and not setting.coarser_now:
         token_unexplained = max(_FINE_NATS, _FINE * float(np.abs(golden[known]).max()))
         token = min(token, token_unexplained)
     if known.any() and setting.half:

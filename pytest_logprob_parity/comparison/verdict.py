@@ -133,7 +133,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     sequences = m.sequence_numbers(expected, rows.expected)
     sequences = sequences if every else sequences[finite]
     differences = _differences(expected, e, a, d, finite, sequences, rows, evidence.reference)
-    setting, names = setting_of(expected, evidence.routed), names_of(evidence.sides)
+    setting, names = setting_of(expected, evidence.routed, actual.dtype), names_of(evidence.sides)
     gates = gates_of(differences, int(numbers["n_nan"]), flips, limits, setting, expected.num_sequences)
     shown = what_it_shows(differences, gates)
     failed = [g for g in gates if not g.ok]
