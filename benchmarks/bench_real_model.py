@@ -69,6 +69,7 @@ class Case:
 
 def stale_block(engine: Engine, trace: Trace) -> Trace:
     """Keys and values of positions 16 to 31 come from another position, in every layer: one block of the cache is stale."""
+    from pytest_logprob_parity.selftest.anatomy import Anatomy
     from pytest_logprob_parity.selftest.sites import EngineSite
 
     def change(_: int, positions: Any, keys: Any, values: Any) -> tuple[Any, Any]:
@@ -77,7 +78,8 @@ def stale_block(engine: Engine, trace: Trace) -> Trace:
         keys[stale], values[stale] = keys[stale].flip(0), values[stale].flip(0)
         return keys, values
 
-    (site,) = engine.on_worker(lambda worker: EngineSite(worker, {}))
+    anatomy = Anatomy.of(Path(engine.spec.model))
+    (site,) = engine.on_worker(lambda worker: EngineSite(worker, {}, anatomy))
     try:
         site.keys_values(change)
         return engine.replay(trace)
