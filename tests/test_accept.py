@@ -420,7 +420,8 @@ def test_what_is_accepted_is_what_recording_would_have_written_and_passes_there(
         assert check[name] == told[name], name  # an engine's check, its report and diff are one
     status, out = accept("--yes")
     assert status == 0
-    assert f"  cause      {check['findings'][0]['layer']}: " in out
+    if check["findings"]:  # two prompts need not be enough for a failure
+        assert f"  cause      {check['findings'][0]['layer']}: " in out
     assert "completions are other ones" in out  # other weights write other tokens: the golden holds theirs
     assert "noise floor of 2 repeats" in out
     accepted = golden.read_bytes()

@@ -202,7 +202,7 @@ def test_processed_logprobs_are_what_transformers_computes(pool, questions):
     vllm = pool.engine(EngineSpec(MODEL, dtype="float32"))
     reference = pool.engine(EngineSpec(MODEL, engine="transformers", dtype="float64"))
     sampling = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.1, n=2, max_tokens=30, seed=4)
-    trace = vllm.generate(questions(8), sampling)
+    trace = vllm.generate(questions(24), sampling)
     result = compare(expected=trace, actual=reference.replay(trace))
     assert result.verdict == "pass", result.headline
     assert result.metrics["max_abs_diff"] < 1e-4

@@ -37,7 +37,7 @@ _HIDES: Final = 0.5
 _OUTLIER: Final = 4.0
 _UNEXPLAINED: Final = 4.0
 #: In float32 errors are rounding, of another order of magnitude than any fault.
-_FINE_NATS, _FINE = 0.05, 30.0
+_FINE_NATS, _FINE = 0.25, 30.0
 #: An outlier that the golden's error has at the same token is the same one while it is no more than so many times as large.
 _SAME_OUTLIER: Final = 2.0
 #: What the golden's errors have too is noise while it is felt no more than so many times as much (as k3): twice as far off.

@@ -36,7 +36,7 @@ def failed_line(gate: Gate, names: Names) -> str:
         what = f"{counted(int(gate.value), gate.unit)} {gate.name} nats (more than {int(gate.fail_limit)} fail)"
         if gate.beyond == "fail":
             thing = "a token" if gate.key == "outlier_tokens" else "the RMS of a sequence"
-            explained = f"no noise of this golden or dtype explains more than {number(gate.unexplained)}"
+            explained = f"noise explains no more than {number(gate.unexplained)} here"
             return f"{thing} differs by {number(gate.worst)} nats, and {explained}"
         return what
     if gate.errors is not None:

@@ -41,16 +41,16 @@ def _requests() -> Iterator[Fault]:
 
     yield from each("temperature", "request", {
         f"{percent:+g} %": {"sampling": {"temperature": 0.7 * (1 + percent / 100)}} for percent in (30, 5, 2, 0.1)
-    })  # fmt: skip
-    yield from spread("temperature applied twice", "request", sampling={"temperature": 0.49})
-    bfloat16, float32 = {"dtypes": ("bfloat16",)}, {"dtypes": ("float32",)}
+    }, semantic=True)  # fmt: skip
+    yield from spread("temperature applied twice", "request", sampling={"temperature": 0.49}, semantic=True)
+    bfloat16, float32 = {"dtypes": ("bfloat16",), "semantic": True}, {"dtypes": ("float32",), "semantic": True}
     yield from each("top-p another", "request", sizes("top_p", 0.7, 0.88, 0.8999), golden="top-p", **bfloat16)
     yield from each("top-k another", "request", sizes("top_k", 3, 4, 6), golden="top-k", **bfloat16)
     yield from each("penalty left out", "request", sizes("repetition_penalty", 1.0, 1.05, 1.0999), golden="penalty", **float32)
-    yield from each("presence penalty slipped in", "request", sizes("presence_penalty", 0.5, 0.05, 0.0005))
-    yield from each("frequency penalty slipped in", "request", sizes("frequency_penalty", 0.2, 0.02, 0.0002))
-    yield from each("min-p slipped in", "request", sizes("min_p", 0.2, 0.02, 1e-7))
-    yield from each("top-k slipped in", "request", sizes("top_k", 2, 10, 300))
+    yield from each("presence penalty slipped in", "request", sizes("presence_penalty", 0.5, 0.05, 0.0005), semantic=True)
+    yield from each("frequency penalty slipped in", "request", sizes("frequency_penalty", 0.2, 0.02, 0.0002), semantic=True)
+    yield from each("min-p slipped in", "request", sizes("min_p", 0.2, 0.02, 1e-7), semantic=True)
+    yield from each("top-k slipped in", "request", sizes("top_k", 2, 10, 300), semantic=True)
     yield from each("padding leaks in", "request", {
         f"{n} tokens": {"prompt": lambda ids, n=n: [0] * n + ids} for n in (16, 4, 1)
     })  # fmt: skip
@@ -117,12 +117,12 @@ def _lifted(by: float) -> _Report:
 
 
 def _reports() -> Iterator[Fault]:
-    yield from spread("raw for processed, unlabelled", "report", sampling={"temperature": 1.0})
+    yield from spread("raw for processed, unlabelled", "report", sampling={"temperature": 1.0}, semantic=True)
     yield from each("raw for processed", "report", {
         "T=0.7": {}, "top-p": {"golden": "top-p", "dtypes": ("bfloat16",)},
         "penalty": {"golden": "penalty", "dtypes": ("float32",)},
     }, settings={"logprobs_mode": "raw_logprobs"}, semantic=True)  # fmt: skip
-    yield from spread("positions shifted by one", "report", reported=_shifted)
+    yield from spread("positions shifted by one", "report", reported=_shifted, semantic=True)
     yield from spread("another token's logprob (dict order)", "report", reported=_likeliest)
     yield from spread("log2 in place of ln", "report", reported=_column(lambda x: x / np.log(2)))
     yield from spread("a neighbour's logprobs", "report", reported=_swapped)
