@@ -62,6 +62,20 @@ def test_an_outlier_of_the_goldens_excuses_none_that_is_far_larger_at_the_same_t
         assert verdicts(trace, now - golden, reference=reference_of(trace, golden))["unclipped"] == verdict, error
 
 
+@pytest.mark.parametrize("objective", ["token", "truncated", "unclipped"])
+def test_one_outlier_of_the_goldens_covers_no_larger_one_elsewhere(objective):
+    """The golden's of 2 nats is gone; now one of 7.9 nats stands elsewhere, which is k3 0.7. The negative control: one of 2."""
+    trace = moved(make_trace(64, 64), -9)
+    golden = spread(4096, 0.02, seed=1)
+    golden[777] = 2.0
+    for error, verdict in ((2.0, "pass"), (7.9, "unverified")):
+        now = spread(4096, 0.02, seed=2)
+        now[2000] = error
+        reference = reference_of(trace, golden)
+        result = compare(expected=trace, actual=moved(trace, now - golden), reference=reference, objective=objective)
+        assert result.verdict == verdict, result.headline
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_nineteen_tokens_in_a_thousand_off_by_half_a_nat_pass_under_no_objective(dtype):
     """k3 is 2.3e-3; cut off at 0.25 nats they were a spread of 0.034. The negative control: a twentieth as many, which only

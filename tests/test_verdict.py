@@ -640,6 +640,15 @@ def test_a_distribution_of_shapes_that_is_none(wrong):
     assert Shapes.from_json(Shapes().to_json()) == Shapes()
 
 
+def test_a_floor_without_a_number_says_nothing_and_one_of_other_tokens_is_refused(recwarn):
+    trace = make_trace()
+    floor = NoiseFloor(np.full((2, trace.num_tokens), np.nan, np.float32), Shapes(), True)
+    assert compare(expected=trace, actual=trace, floor=floor).verdict == "pass"
+    assert not recwarn.list
+    with pytest.raises(UsageError, match="the floor has 2000 tokens, the expected trace 80"):
+        compare(expected=make_trace(2), actual=make_trace(2), floor=floor)
+
+
 def test_a_floor_of_other_tokens_is_damage(tmp_path):
     trace = make_trace()
     floor = ShapeNoise(make_trace(51)).floor()
