@@ -92,14 +92,14 @@ def compare(
 
     `tolerance` changes the defaults for the golden's dtype and the two paths, or declares a gap that is there on purpose
     (`"fp8"`, `"int8"`). `level` says what fails: `bitwise` any other bit, `noise` any difference beyond the noise of batch
-    composition (which
-    two traces in hand cannot show), `rl` what matters to an update of this `objective` (`token`, `sequence`, `truncated`,
-    `unclipped`; see Objective). `floor` is the golden's noise floor, `reference` its reference column.
+    composition (which two traces in hand cannot show), `rl` what matters to an update of this `objective` (`token`,
+    `sequence`, `truncated`, `unclipped`; see Objective). `floor` is the golden's noise floor, `reference` its reference
+    column.
 
     Where the two sides mean different things, and the numbers bear that out, nothing is subtracted: the metrics of
     differences are NaN and a finding says so.
 
-    Raises UsageError for a tolerance, level or objective that does not exist.
+    Raises UsageError for a tolerance, level or objective that does not exist, and for a floor or reference of other tokens.
     """
     if not isinstance(expected, Trace) or not isinstance(actual, Trace):
         raise UsageError(f"compare() takes two Traces, not {type(expected).__name__} and {type(actual).__name__}")
