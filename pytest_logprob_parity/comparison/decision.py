@@ -23,9 +23,11 @@ _SCALED: Final = 0.01
 _ERRORS: Final = 10
 
 
-def proves(finding: Finding) -> bool:
-    """Whether a finding shows what no noise does, and so fails at any size: other quantities, or a scale of the logits."""
-    return finding.cause in _OTHER_MEANING or _scaled(finding)
+def proves(finding: Finding, *, sized: bool) -> bool:
+    """Whether a finding shows what no noise does, and so fails at any size: other quantities. A scale of the logits has many
+    reasons, and is one only where the gates are not sure of the sizes (`sized`).
+    """
+    return finding.cause in _OTHER_MEANING or (not sized and _scaled(finding))
 
 
 def _scaled(finding: Finding) -> bool:

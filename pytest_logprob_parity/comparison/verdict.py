@@ -144,16 +144,17 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     unsure = not all(gate.sure for gate in gates)
     findings, notes = _meanings(expected, actual, rows, numbers, unsure or not len(d), names)
     beyond = setting.fine and numbers["rms_diff"] > _BEYOND * limits.noise_rms * setting.enlarged
+    apart = beyond or unsure
     if findings:
         gates = ()
-    elif not record.explains and (beyond or unsure):
+    elif not record.explains and (apart or (len(d) and not exact)):
         findings += semantic_findings(expected, actual, rows, _far_off(d, sequences, limits), names)
         if not failed:  # a meaning that is proven fails at any size; what only may be one does not
-            findings = [finding for finding in findings if proves(finding)]
+            findings = [finding for finding in findings if proves(finding, sized=not apart)]
         unnamed = bool(failed) and not any(finding.cause for finding in findings)
         if unnamed and (head := head_finding(positions_of(expected, actual, rows, names=names))):
             findings.append(head)
-        notes += [Note("top_k", told)] if (told := unsure_of(expected, actual, rows)) else []
+        notes += [Note("top_k", told)] if apart and (told := unsure_of(expected, actual, rows)) else []
     penalties = any(f.cause == "penalties" for f in findings)  # what they move is no remainder
     if (
         any(f.cause for f in findings)

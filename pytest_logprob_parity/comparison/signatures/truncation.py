@@ -15,7 +15,7 @@ from .positions import Positions
 from .stage import Stage, applied
 
 #: Kept sets differ where they do at this share of the positions and more; noise alone moves a few.
-_OTHER_SETS: Final = 0.03
+_OTHER_SETS: Final = 0.01
 _ONE_WAY: Final = 0.9
 #: A side that does not truncate excludes nothing: it has less than this share of the other's kept sets.
 _NONE: Final = 0.01
