@@ -8,7 +8,8 @@ from typing import Final
 
 import numpy as np
 
-from .comparison.effects import Differences, gates_of, setting_of
+from .comparison.differences import Differences, setting_of
+from .comparison.effects import gates_of
 from .comparison.intervals import MIN_SEQUENCES, Integers, distinct_sequences, prompt_numbers
 from .comparison.result import Gate
 from .comparison.support import SupportFlips

@@ -14,7 +14,7 @@ from . import fingerprint
 from .belonging import Context, check_belongs
 from .chance import WANTED, chance_to_pass
 from .comparison.alignment import align
-from .comparison.effects import setting_of
+from .comparison.differences import setting_of
 from .comparison.result import Comparison, Note
 from .comparison.signatures.semantics import semantic_findings
 from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor

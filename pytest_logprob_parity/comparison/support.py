@@ -13,8 +13,7 @@ import numpy.typing as npt
 from ..reference import Reference
 from ..trace import Trace
 from .alignment import Alignment
-from .intervals import poisson_quantile
-from .tolerance import Tolerance
+from .tolerance import Tolerance, budget
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,10 @@ def support_flips(
     allowed = int(np.ceil(limits.support_flips * rows.tokens - 1e-9))
     unexplained = allowed
     if "support_flips" not in limits.explicit:
-        own = (
-            0 if reference is None else int(np.count_nonzero(np.isneginf(reference.logprobs) & np.isfinite(expected.logprobs)))
-        )
-        allowed = max(allowed, poisson_quantile(0.99, 2.0 * own))
-        unexplained = max(2 * allowed, poisson_quantile(0.9995, 4.0 * own))
+        own = 0
+        if reference is not None:
+            own = int(np.count_nonzero(np.isneginf(reference.logprobs) & np.isfinite(expected.logprobs)))
+        allowed, unexplained = budget(allowed, 2 * own)
     if not count or not expected.sampling.truncates:
         return SupportFlips(count, allowed, unexplained)
     places = np.arange(expected.num_tokens)[rows.expected][flipped]

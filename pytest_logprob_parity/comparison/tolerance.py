@@ -84,6 +84,18 @@ class Tolerance:
         return 1 + tokens // 5000
 
 
+def budget(few: int, seen: int, *, exact: bool = False) -> tuple[int, int]:
+    """How many tokens or sequences that noise has moved pass, and beyond how many noise explains them no longer.
+
+    `few` are allowed for in any case. `seen` is how many the golden's own errors make expected: another build has as many in
+    the mean, and their count strays as the difference of two Poisson counts does, by sqrt(2 seen): twice that passes beside a
+    rate half as large again, and four times that may still be noise beside a rate of 2.5. `exact`: nothing is between the two.
+    """
+    stray = (2 * seen) ** 0.5
+    allowed = max(few, int(1.5 * seen + 2 * stray))
+    return allowed, allowed if exact else max(2 * few, int(2.5 * seen + 4 * stray) + 3)
+
+
 #: The names of all limits.
 LIMITS: Final = tuple(f.name for f in dataclasses.fields(Tolerance) if f.name not in ("objective", "explicit"))
 #: Names of before, and how their values are read now: k3 is half the square of an RMS.

@@ -16,7 +16,8 @@ from ..trace import FloatArray, Trace
 from . import metrics as m
 from .alignment import Alignment, align
 from .decision import Found, decide, proves
-from .effects import Differences, gates_of, setting_of, what_it_shows
+from .differences import Differences, setting_of
+from .effects import gates_of, what_it_shows
 from .free_run import judge_free_run
 from .gaps import with_gap
 from .intervals import distinct_sequences, prompt_numbers

@@ -1,0 +1,107 @@
+"""What two sides differ by, token by token, and what is known of the noise: what effects and outliers are measured from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..trace import Trace
+from . import metrics as m
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Differences:
+    """The n tokens that have a finite logprob on both sides, in order.
+
+    `d` is actual - expected, `sequences` and `prompts` the number of each token's sequence and distinct prompt, `golden_error`
+    and `error` what expected and actual are from the reference (NaN where there is none). Nats.
+    """
+
+    d: m.Doubles
+    sequences: Integers
+    prompts: Integers
+    golden_error: m.Doubles
+    error: m.Doubles
+
+    @property
+    def clusters(self) -> Integers:
+        """What the intervals count: prompts, or the sequences where there is one prompt."""
+        return self.prompts if self.prompts.max(initial=0) > 0 else self.sequences
+
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """Where there is a reference."""
+        return np.asarray(np.isfinite(self.error) & np.isfinite(self.golden_error))
+
+    @property
+    def fresh_noise(self) -> float:
+        """The share of the golden's error that is not the same now (0 to 1): d^2 over the sum of both errors' squares.
+
+        Errors of two builds that have nothing in common give 1. An engine that computes as the golden did has the golden's
+        error and whatever is wrong with it besides, and gives the share of that alone.
+        """
+        known = self.known
+        both = float(np.square(self.error[known]).sum() + np.square(self.golden_error[known]).sum())
+        return min(float(np.square(self.d[known]).sum()) / both, 1.0) if both else 0.0
+
+    def where(self, kept: npt.NDArray[np.bool_]) -> Differences:
+        """The rows that are kept."""
+        return Differences(self.d[kept], self.sequences[kept], self.prompts[kept], self.golden_error[kept], self.error[kept])
+
+    def by_sequence(self) -> Differences:
+        """One row for each sequence: the means of its tokens."""
+        names, rows = np.unique(self.sequences, return_inverse=True)
+        counts = np.bincount(rows)
+
+        def mean(values: m.Doubles) -> m.Doubles:
+            return np.asarray(np.bincount(rows, values) / counts, np.float64)
+
+        first = np.unique(rows, return_index=True)[1]
+        return Differences(mean(self.d), names, self.prompts[first], mean(self.golden_error), mean(self.error))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of the noise: the golden's dtype, how much the temperature enlarges it, whether tokens are routed to
+    experts, and the dtype now.
+    """
+
+    dtype: str
+    enlarged: float
+    routed: bool | None
+    now: str
+
+    def nats(self, by_dtype: dict[str, float]) -> float:
+        """What is listed for the coarser of both dtypes, enlarged by the temperature where it is one of half precision."""
+        known = [{"float64": "float32"}.get(dtype, dtype) for dtype in (self.dtype, self.now)]
+        listed = [by_dtype.get(dtype, by_dtype["bfloat16"]) for dtype in known]
+        return max(listed) * (1.0 if set(known) == {"float32"} else self.enlarged)
+
+    @property
+    def fine(self) -> bool:
+        """Whether the dtype is float32 or finer."""
+        return self.dtype in ("float32", "float64")
+
+    @property
+    def coarser_now(self) -> bool:
+        """Whether a golden in float32 is held against half precision: that is what it has to say, and no noise of its own."""
+        return self.fine and self.now not in ("float32", "float64")
+
+    @property
+    def half(self) -> bool:
+        """Whether the dtype is one of half precision, or not known."""
+        return not self.fine
+
+
+def setting_of(expected: Trace, routed: bool | None, now: str) -> Setting:
+    """What is known of the noise of these tokens, where the dtype is `now` now.
+
+    Noise of logits is divided by the temperature, where that is below 1 and the logprobs are processed by it.
+    """
+    temperature = expected.sampling.temperature
+    low = expected.logprobs_mode == "processed_logprobs" and 0 < temperature < 1
+    return Setting(expected.dtype, 1 / temperature if low else 1.0, routed, now)
