@@ -385,6 +385,28 @@ def test_noise_is_given_no_semantic_cause(recipe, noise):
     assert not causes(result), [str(f) for f in result.findings]
 
 
+@pytest.mark.parametrize(
+    ("asked", "applied", "cause"),
+    [({}, {"presence_penalty": 0.05}, "penalties"), ({}, {"repetition_penalty": 1.01}, "penalties"),
+     ({"top_p": 0.9}, {"top_p": 0.892}, "truncation")],
+    ids=str,
+)  # fmt: skip
+def test_a_proven_meaning_fails_although_all_sizes_pass(asked, applied, cause):
+    rollouts = Policy(Sampling(**asked), scale=1.5)
+    golden = rollouts.trace(dtype="bfloat16", k=20, noise=0.003)
+    again, other = (rollouts.trace(s, dtype="bfloat16", k=20, noise=0.003, seed=2) for s in (None, Sampling(**applied)))
+    assert (compare(expected=golden, actual=again).verdict, causes(compare(expected=golden, actual=again))) == ("pass", [])
+    result = compare(expected=golden, actual=other)
+    assert (result.verdict, [gate.key for gate in result.gates if not gate.ok]) == ("fail", [])
+    assert causes(result) == [cause]
+
+
+def test_a_truncation_that_excludes_sampled_tokens_is_not_the_recorded_one():
+    rollouts = Policy(Sampling(top_k=50), scale=1.5)
+    result = compare(expected=rollouts.trace(k=20), actual=rollouts.trace(Sampling(top_k=45), k=20, seed=2))
+    assert (result.verdict, causes(result)) == ("fail", ["truncation"])  # and not raw for processed
+
+
 def test_a_cause_in_a_few_sequences_is_found_there():
     rollouts = policy(temperature=0.7)
     golden, raw = rollouts.trace(), rollouts.trace("raw")

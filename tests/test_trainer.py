@@ -101,6 +101,15 @@ def test_a_float32_engine_and_a_float32_trainer_agree_token_by_token(rollouts, f
     assert comparison.metrics["max_abs_diff"] < 1e-3  # so every ratio is within 1 +- 1e-3
 
 
+def test_a_trainer_is_judged_for_the_update_that_it_makes(rollouts, float32):
+    """0.0015 nats, one way in a whole sequence, take every sequence out of GSPO's clip of 3e-4; no token feels them."""
+    tokens = np.diff(rollouts.sequence_offsets)
+    off = np.repeat(np.where(np.arange(len(tokens)) % 2, 1, -1) * 0.0015, tokens).astype(np.float32)
+    moved = rollouts.with_(logprobs=rollouts.logprobs + off)
+    verdicts = {name: compare_with_trainer(moved, float32, objective=name).verdict for name in ("token", "sequence")}
+    assert verdicts == {"token": "pass", "sequence": "fail"}
+
+
 def test_any_callable_is_a_scorer(rollouts, float32):
     @scorer(dtype="float32", divides="logits", name="mine")
     def by_hand(token_ids, attention_mask, temperature):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ..comparison.gaps import GAPS, with_gap
+from ..comparison.objectives import DEFAULT_OBJECTIVE
 from ..comparison.result import Comparison, MismatchError, Note
 from ..comparison.tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance
 from ..comparison.verdict import Evidence, judge
@@ -27,6 +28,7 @@ def assert_trainer_parity(
     scorer: Scorer,
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     *,
+    objective: str = DEFAULT_OBJECTIVE,
     batch_size: int = 16,
     metrics: str | None = None,
 ) -> Comparison:
@@ -34,8 +36,9 @@ def assert_trainer_parity(
 
     d = trainer - rollout, in nats, so that exp(d) is the policy ratio of an on-policy step. `scorer` is asked as a trainer
     asks its model: token ids, attention mask, and the temperature of the rollouts. `tolerance` changes limits, names a
-    framework whose thresholds they become (`"verl"`), or declares a gap that is there on purpose (`"fp8"`); `metrics` names
-    a framework whose metric names are reported with it.
+    framework whose thresholds they become (`"verl"`), or declares a gap that is there on purpose (`"fp8"`); `objective` is
+    the update that they are judged for (`token`, `sequence`, `truncated`, `unclipped`); `metrics` names a framework whose
+    metric names are reported with it.
 
     Rollouts of a truncated distribution are compared without truncation where the trace has `untruncated_logprobs`, over
     their kept sets where it lists them and the scorer can do that, and are else refused with the reason, as those sampled
@@ -44,7 +47,7 @@ def assert_trainer_parity(
     Raises MismatchError for the verdicts `fail` and `unverified`, UsageError for what cannot be compared.
     """
     __tracebackhide__ = True
-    comparison = compare_with_trainer(rollouts, scorer, tolerance, batch_size=batch_size, metrics=metrics)
+    comparison = compare_with_trainer(rollouts, scorer, tolerance, objective=objective, batch_size=batch_size, metrics=metrics)
     if not comparison.passed:
         raise MismatchError(trainer_message(comparison), comparison)
     return comparison
@@ -55,6 +58,7 @@ def compare_with_trainer(
     scorer: Scorer,
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     *,
+    objective: str = DEFAULT_OBJECTIVE,
     batch_size: int = 16,
     metrics: str | None = None,
 ) -> Comparison:
@@ -65,7 +69,7 @@ def compare_with_trainer(
     rollouts = dataclasses.replace(rollouts, trace=trace) if isinstance(rollouts, Golden) else trace
     scored = score(trace, scorer, batch_size=batch_size)
     expected = _as_the_trainer_sees_it(trace, scored)
-    limits = trainer_tolerance(trace.dtype, scored.dtype, tolerance)
+    limits = trainer_tolerance(trace.dtype, scored.dtype, tolerance, objective)
     comparison = judge(expected, scored, limits, "rl", Evidence(sides=("rollout", "trainer")))
     findings, why = causes(comparison, rollouts, expected, scored, scorer, batch_size, limits)
     notes = [*without_top_k(comparison).notes, *why, *left_out]
@@ -107,14 +111,17 @@ def _where_it_may_end(trace: Trace) -> tuple[Trace, list[Note]]:
 
 
 def trainer_tolerance(
-    rollout_dtype: str, trainer_dtype: str, tolerance: Tolerance | Mapping[str, Any] | str | None = None
+    rollout_dtype: str,
+    trainer_dtype: str,
+    tolerance: Tolerance | Mapping[str, Any] | str | None = None,
+    objective: str = DEFAULT_OBJECTIVE,
 ) -> Tolerance:
     """The limits between an engine and a trainer: those of the coarser dtype for decode against prefill, changed by
     `tolerance`; a name means the thresholds of that framework, or a declared gap.
     """
     known = [dtype for dtype in (rollout_dtype, trainer_dtype) if dtype in DTYPES]
     coarser = max(known, key=_COARSER.index) if len(known) == 2 else "unknown"
-    limits = default_tolerance(coarser, ("decode", "prefill"))
+    limits = default_tolerance(coarser, ("decode", "prefill"), objective)
     if isinstance(tolerance, str) and tolerance not in GAPS:
         tolerance = framework(tolerance).tolerance
     return make_tolerance(limits, tolerance)

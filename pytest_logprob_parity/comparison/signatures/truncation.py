@@ -73,7 +73,8 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Stage]:
             step = "a truncation"
             text = f"{applied(step, positions.names, on_golden=on_golden)}: {' and '.join(what)}"
             text += f"; top-{k} logprobs do not show how wide its kept sets are: record more"
-            yield Stage(Finding("semantic", "truncation", text, values=values), on_golden, recorded, step)
+            # the recorded one excludes no token that was sampled under it: what excludes some is another
+            yield Stage(Finding("semantic", "truncation", text, values=values), on_golden, recorded and count < least, step)
 
 
 def _one_truncates(
