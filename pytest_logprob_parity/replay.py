@@ -319,6 +319,7 @@ def _same_tokens(backend: Backend, trace: Trace, rows: _Rows, mask: Any, *, path
         mask=np.asarray(mask, bool),
         untruncated_logprobs=None,
         weight_versions=None,
+        trainer_logprobs=None,
         newest_version=None,
         path=path,
         replay=replay,

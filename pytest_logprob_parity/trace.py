@@ -41,7 +41,7 @@ _DTYPE_NAMES: Final = {
 #: What OpenAI-compatible servers write for a logprob of -inf, for which JSON has no word (vLLM: `max(logprob, -9999.0)`).
 MINUS_INFINITY: Final = -9999.0
 #: Columns of logprobs, in which the number above is read as -inf.
-_LOGPROBS: Final = ("logprobs", "top_logprobs", "untruncated_logprobs")
+_LOGPROBS: Final = ("logprobs", "top_logprobs", "untruncated_logprobs", "trainer_logprobs")
 
 #: In the column `seeds`: the sequence cannot be sampled again, for nobody knows its seed.
 NO_SEED: Final = -1
@@ -65,7 +65,10 @@ COLUMNS: Final[Mapping[str, tuple[str, str, bool]]] = {
     "seeds": ("int64", "sequences", True),
     "untruncated_logprobs": ("float32", "tokens", False),
     "weight_versions": ("int32", "tokens", False),
+    "trainer_logprobs": ("float32", "tokens", False),
 }
+#: Columns with one entry for each token that not every trace has.
+_OPTIONAL: Final = tuple(name for name, (_, axis, needed) in COLUMNS.items() if axis == "tokens" and not needed)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Trace:
     - `untruncated_logprobs` [N]: processed by temperature and penalties alone, where `logprobs` are truncated
     - `weight_versions` [N]: which weights wrote the token; `newest_version` is the one that an update brought meanwhile,
       whether or not it wrote any
+    - `trainer_logprobs` [N]: what the trainer computed of the same tokens, where rollouts come from a batch that has both
 
     What the numbers mean: `logprobs_mode`, `path`, `sampling` (as the engine ran it: vLLM's least temperature above 0 is
     0.01), `engine`, `engine_version`, `dtype`; `replay` says how another trace's tokens were asked about ("" where these are
@@ -123,6 +127,7 @@ class Trace:
     seeds: LongArray
     untruncated_logprobs: FloatArray | None = None
     weight_versions: IntArray | None = None
+    trainer_logprobs: FloatArray | None = None
 
     logprobs_mode: str = "processed_logprobs"
     path: TracePath = "decode"
@@ -192,7 +197,7 @@ class Trace:
         Each sequence is a mapping with `prompt_token_ids`, `token_ids` and `logprobs` (nats, one a token, None where
         there is none), and optionally `top_logprobs` (one `{token id: logprob}` a token), `ranks`, `mask` (False for
         tokens of the environment), `finish_reason`, `group`, `sample`, `episode`, `turn`, `seed`, `weight_versions`,
-        `untruncated_logprobs`. Sequences with equal prompts form a group.
+        `untruncated_logprobs`, `trainer_logprobs`. Sequences with equal prompts form a group.
 
         Raises UsageError naming the sequence and the key that does not fit.
         """
@@ -200,14 +205,12 @@ class Trace:
             raise _misfit("no sequences")
         known = {
             "prompt_token_ids", "token_ids", "logprobs", "top_logprobs", "ranks", "mask", "finish_reason", "group",
-            "sample", "episode", "turn", "seed", "weight_versions", "untruncated_logprobs",
+            "sample", "episode", "turn", "seed", *_OPTIONAL,
         }  # fmt: skip
         prompts: dict[Any, int] = {}
         prompt_ids: list[Sequence[int]] = []
         rows: dict[str, list[Any]] = {name: [] for name in ("group", "sample", "episode", "turn", "seeds", "finish")}
-        parts: dict[str, list[Any]] = {
-            name: [] for name in ("token_ids", "logprobs", "ranks", "mask", "untruncated_logprobs", "weight_versions")
-        }
+        parts: dict[str, list[Any]] = {name: [] for name in ("token_ids", "logprobs", "ranks", "mask", *_OPTIONAL)}
         tops: list[dict[int, float]] = []
         counts: dict[int, int] = {}
         for index, sequence in enumerate(sequences):
@@ -220,11 +223,11 @@ class Trace:
             for name in ("prompt_token_ids", "token_ids", "logprobs"):
                 if sequence.get(name) is None:
                     raise _misfit(f"{where} lacks {name}")
-            for name in ("token_ids", "logprobs", "top_logprobs", "ranks", "mask", "untruncated_logprobs", "weight_versions"):
+            for name in ("token_ids", "logprobs", "top_logprobs", "ranks", "mask", *_OPTIONAL):
                 if sequence.get(name) is not None and not hasattr(sequence[name], "__len__"):
                     raise _misfit(f"{where}: {name} has one entry for each token, so it is not {sequence[name]!r:.40}")
             length = len(sequence["token_ids"])
-            for name in ("logprobs", "top_logprobs", "ranks", "mask", "untruncated_logprobs", "weight_versions"):
+            for name in ("logprobs", "top_logprobs", "ranks", "mask", *_OPTIONAL):
                 column = sequence.get(name)
                 if column is not None and len(column) != length:
                     raise _misfit(f"{where} has {length} token_ids but {len(column)} {name}")
@@ -254,7 +257,7 @@ class Trace:
                 parts["ranks"].append(_column("ranks", np.zeros(length, np.int32) if ranks is None else ranks))
             except UsageError as error:
                 raise _misfit(f"{where}: {error}") from None
-            for name in ("untruncated_logprobs", "weight_versions"):
+            for name in _OPTIONAL:
                 if sequence.get(name) is not None:
                     parts[name].append(np.asarray(sequence[name]))
             given = sequence.get("top_logprobs")
@@ -270,7 +273,7 @@ class Trace:
                 order = sorted(top.items(), key=lambda item: -item[1])
                 top_ids[i, : len(top)] = [t for t, _ in order]
                 top_logprobs[i, : len(top)] = [value for _, value in order]
-        for name in ("untruncated_logprobs", "weight_versions"):
+        for name in _OPTIONAL:
             if parts[name] and len(parts[name]) != len(sequences):
                 raise _misfit(f"some sequences have {name} and some have not")
         prompt_rows = [np.asarray(p, np.int32) for p in prompt_ids]
@@ -290,8 +293,7 @@ class Trace:
             episode=rows["episode"],
             turn=rows["turn"],
             seeds=rows["seeds"],
-            untruncated_logprobs=np.concatenate(parts["untruncated_logprobs"]) if parts["untruncated_logprobs"] else None,
-            weight_versions=np.concatenate(parts["weight_versions"]) if parts["weight_versions"] else None,
+            **{name: np.concatenate(parts[name]) if parts[name] else None for name in _OPTIONAL},
             logprobs_mode=logprobs_mode,
             path=path,
             sampling=Sampling.of(sampling),
@@ -331,8 +333,7 @@ class Trace:
             "episode": np.arange(sequences),
             "turn": np.zeros(sequences, np.int32),
             "seeds": np.full(sequences, NO_SEED),
-            "untruncated_logprobs": None,
-            "weight_versions": None,
+            **dict.fromkeys(_OPTIONAL),
         }
         columns = {
             "prompt_token_ids": prompt_token_ids,

@@ -240,20 +240,25 @@ def test_trls_metrics(sides):
     )
 
 
-def test_verls_metrics_are_those_of_verl(sides):
-    """Against the functions of the installed package."""
+@pytest.mark.parametrize("threshold", [2.0, "0.5_2.0"])
+@pytest.mark.parametrize("level", ["token", "sequence", None])
+def test_verls_metrics_are_those_of_verl(sides, level, threshold):
+    """Against the functions of the installed package, by its configuration."""
     from verl import DataProto
     from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
     from verl.utils.debug.metrics import calculate_debug_metrics
 
     rollout, trainer, mask, pairs = sides
     old, new, m = torch.tensor(trainer), torch.tensor(rollout), torch.tensor(mask).long()
-    _, _, theirs = compute_rollout_correction_and_rejection_mask(old, new, m, rollout_is="token", rollout_is_threshold=2.0)
+    settings = {"rollout_is": level, "rollout_is_threshold": threshold, "rollout_is_batch_normalize": level is not None}
+    _, _, theirs = compute_rollout_correction_and_rejection_mask(old, new, m, **settings)
     batch = {"responses": m, "old_log_probs": old, "rollout_log_probs": new, "response_mask": m}
     theirs |= calculate_debug_metrics(DataProto.from_dict(tensors=batch))
-    assert len(theirs) > 25
+    assert len(theirs) > (25 if level else 15)
+    verl = framework("verl")
+    ours = verl.metrics(pairs, **verl.configured({"algorithm": {"rollout_correction": settings}}))
     # float32 where veRL makes float32 of it
-    agree(framework("verl").metrics(pairs), {name: float(value) for name, value in theirs.items()}, rel=1e-5)
+    agree(ours, {name: float(value) for name, value in theirs.items()}, rel=1e-5)
 
 
 def test_openrlhfs_metrics(sides):
@@ -393,6 +398,57 @@ def test_pipelinerls_records_are_read(rollouts, scorer, tmp_path):
         assert read.token_texts
 
 
+def test_jagged_rows_of_verl_are_read_with_the_trainers_column(rollouts):
+    """What `trainer.use_v1` holds: nested tensors, no padding and no attention_mask."""
+    from tensordict import TensorDict
+
+    bounds = [rollouts.bounds(i) for i in range(rollouts.num_sequences)]
+
+    def nested(rows):
+        return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+    logprobs = [rollouts.logprobs[a:b] for a, b in bounds]
+    batch = {
+        "prompts": nested([rollouts.prompt(i) for i in range(len(bounds))]),
+        "responses": nested([rollouts.completion(i) for i in range(len(bounds))]),
+        "response_mask": nested([np.ones(b - a, np.int64) for a, b in bounds]),
+        "rollout_log_probs": nested(logprobs),
+        "old_log_probs": nested([row - np.float32(0.001) for row in logprobs]),
+    }
+    read = framework("verl").read
+    held = read(TensorDict(batch, batch_size=len(bounds)), sampling=rollouts.sampling, dtype="float32")
+    same_rollouts(held, rollouts)
+    assert held.trainer_logprobs == pytest.approx(rollouts.logprobs - 0.001, abs=1e-6)
+    for column, line in (
+        (nested([np.exp(row) for row in logprobs]), "are these probabilities?"),
+        (nested([row[:-1] for row in logprobs]), "entries, responses have"),
+        (torch.zeros(len(bounds), 3), "padded beside jagged responses"),
+    ):
+        with pytest.raises(UsageError, match=line):
+            read({**batch, "old_log_probs": column})
+
+
+TRAINERS = {
+    "trl": ("sampling_per_token_logps", "old_per_token_logps"), "verl": ("rollout_log_probs", "old_log_probs"),
+    "openrlhf": ("rollout_log_probs", "action_log_probs"), "nemo-rl": ("generation_logprobs", "prev_logprobs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_batch_brings_the_trainers_column_with_it(name, rollouts):
+    batch, (engines, trainers) = example(name)(rollouts), TRAINERS[name]
+    own, read = batch[engines], framework(name).read
+    assert read(batch).trainer_logprobs is None
+    held = read({**batch, trainers: own - 0.01})
+    assert held.trainer_logprobs == pytest.approx(held.logprobs - 0.01, abs=1e-6)
+    for wrong, line in (
+        (own[:, :-1], "expected"), (own.exp(), "is at most 0; are these probabilities?"), (own * 0, "has not computed it"),
+        (own.long(), "logprobs are floats"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=line):
+            read({**batch, trainers: wrong})
+
+
 def test_nan_stays_nan_and_none_becomes_it(rollouts):
     batch = example("trl")(rollouts)
     batch["sampling_per_token_logps"][0, 1] = math.nan
@@ -463,8 +519,7 @@ TRAPS = [
     ("trl", with_(prompt_mask=flipped), "prompt_mask of row 2 is padded on the right; here it is padded on the left"),
     ("trl", with_(completion_mask=flipped), "is padded on the left; here it is padded on the right"),
     ("trl", with_(completion_mask=at((0, 2), 0)), "completion_mask of row 0 has a hole at 2: it masks padding"),
-    ("trl", with_(completion_mask=at(0, 0)), "it is shifted by a token, or the mask was overwritten (by rejection or"),
-    ("trl", with_(completion_mask=torch.zeros_like), "its masks hide every token: nothing can be compared"),
+    ("trl", with_(completion_mask=torch.zeros_like), "mask_truncated_completions hides all of them"),
     ("trl", with_(completion_mask=at((0, 0), 2)), "completion_mask holds 2: a mask is of zeros and ones"),
     ("trl", with_(completion_ids=lambda c: c.float()), "completion_ids is float32 [12, N]: token ids are whole numbers"),
     ("trl", with_(prompt_ids=lambda c: c[1:], prompt_mask=lambda c: c[1:]), "11 rows of prompt_ids, 12 of completion_ids"),
@@ -480,7 +535,7 @@ TRAPS = [
     (
         "verl",
         with_(responses=lambda c: torch.nested.nested_tensor(list(c))),
-        "responses is jagged: pad it to one [B, L] tensor",
+        "prompts is padded beside jagged responses: give all columns as they were made",
     ),
     ("openrlhf", with_(rollout_log_probs=None), "OpenRLHF asks its engine for them only if is_correction_level is not"),
     ("openrlhf", with_(rollout_log_probs=one_more), "one less than sequences, place t for token t + 1"),
@@ -655,6 +710,9 @@ def test_the_pages_snippets_run(rollouts, scorer):
         name = next((name for name in FRAMEWORKS if f'framework("{name}")' in text), "trl")
         trace = score(rollouts.with_(sampling=Sampling()), scorer) if name in WITHOUT_T else rollouts
         batch = example(name)(*((trace, scorer) if name in WITHOUT_T else (trace,)))
+        if name in TRAINERS:  # its own numbers, as another kernel gives them
+            engines, trainers = TRAINERS[name]
+            batch[trainers] = batch[engines] - 1e-6
         names = {"batch": batch, "model": scorer.model, "tokenizer": scorer.tokenizer, "engine": _Replays(trace)}
         exec(compile(text, f"docs/reference/frameworks.md, {name}", "exec"), names)
 

@@ -45,15 +45,22 @@ PathCause: TypeAlias = Literal[
 WeightsCause: TypeAlias = Literal[
     "weights_differ", "weight_dtype", "quantization", "adapter", "stale_weights", "stale_kv_cache"
 ]  # fmt: skip
+TrainerCause: TypeAlias = Literal["attention_mask", "dropout"]
 Cause: TypeAlias = (
-    SemanticCause | PathCause | Literal["head_precision"] | WeightsCause | Literal["seed_stream"] | Literal["numerical_noise"]
+    SemanticCause
+    | PathCause
+    | Literal["head_precision"]
+    | TrainerCause
+    | WeightsCause
+    | Literal["seed_stream", "numerical_noise"]
 )
-Layer: TypeAlias = Literal["semantic", "path", "head", "weights", "sampling", "noise"]
+Layer: TypeAlias = Literal["semantic", "path", "head", "trainer", "weights", "sampling", "noise"]
 #: Layers, in the order in which to rule them out, and the causes of each.
 CAUSES: Final[Mapping[Layer, tuple[Cause, ...]]] = {
     "semantic": get_args(SemanticCause),
     "path": get_args(PathCause),
     "head": ("head_precision",),
+    "trainer": get_args(TrainerCause),
     "weights": get_args(WeightsCause),
     "sampling": ("seed_stream",),
     "noise": ("numerical_noise",),
@@ -69,7 +76,8 @@ NoteKey: TypeAlias = Literal[
     # by which limits
     "declared_gap", "gap_not_there", "recorded_limits", "unknown_dtype", "as_in_its_run",
     # of the engine, the weights and the trainer
-    "another_adapter", "unverified_pins", "sent_again", "temperature", "reading", "cache_not_told", "head_precision",
+    "another_adapter", "unverified_pins", "sent_again", "reading", "cache_not_told", "head_precision",
+    "third_opinion", "copied",
     # of a recording
     "floor", "floor_seconds", "reference", "cannot_tell_raw", "chance", "noise_hides",
 ]  # fmt: skip

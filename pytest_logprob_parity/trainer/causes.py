@@ -61,6 +61,8 @@ def causes(
     if comparison.verdict == "unverified" and not findings and (forgotten := _forgotten_temperature(expected, scored)):
         return [forgotten], []
     nearest = None
+    if failed and not findings and (asked := _asked_again(expected, scored, scorer, limits.fit_rms)) is not None:
+        findings.append(asked)
     if failed and not findings:
         adapter = _recorded_adapter(rollouts, scorer)
         if adapter is None:
@@ -79,6 +81,33 @@ def causes(
         text = f"{fillers:,} of the rollouts' logprobs are exactly 0 where the trainer's are not: fillers for missing ones?"
         notes.append(Note("fillers", text))
     return findings, notes
+
+
+def _asked_again(trace: Trace, scored: Trace, scorer: Any, noise: float) -> Finding | None:
+    """`dropout` where the trainer gives other numbers when it is asked the same again, `attention_mask` where it gives what the
+    rollouts report when it is asked row by row: of the sequences that are furthest off, up to `noise` (RMS, nats).
+    """
+    d = np.where(trace.mask, scored.logprobs.astype(np.float64) - trace.logprobs, 0.0)
+    d2 = np.square(np.where(np.isfinite(d), d, 0.0))
+    furthest = np.argsort(-np.add.reduceat(np.append(d2, 0.0), trace.sequence_offsets[:-1]))[:_FEW].tolist()
+    told = _rms(trace, _only(scored, furthest))
+    alone = score(trace, scorer, sequences=furthest, batch_size=1)
+    apart = _rms(alone, score(trace, scorer, sequences=furthest, batch_size=1))
+    if apart > max(noise, told / 4):
+        text = f"asked the same twice, row by row, it gives other numbers (RMS {apart:.2g} nats between two): dropout is on"
+        return Finding("trainer", "dropout", text, values={"apart": apart})
+    if (left := _rms(trace, alone)) <= min(noise, told / 4):
+        text = (
+            f"asked row by row it gives what the rollouts report (RMS {left:.2g} nats), in a batch it does not ({told:.2g}): "
+            "its mask lets padding or other rows in"
+        )
+        return Finding("trainer", "attention_mask", text, values={"alone": left, "batch": told})
+    return None
+
+
+def _only(scored: Trace, sequences: list[int]) -> Trace:
+    owner = np.repeat(np.arange(scored.num_sequences), np.diff(scored.sequence_offsets))
+    return scored.with_(logprobs=np.where(np.isin(owner, sequences), scored.logprobs, np.nan).astype(np.float32))
 
 
 def _head_finding(trace: Trace, scorer: Any) -> Finding | None:

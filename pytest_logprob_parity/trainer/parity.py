@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ..comparison.gaps import GAPS, with_gap
 from ..comparison.objectives import DEFAULT_OBJECTIVE
-from ..comparison.result import Comparison, MismatchError, Note
+from ..comparison.result import Comparison, Finding, MismatchError, Note
 from ..comparison.tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance
 from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
@@ -17,6 +17,7 @@ from ..message import failure_message
 from ..trace import Trace
 from .causes import causes
 from .frameworks import framework, with_metrics
+from .in_hand import ThirdOpinion, column_of, disagreement, trainer_is_off
 from .scoring import Scorer, score
 
 #: From the finest to the coarsest; a comparison has the limits of the coarser side.
@@ -25,29 +26,45 @@ _COARSER: Final = ("float64", "float32", "float16", "bfloat16")
 
 def assert_trainer_parity(
     rollouts: Trace | Golden,
-    scorer: Scorer,
+    scorer: Scorer | None = None,
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     *,
     objective: str = DEFAULT_OBJECTIVE,
+    trainer_dtype: str = "unknown",
     batch_size: int = 16,
     metrics: str | None = None,
+    config: Any = None,
 ) -> Comparison:
     """Assert that a trainer's logprobs of the tokens of `rollouts` are those that came with them; returns the comparison.
 
-    d = trainer - rollout, in nats, so that exp(d) is the policy ratio of an on-policy step. `scorer` is asked as a trainer
-    asks its model: token ids, attention mask, and the temperature of the rollouts. `tolerance` changes limits, names a
-    framework whose thresholds they become (`"verl"`), or declares a gap that is there on purpose (`"fp8"`); `objective` is
-    the update that they are judged for (`token`, `sequence`, `truncated`, `unclipped`); `metrics` names a framework whose
-    metric names are reported with it.
+    d = trainer - rollout, in nats, so that exp(d) is the policy ratio of an on-policy step. The trainer's logprobs are those
+    in hand: the column `trainer_logprobs` that a framework's reader takes from its batch (computed in `trainer_dtype`). No
+    model is needed for that. A `scorer` is asked as a trainer asks its model: token ids, attention mask, and the temperature
+    of the rollouts. Where there is no column, it stands for the trainer. Where there is one, it is a third opinion: if the
+    columns agree it has to agree with them, and if they do not it says which of the two is off.
+
+    `tolerance` changes limits, names a framework whose thresholds they become (`"verl"`), or declares a gap that is there on
+    purpose (`"fp8"`); `objective` is the update that they are judged for (`token`, `sequence`, `truncated`, `unclipped`);
+    `metrics` names a framework whose metrics are reported with it, by its own names, and `config` is its configuration
+    (a GRPOConfig; veRL's, or the `rollout_correction` of it), whose caps and modes they go by.
 
     Rollouts of a truncated distribution are compared without truncation where the trace has `untruncated_logprobs`, over
     their kept sets where it lists them and the scorer can do that, and are else refused with the reason, as those sampled
-    under a penalty are.
+    under a penalty are. A column in hand is over all tokens: held against them it fails, for that is what the update sees.
 
     Raises MismatchError for the verdicts `fail` and `unverified`, UsageError for what cannot be compared.
     """
     __tracebackhide__ = True
-    comparison = compare_with_trainer(rollouts, scorer, tolerance, objective=objective, batch_size=batch_size, metrics=metrics)
+    comparison = compare_with_trainer(
+        rollouts,
+        scorer,
+        tolerance,
+        objective=objective,
+        trainer_dtype=trainer_dtype,
+        batch_size=batch_size,
+        metrics=metrics,
+        config=config,
+    )
     if not comparison.passed:
         raise MismatchError(trainer_message(comparison), comparison)
     return comparison
@@ -55,34 +72,71 @@ def assert_trainer_parity(
 
 def compare_with_trainer(
     rollouts: Trace | Golden,
-    scorer: Scorer,
+    scorer: Scorer | None = None,
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     *,
     objective: str = DEFAULT_OBJECTIVE,
+    trainer_dtype: str = "unknown",
     batch_size: int = 16,
     metrics: str | None = None,
+    config: Any = None,
 ) -> Comparison:
     """What `assert_trainer_parity` asserts, whatever its verdict."""
     if not isinstance(rollouts, (Trace, Golden)):
         raise UsageError(f"rollouts are a Trace or a Golden, not {type(rollouts).__name__}")
     trace, left_out = _where_it_may_end(rollouts.trace if isinstance(rollouts, Golden) else rollouts)
     rollouts = dataclasses.replace(rollouts, trace=trace) if isinstance(rollouts, Golden) else trace
-    scored = score(trace, scorer, batch_size=batch_size)
-    expected = _as_the_trainer_sees_it(trace, scored)
-    limits = trainer_tolerance(trace.dtype, scored.dtype, tolerance, objective)
-    comparison = judge(expected, scored, limits, "rl", Evidence(sides=("rollout", "trainer")))
-    findings, why = causes(comparison, rollouts, expected, scored, scorer, batch_size, limits)
-    notes = [*without_top_k(comparison).notes, *why, *left_out]
-    if expected is not trace:
+    column = column_of(trace, trainer_dtype)
+    if column is None and scorer is None:
+        raise UsageError(
+            "these rollouts have no logprobs of a trainer (trainer_logprobs): read a batch in which the trainer has written "
+            "its own, or give a scorer"
+        )
+    scored = None if scorer is None else score(trace, scorer, batch_size=batch_size)
+
+    def against(trainer: Trace) -> Comparison:
+        limits = trainer_tolerance(trace.dtype, trainer.dtype, tolerance, objective)
+        expected = _as_the_trainer_sees_it(trace, trainer)
+        return judge(expected, trainer, limits, "rl", Evidence(sides=("rollout", "trainer")))
+
+    def why_not(comparison: Comparison) -> tuple[list[Finding], list[Note]]:
+        assert scored is not None
+        limits = trainer_tolerance(trace.dtype, scored.dtype, tolerance, objective)
+        return causes(comparison, rollouts, comparison.expected, scored, scorer, batch_size, limits)
+
+    more: list[Note] = []
+    if column is None:
+        assert scored is not None
+        comparison = against(scored)
+        findings, more = why_not(comparison)
+    else:
+        comparison = against(column)
+        noise = trainer_tolerance(trace.dtype, column.dtype, tolerance, objective).fit_rms
+        findings = list(comparison.findings) if comparison.passed else disagreement(comparison, trace, column, noise)
+    if column is not None and scored is not None and scorer is not None:
+        opinion = ThirdOpinion.of(scorer, comparison.expected, column, scored)
+        if comparison.passed and not (third := against(scored)).passed:
+            comparison = third
+            findings, more = why_not(third)
+        elif not comparison.passed and opinion.off == "rollouts":
+            findings, more = why_not(against(scored))
+        elif not comparison.passed and opinion.off == "trainer":
+            findings = trainer_is_off(comparison, trace, column, scored, scorer, noise)
+        more = [Note("third_opinion", opinion.told(agree=comparison.passed)), *more]
+    if column is not None and comparison.actual is column and comparison.passed and not comparison.metrics["n_changed"]:
+        text = "the trainer's logprobs are the rollouts', bit for bit: if it copies them (a bypass), nothing of it was checked"
+        more.append(Note("copied", text))
+    notes = [*without_top_k(comparison).notes, *more, *left_out]
+    if comparison.expected is not trace:
         text = "compared without truncation: the rollouts' second replay, and the trainer's distribution over all tokens"
         notes.append(Note("without_truncation", text))
-    if unknown := _unknown_dtypes(trace, scored):
+    if unknown := _unknown_dtypes(trace, comparison.actual):
         notes.append(Note("unknown_dtype", unknown))
     comparison = dataclasses.replace(comparison, findings=tuple(findings), notes=tuple(notes))
     prints = rollouts.fingerprint.get("config") if isinstance(rollouts, Golden) else None
     comparison = with_gap(comparison, tolerance, prints)
     name = metrics or (tolerance if isinstance(tolerance, str) and tolerance not in GAPS else "")
-    return with_metrics(comparison, name) if name else comparison
+    return with_metrics(comparison, name, config) if name else comparison
 
 
 def without_top_k(comparison: Comparison) -> Comparison:

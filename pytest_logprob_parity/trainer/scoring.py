@@ -98,6 +98,7 @@ def score(
         top_logprobs=np.empty((trace.num_tokens, 0), np.float32),
         untruncated_logprobs=None,
         weight_versions=None,
+        trainer_logprobs=None,
         newest_version=None,
         path="prefill",
         logprobs_mode="processed_logprobs",

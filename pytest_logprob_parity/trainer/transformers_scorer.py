@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from .. import fingerprint
 from ..errors import EngineError, UsageError
@@ -22,7 +24,8 @@ _CACHED: Final = 1 << 20
 class TransformersScorer:
     """Logprobs of given tokens by a causal transformers model (see Scorer).
 
-    `model` is a folder (nothing is fetched) or a loaded model, `adapter` the folder of a LoRA adapter to merge into it (times
+    `model` is a folder (nothing is fetched) or a loaded model (a PeftModel, a wrapped one), which is scored without dropout and
+    left as it was found; `adapter` the folder of a LoRA adapter to merge into it (times
     `adapter_factor`), for a model that comes as a folder; `dtype` its precision (`float64` to `bfloat16`; by default float32,
     and that of a loaded model), `head_dtype` that of its head (by default the model's), `divides` where the temperature goes:
     `logits`, in the head's precision, as TRL and veRL do, or `float32`. `packed` puts a batch's sequences one after another
@@ -62,6 +65,7 @@ class TransformersScorer:
         if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
             raise UsageError(f"TransformersScorer(chunk_tokens={chunk_tokens!r}): must be a whole number, 1 or more")
         self.tokenizer: Any = None
+        self._mode: Literal["eval", "as found"] = "eval"
         self._settings: dict[str, Any] = {
             "dtype": dtype, "head_dtype": head_dtype, "divides": divides, "packed": packed, "chunk_tokens": chunk_tokens,
             "device": device,
@@ -75,15 +79,18 @@ class TransformersScorer:
             raise UsageError(
                 "TransformersScorer(adapter=...): the model is loaded already; give its folder, or merge it yourself"
             )
-        self.model = model.eval()
+        else:
+            model = _unwrapped(model)
+        self.model = model
         self.dtype = str(model.dtype).removeprefix("torch.")
         if dtype not in (None, "auto", self.dtype):
             raise UsageError(
                 f"TransformersScorer(dtype={dtype!r}): the model is loaded already, in {self.dtype}; give its folder"
             )
-        if self.dtype == "float64":
-            compute_in_float64(model)
-        self._head = Head(model, head_dtype)
+        with _as_found(model):
+            if self.dtype == "float64":
+                compute_in_float64(model)
+            self._head = Head(model, head_dtype)
         self.head_dtype = self._head.dtype
         self.divides = divides
         self.packed = packed
@@ -92,6 +99,17 @@ class TransformersScorer:
         head = "" if self.head_dtype == self.dtype else f", {self.head_dtype} head"
         laid_on = "" if adapter is None else f", adapter {Path(adapter).name}"
         self.name = f"transformers {self.dtype}{head}{', packed' if packed else ''}{laid_on}"
+
+    def as_trained(self) -> TransformersScorer | None:
+        """This scorer with every module in the mode in which it was found, and other random numbers each time: what a trainer
+        computes that never asks its model to evaluate. None where the model is in no training mode.
+        """
+        if not any(module.training for module in self.model.modules()):
+            return None
+        other = copy.copy(self)
+        other._mode = "as found"
+        other.name = f"{self.name} in training mode"
+        return other
 
     def other_adapters(self) -> Iterator[tuple[str, Callable[[], TransformersScorer]]]:
         """What goes wrong with an adapter on the other side, in words, each with how to load the scorer that does the same."""
@@ -118,7 +136,7 @@ class TransformersScorer:
         """
         import torch
 
-        with torch.no_grad():
+        with _as_found(self.model, self._mode):
             device = self.model.device
             ids, mask = token_ids.to(device), attention_mask.to(device).bool()
             hidden = self._hidden(ids, mask)
@@ -135,9 +153,7 @@ class TransformersScorer:
 
     def logits(self, token_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
         """All logits [B, L - 1, V], in the head's precision, and the tokens [B, L - 1] that they predict: unchunked."""
-        import torch
-
-        with torch.no_grad():
+        with _as_found(self.model, self._mode):
             ids, mask = token_ids.to(self.model.device), attention_mask.to(self.model.device).bool()
             return self._head.logits(self._hidden(ids, mask)[:, :-1]), ids[:, 1:]
 
@@ -177,6 +193,35 @@ class TransformersScorer:
                 total = torch.where(used, inside, total)
             pieces.append(logits.gather(-1, targets[chunk][:, None])[:, 0] - total)
         return torch.cat(pieces) if pieces else rows.new_zeros(0, dtype=exact)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The causal language model inside a PeftModel, whose adapters stay in its layers, or a wrapper such as DDP's."""
+    while not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):
+        model = model.module
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model"):
+        raise UsageError(f"TransformersScorer({type(model).__name__}): a folder or a causal transformers model is expected")
+    return inner
+
+
+@contextlib.contextmanager
+def _as_found(model: Any, mode: Literal["eval", "as found"] = "eval") -> Iterator[None]:
+    """Without gradients, and without dropout in the mode `eval`; the model's modes and all random numbers stay as they were."""
+    import torch
+
+    training = [module for module in model.modules() if module.training] if mode == "eval" else []
+    for module in training:
+        module.training = False
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            if mode == "as found":
+                torch.seed()
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _logsumexp(logits: Any) -> Any:

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from batch import batch_of
+from batch import batch_of, logprobs_of_trainer
 
 from pytest_logprob_parity import Sampling, assert_trainer_parity
 from pytest_logprob_parity.trainer.frameworks import framework
@@ -22,5 +22,9 @@ PROMPTS = [
 @pytest.mark.logprob_parity(model=MODEL, dtype="float32", profile=TRL.profile, enforce_eager=True)
 def test_rollouts_and_trainer_agree(parity_engine):
     batch = batch_of(parity_engine.generate(PROMPTS, SAMPLING))  # yours comes from TRL
+    batch["old_per_token_logps"] = logprobs_of_trainer(
+        batch, MODEL, SAMPLING.temperature, "float32"
+    )  # and so do its own logprobs
     rollouts = TRL.read(batch, sampling=SAMPLING, dtype="float32")
-    assert_trainer_parity(rollouts, TRL.scorer(MODEL, dtype="float32"), metrics="trl")
+    assert_trainer_parity(rollouts, trainer_dtype="float32", metrics="trl")
+    assert_trainer_parity(rollouts, TRL.scorer(MODEL, dtype="float32"), trainer_dtype="float32")  # a third opinion

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from batch import batch_of
+from batch import batch_of, logprobs_of_trainer
 
 from pytest_logprob_parity import Sampling, assert_trainer_parity
 from pytest_logprob_parity.trainer.frameworks import framework
@@ -22,5 +22,7 @@ PROMPTS = [
 @pytest.mark.logprob_parity(model=MODEL, dtype="bfloat16", profile=VERL.profile, enforce_eager=True)
 def test_rollouts_and_trainer_agree(parity_engine):
     batch = batch_of(parity_engine.generate(PROMPTS, SAMPLING))  # yours comes from veRL
+    batch["old_log_probs"] = logprobs_of_trainer(batch, MODEL, SAMPLING.temperature, "bfloat16")  # and so do its own logprobs
     rollouts = VERL.read(batch, sampling=SAMPLING, dtype="bfloat16")
-    assert_trainer_parity(rollouts, VERL.scorer(MODEL, dtype="bfloat16"), metrics="verl")
+    assert_trainer_parity(rollouts, trainer_dtype="bfloat16", metrics="verl")
+    assert_trainer_parity(rollouts, VERL.scorer(MODEL, dtype="bfloat16"), trainer_dtype="bfloat16")  # a third opinion

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import UsageError
 from ...spec import nearest
@@ -30,6 +30,8 @@ def framework(name: str) -> Framework:
     return described
 
 
-def with_metrics(comparison: Comparison, name: str) -> Comparison:
-    """A comparison with what framework `name` would log of it: expected as the rollout, actual as the trainer."""
-    return dataclasses.replace(comparison, logged=framework(name).log(comparison.expected, comparison.actual))
+def with_metrics(comparison: Comparison, name: str, config: Any = None) -> Comparison:
+    """A comparison with what framework `name` would log of it, as its `config` says: expected as the rollout, actual as the
+    trainer.
+    """
+    return dataclasses.replace(comparison, logged=framework(name).log(comparison.expected, comparison.actual, config))

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...comparison.alignment import align
-from ...comparison.result import Logged
-from ...errors import EngineError
+from ...comparison.result import Comparison, Logged
+from ...errors import EngineError, UsageError
 from ...trace import Trace
 
 if TYPE_CHECKING:
@@ -87,18 +87,19 @@ class Framework:
     - `installed()`: the same by the package's own function; raises EngineError with what is missing
     - `divides`: where it divides by the temperature (see Scorer); `head_dtype`: the precision of its head, where it has one
       of its own
-    - `metrics(pairs)`: what it logs of rollout against trainer, by its own names
+    - `metrics(pairs, **settings)`: what it logs of rollout against trainer, by its own names; `configured(config)` reads the
+      settings, its caps and modes, off its configuration, where it has any
     - `thresholds`: between what its documents call normal, (least, most) by metric; `tolerance`: the same as limits of
       Tolerance, for `tolerance="..."`, as far as they can be said so; what is not named keeps its default
     - `profile`: the name of the profile with the settings that it asks of vLLM; `mistakes`: what that recipe gets wrong
-    - `read(...)`: a trace from what it has in hand
+    - `read(...)`: a trace from what it has in hand; `watches`: see `watch`, where its trainer can be
     """
 
     name: str
     title: str
     package: str
     logprobs: Callable[[Any, Any, float], Any]
-    metrics: Callable[[Pairs], Mapping[str, float]]
+    metrics: Callable[..., Mapping[str, float]]
     read: Callable[..., Trace]
     installed: Callable[[], Callable[[Any, Any, float], Any]]
     divides: str = "float32"
@@ -107,16 +108,31 @@ class Framework:
     thresholds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     profile: str = "rl"
     mistakes: tuple[str, ...] = ()
+    configured: Callable[[Any], Mapping[str, Any]] | None = None
+    watches: Callable[..., list[Comparison]] | None = None
 
-    def log(self, expected: Trace, actual: Trace) -> Logged:
-        """What it logs of rollouts (`expected`) against a trainer (`actual`); numbers beyond its thresholds are marked."""
-        values = dict(self.metrics(Pairs.of(expected, actual)))
+    def log(self, expected: Trace, actual: Trace, config: Any = None) -> Logged:
+        """What it logs of rollouts (`expected`) against a trainer (`actual`), as its configuration says, by default as its
+        defaults do; numbers beyond its thresholds are marked. Raises UsageError for a configuration that is not its own.
+        """
+        if config is not None and self.configured is None:
+            raise UsageError(f"{self.name}: its metrics have no settings: leave config out")
+        settings = {} if config is None or self.configured is None else self.configured(config)
+        values = dict(self.metrics(Pairs.of(expected, actual), **settings))
         parts = [f"{name} {value:.4g}{self._mark(name, value)}" for name, value in values.items()]
         lines = [f"{self.name}: {', '.join(parts[:1]) or 'logs nothing of its rollouts against its trainer'}"]
         for part in parts[1:]:
             fits = len(lines[-1]) + len(part) + 2 <= _WIDTH
             lines[-1:] = [f"{lines[-1]}, {part}"] if fits else [f"{lines[-1]},", f"  {part}"]
         return Logged(self.name, values, tuple(lines))
+
+    def watch(self, trainer: Any, **settings: Any) -> list[Comparison]:
+        """Have a trainer check its own batches in hand: the first, then every n-th (`every`). Returns the list that the
+        comparisons are put into. Raises UsageError where this framework's trainer cannot be watched.
+        """
+        if self.watches is None:
+            raise UsageError(f"{self.name}: its trainer cannot be watched; read a batch, and assert_trainer_parity(batch)")
+        return self.watches(trainer, **settings)
 
     def _mark(self, name: str, value: float) -> str:
         least, most = self.thresholds.get(name, (-np.inf, np.inf))
@@ -149,6 +165,11 @@ class FrameworkScorer:
         self.vocabulary, self.tokenizer, self.adapter = model.vocabulary, model.tokenizer, model.adapter
         self.name = f"{how} on {model.name}"
 
+    def as_trained(self) -> FrameworkScorer | None:
+        """See TransformersScorer.as_trained."""
+        other = self._model.as_trained()
+        return None if other is None else FrameworkScorer(other, self._function, self._how)
+
     def other_adapters(self) -> Iterator[tuple[str, Callable[[], FrameworkScorer]]]:
         """See TransformersScorer.other_adapters."""
         for words, load in self._model.other_adapters():
@@ -161,6 +182,18 @@ class FrameworkScorer:
         """Logprobs [B, L - 1] of the tokens from the second one on."""
         logits, targets = self._model.logits(token_ids, attention_mask)
         return self._function(logits, targets, temperature)
+
+
+def field_of(config: Any, name: str) -> Any:
+    """A field of a configuration, an object or a mapping; None where it has none of that name."""
+    if hasattr(config, "keys"):
+        return config[name] if name in config.keys() else None  # noqa: SIM118 (a DictConfig)
+    return getattr(config, name, None)
+
+
+def has_field(config: Any, name: str) -> bool:
+    """Whether a configuration has a field of that name."""
+    return name in config.keys() if hasattr(config, "keys") else hasattr(config, name)  # noqa: SIM118
 
 
 def missing(title: str, package: str, error: BaseException) -> EngineError:

@@ -177,7 +177,8 @@ def rl_read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels
 
     `input_ids`, `token_mask`, `generation_logprobs` [B, S] padded on the right, place t for token t, 0 on the prompt;
     `sample_mask` [B] (0: not trained on, masked here) and `input_lengths` [B] where they are there. The completion begins
-    with the first token of the mask. Raises UsageError for what is not aligned so.
+    with the first token of the mask. `prev_logprobs` [B, S], the trainer's own, are `trainer_logprobs`
+    of the trace. Raises UsageError for what is not aligned so.
     """
     given = Batch("nemo-rl", batch)
     ids = given.ids("input_ids")
@@ -185,6 +186,7 @@ def rl_read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels
     written = given.mask("token_mask", aligned)
     values = given.column("generation_logprobs", aligned)
     given.check_logprobs("generation_logprobs", values, written)
+    trainer = given.of_trainer("prev_logprobs", aligned, written)
     per_row = {"one for each row of input_ids": (len(ids),)}
     used = given.mask("sample_mask", per_row) if given.get("sample_mask") is not None else np.ones(len(ids), bool)
     ends = [int(np.flatnonzero(row)[-1]) + 1 if row.any() else 0 for row in written]
@@ -202,6 +204,7 @@ def rl_read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels
                 "token_ids": ids[row, first:length],
                 "logprobs": values[row, first:length],
                 "mask": written[row, first:length] & used[row],
+                "trainer_logprobs": None if trainer is None else trainer[row, first:length],
             }
         )
     return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)

@@ -51,6 +51,7 @@ def read(experience: Any, *, sampling: Any = None, tokenizer: Any = None, **labe
 
     `sequences`, `attention_mask` [B, S] padded on the right; `action_mask`, `rollout_log_probs` [B, S - 1], whose place t is
     for token t + 1: 0 and 0.0 on the prompt and on what the environment wrote. The completion begins with the first action.
+    `action_log_probs` [B, S - 1], the trainer's own, are `trainer_logprobs` of the trace.
     `prompts`, texts, are held against the ids if a tokenizer is given. Raises UsageError for what is not aligned so.
     """
     given = Batch("openrlhf", experience)
@@ -61,6 +62,7 @@ def read(experience: Any, *, sampling: Any = None, tokenizer: Any = None, **labe
     why = 'OpenRLHF asks its engine for them only if is_correction_level is not "off"'
     values = given.column("rollout_log_probs", shifted, why)
     given.check_logprobs("rollout_log_probs", values, actions)
+    trainer = given.of_trainer("action_log_probs", shifted, actions)
     texts = given.get("prompts")
     sequences = []
     for row, length in enumerate(lengths):
@@ -76,6 +78,7 @@ def read(experience: Any, *, sampling: Any = None, tokenizer: Any = None, **labe
                 "token_ids": ids[row, first:length],
                 "logprobs": values[row, first - 1 : length - 1],
                 "mask": actions[row, first - 1 : length - 1],
+                "trainer_logprobs": None if trainer is None else trainer[row, first - 1 : length - 1],
             }
         )
     return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)

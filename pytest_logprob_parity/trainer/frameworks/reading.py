@@ -55,6 +55,26 @@ class Batch:
                 raise self.refuse(f"{name} is {list(array.shape)}, expected {list(expected)}: {what}")
         return array
 
+    def is_jagged(self, name: str) -> bool:
+        """Whether a column is a nested tensor, of rows without padding."""
+        return bool(getattr(self.get(name), "is_nested", False))
+
+    def rows(self, name: str, why_missing: str = "") -> list[Array]:
+        """A jagged column, row by row."""
+        value = self.get(name)
+        if value is None:
+            raise self.refuse(f"no {name} in this batch{f': {why_missing}' if why_missing else ''}")
+        if not self.is_jagged(name):
+            raise self.refuse(f"{name} is padded beside jagged responses: give all columns as they were made")
+        return [np.asarray(as_array(row)) for row in value.unbind()]
+
+    def check_row(self, name: str, logprobs: Array, written: npt.NDArray[np.bool_]) -> None:
+        """Refuse logprobs [L] of one row that are none."""
+        if np.any(logprobs[written] > _ABOVE):
+            raise self.refuse(f"{name} holds {logprobs[written].max():.4g}: a logprob is at most 0; are these probabilities?")
+        if written.sum() >= _FILLER and not np.any(logprobs[written] != 0):
+            raise self.refuse(f"{name} is 0.0 for all of {int(written.sum())} tokens of a row: the filler of missing ones")
+
     def ids(self, name: str) -> Array:
         """A column of token ids [B, L]."""
         array = self.column(name)
@@ -111,6 +131,23 @@ class Batch:
                 f"{name} of row {row} is {logprobs[row, place]:.4g} at {place}, where the mask says that the engine wrote "
                 "nothing: it is shifted by a token, or the mask was overwritten (by rejection or truncation)"
             )
+
+    def of_trainer(self, name: str, shape: Mapping[str, tuple[int, ...]], written: npt.NDArray[np.bool_]) -> Array | None:
+        """The trainer's own logprobs [B, L] of the tokens; None where the batch has none. NaN is kept: that is its fault."""
+        if self.get(name) is None:
+            return None
+        values = self.column(name, shape)
+        if values.dtype.kind != "f":
+            raise self.refuse(f"{name} is {values.dtype}: logprobs are floats")
+        above = np.argwhere(written & (values > _ABOVE))
+        if len(above):
+            row, place = map(int, above[0])
+            raise self.refuse(
+                f"{name} of row {row} is {values[row, place]:.4g} at {place}: a logprob is at most 0; are these probabilities?"
+            )
+        if written.any() and not np.any(values[written] != 0):
+            raise self.refuse(f"{name} is 0.0 everywhere: the trainer has not computed it")
+        return values
 
     def trace(
         self, sequences: Sequence[Mapping[str, Any]], *, sampling: Any, tokenizer: Any, labels: Mapping[str, Any]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 
+from ...comparison.objectives import DEFAULT_OBJECTIVE
+from ...comparison.result import Comparison
+from ...errors import UsageError
+from ...spec import Sampling
 from ...trace import Trace
-from .base import Framework, Pairs, gather_minus_logsumexp, log_softmax_then_gather, missing
+from .base import Framework, Pairs, field_of, gather_minus_logsumexp, has_field, log_softmax_then_gather, missing
 from .reading import Batch
 
-#: GRPOConfig.vllm_importance_sampling_clip_max: a sequence with a larger ratio gets the ratio 0 (`sequence_mask`).
+#: GRPOConfig.vllm_importance_sampling_clip_max: a sequence with a larger ratio gets the ratio 0 (`sequence_mask`, its default).
 CAP: Final = 3.0
+MODES: Final = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
 
 
 def logprobs(logits: Any, token_ids: Any, temperature: float) -> Any:
@@ -56,13 +62,29 @@ def installed_fused_head() -> Callable[[Any, Any, Any, float], Any]:
     return function
 
 
-def metrics(pairs: Pairs) -> dict[str, float]:
-    """GRPOTrainer's `sampling/*` of one process, with its default `sequence_mask`: the ratio of a sequence is exp of the sum
-    of its d, 0 beyond the cap; a sequence without a token has the ratio 1.
+def configured(config: Any) -> dict[str, Any]:
+    """Arguments of `metrics` from a GRPOConfig."""
+    names = {name: f"vllm_importance_sampling_{name}" for name in ("mode", "clip_max", "clip_min")}
+    if not has_field(config, names["mode"]):
+        raise UsageError(f"trl: this configuration has no {names['mode']}: give the GRPOConfig of TRL 1.16")
+    return {name: field_of(config, theirs) for name, theirs in names.items()}
+
+
+def metrics(
+    pairs: Pairs, *, mode: str = "sequence_mask", clip_max: float | None = CAP, clip_min: float | None = None
+) -> dict[str, float]:
+    """GRPOTrainer's `sampling/*` of one process: the ratio of a token, or of a sequence, exp of the sum of its d; outside of
+    `clip_min` and `clip_max` it is cut off (`truncate`) or 0 (`mask`). A sequence without a token has the ratio 1.
+
+    Raises UsageError for a mode that is none.
     """
+    if mode not in MODES:
+        raise UsageError(f"trl: mode={mode!r}: known are {', '.join(MODES)}")
     apart = np.abs(pairs.d)
-    ratio = np.exp(np.minimum(pairs.padded(pairs.by_sequence(pairs.d)), 300.0))
-    ratio = np.where(ratio > CAP, 0.0, ratio)
+    d = pairs.padded(pairs.by_sequence(pairs.d)) if mode.startswith("sequence") else pairs.d
+    ratio = np.exp(np.minimum(d, 300.0))
+    least, most = (-np.inf if clip_min is None else clip_min), (np.inf if clip_max is None else clip_max)
+    ratio = np.clip(ratio, least, most) if mode.endswith("truncate") else np.where((ratio < least) | (ratio > most), 0.0, ratio)
     some = len(ratio) > 0
     return {
         "sampling/sampling_logp_difference/mean": float(apart.mean()) if len(apart) else 0.0,
@@ -77,7 +99,9 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
     """A trace of what `_generate_and_score_completions` returns.
 
     `prompt_ids`, `prompt_mask` [B, P] padded on the left, `completion_ids`, `completion_mask` and `sampling_per_token_logps`
-    [B, C] padded on the right, `tool_mask` [B, C] where tools were called (0: a tool wrote the token). `labels` are those of
+    [B, C] padded on the right, `tool_mask` [B, C] where tools were called (0: a tool wrote the token). `old_per_token_logps`
+    [B, C], the trainer's own, are `trainer_logprobs` of the trace. Rows whose completion_mask is 0 everywhere
+    (mask_truncated_completions) are left out: they train nothing, and nothing says how long they are. `labels` are those of
     Trace.from_sequences (`dtype`, `engine_version`). Raises UsageError for what is not aligned so.
     """
     given = Batch("trl", batch)
@@ -89,19 +113,70 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
     written = present & (given.mask("tool_mask", aligned) if given.get("tool_mask") is not None else True)
     why = "TRL has them with use_vllm and vllm_importance_sampling_correction"
     values = given.column("sampling_per_token_logps", aligned, why)
-    given.check_logprobs("sampling_per_token_logps", values, written)
     if len(prompts) != len(completions):
         raise given.refuse(f"{len(prompts)} rows of prompt_ids, {len(completions)} of completion_ids")
+    rows = [row for row, length in enumerate(lengths) if length]
+    if not rows:
+        raise given.refuse(
+            "completion_mask is 0 everywhere: mask_truncated_completions hides all of them, for all were cut off"
+        )
+    given.check_logprobs("sampling_per_token_logps", values[rows], written[rows])
+    trainer = given.of_trainer("old_per_token_logps", aligned, written)
     sequences = [
         {
             "prompt_token_ids": prompts[row, prompts.shape[1] - start :],
             "token_ids": completions[row, :length],
             "logprobs": values[row, :length],
             "mask": written[row, :length],
+            "trainer_logprobs": None if trainer is None else trainer[row, :length],
         }
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
+        if length
     ]
     return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
+
+
+def sampling_of(arguments: Any) -> Sampling:
+    """What a GRPOConfig has its engine sample with."""
+    given = {name: getattr(arguments, name, None) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    given["max_tokens"] = getattr(arguments, "max_completion_length", None)
+    return Sampling(**{name: value for name, value in given.items() if value is not None})
+
+
+def watch(
+    trainer: Any, *, every: int = 50, dtype: str = "unknown", objective: str = DEFAULT_OBJECTIVE, tolerance: Any = None
+) -> list[Comparison]:
+    """Have a GRPOTrainer check its own batches: the first one it trains on, then every `every`-th. Returns the list that the
+    comparisons are put into.
+
+    Its rollouts are held against its `old_per_token_logps`, in hand: no model is asked. The sampling and the dtype of the
+    trainer are read from its arguments; `dtype` is that of the engine. A check that does not pass raises MismatchError out of
+    `trainer.train()`. Raises UsageError where a batch has no such column, and for what is no GRPOTrainer.
+    """
+    from ..parity import assert_trainer_parity
+
+    make = getattr(trainer, "_generate_and_score_completions", None)
+    if make is None:
+        raise UsageError(f"trl: watch() takes a GRPOTrainer of TRL 1.16, not {type(trainer).__name__}")
+    if every < 1:
+        raise UsageError(f"trl: watch(every={every!r}): must be a whole number, 1 or more")
+    done: list[Comparison] = []
+    count = itertools.count()
+
+    def checked(inputs: Any) -> Any:
+        batch = make(inputs)
+        if trainer.model.training and next(count) % every == 0:
+            rollouts = read(batch, sampling=sampling_of(trainer.args), dtype=dtype)
+            own = "bfloat16" if trainer.args.bf16 else str(trainer.model.dtype).removeprefix("torch.")
+            done.append(
+                assert_trainer_parity(
+                    rollouts, tolerance=tolerance, objective=objective, trainer_dtype=own, metrics="trl", config=trainer.args
+                )
+            )
+        return batch
+
+    trainer._generate_and_score_completions = checked
+    return done
 
 
 TRL: Final = Framework(
@@ -110,6 +185,8 @@ TRL: Final = Framework(
     package="trl",
     logprobs=logprobs,
     metrics=metrics,
+    configured=configured,
+    watches=watch,
     read=read,
     installed=installed,
     divides="float32",

@@ -8,14 +8,27 @@ from typing import Any, Final
 
 import numpy as np
 
+from ...errors import UsageError
 from ...trace import Trace
-from .base import Doubles, Framework, Pairs, gather_minus_logsumexp, log_softmax_then_gather, missing
+from .base import (
+    Doubles,
+    Framework,
+    Pairs,
+    field_of,
+    gather_minus_logsumexp,
+    has_field,
+    log_softmax_then_gather,
+    missing,
+)
 from .reading import Batch
 
 #: algorithm.rollout_correction.rollout_is_threshold: weights are cut off here (token level).
 THRESHOLD: Final = 2.0
 #: Log-ratios are cut off here before they are exponentiated.
 _SAFE: Final = 20.0
+_NO_LOGPROBS: Final = (
+    "veRL has them with actor_rollout_ref.rollout.calculate_log_probs=True, and else no metric of them, in silence"
+)
 #: What its masked means add to the number of tokens.
 _EPSILON: Final = 1e-8
 
@@ -50,10 +63,30 @@ def _exp(values: Doubles) -> Doubles:
     return np.asarray(np.exp(np.minimum(values, 300.0)))
 
 
-def metrics(pairs: Pairs) -> dict[str, float]:
-    """`rollout_corr/*` (token-level importance sampling, threshold 2) and `training/rollout_*`, with old := trainer.
+def configured(config: Any) -> dict[str, Any]:
+    """Arguments of `metrics` from veRL's configuration: the whole one, its `algorithm`, or its `rollout_correction`."""
+    for name in ("algorithm", "rollout_correction"):
+        inner = field_of(config, name)
+        config = config if inner is None else inner
+    names = ("rollout_is", "rollout_is_threshold", "rollout_is_batch_normalize")
+    given = {name: field_of(config, name) for name in names if has_field(config, name)}
+    if not given:
+        raise UsageError("verl: no rollout_correction in this configuration: give it, its algorithm, or the whole one")
+    return {name: value for name, value in given.items() if value is not None or name == "rollout_is"}
 
-    Means over tokens divide by n + 1e-8; means over sequences count a sequence without tokens as 0.
+
+def metrics(
+    pairs: Pairs,
+    *,
+    rollout_is: str | None = "token",
+    rollout_is_threshold: float | str = THRESHOLD,
+    rollout_is_batch_normalize: bool = False,
+) -> dict[str, float]:
+    """`rollout_corr/*` and `training/rollout_*`, with old := trainer.
+
+    The arguments are those of `algorithm.rollout_correction`: weights by `token` or `sequence` (none for None), cut off at a
+    threshold (0.5_2.0: set to 0 outside). Means over tokens divide by n + 1e-8; means over sequences count a sequence without
+    tokens as 0. Its rejection (`rollout_rs`) is not among them. Raises UsageError for a level or threshold that is none.
     """
     d, n, sums = pairs.trainer - pairs.rollout, len(pairs.rollout), pairs.by_sequence
     if not n:
@@ -69,9 +102,6 @@ def metrics(pairs: Pairs) -> dict[str, float]:
     old, rollout = sequences(pairs.trainer), sequences(pairs.rollout)
     apart = rollout - old
     safe = np.exp(np.clip(d, -_SAFE, _SAFE))
-    weights = np.minimum(safe, THRESHOLD)
-    mean = tokens(weights)
-    by_sequence, raw = sequences(weights), sequences(safe)
     whole = np.exp(2 * np.clip(pairs.padded(sums(d)), -_SAFE, _SAFE))
     corrections = {
         "kl": tokens(-d),
@@ -87,21 +117,11 @@ def metrics(pairs: Pairs) -> dict[str, float]:
         "ppl_ratio": float(_exp(apart).mean()),
         "chi2_token": tokens(safe**2) - 1,
         "chi2_seq": float(whole.mean()) - 1,
-        "rollout_is_mean": mean,
-        "rollout_is_max": float(weights.max()),
-        "rollout_is_min": float(weights.min()),
-        "rollout_is_std": math.sqrt(max(tokens(weights**2) - mean**2, 0.0)) if n > 1 else 0.0,
-        "rollout_is_eff_sample_size": 1 / tokens((weights / (mean + _EPSILON)) ** 2),
-        "rollout_is_ratio_fraction_high": tokens((safe > THRESHOLD).astype(float)),
-        "rollout_is_ratio_fraction_low": tokens((safe < 1 / THRESHOLD).astype(float)),
-        "rollout_is_seq_mean": float(by_sequence.mean()),
-        "rollout_is_seq_std": float(by_sequence.std(ddof=1)) if len(by_sequence) > 1 else 0.0,
-        "rollout_is_seq_max": float(by_sequence.max()),
-        "rollout_is_seq_min": float(by_sequence.min()),
-        "rollout_is_seq_max_deviation": float(np.abs(by_sequence - 1).max()),
-        "rollout_is_seq_fraction_high": float((raw > THRESHOLD).mean()),
-        "rollout_is_seq_fraction_low": float((raw < 1 / THRESHOLD).mean()),
     }
+    if rollout_is is not None:
+        corrections |= _weights(
+            pairs, rollout_is, rollout_is_threshold, tokens, sequences, normalize=rollout_is_batch_normalize
+        )
     p, q = np.exp(pairs.trainer), np.exp(pairs.rollout)
     off = np.abs(p - q)
     varies = n > 1 and p.std() > 0 and q.std() > 0
@@ -115,14 +135,81 @@ def metrics(pairs: Pairs) -> dict[str, float]:
     }
 
 
+def _weights(
+    pairs: Pairs,
+    level: str,
+    threshold: float | str,
+    tokens: Callable[[Doubles], float],
+    sequences: Callable[[Doubles], Doubles],
+    *,
+    normalize: bool,
+) -> dict[str, float]:
+    """Its importance weights: one for each token, or that of the token's sequence."""
+    if level not in ("token", "sequence"):
+        raise UsageError(f"verl: rollout_is={level!r}: known are token, sequence and none")
+    least, most = _bounds(threshold)
+    d = pairs.trainer - pairs.rollout
+    total = pairs.by_sequence(d)
+    _, number = np.unique(pairs.sequence, return_inverse=True)
+    raw = np.exp(np.clip(total[number] if level == "sequence" else d, -_SAFE, _SAFE))
+    kept = (raw >= least) & (raw <= most) if least is not None else np.ones(len(raw), bool)
+    weights = np.where(kept, np.minimum(raw, most), 0.0)
+    low = 1 / most if least is None else least
+    mean, cut = tokens(weights), np.clip(weights, 0.0, most)
+    if level == "sequence":
+        sums = pairs.padded(total)
+        largest, smallest = float(np.exp(min(sums.max(), _SAFE))), float(np.exp(sums.min()))
+        high_share, low_share = float((sums > math.log(most)).mean()), float((sums < math.log(low)).mean())
+    else:
+        largest, smallest = float(weights.max()), float(weights.min())
+        high_share, low_share = tokens((raw > most).astype(float)), tokens((raw < low).astype(float))
+    by_sequence, raw_by_sequence = sequences(weights), sequences(raw)
+    found = {
+        "rollout_is_mean": mean,
+        "rollout_is_max": largest,
+        "rollout_is_min": smallest,
+        "rollout_is_std": math.sqrt(max(tokens(cut**2) - tokens(cut) ** 2, 0.0)) if len(raw) > 1 else 0.0,
+        "rollout_is_eff_sample_size": 1 / tokens((cut / (tokens(cut) + _EPSILON)) ** 2),
+        "rollout_is_ratio_fraction_high": high_share,
+        "rollout_is_ratio_fraction_low": low_share,
+        "rollout_is_seq_mean": float(by_sequence.mean()),
+        "rollout_is_seq_std": float(by_sequence.std(ddof=1)) if len(by_sequence) > 1 else 0.0,
+        "rollout_is_seq_max": float(by_sequence.max()),
+        "rollout_is_seq_min": float(by_sequence.min()),
+        "rollout_is_seq_max_deviation": float(np.abs(by_sequence - 1).max()),
+        "rollout_is_seq_fraction_high": float((raw_by_sequence > most).mean()),
+        "rollout_is_seq_fraction_low": float((raw_by_sequence < low).mean()),
+    }
+    if least is not None:
+        found["rollout_is_oob_ratio"] = tokens((~kept).astype(float))
+    if normalize:
+        factor = mean if level == "token" else float(by_sequence[: len(total)].mean())
+        found["rollout_is_batch_norm_factor"] = factor if factor > _EPSILON else 1.0
+    return found
+
+
+def _bounds(threshold: float | str) -> tuple[float | None, float]:
+    """The lower bound, if there is one, and the upper one: 2.0, or "0.5_2.0"."""
+    try:
+        parts = [float(part) for part in str(threshold).split("_")]
+    except ValueError:
+        parts = []
+    if not 1 <= len(parts) <= 2 or not all(part > 0 for part in parts):
+        raise UsageError(f'verl: rollout_is_threshold={threshold!r}: a number above 0, or two of them as "0.5_2.0"')
+    return (None, parts[0]) if len(parts) == 1 else (parts[0], parts[1])
+
+
 def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: Any) -> Trace:
-    """A trace of a DataProto, or of a mapping of its batch's keys.
+    """A trace of a DataProto, of a jagged TensorDict (`trainer.use_v1`), or of a mapping of its keys.
 
     `prompts` [B, P] padded on the left, `responses` [B, R] padded on the right, `attention_mask` [B, P + R], `response_mask`
-    (0: a tool wrote the token) and `rollout_log_probs` [B, R]. `labels` are those of Trace.from_sequences. Raises UsageError
+    (0: a tool wrote the token) and `rollout_log_probs` [B, R]. `old_log_probs` [B, R], the trainer's own, are
+    `trainer_logprobs` of the trace. `labels` are those of Trace.from_sequences. Raises UsageError
     for what is not aligned so, and for a response_mask that rejection sampling has overwritten.
     """
     given = Batch("verl", batch)
+    if given.is_jagged("responses"):
+        return _read_jagged(given, sampling=sampling, tokenizer=tokenizer, labels=labels)
     prompts, responses = given.ids("prompts"), given.ids("responses")
     width = prompts.shape[1]
     if len(prompts) != len(responses):
@@ -134,17 +221,43 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
     written = given.mask("response_mask", aligned)
     if (written & ~attention[:, width:]).any():
         raise given.refuse("response_mask is 1 where attention_mask is 0: it is of other responses")
-    why = "veRL has them with actor_rollout_ref.rollout.calculate_log_probs=True, and else no metric of them, in silence"
-    values = given.column("rollout_log_probs", aligned, why)
+    values = given.column("rollout_log_probs", aligned, _NO_LOGPROBS)
     given.check_logprobs("rollout_log_probs", values, written)
+    trainer = given.of_trainer("old_log_probs", aligned, written)
     sequences = [
         {
             "prompt_token_ids": prompts[row, width - start :],
             "token_ids": responses[row, :length],
             "logprobs": values[row, :length],
             "mask": written[row, :length],
+            "trainer_logprobs": None if trainer is None else trainer[row, :length],
         }
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
+    ]
+    return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
+
+
+def _read_jagged(given: Batch, *, sampling: Any, tokenizer: Any, labels: Any) -> Trace:
+    """Rows without padding: what `use_v1` trains on."""
+    prompts, responses, masks = (given.rows(name) for name in ("prompts", "responses", "response_mask"))
+    rollout = given.rows("rollout_log_probs", _NO_LOGPROBS)
+    trainer = given.rows("old_log_probs") if given.get("old_log_probs") is not None else None
+    logprobs = {"rollout_log_probs": rollout} | ({} if trainer is None else {"old_log_probs": trainer})
+    for name, rows in {"response_mask": masks, **logprobs}.items():
+        for row, (values, tokens, mask) in enumerate(zip(rows, responses, masks, strict=True)):
+            if len(values) != len(tokens):
+                raise given.refuse(f"{name} of row {row} has {len(values)} entries, responses have {len(tokens)}")
+            if name in logprobs:
+                given.check_row(f"{name} of row {row}", values, mask.astype(bool))
+    sequences = [
+        {
+            "prompt_token_ids": prompt,
+            "token_ids": tokens,
+            "logprobs": rollout[row],
+            "mask": masks[row].astype(bool),
+            "trainer_logprobs": None if trainer is None else trainer[row],
+        }
+        for row, (prompt, tokens) in enumerate(zip(prompts, responses, strict=True))
     ]
     return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
 
@@ -155,6 +268,7 @@ VERL: Final = Framework(
     package="verl",
     logprobs=logprobs,
     metrics=metrics,
+    configured=configured,
     read=read,
     installed=installed,
     divides="logits",

@@ -1,0 +1,335 @@
+"""The trainer's own column beside the rollouts': compared in hand, and a scorer as the third opinion. Real GRPOTrainers."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import MODEL
+from pytest_logprob_parity import EngineSpec, MismatchError, Sampling, Trace, TransformersScorer, UsageError, scorer
+from pytest_logprob_parity.trainer.frameworks import framework
+from pytest_logprob_parity.trainer.parity import assert_trainer_parity, compare_with_trainer
+
+SAMPLING = Sampling(temperature=0.7, max_tokens=24, seed=1)
+QUESTIONS = (
+    "What is 12 + 30?",
+    "Ada has 12 apples and buys 30 more. Ada gives 7 to Ben. How many apples are left?",
+    "Kim has 18 books. Leo has 9 more than Kim. How many books do they have together?",
+    "5 + 5?",
+)
+
+
+def causes(comparison):
+    return [finding.cause or finding.candidates[0] for finding in comparison.findings]
+
+
+# -- a real GRPOTrainer ------------------------------------------------------------------------------------------------
+
+
+class Synced:
+    """What TRL asks to bring its weights to the engine."""
+
+    def __init__(self, trainer, engine):
+        self.trainer, self.engine = trainer, engine
+
+    def sync_weights(self):
+        self.engine.update_weights({name: w.detach().clone() for name, w in self.trainer.model.state_dict().items()})
+
+
+@pytest.fixture
+def grpo(pool, tmp_path, monkeypatch):
+    """`grpo(subclass, steps, **config)`: a GRPOTrainer whose rollouts are our engine's, with its weights after every step."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
+
+    def rollout(prompts, trainer):
+        trace = engine.generate(prompts, SAMPLING)
+        every = range(trace.num_sequences)
+        return {
+            "prompt_ids": [trace.prompt(i) for i in every],
+            "completion_ids": [trace.completion(i) for i in every],
+            "logprobs": [trace.logprobs[slice(*trace.bounds(i))].tolist() for i in every],
+        }
+
+    def make(kind=lambda base: base, steps=1, dropout=0.0, **config):
+        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = dropout
+        settings = {
+            "output_dir": str(tmp_path), "per_device_train_batch_size": 8, "num_generations": 2, "max_steps": steps,
+            "temperature": SAMPLING.temperature, "max_completion_length": SAMPLING.max_tokens, "report_to": [],
+            "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False,
+            "learning_rate": 1e-4, "logging_steps": 1, **config,
+        }  # fmt: skip
+        trainer = kind(GRPOTrainer)(
+            model=model,
+            processing_class=AutoTokenizer.from_pretrained(MODEL),
+            reward_funcs=lambda completions, **_: [float(len(str(c)) % 7) for c in completions],
+            args=GRPOConfig(**settings),
+            train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in QUESTIONS] * 4),
+            rollout_func=rollout,
+        )
+        # as with use_vllm=True, whose own engine does not start here
+        trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Synced(trainer, engine), -1
+        return trainer
+
+    return make
+
+
+def shifted(base):
+    class Shifted(base):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            return {**batch, "old_per_token_logps": torch.roll(batch["old_per_token_logps"], 1, 1)}
+
+    return Shifted
+
+
+def without_a_mask(base):
+    class WithoutAMask(base):
+        def _get_per_token_logps_and_entropies(self, model, ids, mask, *others, **named):
+            return super()._get_per_token_logps_and_entropies(model, ids, torch.ones_like(mask), *others, **named)
+
+    return WithoutAMask
+
+
+def kept(base):
+    class Kept(base):
+        def _generate_and_score_completions(self, inputs):
+            self.batch = super()._generate_and_score_completions(inputs)
+            return self.batch
+
+    return Kept
+
+
+@pytest.mark.parametrize("mode", ["sequence_mask", "sequence_truncate", "token_mask", "token_truncate"])
+def test_a_healthy_trainer_passes_its_own_watch_and_its_metrics_are_ours(grpo, mode):
+    """Two steps, so that the second one's rollouts are of weights that an update brought."""
+    trainer = grpo(steps=2, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=1.00001)
+    checks = framework("trl").watch(trainer, every=1, dtype="float32")
+    trainer.train()
+    assert [check.verdict for check in checks] == ["pass", "pass"]
+    history = [entry for entry in trainer.state.log_history if "sampling/sampling_logp_difference/mean" in entry]
+    for check, logged in zip(checks, history, strict=True):
+        for name, value in check.logged.metrics.items():
+            assert value == pytest.approx(logged[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "named"),
+    [(shifted, {}, "shifted_positions"), (without_a_mask, {}, "attention_mask"), (kept, {"temperature": 1.0}, "temperature"),
+     (kept, {"dropout": 0.2}, "dropout")],
+    ids=["one token off", "no attention mask", "another temperature", "dropout left on"],
+)  # fmt: skip
+def test_a_trainers_fault_fails_in_hand_and_a_third_opinion_names_it(grpo, kind, config, named):
+    trainer = grpo(lambda base: kept(kind(base)), learning_rate=0.0, **config)
+    trainer.train()
+    trl = framework("trl")
+    rollouts = trl.read(trainer.batch, sampling=SAMPLING, dtype="float32")
+    in_hand = compare_with_trainer(rollouts, trainer_dtype="float32", metrics="trl", config=trainer.args)
+    assert in_hand.verdict == "fail"
+    assert in_hand.logged.metrics["sampling/sampling_logp_difference/max"] > 0.1
+    modes = [module.training for module in trainer.model.modules()]
+    told = compare_with_trainer(rollouts, trl.scorer(trainer.model), trainer_dtype="float32")
+    assert (told.verdict, causes(told)) == ("fail", [named])
+    assert next(str(n) for n in told.notes if n.key == "third_opinion").endswith("the trainer is off")
+    assert [module.training for module in trainer.model.modules()] == modes
+
+
+def test_watch_stops_a_training_whose_columns_disagree(grpo):
+    trainer = grpo(shifted)
+    framework("trl").watch(trainer, dtype="float32")
+    with pytest.raises(MismatchError) as caught:
+        trainer.train()
+    assert causes(caught.value.comparison) == ["shifted_positions"]
+
+
+def test_rows_that_mask_truncated_completions_hides_are_left_out(grpo):
+    trainer = grpo(kept, mask_truncated_completions=True)
+    trainer.train()
+    masked = int((trainer.batch["completion_mask"].sum(1) == 0).sum())
+    assert 0 < masked < 8
+    trl = framework("trl")
+    rollouts = trl.read(trainer.batch, sampling=SAMPLING, dtype="float32")
+    assert rollouts.num_sequences == 8 - masked
+    assert compare_with_trainer(rollouts, trainer_dtype="float32").metrics["rms_diff"] < 1e-4
+    hidden = {**trainer.batch, "completion_mask": torch.zeros_like(trainer.batch["completion_mask"])}
+    with pytest.raises(UsageError, match="mask_truncated_completions hides all of them"):
+        trl.read(hidden)
+
+
+# -- two columns ------------------------------------------------------------------------------------------------------
+
+
+def columns(change, *, sequences=24, length=20, prompts=12, seed=0, **labels):
+    """Made-up rollouts whose trainer gives their logprobs plus `change(rng, [N])`."""
+    rng = np.random.default_rng(seed)
+    total = sequences * length
+    logprobs = -rng.exponential(0.7, total)
+    widths = 3 + np.arange(prompts)
+    return Trace.from_arrays(
+        prompt_token_ids=np.concatenate([np.full(w, g + 1) for g, w in enumerate(widths)]),
+        prompt_offsets=np.concatenate([[0], np.cumsum(widths)]), group=np.arange(sequences) % prompts,
+        token_ids=rng.integers(0, 300, total), sequence_offsets=np.arange(0, total + 1, length),
+        logprobs=logprobs, trainer_logprobs=logprobs + change(rng, total), dtype="bfloat16",
+        sampling=Sampling(temperature=0.7), **labels,
+    )  # fmt: skip
+
+
+def test_two_columns_that_agree_up_to_noise_pass_and_a_copy_says_that_it_shows_nothing():
+    noisy = compare_with_trainer(columns(lambda rng, n: rng.normal(0, 0.01, n)), trainer_dtype="bfloat16")
+    assert (noisy.verdict, "copied" in [note.key for note in noisy.notes]) == ("pass", False)
+    copied = compare_with_trainer(columns(lambda rng, n: np.zeros(n)))
+    assert (copied.verdict, "copied" in [note.key for note in copied.notes]) == ("pass", True)
+
+
+@pytest.mark.parametrize("objective", ["token", "sequence", "truncated", "unclipped"])
+def test_one_wild_token_fails_under_every_objective(objective):
+    rollouts = columns(lambda rng, n: rng.normal(0, 0.01, n) + 8 * (np.arange(n) == 77))
+    assert compare_with_trainer(rollouts, objective=objective).verdict == "fail"
+
+
+def test_nan_of_the_trainer_fails_and_nan_of_the_rollouts_is_no_fault():
+    wrong = columns(lambda rng, n: np.where(np.arange(n) == 5, np.nan, 0.001))
+    assert compare_with_trainer(wrong).metrics["n_nan"] == 1
+    assert compare_with_trainer(wrong).verdict == "fail"
+    silent = columns(lambda rng, n: rng.normal(0, 0.001, n))
+    gaps = np.where(np.arange(silent.num_tokens) % 50 == 0, np.nan, silent.logprobs).astype(np.float32)
+    assert compare_with_trainer(silent.with_(logprobs=gaps)).verdict == "pass"
+
+
+def test_without_a_column_and_without_a_scorer_nothing_can_be_compared():
+    trace = columns(lambda rng, n: np.zeros(n)).with_(trainer_logprobs=None)
+    with pytest.raises(UsageError, match=r"no logprobs of a trainer \(trainer_logprobs\)"):
+        assert_trainer_parity(trace)
+
+
+def test_the_column_is_kept_in_a_file(tmp_path):
+    trace = columns(lambda rng, n: np.zeros(n))
+    trace.save(tmp_path / "t.safetensors")
+    assert np.array_equal(Trace.load(tmp_path / "t.safetensors").trainer_logprobs, trace.trainer_logprobs)
+
+
+def test_two_columns_take_milliseconds_and_neither_torch_nor_transformers():
+    """64 x 512 tokens; the least of several, for the machine does other things too."""
+    rollouts = columns(lambda rng, n: rng.normal(0, 0.01, n), sequences=64, length=512, prompts=16)
+    compare_with_trainer(rollouts)
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        compare_with_trainer(rollouts)
+        times.append(time.perf_counter() - began)
+    print(f"64 x 512 tokens: {min(times) * 1000:.1f} ms")
+    code = (
+        "import sys, numpy as np\n"
+        "from pytest_logprob_parity import Trace, assert_trainer_parity\n"
+        "n = 480; l = -np.random.default_rng(0).exponential(0.7, n)\n"
+        "t = Trace.from_arrays(prompt_token_ids=np.arange(24), prompt_offsets=np.arange(25), token_ids=np.arange(n),\n"
+        "    sequence_offsets=np.arange(0, n + 1, 20), logprobs=l, trainer_logprobs=l + 0.001, dtype='bfloat16')\n"
+        "assert_trainer_parity(t)\n"
+        "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules), 'loaded'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_third_opinion_says_that_the_rollouts_are_off(pool):
+    """The engine is the one that is wrong: its rollouts are labelled with another temperature than they were sampled at."""
+    trace = pool.engine(EngineSpec(MODEL, dtype="float32")).generate(
+        [[{"role": "user", "content": q}] for q in QUESTIONS], Sampling(temperature=0.7, max_tokens=24, n=4, seed=1)
+    )
+    labelled = trace.with_(sampling=Sampling(temperature=1.0, max_tokens=24, n=4, seed=1))
+    trainer = TransformersScorer(MODEL)
+    column = np.nan_to_num(compare_with_trainer(labelled, trainer).actual.logprobs)
+    told = compare_with_trainer(labelled.with_(trainer_logprobs=column), trainer, trainer_dtype="float32")
+    assert (told.verdict, causes(told)) == ("fail", ["temperature"])
+    assert next(str(n) for n in told.notes if n.key == "third_opinion").endswith("the rollouts are off")
+
+
+# -- a live model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def live():
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).train()
+    model.lm_head.eval()  # one module that is not as the others are
+    return model
+
+
+def test_a_live_model_is_left_as_it_was_found(live, pool):
+    rollouts = pool.engine(EngineSpec(MODEL, dtype="float32")).generate(["1 + 1", "2 + 2"], SAMPLING)
+    modes, gradients = [m.training for m in live.modules()], [p.requires_grad for p in live.parameters()]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compare_with_trainer(rollouts, TransformersScorer(live))
+        assert torch.is_autocast_enabled("cpu")
+    assert [m.training for m in live.modules()] == modes
+    assert [p.requires_grad for p in live.parameters()] == gradients
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_peft_model_scores_with_its_adapter(live, pool):
+    from peft import LoraConfig, get_peft_model
+
+    rollouts = pool.engine(EngineSpec(MODEL, dtype="float32")).generate(["1 + 1", "2 + 2", "3 + 4"] * 3, SAMPLING)
+    adapted = get_peft_model(live, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=True))
+    assert compare_with_trainer(rollouts, TransformersScorer(adapted)).metrics["rms_diff"] < 1e-4  # B is 0: nothing is added
+    for name, weights in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.5)
+    scored = compare_with_trainer(rollouts, TransformersScorer(adapted))
+    with torch.no_grad():
+        ids = torch.tensor([[*rollouts.prompt(0), *rollouts.completion(0)]])
+        adapted.eval()
+        logits = adapted(input_ids=ids).logits / 0.7
+    own = logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[-len(rollouts.completion(0)) :, 0]
+    start, stop = rollouts.bounds(0)
+    assert np.abs(scored.actual.logprobs[start:stop] - own.numpy()).max() < 1e-4
+    assert scored.metrics["rms_diff"] > 0.01
+
+
+# -- a trainer that is asked again --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rollouts(pool):
+    prompts = [[{"role": "user", "content": q}] for q in QUESTIONS] + ["7 + 8 = ", "What is 3 times 9, and why?", "1", "2 + 3"]
+    return pool.engine(EngineSpec(MODEL, dtype="float32")).generate(
+        prompts, Sampling(temperature=0.7, max_tokens=24, n=2, seed=1)
+    )
+
+
+def test_a_scorer_with_dropout_is_named_by_asking_it_twice(rollouts, live):
+    for module in live.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.2
+    trainer = TransformersScorer(live)
+    assert compare_with_trainer(rollouts, trainer).passed
+    told = compare_with_trainer(rollouts, trainer.as_trained())
+    assert (told.verdict, causes(told)) == ("fail", ["dropout"])
+    assert TransformersScorer(live.eval()).as_trained() is None
+
+
+def test_a_scorer_whose_mask_lets_padding_in_is_named_by_asking_it_row_by_row(rollouts):
+    model = TransformersScorer(MODEL)
+
+    @scorer(dtype="float32", name="left padded, no mask")
+    def without_mask(ids, mask, temperature):
+        lengths = mask.sum(1)
+        moved = torch.stack([torch.roll(row, int(ids.shape[1] - n)) for row, n in zip(ids, lengths, strict=True)])
+        values = model(moved, torch.ones_like(mask), temperature)
+        return torch.stack([torch.roll(row, -int(ids.shape[1] - n)) for row, n in zip(values, lengths, strict=True)])
+
+    told = compare_with_trainer(rollouts, without_mask)
+    assert (told.verdict, causes(told)) == ("fail", ["attention_mask"])
