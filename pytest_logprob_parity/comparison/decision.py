@@ -23,11 +23,18 @@ _SCALED: Final = 0.01
 _ERRORS: Final = 10
 
 
-def proves(finding: Finding, *, sized: bool) -> bool:
-    """Whether a finding shows what no noise does, and so fails at any size: other quantities. A scale of the logits has many
-    reasons, and is one only where the gates are not sure of the sizes (`sized`).
+def proves(finding: Finding, *, unsure: bool, beyond: bool) -> bool:
+    """Whether a finding shows what no noise does, and so fails although no size did: other quantities, a scale of the logits.
+
+    What has other reasons too counts only where the gates are `unsure` of the sizes, or these are `beyond` float32's noise: a
+    scale, and one constant a position (a normaliser summed otherwise, a padded vocabulary). Tokens that are excluded prove
+    nothing: a golden excludes none of its own, so noise at the edge of kept sets looks so, and flips have a budget.
     """
-    return finding.cause in _OTHER_MEANING or (not sized and _scaled(finding))
+    if "excluded" in finding.values:
+        return False
+    if "beyond_top_k" in finding.values:
+        return unsure
+    return finding.cause in _OTHER_MEANING or ((unsure or beyond) and _scaled(finding))
 
 
 def _scaled(finding: Finding) -> bool:

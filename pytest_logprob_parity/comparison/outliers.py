@@ -32,8 +32,10 @@ _SEQUENCE, _SEQUENCE_UNEXPLAINED = 1.5, 3.0
 #: low temperatures, for noise of logits is divided by it.
 _TOKEN_NATS: Final = {"float32": 0.25, "float16": 2.0, "bfloat16": 6.0}
 _SEQUENCE_NATS: Final = {"float32": 0.2, "float16": 0.3, "bfloat16": 0.6}
-#: Outliers of up to so many nats, a ratio of 7, are allowed for; larger ones only where the golden's errors have as many.
+#: Outliers of up to so many nats, a ratio of 7, are allowed for; larger ones only where the golden's errors are as large.
 _ALLOWED_NATS: Final = 2.0
+#: Noise is drawn anew where the engine does not share this share of the golden's error.
+_DRAWN: Final = 0.05
 _ALLOWED_TIMES: Final = 1.5
 #: The tail of fewer errors than this is not known from them.
 _TAIL: Final = 1500
@@ -43,17 +45,18 @@ _TAIL: Final = 1500
 class Outliers:
     """Outlier tokens and sequences: errors where they are known, differences else. Limits are in nats.
 
-    `noise` [n] marks the outliers of the golden's errors, and as many of now's, while an update feels them no more than
-    _AS_FELT times as much (as k3). `new` counts the sequences with a token that is an outlier and was none in the golden's
-    errors, or one half as large at most, `gone` those with one that was and is none: of noise there are as many of the one as
-    of the other. `largest` is the largest error of a token whose golden's is not as large. The same of sequences that are off
-    as a whole.
+    `noise` [n] marks the outliers of the golden's errors, and as many of now's, as far as these are one noise (see `_noise`).
+    `new` counts the sequences with a token that is an outlier and was none in the golden's errors, or one half as large at
+    most, `gone` those with one that was and is none: of noise there are as many of the one as of the other. `largest` is the
+    error of the token that is furthest beyond what noise explains of it, `token_unexplained`, among those whose golden's is
+    not as large; outliers of up to `bearable` may be noise. The same of sequences that are off as a whole.
     """
 
     noise: npt.NDArray[np.bool_]
     new: int
     gone: int
     largest: float
+    bearable: float
     token: float
     token_unexplained: float
     new_sequences: int
@@ -63,66 +66,115 @@ class Outliers:
     sequence_unexplained: float
 
 
+@dataclass(frozen=True)
+class _Thresholds:
+    """Beyond how many nats a token is an outlier, and is explained by no noise; the same for the RMS of a sequence."""
+
+    token: float
+    token_unexplained: float
+    sequence: float
+    sequence_unexplained: float
+
+
 def outliers_of(rows: Differences, limits: Tolerance, setting: Setting, deep: Mapping[int, int]) -> Outliers:
     """Find the outliers of these rows, one at least; `deep` says how many of another kind a sequence has. Two make it one that
     is off as a whole.
+
+    Where the reference covers a part of the sequences, the others are judged as without one: by their differences.
     """
     known = rows.known
     golden = np.where(known, rows.golden_error, 0.0)
     off = np.where(known, rows.error, rows.d)
     names, places = np.unique(rows.sequences, return_inverse=True)
+    covered = np.bincount(places, known) > 0
     wholes_now, wholes = (m.sequence_rms(x, places, np.inf) for x in (off, golden))
-    token, token_unexplained, sequence, sequence_unexplained = _thresholds(golden, known, wholes, limits, setting)
+    without = _without_reference(limits, setting)
+    with_ = _with_reference(golden[known], wholes[covered], limits, setting) if known.any() else without
     if "sequence_rms" in limits.explicit:  # what a caller sets holds for differences, and noise excuses none of them
         wholes_now, wholes = m.sequence_rms(rows.d, places, np.inf), np.zeros_like(wholes)
     if "outlier" in limits.explicit:
         off, golden = rows.d, np.zeros_like(golden)
+    token, unexplained = (np.where(known, *pair) for pair in ((with_.token, without.token),
+                          (with_.token_unexplained, without.token_unexplained)))  # fmt: skip
+    sequence, sequence_unexplained = (np.where(covered, *pair) for pair in ((with_.sequence, without.sequence),
+                                      (with_.sequence_unexplained, without.sequence_unexplained)))  # fmt: skip
     is_now, was = np.abs(off) > token, np.abs(golden) > token
     fresh = ~was | (np.abs(off) > _SAME_OUTLIER * np.abs(golden))
+    worst, worst_unexplained = _furthest(np.abs(off)[fresh], unexplained[fresh], with_.token_unexplained)
+    worst_rms, worst_rms_unexplained = _furthest(
+        wholes_now[wholes <= sequence], sequence_unexplained[wholes <= sequence], with_.sequence_unexplained
+    )
+    bulk = rows.where(~(is_now | was))
     return Outliers(
         noise=_noise(was, is_now, golden, off),
         new=len(deep.keys() | set(np.unique(rows.sequences[is_now & fresh]).tolist())),
         gone=len(np.unique(places[was & ~is_now])),
-        largest=float(np.abs(off[fresh]).max(initial=0.0)),
-        token=token,
-        token_unexplained=token_unexplained,
+        largest=worst,
+        bearable=_bearable(golden[known], bulk.fresh_noise, limits, setting),
+        token=with_.token,
+        token_unexplained=worst_unexplained,
         new_sequences=len({i for i, n in deep.items() if n > 1} | {*names[(wholes_now > sequence) & (wholes <= sequence)]}),
         gone_sequences=int(np.count_nonzero((wholes > sequence) & (wholes_now <= sequence))),
-        largest_rms=float(wholes_now[wholes <= sequence].max(initial=0.0)),
-        sequence=sequence,
-        sequence_unexplained=sequence_unexplained,
+        largest_rms=worst_rms,
+        sequence=with_.sequence,
+        sequence_unexplained=worst_rms_unexplained,
     )
+
+
+def _furthest(off: m.Doubles, unexplained: m.Doubles, otherwise: float) -> tuple[float, float]:
+    """The one that is the largest multiple of what noise explains of it, and that; (0, `otherwise`) where there is none."""
+    if not len(off):
+        return 0.0, otherwise
+    worst = int(np.argmax(off / unexplained))
+    return float(off[worst]), float(unexplained[worst])
+
+
+def _bearable(golden: m.Doubles, fresh: float, limits: Tolerance, setting: Setting) -> float:
+    """Up to how many nats an outlier may be noise: a ratio of 7, more where the golden's errors have such, or, where they are
+    not known, where the temperature enlarges them. `fresh` is the share of the golden's error that is drawn anew: an engine
+    that computes as the golden did draws none.
+    """
+    declared = _ALLOWED_TIMES * limits.outlier  # a declared gap has outliers of a size of its own
+    if not len(golden):
+        return max(_ALLOWED_NATS * (setting.enlarged if setting.half else 1.0), declared)
+    drawn = _SAME_OUTLIER * float(np.abs(golden).max()) if fresh > _DRAWN else 0.0
+    return max(_ALLOWED_NATS, declared, drawn)
 
 
 def _noise(
     was: npt.NDArray[np.bool_], is_now: npt.NDArray[np.bool_], golden: m.Doubles, off: m.Doubles
 ) -> npt.NDArray[np.bool_]:
-    """The outliers [n] of both sides that are one noise: now's n-th largest is held against the golden's n-th largest."""
-    now = np.flatnonzero(is_now)
-    felt = k3_of(off[now])
-    order = np.argsort(-felt)
-    own = -np.sort(-k3_of(golden[was]))
-    paired = np.zeros(len(now))
-    paired[: min(len(own), len(now))] = own[: len(now)]
+    """The outliers [n] of both sides that are one noise: now's n-th largest is held against the golden's n-th largest, by its
+    size, twice that of the golden's at most, and by how an update feels it (k3), four times as much at most. Together they are
+    felt less than that: 1 + 3 / sqrt(n) times as much, for n of them scatter less than one.
+    """
+    now, then = np.flatnonzero(is_now), np.flatnonzero(was)
     beyond = np.zeros(len(was), bool)
-    beyond[now[order]] = felt[order] > _AS_FELT * paired
+    felt, own = k3_of(off[now]), k3_of(golden[then])
+    for mine, its, times in ((felt, own, _AS_FELT), (np.abs(off[now]), np.abs(golden[then]), _SAME_OUTLIER)):
+        order = np.argsort(-mine)
+        paired = np.zeros(len(now))
+        paired[: min(len(its), len(now))] = -np.sort(-its)[: len(now)]
+        beyond[now[order]] |= mine[order] > times * paired
+    excused = ~beyond[now]
+    if felt[excused].sum() > (1 + (_AS_FELT - 1) / max(int(excused.sum()), 1) ** 0.5) * own.sum():
+        return np.zeros(len(was), bool)
     return np.asarray((was | is_now) & ~beyond)
 
 
 def outlier_gates(found: Outliers, tokens: int, limits: Tolerance, setting: Setting, sequences: int) -> list[Gate]:
     """The gates of sequences with an outlier token, and of sequences that are off as a whole."""
     gates = []
-    # a declared gap has outliers of a size of its own
-    nats = max(_ALLOWED_NATS * (setting.enlarged if setting.half else 1.0), _ALLOWED_TIMES * limits.outlier)
-    few = limits.outliers(tokens) if found.largest <= nats or "outlier" in limits.explicit else 0
+    bearable = found.largest <= found.bearable or "outlier" in limits.explicit
     counted: tuple[tuple[GateKey, str, int, int, int, float, float, float], ...] = (
-        ("outlier_tokens", "outlier", found.new, found.gone, few, found.token,
+        ("outlier_tokens", "outlier", found.new, found.gone, limits.outliers(tokens), found.token,
          found.largest, found.token_unexplained),
         ("outlier_sequences", "sequence_rms", found.new_sequences, found.gone_sequences, sequences // 200, found.sequence,
          found.largest_rms, found.sequence_unexplained),
     )  # fmt: skip
     for key, limit, count, gone, few, threshold, worst, unexplained in counted:
         allowed, most = budget(few, gone, exact=setting.fine or limit in limits.explicit)
+        allowed, most = (allowed, most) if bearable or key != "outlier_tokens" else (0, 0 if setting.fine else most)
         # a tie in a router moves a token by nats, in the golden's own errors too: size alone proves no fault there
         beyond: Verdict | None = None if worst <= unexplained else "unverified" if setting.routed else "fail"
         gates.append(Gate(key, count, allowed, most, count, count, "sequences", threshold=threshold, worst=worst,
@@ -130,25 +182,43 @@ def outlier_gates(found: Outliers, tokens: int, limits: Tolerance, setting: Sett
     return gates
 
 
-def _thresholds(
-    golden: m.Doubles, known: npt.NDArray[np.bool_], wholes: m.Doubles, limits: Tolerance, setting: Setting
-) -> tuple[float, float, float, float]:  # fmt: skip
-    """Beyond how many nats a token is an outlier, and is explained by no noise; the same for the RMS of a sequence."""
+def _without_reference(limits: Tolerance, setting: Setting) -> _Thresholds:
     enlarged = setting.enlarged if setting.half else 1.0
-    token, sequence = limits.outlier * enlarged, limits.sequence_rms * enlarged
-    token_unexplained, sequence_unexplained = setting.nats(_TOKEN_NATS), setting.nats(_SEQUENCE_NATS)
-    if known.any() and setting.fine and not setting.coarser_now:
-        token_unexplained = max(_FINE_NATS, _FINE * float(np.abs(golden[known]).max()))
-        token = min(token, token_unexplained)
-    if known.any() and setting.half:
-        errors = np.abs(golden[known])
-        few = len(errors) < _TAIL
-        token = max(limits.outlier, _OUTLIER * float(np.quantile(errors, 0.95)))
-        sequence = max(limits.sequence_rms, _SEQUENCE * float(wholes.max()))
-        token_unexplained = max(2.0, _UNEXPLAINED * float(errors.max()), 2 * enlarged if few else 0.0)
-        sequence_unexplained = max(0.3, _SEQUENCE_UNEXPLAINED * float(wholes.max()), 0.3 * enlarged if few else 0.0)
+    return _by_hand(
+        limits.outlier * enlarged,
+        setting.nats(_TOKEN_NATS),
+        limits.sequence_rms * enlarged,
+        setting.nats(_SEQUENCE_NATS),
+        limits,
+    )
+
+
+def _with_reference(errors: m.Doubles, wholes: m.Doubles, limits: Tolerance, setting: Setting) -> _Thresholds:
+    """By the golden's own errors [n], and their RMS by sequence."""
+    without, errors = _without_reference(limits, setting), np.abs(errors)
+    if setting.coarser_now:
+        return without
+    if setting.fine:
+        unexplained = max(_FINE_NATS, _FINE * float(errors.max()))
+        return _by_hand(
+            min(without.token, unexplained), unexplained, without.sequence, setting.nats(_SEQUENCE_NATS), limits
+        )  # fmt: skip
+    few = len(errors) < _TAIL
+    return _by_hand(
+        max(limits.outlier, _OUTLIER * float(np.quantile(errors, 0.95))),
+        max(2.0, _UNEXPLAINED * float(errors.max()), 2 * setting.enlarged if few else 0.0),
+        max(limits.sequence_rms, _SEQUENCE * float(wholes.max())),
+        max(0.3, _SEQUENCE_UNEXPLAINED * float(wholes.max()), 0.3 * setting.enlarged if few else 0.0),
+        limits,
+    )
+
+
+def _by_hand(
+    token: float, token_unexplained: float, sequence: float, sequence_unexplained: float, limits: Tolerance
+) -> _Thresholds:
+    """These thresholds, where the caller has set none."""
     if "outlier" in limits.explicit:
         token, token_unexplained = limits.outlier, max(_UNEXPLAINED * limits.outlier, token_unexplained)
     if "sequence_rms" in limits.explicit:
         sequence, sequence_unexplained = limits.sequence_rms, max(2 * limits.sequence_rms, sequence_unexplained)
-    return token, max(token_unexplained, token), sequence, max(sequence_unexplained, sequence)
+    return _Thresholds(token, max(token_unexplained, token), sequence, max(sequence_unexplained, sequence))

@@ -151,7 +151,7 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     elif not record.explains and (apart or (len(d) and not exact)):
         findings += semantic_findings(expected, actual, rows, _far_off(d, sequences, limits), names)
         if not failed:  # a meaning that is proven fails at any size; what only may be one does not
-            findings = [finding for finding in findings if proves(finding, sized=not apart)]
+            findings = [finding for finding in findings if proves(finding, unsure=unsure, beyond=beyond)]
         unnamed = bool(failed) and not any(finding.cause for finding in findings)
         if unnamed and (head := head_finding(positions_of(expected, actual, rows, names=names))):
             findings.append(head)

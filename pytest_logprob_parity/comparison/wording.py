@@ -69,7 +69,7 @@ def unverified_line(gate: Gate, names: Names) -> str:
             f"{in_unit(gate, gate.errors.limit)})"
         )
     high, limit = in_unit(gate, gate.high), in_unit(gate, gate.limit)
-    reaches = f"its interval reaches {high}" if math.isfinite(gate.high) else "one prompt has no interval"
+    reaches = f"its interval reaches {high}" if math.isfinite(gate.high) else "too few prompts carry it for an interval"
     return f"{gate.name} is {measured(gate)}; {reaches} (limit: {limit})"
 
 

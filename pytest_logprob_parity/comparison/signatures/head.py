@@ -28,7 +28,7 @@ def _within(positions: Positions, most: float) -> bool:
     """Whether the gaps between tokens, in logits, differ between the sides by no more than this at most positions."""
     scale = [_temperature(trace) for trace in (positions.golden, positions.now)]
     two = positions.of(positions.common.sum(axis=1) >= 2)
-    apart = np.where(two.common, two.actual * scale[1] - two.expected * scale[0], np.nan)
+    apart = np.where(two.common, two.actual, np.nan) * scale[1] - np.where(two.common, two.expected, np.nan) * scale[0]
     if not len(apart):
         return False
     return bool(np.median(np.nanmax(apart, axis=1) - np.nanmin(apart, axis=1)) <= most)

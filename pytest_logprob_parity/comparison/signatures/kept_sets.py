@@ -20,21 +20,25 @@ _BLUR: Final = 0.01
 _VOCABULARY: Final = 200_000
 #: Kept sets whose probabilities are further from 1 than this, on average, were not made a distribution again.
 WHOLE: Final = 1e-3
+#: Probabilities that add up to more than 1 by this were rounded.
+_ROUNDED: Final = 1e-4
 #: Mass that may be missing where what is listed is taken for all: it moves a logprob by as much.
 _ALL: Final = 1e-5
-#: A constant of a position stands out when it is so many times as large as what is left between its tokens (nats).
-_STANDS_OUT, _LEAST = 20, 1e-6
+#: A constant of a position stands out when it is so many times as large as what is left between its tokens (nats), and as
+#: large as no other order of summation makes it.
+_STANDS_OUT, _LEAST, _SUMMED = 20, 1e-6, 5e-4
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
     """One side's kept sets. `complete` bool [n]: truncation excluded something, and what it left is all listed.
 
-    `counts` [n] tokens are left, with `total` [n] probability among them.
+    `counts` [n] tokens are left, `ties` [n] of them beside the least likely one and as likely, with `total` [n] probability.
     """
 
     complete: Bools
     counts: Any
+    ties: Any
     total: Doubles
 
     @property
@@ -50,8 +54,15 @@ class Kept:
     @property
     def renormalised(self) -> bool:
         """Whether what was left was made a distribution again."""
-        missing = np.abs(1 - self.total[self.complete])
-        return bool(np.mean(missing) < WHOLE or np.count_nonzero(missing > WHOLE) < ENOUGH)
+        missing = 1 - self.total[self.complete]
+        rounded = np.count_nonzero(missing < -_ROUNDED) > _STRAY * len(missing)  # what is cut off never adds up to more than 1
+        return bool(np.mean(np.abs(missing)) < WHOLE or np.count_nonzero(np.abs(missing) > WHOLE) < ENOUGH or rounded)
+
+    def beyond(self, other: Kept) -> Bools:
+        """Positions [n] at which more tokens are left than on the other side, tied ones left out: a tie at the edge of a kept
+        set keeps all that are as likely, or one of them.
+        """
+        return np.asarray(self.counts - self.ties > other.counts)
 
 
 def kept(positions: Positions, *, golden: bool) -> Kept:
@@ -75,13 +86,15 @@ def kept_of(trace: Trace, rows: Any, k: int | None = None) -> Kept:
     listed = (ids == trace.token_ids[rows][:, None]).any(axis=1)
     apart = np.isfinite(chosen) & ~listed
     counts = left.sum(axis=1) + apart
+    least = np.where(left, top, np.inf).min(axis=1, initial=np.inf)
+    ties = np.maximum((left & (top == least[:, None])).sum(axis=1) - 1, 0)
     total = np.exp(np.where(left, np.minimum(top, 0), -np.inf)).sum(axis=1)
     total += np.where(apart, np.exp(np.minimum(chosen, 0)), 0)
     listed_out = (np.isneginf(top) & (ids >= 0)).any(axis=1)
     # A place that is not used says less: some engines give the chosen token a place of its own only where it needs one.
     whole = (ids < 0).any(axis=1) & (total > 1 - WHOLE)
     complete = (listed_out | whole) & (counts > 0) & ~apart if top.shape[1] else np.zeros(len(rows), bool)
-    return Kept(np.asarray(complete), counts, np.asarray(total, np.float64))
+    return Kept(np.asarray(complete), counts, ties, np.asarray(total, np.float64))
 
 
 @dataclass(frozen=True)
@@ -171,7 +184,7 @@ def lifted(free: Doubles, truncated: Doubles) -> Lift | None:
     constant = d.sum(axis=1) / used.sum(axis=1)
     spread = np.where(used, d, -np.inf).max(axis=1) - np.where(used, d, np.inf).min(axis=1)
     telling = np.abs(constant) > _STANDS_OUT * max(float(np.quantile(spread, 0.9)), _LEAST)
-    if np.count_nonzero(telling) < ENOUGH:
+    if np.count_nonzero(telling) < ENOUGH or np.abs(constant[telling]).mean() < _SUMMED:
         return None
     unlisted = 1 - np.exp(np.where(np.isfinite(free), free, -np.inf)[two]).sum(axis=1)
     cut = -np.expm1(-constant)

@@ -116,7 +116,9 @@ def _whole(stages: Sequence[Stage], positions: Positions) -> Iterator[Finding]:
             if twice:
                 yield Finding("semantic", None, f"{text}, or it was applied twice: {steps}", ("raw_vs_processed", *asked))
             else:
-                yield Finding("semantic", "raw_vs_processed", f"{text}: {steps}")
+                recorded = [s.finding.values for s in stages if s.on_golden == on_golden and s.recorded]
+                unlisted = recorded[0] if len(recorded) == 1 and "beyond_top_k" in recorded[0] else {}
+                yield Finding("semantic", "raw_vs_processed", f"{text}: {steps}", values=unlisted)
 
 
 def _penalties(sampling: Sampling) -> int:

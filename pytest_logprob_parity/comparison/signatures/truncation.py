@@ -17,6 +17,8 @@ from .stage import Stage, applied
 #: Kept sets differ where they do at this share of the positions and more; noise alone moves a few.
 _OTHER_SETS: Final = 0.01
 _ONE_WAY: Final = 0.9
+#: So many excluded tokens are noise's in any case.
+_FEW: Final = 2
 #: A side that does not truncate excludes nothing: it has less than this share of the other's kept sets.
 _NONE: Final = 0.01
 #: What moves logprobs by more than this (nats) hides which limit a truncation had.
@@ -55,7 +57,8 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Stage]:
     for on_golden, count in excluded.items():
         if both and np.mean((-change if on_golden else change) < -_BLURRED) > 1 - _ONE_WAY:
             continue  # a truncation lowers none of those that it keeps; other logits do, and have other kept sets
-        lift, what, values = None, [], dict[str, Any]()
+        k = (positions.golden if on_golden else positions.now).top_k
+        lift, what, values = None, [], dict[str, Any](beyond_top_k=k)
         if alone and (recorded or not on_golden):
             free, cut = (positions.actual, positions.expected) if on_golden else (positions.expected, positions.actual)
             lift = kept_sets.lifted(free, cut)
@@ -69,12 +72,12 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Stage]:
             what.append(f"it excludes {count} of {len(now):,} tokens")
             values["excluded"] = count
         if what:
-            k = (positions.golden if on_golden else positions.now).top_k
             step = "a truncation"
             text = f"{applied(step, positions.names, on_golden=on_golden)}: {' and '.join(what)}"
-            text += f"; top-{k} logprobs do not show how wide its kept sets are: record more"
-            # the recorded one excludes no token that was sampled under it: what excludes some is another
-            yield Stage(Finding("semantic", "truncation", text, values=values), on_golden, recorded and count < least, step)
+            text += f"; top-{k} logprobs do not show how wide its kept sets are: record more" if k else ""
+            # the recorded one excludes none that was sampled under it, but for a few by noise: what excludes more is another
+            whole = recorded and count <= max(_FEW, _NONE * _NONE * len(now))
+            yield Stage(Finding("semantic", "truncation", text, values=values), on_golden, whole, step)
 
 
 def _one_truncates(
@@ -115,10 +118,11 @@ def _one_truncates(
 def _both_truncate(
     positions: Positions, golden: kept_sets.Kept, now: kept_sets.Kept, *, alone: bool
 ) -> Iterator[Stage]:  # fmt: skip
-    fewer, more = np.mean(now.counts < golden.counts), np.mean(now.counts > golden.counts)
+    less_now, less_then = golden.beyond(now), now.beyond(golden)
+    fewer, more = np.mean(less_now), np.mean(less_then)
     enough = (fewer + more) * len(now.counts) >= kept_sets.ENOUGH
     one_way = max(fewer, more) > _ONE_WAY * (fewer + more)  # noise moves as many tokens in as out
-    if alone and enough and one_way and fewer + more > _OTHER_SETS and _one_constant(positions.of(now.counts != golden.counts)):
+    if alone and enough and one_way and fewer + more > _OTHER_SETS and _one_constant(positions.of(less_now | less_then)):
         less = fewer > more
         counts = golden.counts.mean(), now.counts.mean()
         text = (
