@@ -58,8 +58,9 @@ def _effects(rows: Differences, limits: Tolerance, setting: Setting) -> list[Gat
         return []
     objective = objective_of(limits.objective)
     units = rows.by_sequence() if objective.by_sequence else rows
-    noise = limits.noise_rms * (setting.enlarged if setting.half else 1.0)
-    k3 = noise**2 / 2
+    # below T=1 more of it may be noise, and no more of it passes
+    noise = limits.noise_rms, limits.noise_rms * (setting.enlarged if setting.half else 1.0)
+    k3 = noise[1] ** 2 / 2
     fresh = rows.fresh_noise
     gates = [
         _mean_gate(units, len(rows.d), limits, noise, fresh),
@@ -119,16 +120,16 @@ def _gate(
     )  # fmt: skip
 
 
-def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: float, fresh: float) -> Gate:
+def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: tuple[float, float], fresh: float) -> Gate:
     """|mean d|: what noise of its size makes of a mean over so many tokens is added to the limit."""
     direct = _absolute(mean_interval(units.d, units.clusters))
     limit = limits.mean_diff
     if "mean_diff" in limits.explicit:
         return Gate("mean_diff", direct.estimate, limit, limit, direct.low, direct.high, "nats")
     known = units.known
-    room = _MEAN_ERRORS * noise / tokens**0.5
+    passes, may_be = (_MEAN_ERRORS * of / tokens**0.5 for of in noise)
     if not known.any():
-        return Gate("mean_diff", direct.estimate, limit + room, limit + 2 * room, direct.low, direct.high, "nats")
+        return Gate("mean_diff", direct.estimate, limit + passes, limit + 2 * may_be, direct.low, direct.high, "nats")
     golden = units.golden_error[known]
     of_golden = float(golden.mean())
     size, spread = np.mean(golden**2), units.d[known].std()  # noise that both share moves no mean
@@ -155,16 +156,16 @@ def _absolute(signed: Interval) -> Interval:
 
 
 def _clip_noise(
-    units: Differences, rows: Differences, objective: Objective, noise: float, setting: Setting
+    units: Differences, rows: Differences, objective: Objective, noise: tuple[float, float], setting: Setting
 ) -> tuple[float, float]:  # fmt: skip
     """What noise of this RMS adds to the share outside the clip: a normal's tails, and heavier ones in half precision."""
     from scipy.special import erfc
 
-    scale = noise / (len(rows.d) / len(units.d)) ** 0.5
+    tokens = len(rows.d) / len(units.d)
     nearest = float(min(abs(np.log(edge)) for edge in objective.clip))
-    normal = float(erfc(nearest / scale / 2**0.5)) if scale > 0 else 0.0
+    passes, may_be = (float(erfc(nearest / (of / tokens**0.5) / 2**0.5)) if of > 0 else 0.0 for of in noise)
     tails = (0.005, 0.03 * setting.enlarged) if setting.half and not objective.by_sequence else (0.0, 0.0)
-    return normal + tails[0], min(normal + tails[1], 1.0)
+    return passes + tails[0], min(may_be + tails[1], 1.0)
 
 
 # -- what it shows ------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ def support_flips(
         own = 0
         if reference is not None:
             own = int(np.count_nonzero(np.isneginf(reference.logprobs) & np.isfinite(expected.logprobs)))
+            allowed = min(allowed, max(2 * own, 1 + rows.tokens // 1000))  # it says how often this model's noise flips
         allowed, unexplained = budget(allowed, 2 * own)
     if not count or not expected.sampling.truncates:
         return SupportFlips(count, allowed, unexplained)
@@ -94,4 +95,9 @@ def _mass_above(trace: Trace, places: npt.NDArray[Any], chosen: npt.NDArray[Any]
     likelier = top > chosen[:, None]
     within = np.exp(np.where(likelier, top, -np.inf)).sum(axis=1)
     outside_top_k = likelier.all(axis=1) if top.shape[1] else np.ones(len(places), bool)
-    return kept * np.where(outside_top_k, 1 - np.exp(chosen), within)
+    most = 1 - np.exp(chosen)
+    if top.shape[1]:  # those between the list and the chosen token are no likelier than the last that is listed
+        ranks = trace.ranks[places].astype(np.float64)
+        between = np.where(ranks > 0, np.maximum(ranks - 1 - top.shape[1], 0) * np.exp(top[:, -1]), np.inf)
+        most = np.minimum(most, within + between)
+    return kept * np.where(outside_top_k, most, within)

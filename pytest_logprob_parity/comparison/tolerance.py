@@ -149,22 +149,28 @@ _DEPTH: Final = 10
 _FLIP_FACTOR: Final = 4
 
 
+#: A floor's RMS counts up to so many times the noise of its dtype.
+_LARGEST_FLOOR: Final = 1.5
+
+
 def with_floor(limits: Tolerance, floor: NoiseFloor | None) -> Tolerance:
     """Limits for a golden that knows the noise of its batch compositions; unchanged for one that does not.
 
     What is an outlier is at least 30 times the floor's RMS for tokens and 5 times for sequences (the clean maximum is 4.2
     times); nucleus flips go by the golden's own rate, the count that 4 times this rate exceeds once in 1,000 times. What the
-    objective bears does not move: what matters to an update does not depend on the noise.
+    objective bears does not move: what matters to an update does not depend on the noise. A floor of more than 1.5 times what
+    the dtype's noise is says no more than that: it is not what another build may do.
     """
     if floor is None or not np.isfinite(floor.rms):
         return limits
+    rms = min(floor.rms, _LARGEST_FLOOR * limits.noise_rms)
     tokens = int(np.count_nonzero(~np.isnan(floor.logprobs).all(axis=0)))  # masked ones are NaN in all
     flips = poisson_quantile(0.999, _FLIP_FACTOR * (floor.flips + 1 / floor.repeats))
     return dataclasses.replace(
         limits,
-        noise_rms=max(limits.noise_rms, floor.rms),
-        outlier=max(limits.outlier, _OUTLIER_TOKEN * floor.rms),
-        sequence_rms=max(limits.sequence_rms, _OUTLIER_SEQUENCE * floor.rms),
+        noise_rms=max(limits.noise_rms, rms),
+        outlier=max(limits.outlier, _OUTLIER_TOKEN * rms),
+        sequence_rms=max(limits.sequence_rms, _OUTLIER_SEQUENCE * rms),
         support_flips=flips / tokens,
         support_depth=max(limits.support_depth, _DEPTH * floor.rms),
         near_tie=max(limits.near_tie, 2 * floor.max_abs),
