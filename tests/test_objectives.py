@@ -62,6 +62,64 @@ def test_an_outlier_of_the_goldens_excuses_none_that_is_far_larger_at_the_same_t
         assert verdicts(trace, now - golden, reference=reference_of(trace, golden))["unclipped"] == verdict, error
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tails_that_have_grown_together_are_no_noise_although_each_might_be(sign):
+    """0.5 % of the tokens, 1.65 times as far off as the golden's own are. The negative control: as far off, elsewhere."""
+    trace = moved(make_trace(128, 64), -9)
+    count, rng = trace.num_tokens, np.random.default_rng(4)
+    golden, now = spread(count, 0.03, seed=1), spread(count, 0.03, seed=2)
+    sizes = rng.uniform(0.8, 1.0, count // 200)
+    golden[rng.choice(count, len(sizes), replace=False)] = sign * sizes
+    places = rng.choice(count, len(sizes), replace=False)
+    for times, passes in ((1.0, True), (1.65, False)):
+        now[places] = sign * times * sizes
+        result = compare(expected=trace, actual=moved(trace, now - golden), reference=reference_of(trace, golden))
+        assert result.passed == passes, (times, result.headline)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_outlier_upwards_covers_none_downwards(objective):
+    """As k3 an outlier of +2.05 is felt more than one of -8."""
+    trace = moved(make_trace(64, 64), -9)
+    golden, now = spread(4096, 0.03, seed=1), spread(4096, 0.03, seed=2)
+    golden[100], now[2000] = 2.05, -8.0
+    result = compare(
+        expected=trace, actual=moved(trace, now - golden), reference=reference_of(trace, golden), objective=objective
+    )
+    assert result.verdict != "pass"
+
+
+def test_a_reference_of_some_sequences_makes_no_outliers_of_the_others():
+    """At T=0.05 both builds are 0.3 nats off and more: where the reference says nothing, the difference has both errors."""
+    trace = moved(make_trace(24, 64, temperature=0.05), -9)
+    rng = np.random.default_rng(3)
+    golden, now = (rng.standard_t(5, trace.num_tokens) * 0.25 for _ in range(2))
+    for covered in (1.0, 1 / 3):
+        reference = reference_of(trace, golden, covered=covered)
+        assert compare(expected=trace, actual=moved(trace, now - golden), reference=reference).verdict != "fail", covered
+
+
+def test_below_a_temperature_of_1_no_more_noise_passes_without_a_reference():
+    """Every token is 15 times the limit of the mean off; what noise of logits may be grows with 1 / T, what passes does not."""
+    trace = make_trace(16, 37, temperature=0.1)
+    assert compare(expected=trace, actual=moved(trace, 0.03 + spread(trace.num_tokens, 0.01))).verdict != "pass"
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "sequence"])
+@pytest.mark.parametrize("rms", [0.03, 0.1, 0.3])
+def test_a_large_floor_is_no_licence(rms, objective):
+    """1.9 % of the tokens off by 0.49, and one by 8 nats."""
+    trace = moved(make_trace(64, 64), -9)
+    rng = np.random.default_rng(5)
+    floor = NoiseFloor(
+        (trace.logprobs + rng.normal(0, rms, (5, trace.num_tokens))).astype(np.float32), Shapes(), reproduces=True
+    )
+    many = np.where(rng.random(4096) < 0.019, 0.49 * rng.choice((-1, 1), 4096), 0.0)
+    one = np.where(np.arange(4096) == 2000, -8.0, 0.0)
+    for change in (many, one):
+        assert compare(expected=trace, actual=moved(trace, change), floor=floor, objective=objective).verdict != "pass"
+
+
 @pytest.mark.parametrize("objective", ["token", "truncated", "unclipped"])
 def test_one_outlier_of_the_goldens_covers_no_larger_one_elsewhere(objective):
     """The golden's of 2 nats is gone; now one of 7.9 nats stands elsewhere, which is k3 0.7. The negative control: one of 2."""

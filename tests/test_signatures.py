@@ -407,6 +407,66 @@ def test_a_truncation_that_excludes_sampled_tokens_is_not_the_recorded_one():
     assert (result.verdict, causes(result)) == ("fail", ["truncation"])  # and not raw for processed
 
 
+@pytest.mark.parametrize(
+    ("asked", "scale", "noise"),
+    [({"top_k": 20}, 1.0, 0.03), ({"top_k": 50}, 1.0, 0.03), ({"min_p": 0.1, "temperature": 1.5}, 1.0, 0.02),
+     ({"top_p": 0.5}, 0.5, 0.02)],
+    ids=str,
+)  # fmt: skip
+def test_noise_at_the_edge_of_kept_sets_is_no_truncation(asked, scale, noise):
+    """A golden excludes none of its own tokens, so noise can only exclude some: flips have a budget, and prove nothing."""
+    rollouts = Policy(Sampling(**asked), scale=scale)
+    result = compare(expected=rollouts.trace(dtype="bfloat16"), actual=rollouts.trace(dtype="bfloat16", noise=noise, seed=2))
+    assert result.metrics["support_flips"] > 2
+    assert not causes(result), [str(f) for f in result.findings]
+
+
+def test_ties_at_the_edge_of_a_top_k_are_no_other_top_k():
+    """One engine keeps all that are as likely as the fourth, the other one exactly four."""
+    rollouts = Policy(Sampling(top_k=4), scale=1.5)
+    one = rollouts.trace(k=10, dtype="bfloat16")
+    top = one.top_logprobs.copy()
+    tied = np.arange(len(top)) % 5 == 0
+    top[tied, 4] = top[tied, 3]
+    more = np.log1p(np.exp(np.where(tied, top[:, 3], -np.inf)))
+    other = one.with_(top_logprobs=(top - more[:, None]).astype(np.float32), logprobs=(one.logprobs - more).astype(np.float32))
+    for golden, now in ((one, other), (other, one)):
+        assert "truncation" not in causes(compare(expected=golden, actual=now))
+
+
+@pytest.mark.parametrize("constant", [3e-5, 1e-3])
+@pytest.mark.parametrize("asked", [{}, {"top_p": 0.95}], ids=str)
+def test_one_constant_a_position_that_nobody_feels_is_no_truncation(asked, constant):
+    """A normaliser that is summed in another order."""
+    rollouts = Policy(Sampling(**asked), scale=1.0)
+    golden = rollouts.trace(dtype="bfloat16")
+    up = golden.with_(logprobs=golden.logprobs + np.float32(constant), top_logprobs=golden.top_logprobs + np.float32(constant))
+    for expected, actual in ((golden, up), (up, golden)):
+        assert compare(expected=expected, actual=actual).verdict == "pass"
+
+
+def test_columns_that_were_rounded_to_bfloat16_are_normalised():
+    rollouts = Policy(Sampling(top_k=8), scale=1.0)
+    golden = rollouts.trace(k=20, dtype="bfloat16")
+
+    def rounded(column):
+        bits = column.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+    top = np.where(np.isfinite(golden.top_logprobs), rounded(golden.top_logprobs), -np.inf).astype(np.float32)
+    now = golden.with_(logprobs=rounded(golden.logprobs), top_logprobs=top)
+    assert compare(expected=golden, actual=now).verdict == "pass"
+
+
+def test_labels_that_differ_by_a_hair_need_the_numbers():
+    rollouts = Policy(Sampling(temperature=0.7), scale=1.5)
+    golden, now = rollouts.trace(dtype="bfloat16", k=0), rollouts.trace(dtype="bfloat16", k=0, noise=0.05, seed=2)
+    labelled = now.with_(sampling=dataclasses.replace(now.sampling, temperature=0.7001))
+    assert compare(expected=golden, actual=labelled).verdict == compare(expected=golden, actual=now).verdict == "unverified"
+    far = now.with_(sampling=dataclasses.replace(now.sampling, temperature=0.8))
+    assert compare(expected=golden, actual=far).verdict == "fail"
+
+
 def test_a_cause_in_a_few_sequences_is_found_there():
     rollouts = policy(temperature=0.7)
     golden, raw = rollouts.trace(), rollouts.trace("raw")

@@ -67,8 +67,8 @@ def _of_logits(vocabulary: int) -> Iterator[Fault]:
         return lambda site: site.logits(lambda x: cap * (x / cap).tanh())
 
     lost = {"site": lambda site: site.distribution(_not_renormalised), "dtypes": ("bfloat16",)}
-    yield from spread("top-p not renormalised", "distribution", golden="top-p", **lost)
-    yield from spread("top-k not renormalised", "distribution", golden="top-k", **lost)
+    yield from spread("top-p not renormalised", "distribution", golden="top-p", semantic=True, **lost)
+    yield from spread("top-k not renormalised", "distribution", golden="top-k", semantic=True, **lost)
     yield from each("vocabulary padding in the normaliser", "distribution", {
         f"{rows} rows": {"site": lambda s, r=rows: s.distribution(_padded_vocabulary(r))} for rows in (10_000_000, 100_000, 64)
     })  # fmt: skip
