@@ -179,6 +179,10 @@ def _cpu_name() -> str:
     return f"{facts['model name']}, family {facts.get('cpu family')} model {facts.get('model')}"
 
 
+#: How the dotted names of overridden fields of config.json begin.
+_OVERRIDE: Final = "config.hf_overrides."
+
+
 def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Where two fingerprints differ: (dotted name, the golden's value, the value now), None for an absent one."""
     flat_golden, flat_now = _flat(golden), _flat(now)
@@ -187,6 +191,13 @@ def differences(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
             flat["name"] = re.sub(r"^(\.{1,2}/)+", "", flat["name"])  # one folder, named from where the caller stood
     if adapter_digest(flat_golden.get("adapter")) == adapter_digest(flat_now.get("adapter")):
         flat_now["adapter"] = flat_golden.get("adapter")  # the same content in a folder of another name
+    golden_name, name = (str(flat.get("name", "")) for flat in (flat_golden, flat_now))
+    if flat_golden.get("model") == flat_now.get("model") and Path(golden_name).name == Path(name).name:
+        flat_now["name"] = flat_golden.get("name")  # one model, named from another folder
+    for one, other in ((flat_golden, flat_now), (flat_now, flat_golden)):
+        for key in set(one) - set(other):
+            if key.startswith(_OVERRIDE) and one[key] is None:  # null is a value of config.json, and not its absence
+                other[key] = "not overridden"
     names = sorted(set(flat_golden) | set(flat_now))
     return [(n, flat_golden.get(n), flat_now.get(n)) for n in names if flat_golden.get(n) != flat_now.get(n)]
 

@@ -49,6 +49,10 @@ SUSPECTS: Final[Mapping[str, tuple[Layer, Cause]]] = {
 }
 
 
+#: What a setting can bring about that stands in no table: it is a suspect, and no cause is named for it alone.
+_UNLISTED: Final[tuple[Layer, Cause]] = ("path", "engine_build")
+
+
 def adapter_finding(differences: Sequence[tuple[str, Any, Any]]) -> Finding | None:
     """`adapter` where golden and engine have adapters of other content, or one of them has none; both by name."""
     for name, golden, now in differences:
@@ -61,30 +65,38 @@ def adapter_finding(differences: Sequence[tuple[str, Any, Any]]) -> Finding | No
 def suspects(differences: Sequence[tuple[str, Any, Any]]) -> list[Finding]:
     """One finding for each layer under suspicion; a cause is named only where it is the only one of all layers.
 
-    Another adapter is one by itself: its content is known, and it is other weights whatever else differs. Where the
-    fingerprints do not differ, what they cannot see is left: the weights themselves.
+    A setting that stands in no table is a suspect all the same. Another adapter is one by itself: its content is known, and it
+    is other weights whatever else differs. Where the fingerprints do not differ, what they cannot see is left: the weights.
     """
     if adapter := adapter_finding(differences):
         others = [d for d in differences if d[0] in SUSPECTS and SUSPECTS[d[0]][1] != "adapter"]
         return [adapter, *(suspects(others) if others else [])]
+    another_version = any(name == "engine.version" for name, _, _ in differences)
     found: dict[Layer, dict[Cause, list[str]]] = {}
     for whole, golden, now in differences:
         name = "config.hf_overrides" if whole.startswith("config.hf_overrides.") else whole
-        # One of the two versions does not say, or the server does not.
-        unknown = name.startswith(("config.", "hardware.", "libraries.")) and (golden is None or now is None)
-        if name in SUSPECTS and (not unknown or name == "config.hf_overrides"):  # an override that is not there is none
+        # One of the two versions does not say, or the server does not; an override that is not there is none.
+        unsaid = name.startswith(("config.", "hardware.", "libraries.")) and (golden is None or now is None)
+        if name in SUSPECTS and (not unsaid or name == "config.hf_overrides"):
             layer, cause = SUSPECTS[name]
-            found.setdefault(layer, {}).setdefault(cause, []).append(f"{whole} {golden!r} -> {now!r}")
+        elif name not in SUSPECTS and name.startswith(("config.", "engine.")) and not (unsaid and another_version):
+            layer, cause = _UNLISTED
+        else:
+            continue
+        found.setdefault(layer, {}).setdefault(cause, []).append(f"{whole} {golden!r} -> {now!r}")
     if not found:
+        unsaid_names = ", ".join(name for name, _, _ in differences)
+        agree = "the fingerprints agree" if not differences else f"one side does not say its {unsaid_names}; the rest agrees"
         return [
             Finding(
                 "weights",
                 None,
-                "the fingerprints agree, and they do not read the weights",
+                f"{agree}, and fingerprints do not read the weights",
                 ("weights_differ", "stale_weights"),
             )
         ]
-    alone = sum(len(causes) for causes in found.values()) == 1
+    listed = any(name in SUSPECTS or name.startswith("config.hf_overrides.") for name, _, _ in differences)
+    alone = sum(len(causes) for causes in found.values()) == 1 and listed
     findings = []
     for layer in LAYERS:
         if layer in found:
