@@ -347,9 +347,23 @@ def test_the_chain_from_trainer_to_engine_holds_and_says_where_it_breaks(pool, q
     assert [link.name for link in trainer_chain(engine, other, trace).broken] == ["trainer = engine prefill"]
     with pytest.raises(MismatchError, match="the chain breaks at: trainer = engine prefill\n"):
         assert_trainer_chain(engine, other, trace)
-    warm = engine.generate(questions(2), Sampling(temperature=0.7, max_tokens=4))
-    with pytest.raises(UsageError, match="sample at T=1 without truncation"):
-        trainer_chain(engine, float32, warm)
+    cut = engine.generate(questions(2), Sampling(top_p=0.9, max_tokens=4))
+    with pytest.raises(UsageError, match="sample without truncation and penalties"):
+        trainer_chain(engine, float32, cut)
+
+
+def test_the_chain_at_another_temperature_goes_by_way_of_the_trainer(pool, questions, float32):
+    engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
+    trace = engine.generate(questions(12), Sampling(temperature=0.7, max_tokens=24, seed=1))
+    chain = assert_trainer_chain(engine, float32, trace)
+    middle = [(link.name, link.comparison.verdict) for link in chain.links][1:3]
+    assert middle == [("trainer, undivided = engine prefill", "pass"), ("trainer = engine decode", "pass")]
+
+    @scorer(dtype="float32", name="never divides")
+    def never(token_ids, attention_mask, temperature):
+        return float32(token_ids, attention_mask, 1.0)
+
+    assert [link.name for link in trainer_chain(engine, never, trace).broken] == ["trainer = engine decode"]
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------------

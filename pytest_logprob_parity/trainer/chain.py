@@ -58,27 +58,37 @@ def trainer_chain(
     *,
     batch_sizes: tuple[int, int] = _SIZES,
 ) -> Chain:
-    """Hold each link of the chain from trainer to rollouts: on the rollouts' tokens, in raw logprobs where prefill is asked.
+    """Hold each link of the chain from trainer to rollouts, on the rollouts' tokens.
 
     trainer at one batch size = at another; trainer = engine prefill; engine prefill = engine decode; decode one request at a
     time = decode of all. Each is judged by its own limits: two runs of one implementation by those of its dtype, two
     implementations with the room that prefill against decode has.
 
-    Prefill gives raw logprobs only, so the two links in the middle need rollouts whose logprobs are raw, or are the same raw
-    and processed (T=1, no truncation, no penalties). Raises UsageError for others, EngineError where the engine fails.
+    Prefill gives raw logprobs only. Where the rollouts were divided by a temperature, the trainer stands between prefill and
+    decode: undivided it is held against the one, divided against the other. Raises UsageError for rollouts of a truncated
+    distribution and under penalties, EngineError where the engine fails.
     """
-    if not rollouts.is_raw:
+    if not rollouts.is_raw and (rollouts.sampling.truncates or rollouts.sampling.penalizes):
         raise UsageError(
             f"the chain goes by way of prefill, which gives raw logprobs, and these rollouts are {rollouts.distribution()}: "
-            "sample at T=1 without truncation and penalties for it"
+            "sample without truncation and penalties for it"
         )
     small, large = (score(rollouts, scorer, batch_size=size) for size in batch_sizes)
     prefill, decode = engine.replay(rollouts, "prefill"), engine.replay(rollouts, "decode")
     alone = _one_at_a_time(engine, rollouts)
-    ends: tuple[tuple[str, tuple[str, str], Trace, Trace], ...] = (
-        (f"trainer, batches of {batch_sizes[0]} = of {batch_sizes[1]}", ("small batches", "large batches"), small, large),
+    by_prefill: tuple[tuple[str, tuple[str, str], Trace, Trace], ...] = (
         ("trainer = engine prefill", ("prefill", "trainer"), prefill, large),
         ("engine prefill = engine decode", ("decode", "prefill"), decode, prefill),
+    )
+    if not rollouts.is_raw:
+        undivided = score(rollouts, scorer, batch_size=batch_sizes[1], temperature=1.0)
+        by_prefill = (
+            ("trainer, undivided = engine prefill", ("prefill", "trainer"), prefill, undivided),
+            ("trainer = engine decode", ("decode", "trainer"), decode, large),
+        )
+    ends: tuple[tuple[str, tuple[str, str], Trace, Trace], ...] = (
+        (f"trainer, batches of {batch_sizes[0]} = of {batch_sizes[1]}", ("small batches", "large batches"), small, large),
+        *by_prefill,
         ("engine decode, one at a time = all at once", ("batched decode", "decode one at a time"), decode, alone),
     )
     return Chain(tuple(Link(name, _judge(a, b, sides, tolerance)) for name, sides, a, b in ends))
