@@ -34,6 +34,8 @@ _TOKEN_NATS: Final = {"float32": 0.25, "float16": 2.0, "bfloat16": 6.0}
 _SEQUENCE_NATS: Final = {"float32": 0.2, "float16": 0.3, "bfloat16": 0.6}
 #: Outliers of up to so many nats, a ratio of 7, are allowed for; larger ones only where the golden's errors are as large.
 _ALLOWED_NATS: Final = 2.0
+#: A tie between experts moves a token by up to so many times what noise explains elsewhere, and a sequence without its largest.
+_TIE: Final[dict[GateKey, float]] = {"outlier_tokens": 3.0, "outlier_sequences": 2.0}
 #: Noise is drawn anew where the engine does not share this share of the golden's error.
 _DRAWN: Final = 0.05
 _ALLOWED_TIMES: Final = 1.5
@@ -175,8 +177,9 @@ def outlier_gates(found: Outliers, tokens: int, limits: Tolerance, setting: Sett
     for key, limit, count, gone, few, threshold, worst, unexplained in counted:
         allowed, most = budget(few, gone, exact=setting.fine or limit in limits.explicit)
         allowed, most = (allowed, most) if bearable or key != "outlier_tokens" else (0, 0 if setting.fine else most)
-        # a tie in a router moves a token by nats, in the golden's own errors too: size alone proves no fault there
-        beyond: Verdict | None = None if worst <= unexplained else "unverified" if setting.routed else "fail"
+        # a tie in a router moves a token by nats, in the golden's own errors too: up to a size that proves no fault
+        tie = setting.routed and worst <= _TIE[key] * unexplained
+        beyond: Verdict | None = None if worst <= unexplained else "unverified" if tie else "fail"
         gates.append(Gate(key, count, allowed, most, count, count, "sequences", threshold=threshold, worst=worst,
                           unexplained=unexplained, beyond=beyond))  # fmt: skip
     return gates
