@@ -253,6 +253,15 @@ def test_the_third_opinion_says_that_the_rollouts_are_off(pool):
     assert next(str(n) for n in told.notes if n.key == "third_opinion").endswith("the rollouts are off")
 
 
+def test_two_columns_that_agree_with_each_other_and_not_with_the_third_opinion_fail(rollouts):
+    """Both sides may be wrong alike: an update that neither took."""
+    held = rollouts.with_(trainer_logprobs=rollouts.logprobs + np.float32(1e-6))
+    assert compare_with_trainer(held, trainer_dtype="float32").passed
+    told = compare_with_trainer(held, TransformersScorer(f"{MODEL}-step2"), trainer_dtype="float32")
+    assert told.verdict == "fail"
+    assert next(str(n) for n in told.notes if n.key == "third_opinion").endswith("the two agree (RMS 1e-06)")
+
+
 # -- a live model ------------------------------------------------------------------------------------------------------
 
 

@@ -75,7 +75,7 @@ class ThirdOpinion:
         """The opinion in words; `agree` where the two columns do."""
         told = f"{self.scorer} is RMS {self.rollouts:.2g} nats from the rollouts, {self.trainer:.2g} from the trainer"
         if agree:
-            return f"third opinion: {told}"
+            return f"third opinion: {told}; the two agree (RMS {self.apart:.2g})"
         which = {"trainer": "the trainer is off", "rollouts": "the rollouts are off", "": "it agrees with neither"}[self.off]
         return f"third opinion: {told}, which are {self.apart:.2g} apart: {which}"
 

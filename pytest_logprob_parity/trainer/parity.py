@@ -114,15 +114,15 @@ def compare_with_trainer(
         noise = trainer_tolerance(trace.dtype, column.dtype, tolerance, objective).fit_rms
         findings = list(comparison.findings) if comparison.passed else disagreement(comparison, trace, column, noise)
     if column is not None and scored is not None and scorer is not None:
-        opinion = ThirdOpinion.of(scorer, comparison.expected, column, scored)
-        if comparison.passed and not (third := against(scored)).passed:
+        opinion, agree = ThirdOpinion.of(scorer, comparison.expected, column, scored), comparison.passed
+        if agree and not (third := against(scored)).passed:
             comparison = third
             findings, more = why_not(third)
-        elif not comparison.passed and opinion.off == "rollouts":
+        elif not agree and opinion.off == "rollouts":
             findings, more = why_not(against(scored))
-        elif not comparison.passed and opinion.off == "trainer":
+        elif not agree and opinion.off == "trainer":
             findings = trainer_is_off(comparison, trace, column, scored, scorer, noise)
-        more = [Note("third_opinion", opinion.told(agree=comparison.passed)), *more]
+        more = [Note("third_opinion", opinion.told(agree=agree)), *more]
     if column is not None and comparison.actual is column and comparison.passed and not comparison.metrics["n_changed"]:
         text = "the trainer's logprobs are the rollouts', bit for bit: if it copies them (a bypass), nothing of it was checked"
         more.append(Note("copied", text))
