@@ -93,7 +93,7 @@ def budget(few: int, seen: int, *, exact: bool = False) -> tuple[int, int]:
     """
     stray = (2 * seen) ** 0.5
     allowed = max(few, int(1.5 * seen + 2 * stray))
-    return allowed, allowed if exact else max(2 * few, int(2.5 * seen + 4 * stray)) + 3
+    return allowed, allowed if exact else max(2 * few, few + int(2.5 * seen + 4 * stray) + 3)
 
 
 #: The names of all limits.

@@ -40,7 +40,7 @@ from .result import (
     names_of,
 )
 from .signatures.head import head_finding
-from .signatures.positions import positions_of
+from .signatures.positions import GLANCE, MOST, positions_of
 from .signatures.semantics import (
     bears_out,
     different_meaning,
@@ -146,14 +146,16 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     record = examine(expected, actual, rows, names)
     notes: list[Note]
     unsure = not all(gate.sure for gate in gates)
-    apart = bool(failed) or not len(d) or (unsure and not _nearly_the_same(expected, actual))
-    findings, notes = _meanings(expected, actual, rows, numbers, apart, names)
+    borne_out = bool(failed) or not len(d) or (unsure and not _nearly_the_same(expected, actual))
+    findings, notes = _meanings(expected, actual, rows, numbers, borne_out, names)
     beyond = setting.fine and numbers["rms_diff"] > _BEYOND * limits.noise_rms * setting.enlarged
     apart = beyond or unsure
     if findings:
         gates = ()
     elif not record.explains and (apart or (len(d) and not exact)):
-        findings += semantic_findings(expected, actual, rows, _far_off(d, sequences, limits), names)
+        off = _far_off(d, sequences, limits) if apart or len(d) <= MOST else None
+        most = MOST if apart else GLANCE
+        findings += semantic_findings(expected, actual, rows, off, names, most)
         if not failed:  # a meaning that is proven fails at any size; what only may be one does not
             findings = [finding for finding in findings if proves(finding, unsure=unsure, beyond=beyond)]
         unnamed = bool(failed) and not any(finding.cause for finding in findings)

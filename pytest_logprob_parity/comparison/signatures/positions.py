@@ -19,6 +19,8 @@ Bools = npt.NDArray[np.bool_]
 
 #: More positions than this make no fit better; of longer comparisons, sequences are taken at even distances.
 MOST: Final = 20_000
+#: So many are enough to see whether there is anything to look for, where no size says so.
+GLANCE: Final = 4_000
 _NAMES: Final = Names()
 #: Elements of the table, [positions, tokens]: a top-k of the whole vocabulary is looked at in fewer positions.
 _LARGEST: Final = 4_000_000
@@ -97,19 +99,20 @@ class Positions:
 
 
 def positions_of(
-    expected: Trace, actual: Trace, rows: Alignment, sequences: Any = None, names: Names = _NAMES
+    expected: Trace, actual: Trace, rows: Alignment, sequences: Any = None, names: Names = _NAMES, most: int = MOST
 ) -> Positions:  # fmt: skip
-    """The table over the aligned tokens, of `sequences` alone where they are given, thinned out to `MOST`."""
+    """The table over the aligned tokens, of `sequences` alone where they are given, thinned out to `most`."""
     here, there = np.arange(expected.num_tokens)[rows.expected], np.arange(actual.num_tokens)[rows.actual]
-    owner = np.searchsorted(expected.sequence_offsets, here, side="right") - 1
+    owner = np.repeat(np.arange(expected.num_sequences), np.diff(expected.sequence_offsets))[rows.expected]
     if sequences is not None:
         taken = np.isin(owner, sequences)
         here, there, owner = here[taken], there[taken], owner[taken]
-    most = min(MOST, max(_LARGEST // (1 + max(expected.top_k, actual.top_k)), 1))
+    most = min(most, max(_LARGEST // (1 + max(expected.top_k, actual.top_k)), 1))
     if len(here) > most:
-        owners = np.unique(owner)
-        kept = owners[np.linspace(0, len(owners) - 1, max(int(len(owners) * most / len(here)), 1)).astype(np.int64)]
-        taken = np.isin(owner, kept)
+        owners = np.flatnonzero(np.bincount(owner))
+        kept = np.zeros(expected.num_sequences, bool)
+        kept[owners[np.linspace(0, len(owners) - 1, max(int(len(owners) * most / len(here)), 1)).astype(np.int64)]] = True
+        taken = kept[owner]
         here, there, owner = here[taken][:most], there[taken][:most], owner[taken][:most]
     chosen = expected.token_ids[here].astype(np.int64)[:, None]
     top = expected.top_token_ids[here].astype(np.int64)

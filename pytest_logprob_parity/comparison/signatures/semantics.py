@@ -12,7 +12,7 @@ from ...spec import Sampling
 from ...trace import Trace
 from ..alignment import Alignment
 from ..result import Finding, Names, SemanticCause
-from .positions import Positions, positions_of
+from .positions import MOST, Positions, positions_of
 from .reporting import Misreport, find_rewritten, find_shift, find_shifted_rows, misreport, no_logprobs
 from .scale import ENOUGH
 from .stage import Stage, applied
@@ -64,15 +64,15 @@ def label_findings(
 
 
 def semantic_findings(
-    expected: Trace, actual: Trace, rows: Alignment, off: Sequence[int] | None = None, names: Names = _NAMES
+    expected: Trace, actual: Trace, rows: Alignment, off: Sequence[int] | None = None, names: Names = _NAMES, most: int = MOST
 ) -> list[Finding]:  # fmt: skip
     """Semantic causes that equal labels hide, from the arithmetic that each leaves behind; nothing where there is none.
 
     `off` are the sequences that are far off, where those are the smaller part: what cannot be seen over all sequences is
-    looked for in these. `names` are what the two sides are called.
+    looked for in these. `names` are what the two sides are called; `most` positions are looked at.
     """
     for sequences in (None, off) if off is not None and len(off) else (None,):
-        positions = positions_of(expected, actual, rows, sequences, names)
+        positions = positions_of(expected, actual, rows, sequences, names, most)
         reports = _reported(positions)
         found = [Finding("semantic", report.cause, report.text) for report in reports]
         if all(report.minor for report in reports):
