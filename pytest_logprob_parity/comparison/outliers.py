@@ -34,11 +34,11 @@ _TOKEN_NATS: Final = {"float32": 0.25, "float16": 2.0, "bfloat16": 6.0}
 _SEQUENCE_NATS: Final = {"float32": 0.2, "float16": 0.3, "bfloat16": 0.6}
 #: Outliers of up to so many nats, a ratio of 7, are allowed for; larger ones only where the golden's errors are as large.
 _ALLOWED_NATS: Final = 2.0
+_ALLOWED_TIMES: Final = 1.5
 #: A tie between experts moves a token by up to so many times what noise explains elsewhere, and a sequence without its largest.
 _TIE: Final[dict[GateKey, float]] = {"outlier_tokens": 3.0, "outlier_sequences": 2.0}
 #: Noise is drawn anew where the engine does not share this share of the golden's error.
 _DRAWN: Final = 0.05
-_ALLOWED_TIMES: Final = 1.5
 #: The tail of fewer errors than this is not known from them.
 _TAIL: Final = 1500
 

@@ -87,10 +87,11 @@ def _asked_again(trace: Trace, scored: Trace, scorer: Any, noise: float) -> Find
     """`dropout` where the trainer gives other numbers when it is asked the same again, `attention_mask` where it gives what the
     rollouts report when it is asked row by row: of the sequences that are furthest off, up to `noise` (RMS, nats).
     """
+    owner = np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
     d = np.where(trace.mask, scored.logprobs.astype(np.float64) - trace.logprobs, 0.0)
     d2 = np.square(np.where(np.isfinite(d), d, 0.0))
-    furthest = np.argsort(-np.add.reduceat(np.append(d2, 0.0), trace.sequence_offsets[:-1]))[:_FEW].tolist()
-    told = _rms(trace, _only(scored, furthest))
+    furthest = np.argsort(-np.bincount(owner, d2, trace.num_sequences))[:_FEW].tolist()
+    told = _rms(trace.with_(mask=trace.mask & np.isin(owner, furthest)), scored)
     alone = score(trace, scorer, sequences=furthest, batch_size=1)
     apart = _rms(alone, score(trace, scorer, sequences=furthest, batch_size=1))
     if apart > max(noise, told / 4):
@@ -103,11 +104,6 @@ def _asked_again(trace: Trace, scored: Trace, scorer: Any, noise: float) -> Find
         )
         return Finding("trainer", "attention_mask", text, values={"alone": left, "batch": told})
     return None
-
-
-def _only(scored: Trace, sequences: list[int]) -> Trace:
-    owner = np.repeat(np.arange(scored.num_sequences), np.diff(scored.sequence_offsets))
-    return scored.with_(logprobs=np.where(np.isin(owner, sequences), scored.logprobs, np.nan).astype(np.float32))
 
 
 def _head_finding(trace: Trace, scorer: Any) -> Finding | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..comparison.result import Cause, Comparison, Finding
 from ..trace import Trace
-from .scoring import name_of, score, temperature_of
+from .scoring import as_trainers, name_of, score, temperature_of
 
 #: A reading explains the trainer's numbers where it leaves less than this share of what the scorer leaves (RMS, nats).
 _EXPLAINS: Final = 0.25
@@ -30,26 +30,10 @@ def column_of(trace: Trace, dtype: str) -> Trace | None:
     """
     if trace.trainer_logprobs is None:
         return None
-    return trace.with_(
-        logprobs=np.where(trace.mask, trace.trainer_logprobs, np.nan).astype(np.float32),
-        ranks=np.zeros(trace.num_tokens, np.int32),
-        top_token_ids=np.empty((trace.num_tokens, 0), np.int32),
-        top_logprobs=np.empty((trace.num_tokens, 0), np.float32),
-        untruncated_logprobs=None,
-        weight_versions=None,
-        newest_version=None,
-        trainer_logprobs=None,
-        path="prefill",
-        logprobs_mode="processed_logprobs",
-        sampling=dataclasses.replace(
-            trace.sampling.untruncated(), repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0
-        ),
-        engine="trainer",
-        engine_version="",
-        dtype=dtype,
-        replay="scorer",
-        forcing=None,
+    sampling = dataclasses.replace(
+        trace.sampling.untruncated(), repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0
     )
+    return as_trainers(trace, trace.trainer_logprobs, sampling=sampling, name="trainer", dtype=dtype)
 
 
 @dataclass(frozen=True)

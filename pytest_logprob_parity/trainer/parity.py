@@ -94,15 +94,16 @@ def compare_with_trainer(
         )
     scored = None if scorer is None else score(trace, scorer, batch_size=batch_size)
 
+    def limits(trainer: Trace) -> Tolerance:
+        return trainer_tolerance(trace.dtype, trainer.dtype, tolerance, objective)
+
     def against(trainer: Trace) -> Comparison:
-        limits = trainer_tolerance(trace.dtype, trainer.dtype, tolerance, objective)
         expected = _as_the_trainer_sees_it(trace, trainer)
-        return judge(expected, trainer, limits, "rl", Evidence(sides=("rollout", "trainer")))
+        return judge(expected, trainer, limits(trainer), "rl", Evidence(sides=("rollout", "trainer")))
 
     def why_not(comparison: Comparison) -> tuple[list[Finding], list[Note]]:
         assert scored is not None
-        limits = trainer_tolerance(trace.dtype, scored.dtype, tolerance, objective)
-        return causes(comparison, rollouts, comparison.expected, scored, scorer, batch_size, limits)
+        return causes(comparison, rollouts, comparison.expected, scored, scorer, batch_size, limits(scored))
 
     more: list[Note] = []
     if column is None:
@@ -111,7 +112,7 @@ def compare_with_trainer(
         findings, more = why_not(comparison)
     else:
         comparison = against(column)
-        noise = trainer_tolerance(trace.dtype, column.dtype, tolerance, objective).fit_rms
+        noise = limits(column).fit_rms
         findings = list(comparison.findings) if comparison.passed else disagreement(comparison, trace, column, noise)
     if column is not None and scored is not None and scorer is not None:
         opinion, agree = ThirdOpinion.of(scorer, comparison.expected, column, scored), comparison.passed

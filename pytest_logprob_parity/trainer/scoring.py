@@ -91,6 +91,19 @@ def score(
         for sequence, values in zip(batch, _score_batch(trace, scorer, batch, temperature, kept), strict=True):
             start, stop = trace.bounds(sequence)
             logprobs[start:stop] = values
+    return as_trainers(
+        trace,
+        logprobs,
+        sampling=trace.sampling if kept is not None else trace.sampling.untruncated(),
+        name=name_of(scorer),
+        dtype=getattr(scorer, "dtype", "unknown"),
+    )
+
+
+def as_trainers(trace: Trace, logprobs: FloatArray, *, sampling: Sampling, name: str, dtype: str) -> Trace:
+    """What a trainer called `name` says of the tokens of `trace`: `logprobs` [N] (nats), NaN where masked; path `prefill`, no
+    top-k and no ranks.
+    """
     return trace.with_(
         logprobs=np.where(trace.mask, logprobs, np.nan).astype(np.float32),
         ranks=np.zeros(trace.num_tokens, np.int32),
@@ -102,10 +115,10 @@ def score(
         newest_version=None,
         path="prefill",
         logprobs_mode="processed_logprobs",
-        sampling=trace.sampling if kept is not None else trace.sampling.untruncated(),
-        engine=name_of(scorer),
+        sampling=sampling,
+        engine=name,
         engine_version="",
-        dtype=getattr(scorer, "dtype", "unknown"),
+        dtype=dtype,
         replay="scorer",
         forcing=None,
     )
