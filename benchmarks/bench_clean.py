@@ -4,6 +4,7 @@ benchmarks/clean_runs.py collected the runs: goldens of nine architectures with 
 engines that mean the same. No engine starts here, so that rules can be judged anew in seconds.
 
 python benchmarks/bench_clean.py FOLDER [--objective token] [--all]        # --all: a line for every comparison
+python benchmarks/bench_clean.py FOLDER --covered 8        # as if the reference were of 8 sequences; or "none"
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pytest_logprob_parity.fingerprint import model_digests
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.matrix.worker import load_answers
 from pytest_logprob_parity.reference import Reference
+from pytest_logprob_parity.reference_pass import by_turns
 from pytest_logprob_parity.trace import Trace
 
 #: A golden of this size and more should nearly always be verified.
@@ -56,13 +58,16 @@ class Run:
         return f"RMS golden-reference {told[0]}, now-reference {told[1]}, d {self.comparison.metrics['rms_diff']:.2g}"
 
 
-def golden_of(folder: Path, models: Path) -> Golden | None:
-    """The golden of a folder with its reference; None where that was not collected."""
+def golden_of(folder: Path, models: Path, covered: int) -> Golden | None:
+    """The golden of a folder with its reference of `covered` sequences (-1: all); None where that was not collected."""
     if not (folder / "reference.decode.safetensors").exists():
         return None
     golden, told = Golden.load(folder / "golden.safetensors"), Trace.load(folder / "reference.decode.safetensors")
-    logprobs = np.where(golden.trace.mask, told.logprobs, np.nan).astype(np.float32)
-    golden = dataclasses.replace(golden, reference=Reference(logprobs, "transformers float32", golden.trace.num_sequences))
+    sequences = by_turns(golden.trace)[: None if covered < 0 else covered]
+    lengths = np.diff(golden.trace.sequence_offsets)
+    known = golden.trace.mask & np.isin(np.repeat(np.arange(len(lengths)), lengths), sequences)
+    logprobs = np.where(known, told.logprobs, np.nan).astype(np.float32)
+    golden = dataclasses.replace(golden, reference=Reference(logprobs, "transformers float32", len(sequences)))
     model = models / folder.parts[-3]
     return dataclasses.replace(golden, fingerprint=_now(golden.fingerprint, model))
 
@@ -72,10 +77,10 @@ def _now(fingerprint: Mapping[str, Any], model: Path) -> dict[str, Any]:
     return {**fingerprint, **model_digests(model, model)} if (model / "config.json").exists() else dict(fingerprint)
 
 
-def runs_of(root: Path, objective: str) -> Iterator[tuple[Run, Reference]]:
+def runs_of(root: Path, objective: str, covered: int = -1) -> Iterator[tuple[Run, Reference]]:
     for path in sorted((root / "runs").glob("*/*/*/golden.safetensors")):
         folder = path.parent
-        golden = golden_of(folder, root / "models")
+        golden = golden_of(folder, root / "models", covered)
         if golden is None or golden.reference is None:
             continue
         model, dtype, cell = folder.parts[-3:]
@@ -98,11 +103,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--objective", default="token")
+    parser.add_argument("--covered", type=lambda given: 0 if given == "none" else int(given), default=-1)
     parser.add_argument("--all", action="store_true")
     given = parser.parse_args()
     began = time.monotonic()
     by: dict[str, Counter[str]] = defaultdict(Counter)
-    for run, reference in runs_of(given.folder, given.objective):
+    for run, reference in runs_of(given.folder, given.objective, given.covered):
         verdict = run.comparison.verdict
         if given.all or verdict != "pass":
             where = f"{run.model}, {run.dtype}, {run.sampling}, {run.size}, {run.recorder} against {run.variation}"

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import UsageError
+from .trace import Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,10 @@ class Reference:
             errors: npt.NDArray[np.float64] = np.subtract(logprobs, self.logprobs, dtype=np.float64)
         errors[~np.isfinite(errors)] = np.nan
         return errors
+
+    def share_of(self, golden: Trace) -> float:
+        """The share (0 to 1) of the golden's tokens that it covers."""
+        return int(np.count_nonzero(~np.isnan(self.logprobs))) / max(int(np.count_nonzero(golden.mask)), 1)
 
     def describe(self, golden: npt.NDArray[Any]) -> str:
         """The reference in a line, for people: how far the golden's logprobs [N] are from it."""

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 #: Who may compute it (ini `parity_reference`): whichever runs, one of the two, or nobody.
 SOURCES: Final = ("auto", "transformers", "engine", "none")
-#: So many prompts are covered however long it takes.
-_LEAST_PROMPTS: Final = 8
-#: Segments of like length that go through the model together, and logits [rows, vocabulary] in memory at once.
+#: So many sequences, of as many prompts where there are so many, are covered however long it takes.
+_LEAST: Final = 8
+#: Sequences that go through the model together, and logits [rows, vocabulary] in memory at once.
 _BATCH, _ROWS = 16, 512
+#: A batch may take so many times as long as the slowest before it.
+_ROOM: Final = 1.1
 #: Attention by the book, with soft caps and windows, up to this many tokens; beyond, the whole matrix would not fit.
 _EAGER_TOKENS: Final = 4096
 
@@ -30,8 +32,8 @@ def reference_of(engine: Engine, trace: Trace, seconds: float, source: str = "au
     """The reference of `trace`, and a sentence that says what it is or why there is none.
 
     transformers in float32 comes first, for it is another implementation; where it cannot, the engine itself in float32. A pass
-    of transformers that takes longer than `seconds` ends with the prompts that it has done, 8 at least; which sequences these
-    are is drawn with a fixed seed. Raises UsageError for a source that does not exist.
+    of transformers covers as many sequences as fit into `seconds`, 8 at least: one of each prompt, then another one of each;
+    the order of the prompts is drawn with a fixed seed. Raises UsageError for a source that does not exist.
     """
     if source not in SOURCES:
         raise UsageError(f"parity_reference: {source!r} is not one of {', '.join(SOURCES)}")
@@ -62,18 +64,25 @@ def _by_transformers(engine: Engine, trace: Trace, seconds: float) -> Reference:
     from .engines.head import Head
     from .engines.transformers import end_tokens_of
 
+    began = time.monotonic()
     model = _load(engine, int((np.diff(trace.prompt_offsets)[trace.group] + np.diff(trace.sequence_offsets)).max(initial=0)))
     head, stop_ids = Head(model, "float32"), end_tokens_of(model, engine.tokenizer)
     logprobs = np.full(trace.num_tokens, np.nan, np.float32)
-    began, covered, prompts = time.monotonic(), 0, 0
+    segments: list[list[Segment]] = [[] for _ in range(trace.num_sequences)]
+    for segment in trace.segments():
+        segments[segment.sequence].append(segment)
+    order, covered, slowest = by_turns(trace), 0, 0.0
     with torch.no_grad():
-        for segments in _by_prompt(trace):
-            if prompts >= _LEAST_PROMPTS and time.monotonic() - began > seconds:
+        while covered < len(order):
+            left = seconds - (time.monotonic() - began)
+            size = min(_BATCH, int(left / (_ROOM * slowest))) if covered else _LEAST
+            if size < 1:
                 break
-            for start in range(0, len(segments), _BATCH):
-                _score(model, head, trace, segments[start : start + _BATCH], stop_ids, logprobs)
-            covered += len({segment.sequence for segment in segments})
-            prompts += 1
+            batch, started = order[covered : covered + size], time.monotonic()
+            for alike in _alike(trace, [segment for sequence in batch for segment in segments[sequence]]):
+                _score(model, head, trace, alike, stop_ids, logprobs)
+            slowest = max(slowest, (time.monotonic() - started) / len(batch))
+            covered += len(batch)
     logprobs[~trace.mask] = np.nan
     return Reference(logprobs, "transformers float32", covered)
 
@@ -101,14 +110,24 @@ def _load(engine: Engine, longest: int) -> Any:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _by_prompt(trace: Trace) -> Iterator[list[Segment]]:
-    """The segments of each prompt, prompts in an order drawn with a fixed seed."""
-    by_group: dict[int, list[Segment]] = {}
-    for segment in trace.segments():
-        by_group.setdefault(int(trace.group[segment.sequence]), []).append(segment)
-    groups = sorted(by_group)
-    for place in np.random.default_rng(0).permutation(len(groups)):
-        yield by_group[groups[place]]
+def by_turns(trace: Trace) -> list[int]:
+    """The sequences as a pass takes them: one of each prompt, then a second one of each; prompts in a fixed random order."""
+    prompts = np.random.default_rng(0).permutation(trace.num_prompts)
+    samples = [np.flatnonzero(trace.group == prompt) for prompt in prompts]
+    return [int(own[turn]) for turn in range(max(map(len, samples), default=0)) for own in samples if turn < len(own)]
+
+
+def _alike(trace: Trace, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """The segments in groups of like length, for what fills a batch up to its longest is computed too."""
+    lengths = {s: len(trace.prompt(s.sequence)) + s.stop - trace.bounds(s.sequence)[0] for s in segments}
+    group: list[Segment] = []
+    for segment in sorted(segments, key=lengths.__getitem__):
+        if group and lengths[segment] > 1.25 * lengths[group[0]]:
+            yield group
+            group = []
+        group.append(segment)
+    if group:
+        yield group
 
 
 def _score(

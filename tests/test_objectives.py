@@ -99,6 +99,20 @@ def test_a_reference_of_some_sequences_makes_no_outliers_of_the_others():
         assert compare(expected=trace, actual=moved(trace, now - golden), reference=reference).verdict != "fail", covered
 
 
+@pytest.mark.parametrize("covered", [0.04, 0.2, 0.6])
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_a_reference_of_some_sequences_speaks_for_the_others_too(covered, temperature):
+    """Two builds as far from the model as each other do not fail; one 0.15 nats further, the negative control, does not pass."""
+    trace = moved(make_trace(48, 64, temperature=temperature), -9)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        golden, now = (rng.standard_t(4, trace.num_tokens) * 0.05 for _ in range(2))
+        reference = reference_of(trace, golden, covered=covered)
+        assert compare(expected=trace, actual=moved(trace, now - golden), reference=reference).verdict != "fail"
+        off = compare(expected=trace, actual=moved(trace, now + 0.15 - golden), reference=reference)
+        assert off.verdict != "pass"
+
+
 def test_below_a_temperature_of_1_no_more_noise_passes_without_a_reference():
     """Every token is 15 times the limit of the mean off; what noise of logits may be grows with 1 / T, what passes does not."""
     trace = make_trace(16, 37, temperature=0.1)

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from made_up import gate, keys, make_trace, moved, noise, outcomes
+from made_up import gate, keys, make_trace, moved, noise, outcomes, reference_of
 
 from pytest_logprob_parity import GoldenError, Sampling, Trace, UsageError, check_golden, compare
 from pytest_logprob_parity.comparison.free_run import compare_free_run, judge_free_run, predicted_divergences
@@ -418,6 +418,17 @@ def test_flips_near_the_edge_are_allowed_at_the_goldens_own_rate():
     for own, now, verdict in counts:
         result = judged(trace, excluded(trace, now), floor=floor(own))
         assert (result.verdict, gate(result, "nucleus_flips").outcome) == (verdict, verdict), (own, now, result.headline)
+
+
+def test_a_reference_of_some_sequences_gives_flips_no_other_budget():
+    """Where it has none in a twentieth of the tokens, the others may have some; no more pass than without a reference."""
+    trace = truncated_trace("top-p", 4)
+    reference = reference_of(trace, np.zeros(trace.num_tokens), covered=0.05)
+    for now in (0, 4, 25, 100):
+        with_, without = (judged(trace, excluded(trace, now), reference=known) for known in (reference, None))
+        assert gate(with_, "nucleus_flips").limit == gate(without, "nucleus_flips").limit
+        assert gate(with_, "nucleus_flips").ok or now == 100, now
+    assert not gate(with_, "nucleus_flips").ok
 
 
 def test_the_allowed_number_of_flips_is_a_whole_one():

@@ -11,7 +11,7 @@ from .alignment import Alignment
 from .intervals import MIN_SEQUENCES
 from .result import Difference, Finding, FreeRun, Gate, Level, Names, Setup, Verdict, in_words, names_of
 from .signatures.semantics import different_meaning
-from .wording import NOT_SHOWN, failed_line, unverified_line
+from .wording import BETWEEN, NOT_SHOWN, failed_line, unverified_line
 
 #: Below this share of the golden's tokens compared, a comparison proves too little to pass.
 COVERAGE: Final = 0.95
@@ -150,6 +150,7 @@ def _not_shown(found: Found) -> str:
         )
     unsure = [g for g in found.gates if not g.sure]
     if unsure:
-        more = "" if any(g.hidden or g.beyond for g in unsure) else ": record more prompts"
-        return f"{NOT_SHOWN}: {unverified_line(max(unsure, key=lambda g: (g.hidden, g.excess)), found.names)}{more}"
+        worst = max(unsure, key=lambda g: (g.hidden, g.excess))
+        more = "" if any(g.hidden or g.beyond for g in unsure) else f": {BETWEEN if worst.between else 'record more prompts'}"
+        return f"{NOT_SHOWN}: {unverified_line(worst, found.names)}{more}"
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -58,29 +59,39 @@ def _effects(rows: Differences, limits: Tolerance, setting: Setting) -> list[Gat
         return []
     objective = objective_of(limits.objective)
     units = rows.by_sequence() if objective.by_sequence else rows
-    # below T=1 more of it may be noise, and no more of it passes
-    noise = limits.noise_rms, limits.noise_rms * (setting.enlarged if setting.half else 1.0)
-    k3 = noise[1] ** 2 / 2
-    fresh = rows.fresh_noise
+    enlarged = setting.enlarged if setting.half else 1.0
+    noise = _Noise(limits.noise_rms, limits.noise_rms * enlarged, enlarged, rows.fresh_noise)
+    passes, may_be = _PASS_NOISE * noise.passes**2 / 2, _FAIL_NOISE * noise.may_be**2 / 2
     gates = [
-        _mean_gate(units, len(rows.d), limits, noise, fresh),
-        _gate("k3", rows, k3_of, limits, (_PASS_NOISE * limits.noise_rms**2 / 2, _FAIL_NOISE * k3), fresh, "nats"),
-        _gate("clip_share", units, objective.outside, limits, _clip_noise(units, rows, objective, noise, setting), fresh, ""),
+        _mean_gate(units, len(rows.d), limits, noise),
+        _gate("k3", rows, k3_of, limits, (passes, may_be), noise, "nats"),
+        _gate("clip_share", units, objective.outside, limits, _clip_noise(units, rows, objective, noise, setting), noise, ""),
     ]
     if objective.weight_variance is not None:
-        room = (_PASS_NOISE * limits.noise_rms**2, 2 * _FAIL_NOISE * k3)
-        gates.append(_gate("weight_variance", rows, objective.spread_of_weights, limits, room, fresh, ""))
+        room = 2 * passes, 2 * may_be
+        gates.append(_gate("weight_variance", rows, objective.spread_of_weights, limits, room, noise, ""))
     return gates
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """The RMS (nats) of noise that passes, and that may be noise: below T=1 more may be, and no more passes.
+
+    `fresh` is the share of the golden's error that is drawn anew.
+    """
+
+    passes: float
+    may_be: float
+    enlarged: float
+    fresh: float
 
 
 def _gate(
     key: GateKey, rows: Differences, felt: Callable[[m.Doubles], m.Doubles], limits: Tolerance, room: tuple[float, float],
-    fresh: float, unit: str,
+    noise: _Noise, unit: str,
 ) -> Gate:  # fmt: skip
-    """The gate of the mean of `felt(d)`.
-
-    `room` is what the dtype's noise adds to the limits of passing and failing where there is no reference; `fresh` the share of
-    the golden's error that is drawn anew.
+    """The gate of the mean of `felt(d)`. `room` is what the dtype's noise adds to the limits of passing and failing where there
+    is no reference.
     """
     limit = getattr(limits, key)
     direct = mean_interval(felt(rows.d), rows.clusters)
@@ -96,14 +107,20 @@ def _gate(
     mine, golden = felt(rows.error[known]), felt(golden_error)
     own = float(golden.mean())
     # where the reference says nothing: d, less what two builds with errors like the golden's make of it
-    unshared = fresh * float(felt(np.roll(golden_error, len(golden_error) // 2) - golden_error).mean())
+    two_builds = felt(np.roll(golden_error, len(golden_error) // 2) - golden_error)
+    unshared = noise.fresh * float(two_builds.mean())
     growth = felt(rows.d) - unshared
     growth[known] = mine - golden
-    grown, least = (mean_interval(growth - room * unshared * ~known, rows.clusters) for room in (0.0, _FAIL_ROOM))
+    grown = mean_interval(growth, rows.clusters)
+    if not known.all():  # what the covered ones have is a sample: what noise explains of the others goes up to its bound
+        # and further below T=1, where tails are heavier than a sample of a few sequences shows
+        bound = noise.fresh * mean_interval(two_builds, rows.clusters[known]).high * noise.enlarged**0.5
+        growth[~known] -= bound - unshared + _FAIL_ROOM * bound
+    least = mean_interval(growth, rows.clusters)
 
     def with_room(room: float) -> float:
         """The golden's own where its error's square is larger by the room: a share of tails grows faster than that."""
-        more = 1 + room * fresh
+        more = 1 + room * noise.fresh
         return float(felt(golden_error * more**0.5).mean()) if key == "clip_share" else own * more
 
     errors = Errors(
@@ -120,14 +137,14 @@ def _gate(
     )  # fmt: skip
 
 
-def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: tuple[float, float], fresh: float) -> Gate:
+def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: _Noise) -> Gate:
     """|mean d|: what noise of its size makes of a mean over so many tokens is added to the limit."""
     direct = _absolute(mean_interval(units.d, units.clusters))
     limit = limits.mean_diff
     if "mean_diff" in limits.explicit:
         return Gate("mean_diff", direct.estimate, limit, limit, direct.low, direct.high, "nats")
     known = units.known
-    passes, may_be = (_MEAN_ERRORS * of / tokens**0.5 for of in noise)
+    passes, may_be = (_MEAN_ERRORS * of / tokens**0.5 for of in (noise.passes, noise.may_be))
     if not known.any():
         return Gate("mean_diff", direct.estimate, limit + passes, limit + 2 * may_be, direct.low, direct.high, "nats")
     golden = units.golden_error[known]
@@ -136,7 +153,7 @@ def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: tuple[
     golden = np.where(known, units.golden_error, of_golden)
     mine = golden + units.d
     own = float(mine.mean())
-    room = _MEAN_ERRORS * min(float(np.sqrt(2 * fresh * size)), float(spread)) / np.count_nonzero(known) ** 0.5
+    room = _MEAN_ERRORS * min(float(np.sqrt(2 * noise.fresh * size)), float(spread)) / np.count_nonzero(known) ** 0.5
     grown = mean_interval(np.copysign(1.0, own) * mine - np.copysign(1.0, of_golden) * golden, units.clusters)
     errors = Errors(
         golden=abs(of_golden),
@@ -156,15 +173,17 @@ def _absolute(signed: Interval) -> Interval:
 
 
 def _clip_noise(
-    units: Differences, rows: Differences, objective: Objective, noise: tuple[float, float], setting: Setting
+    units: Differences, rows: Differences, objective: Objective, noise: _Noise, setting: Setting
 ) -> tuple[float, float]:  # fmt: skip
     """What noise of this RMS adds to the share outside the clip: a normal's tails, and heavier ones in half precision."""
     from scipy.special import erfc
 
     tokens = len(rows.d) / len(units.d)
     nearest = float(min(abs(np.log(edge)) for edge in objective.clip))
-    passes, may_be = (float(erfc(nearest / (of / tokens**0.5) / 2**0.5)) if of > 0 else 0.0 for of in noise)
-    tails = (0.005, 0.03 * setting.enlarged) if setting.half and not objective.by_sequence else (0.0, 0.0)
+    passes, may_be = (
+        float(erfc(nearest / (of / tokens**0.5) / 2**0.5)) if of > 0 else 0.0 for of in (noise.passes, noise.may_be)
+    )
+    tails = (0.005, 0.03 * noise.enlarged) if setting.half and not objective.by_sequence else (0.0, 0.0)
     return passes + tails[0], min(may_be + tails[1], 1.0)
 
 

@@ -52,9 +52,11 @@ class Outliers:
     most, `gone` those with one that was and is none: of noise there are as many of the one as of the other. `largest` is the
     error of the token that is furthest beyond what noise explains of it, `token_unexplained`, among those whose golden's is
     not as large; outliers of up to `bearable` may be noise. The same of sequences that are off as a whole.
+    `covered` is the share of the tokens that have a reference, 1 where none has.
     """
 
     noise: npt.NDArray[np.bool_]
+    covered: float
     new: int
     gone: int
     largest: float
@@ -109,6 +111,7 @@ def outliers_of(rows: Differences, limits: Tolerance, setting: Setting, deep: Ma
     bulk = rows.where(~(is_now | was))
     return Outliers(
         noise=_noise(was, is_now, golden, off),
+        covered=float(known.mean()) or 1.0,
         new=len(deep.keys() | set(np.unique(rows.sequences[is_now & fresh]).tolist())),
         gone=len(np.unique(places[was & ~is_now])),
         largest=worst,
@@ -175,7 +178,7 @@ def outlier_gates(found: Outliers, tokens: int, limits: Tolerance, setting: Sett
          found.largest_rms, found.sequence_unexplained),
     )  # fmt: skip
     for key, limit, count, gone, few, threshold, worst, unexplained in counted:
-        allowed, most = budget(few, gone, exact=setting.fine or limit in limits.explicit)
+        allowed, most = budget(few, gone, covered=found.covered, exact=setting.fine or limit in limits.explicit)
         allowed, most = (allowed, most) if bearable or key != "outlier_tokens" else (0, 0 if setting.fine else most)
         # a tie in a router moves a token by nats, in the golden's own errors too: up to a size that proves no fault
         tie = setting.routed and worst <= _TIE[key] * unexplained

@@ -193,6 +193,15 @@ class Gate:
         return "fail" if self.errors.outcome == "fail" and self.low > self.limit else "unverified"
 
     @property
+    def between(self) -> bool:
+        """Whether an effect itself, not its interval alone, lies between what passes and what fails: no prompts decide that."""
+        if self.low == self.high:
+            return False  # a count
+        if self.errors is not None and self.errors.outcome != "pass":
+            return self.errors.limit < self.errors.actual <= self.errors.fail_limit
+        return self.limit < self.value <= self.fail_limit
+
+    @property
     def ok(self) -> bool:
         """Whether it does not fail."""
         return self.outcome != "fail"

@@ -46,11 +46,13 @@ def support_flips(
     allowed = int(np.ceil(limits.support_flips * rows.tokens - 1e-9))
     unexplained = allowed
     if "support_flips" not in limits.explicit:
-        own = 0
-        if reference is not None:
-            own = int(np.count_nonzero(np.isneginf(reference.logprobs) & np.isfinite(expected.logprobs)))
-            allowed = min(allowed, max(2 * own, 1 + rows.tokens // 1000))  # it says how often this model's noise flips
-        allowed, unexplained = budget(allowed, 2 * own)
+        share = 1.0 if reference is None else reference.share_of(expected)
+        seen = 0
+        if reference is not None and share:
+            seen = int(np.count_nonzero(np.isneginf(reference.logprobs) & np.isfinite(expected.logprobs)))
+            # the reference says how often this model's noise flips
+            allowed = min(allowed, max(2 * _flips_at_most(seen, share), 1 + rows.tokens // 1000))
+        allowed, unexplained = budget(allowed, round(2 * seen / share) if share else 0, covered=share or 1.0)
     if not count or not expected.sampling.truncates:
         return SupportFlips(count, allowed, unexplained)
     places = np.arange(expected.num_tokens)[rows.expected][flipped]
@@ -58,6 +60,13 @@ def support_flips(
     deep = lost[depth(expected, lost, limits) > 1]
     sequences = np.searchsorted(expected.sequence_offsets, deep, side="right") - 1
     return SupportFlips(count, allowed, unexplained, Counter(sequences.tolist()))
+
+
+def _flips_at_most(seen: int, share: float) -> int:
+    """How many of all tokens flip where `seen` of a share of them do: beside these, the others up to a Poisson mean's bound."""
+    from scipy.special import gammaincinv
+
+    return seen + int(np.ceil(float(gammaincinv(seen + 1, 0.95)) * (1 - share) / share))
 
 
 def depth(trace: Trace, places: npt.NDArray[Any], limits: Tolerance) -> npt.NDArray[np.float64]:

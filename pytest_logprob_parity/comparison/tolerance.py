@@ -84,16 +84,17 @@ class Tolerance:
         return 1 + tokens // 5000
 
 
-def budget(few: int, seen: int, *, exact: bool = False) -> tuple[int, int]:
+def budget(few: int, seen: int, *, covered: float = 1.0, exact: bool = False) -> tuple[int, int]:
     """How many tokens or sequences that noise has moved pass, and beyond how many noise explains them no longer.
 
     `few` are allowed for in any case. `seen` is how many the golden's own errors make expected: another build has as many in
     the mean, and their count strays as the difference of two Poisson counts does, by sqrt(2 seen): twice that passes beside a
-    rate half as large again, and four times that may still be noise beside a rate of 2.5. `exact`: nothing is between the two.
+    rate half as large again, and four times that may still be noise beside a rate of 2.5. Where a reference covers a
+    share of the golden, `covered`, up to twice as many may be noise. `exact`: nothing is between the two.
     """
     stray = (2 * seen) ** 0.5
     allowed = max(few, int(1.5 * seen + 2 * stray))
-    return allowed, allowed if exact else max(2 * few, few + int(2.5 * seen + 4 * stray) + 3)
+    return allowed, allowed if exact else int((2 - covered) * max(2 * few, few + int(2.5 * seen + 4 * stray) + 3))
 
 
 #: The names of all limits.
@@ -179,14 +180,17 @@ def with_floor(limits: Tolerance, floor: NoiseFloor | None) -> Tolerance:
 
 #: A gap moves by the errors of two tokens in two builds.
 _GAP_ERRORS: Final = 3.0
+#: Where the golden's errors are not known, a near tie may be so many times what it is elsewhere.
+_UNKNOWN_TIE: Final = 2.0
 
 
 def with_reference(limits: Tolerance, golden: FloatArray, reference: Reference | None) -> Tolerance:
-    """Limits for a golden, logprobs [N], that knows its distance to its model: what is a near tie goes by its largest error."""
-    if reference is None:
-        return limits
-    errors = np.abs(reference.errors(golden))
-    largest = float(errors[np.isfinite(errors)].max(initial=0.0))
+    """Limits for a golden, logprobs [N]: what is a near tie goes by its largest distance to its model, where that is known."""
+    errors = np.empty(0) if reference is None else np.abs(reference.errors(golden))
+    errors = errors[np.isfinite(errors)]
+    if not len(errors):
+        return dataclasses.replace(limits, near_tie=_UNKNOWN_TIE * limits.near_tie)
+    largest = float(errors.max())
     return dataclasses.replace(limits, near_tie=max(limits.near_tie, _GAP_ERRORS * largest))
 
 

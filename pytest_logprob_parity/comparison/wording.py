@@ -9,6 +9,8 @@ from .result import OUTLIERS, Gate, Names, Shown
 
 NOT_SHOWN = "Inconclusive: too little evidence to pass or to fail"
 
+BETWEEN = "it is more than passes, and noise of this dtype may be as large: more prompts do not decide that"
+
 
 def number(value: float) -> str:
     """A number as people read it: three digits, `no bound` for infinity."""
