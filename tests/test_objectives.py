@@ -102,7 +102,7 @@ def test_a_reference_of_some_sequences_makes_no_outliers_of_the_others():
 @pytest.mark.parametrize("covered", [0.04, 0.2, 0.6])
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 def test_a_reference_of_some_sequences_speaks_for_the_others_too(covered, temperature):
-    """Two builds as far from the model as each other do not fail; one 0.15 nats further, the negative control, does not pass."""
+    """Two builds equally far from the model do not fail; one 0.15 nats further, the negative control, does not pass."""
     trace = moved(make_trace(48, 64, temperature=temperature), -9)
     for seed in range(5):
         rng = np.random.default_rng(seed)
