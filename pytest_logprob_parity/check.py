@@ -169,7 +169,8 @@ def judge_answers(
         comparison = judge(trace, replays[path], limits[path], level, evidence)
         other = adapter_finding(differences)
         if comparison.verdict == "fail":
-            findings = comparison.findings or tuple(suspects(differences))
+            updated = replays[path].weight_versions is not None
+            findings = comparison.findings or tuple(suspects(differences, answers.fingerprint, updated=updated))
             if other is not None and other not in findings:
                 findings = (*findings, other)
             comparison = dataclasses.replace(comparison, findings=findings)

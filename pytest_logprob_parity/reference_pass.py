@@ -75,7 +75,7 @@ def _by_transformers(engine: Engine, trace: Trace, seconds: float) -> Reference:
     with torch.no_grad():
         while covered < len(order):
             left = seconds - (time.monotonic() - began)
-            size = min(_BATCH, int(left / (_ROOM * slowest))) if covered else _LEAST
+            size = int(min(_BATCH, left / (_ROOM * slowest))) if covered else _LEAST
             if size < 1:
                 break
             batch, started = order[covered : covered + size], time.monotonic()

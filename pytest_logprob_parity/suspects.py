@@ -52,6 +52,9 @@ SUSPECTS: Final[Mapping[str, tuple[Layer, Cause]]] = {
 #: What a setting can bring about that stands in no table: it is a suspect, and no cause is named for it alone.
 _UNLISTED: Final[tuple[Layer, Cause]] = ("path", "engine_build")
 
+#: What tells how an engine computes from its weights.
+_TELLS: Final = "`logprob-parity diagnose` asks transformers what the checkpoint gives"
+
 
 def adapter_finding(differences: Sequence[tuple[str, Any, Any]]) -> Finding | None:
     """`adapter` where golden and engine have adapters of other content, or one of them has none; both by name."""
@@ -62,11 +65,15 @@ def adapter_finding(differences: Sequence[tuple[str, Any, Any]]) -> Finding | No
     return None
 
 
-def suspects(differences: Sequence[tuple[str, Any, Any]]) -> list[Finding]:
+def suspects(
+    differences: Sequence[tuple[str, Any, Any]], engine: Mapping[str, Any] | None = None, *, updated: bool = False
+) -> list[Finding]:  # fmt: skip
     """One finding for each layer under suspicion; a cause is named only where it is the only one of all layers.
 
     A setting that stands in no table is a suspect all the same. Another adapter is one by itself: its content is known, and it
-    is other weights whatever else differs. Where the fingerprints do not differ, what they cannot see is left: the weights.
+    is other weights whatever else differs. Where the fingerprints do not differ, what they cannot see is left: how the engine
+    computes, and its weights; of an engine with the fingerprint `engine`, whose weights were `updated`, its adapter and what
+    its cache holds of the weights before.
     """
     if adapter := adapter_finding(differences):
         others = [d for d in differences if d[0] in SUSPECTS and SUSPECTS[d[0]][1] != "adapter"]
@@ -86,15 +93,14 @@ def suspects(differences: Sequence[tuple[str, Any, Any]]) -> list[Finding]:
         found.setdefault(layer, {}).setdefault(cause, []).append(f"{whole} {golden!r} -> {now!r}")
     if not found:
         unsaid_names = ", ".join(name for name, _, _ in differences)
-        agree = "the fingerprints agree" if not differences else f"one side does not say its {unsaid_names}; the rest agrees"
-        return [
-            Finding(
-                "weights",
-                None,
-                f"{agree}, and fingerprints do not read the weights",
-                ("weights_differ", "stale_weights"),
-            )
-        ]
+        agree = "the fingerprints agree" if not differences else f"one side does not say its {unsaid_names}, else they agree"
+        cached = updated and (engine or {}).get("config", {}).get("enable_prefix_caching")
+        candidates: tuple[Cause, ...] = (
+            "engine_build", "attention_backend", *(("adapter",) if (engine or {}).get("adapter") else ()),
+            "weights_differ", "stale_weights", *(("stale_kv_cache",) if cached else ()),
+        )  # fmt: skip
+        text = f"{agree}, and they do not read weights: not told apart: how the engine computes, or its weights; {_TELLS}"
+        return [Finding("path", None, text, candidates)]
     listed = any(name in SUSPECTS or name.startswith("config.hf_overrides.") for name, _, _ in differences)
     alone = sum(len(causes) for causes in found.values()) == 1 and listed
     findings = []

@@ -47,4 +47,4 @@ def test_the_fingerprints_agree_is_said_only_where_they_do():
     (found,) = suspects([])
     assert found.evidence.startswith("the fingerprints agree")
     (found,) = suspects(differences(prints(), prints(block_size=16)))
-    assert (found.layer, found.evidence.startswith("the fingerprints agree")) == ("weights", False)
+    assert (found.layer, found.evidence.startswith("the fingerprints agree")) == ("path", False)

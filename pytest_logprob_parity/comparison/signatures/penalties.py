@@ -24,6 +24,8 @@ _OFTEN: Final = 8
 _MOST: Final = 0.9
 #: Seen tokens are so many times as far from the line as others where a repetition penalty moved them; where only they are.
 _MOVED, _ONLY = 2.0, 5.0
+#: A penalty moves all of them: the one in the middle by more than this share of their RMS.
+_ALL_OF_THEM: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,10 @@ def moves_only_seen(positions: Positions, scale: float) -> bool:
     off = positions.off_line(scale)
     seen, others = positions.common & positions.seen, positions.common & ~positions.seen
     both = seen.any(axis=1) & (others.sum(axis=1) >= 2)
-    return int(np.count_nonzero(both)) >= ENOUGH and _apart(off[both], seen[both], others[both]) > _ONLY
+    if np.count_nonzero(both) < ENOUGH or _apart(off[both], seen[both], others[both]) <= _ONLY:
+        return False
+    moved = np.abs(off - _mean(off, others)[:, None])[both][seen[both]]
+    return float(np.median(moved)) > _ALL_OF_THEM * math.sqrt(float(np.mean(moved**2)))
 
 
 def _apart(off: Doubles, seen: Any, others: Any) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from ...trace import Trace
 from ..result import SemanticCause
 from .positions import Doubles, Positions
+from .scale import ENOUGH
 
 #: A chosen logprob and the same token's entry in the top-k are one number; float32 may round it on the way.
 _SAME: Final = 1e-4
@@ -25,6 +26,8 @@ _ENOUGH_LARGE: Final = 20
 _EXACT, _ALL_BUT_FEW = 1e-4, 0.99
 #: A factor that is as near to 1, or a constant to 0, rewrites nothing.
 _CHANGED: Final = 1e-3
+#: Numbers nearer to each other than this (nats) are one value.
+_ONE_VALUE: Final = 1e-6
 #: What a factor means.
 _LOGARITHMS: Final = {1.443: ", as log2 is of the natural logarithm", 0.434: ", as log10 is of the natural logarithm"}
 #: Neighbours nearer to each other than this (nats) do not tell a shift from noise.
@@ -153,6 +156,56 @@ def find_shifted_rows(positions: Positions) -> Misreport | None:
     return None
 
 
+def find_rows_elsewhere(positions: Positions) -> Misreport | None:
+    """A whole top-k that is another sequence's at the same position, by its likeliest token and the number it has."""
+    if not positions.golden.top_k or not positions.now.top_k:
+        return None
+    place = positions.rows - positions.golden.sequence_offsets[positions.sequences]
+    golden, now = (
+        (trace.top_token_ids[rows, 0].astype(np.int64), trace.top_logprobs[rows, 0].astype(np.float64))
+        for trace, rows in ((positions.golden, positions.rows), (positions.now, positions.others))
+    )
+    telling = (now[1] < -_TELLING) & ((golden[0] != now[0]) | (np.abs(golden[1] - now[1]) > _TELLING))
+    if np.count_nonzero(telling) < _ENOUGH:
+        return None
+    known: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    for where, sequence, token, value in zip(
+        place.tolist(), positions.sequences.tolist(), *(c.tolist() for c in golden), strict=True
+    ):
+        known.setdefault((where, token), []).append((sequence, value))
+    found = [
+        any(sequence != own and abs(value - number) < 0.1 * _TELLING for sequence, value in known.get((where, token), ()))
+        for where, own, token, number in zip(
+            place[telling].tolist(), positions.sequences[telling].tolist(), now[0][telling].tolist(), now[1][telling].tolist(),
+            strict=True,
+        )
+    ]  # fmt: skip
+    if np.mean(found) < _MOST:
+        return None
+    text = f"each top-k that differs is that of another sequence at the same position ({len(found):,} positions)"
+    return Misreport("wrong_token", text)
+
+
+def find_normaliser(positions: Positions) -> Misreport | None:
+    """Between the tokens of a position nothing differs, and each position has a constant of its own: another normaliser.
+
+    No weights do that: they move tokens against each other.
+    """
+    two = positions.of(positions.common.sum(axis=1) >= 2)
+    if len(two.rows) < ENOUGH:
+        return None
+    off = two.off_line(1.0)
+    constants = np.nanmean(off, axis=1)
+    size, left = float(np.sqrt(np.mean(constants**2))), float(np.sqrt(np.nanmean((off - constants[:, None]) ** 2)))
+    if size < _ROUNDING or left > 0.05 * size:
+        return None
+    text = (
+        f"each position is off by one number (RMS {size:.2g} nats), between its tokens nothing differs ({left:.1g}): the sum "
+        f"of {positions.names.actual} goes over other tokens, or what was done to the logits was done after it"
+    )
+    return Misreport("wrong_values", text)
+
+
 def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -> tuple[SemanticCause, str]:
     excluded = known & np.isneginf(said)
     if excluded.any():
@@ -169,6 +222,15 @@ def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -
             near = np.abs(said - values) <= slack * np.maximum(1, np.abs(said))
         return bool(np.count_nonzero(of) >= _ENOUGH and np.mean(near[of]) >= _MOST)
 
+    if np.ptp(said[wrong]) < _ONE_VALUE:
+        value = f"{said[wrong][0] + 0.0:.3g}"
+        if (own[wrong] < said[wrong]).all() and said[wrong][0] < -_LARGE:
+            return "wrong_values", f"clipped at {value}"
+        starts = np.isin(rows, trace.sequence_offsets[:-1])[wrong].all()
+        return (
+            "wrong_values",
+            f"{value} for each, {'and each is the first of its sequence' if starts else 'whatever the token'}",
+        )
     if fits(first):
         return "wrong_token", "that of the likeliest token (a dict read in its order)"
     for name, shift in (("the token before", 1), ("the token after", -1)):
@@ -192,7 +254,7 @@ def _by_sequence(trace: Trace, rows: Any, said: Doubles, own: Doubles, wrong: An
     """What a whole sequence gives away: one value for all tokens, or those of another sequence; else only that it differs."""
     owner = np.searchsorted(trace.sequence_offsets, rows, side="right") - 1
     of = np.unique(owner[wrong])
-    constant = [np.ptp(said[owner == s]) < 1e-6 for s in of]
+    constant = [np.ptp(said[owner == s]) < _ONE_VALUE for s in of]
     if np.mean(constant) > _MOST:
         return "wrong_values", "one value for all tokens of a sequence"
     ordered = np.sort(own[np.isfinite(own)])

@@ -13,7 +13,16 @@ from ...trace import Trace
 from ..alignment import Alignment
 from ..result import Finding, Names, SemanticCause
 from .positions import MOST, Positions, positions_of
-from .reporting import Misreport, find_rewritten, find_shift, find_shifted_rows, misreport, no_logprobs
+from .reporting import (
+    Misreport,
+    find_normaliser,
+    find_rewritten,
+    find_rows_elsewhere,
+    find_shift,
+    find_shifted_rows,
+    misreport,
+    no_logprobs,
+)  # fmt: skip
 from .scale import ENOUGH
 from .stage import Stage, applied
 from .stages import applied_temperature, scale_of, stages_of
@@ -78,6 +87,8 @@ def semantic_findings(
         if all(report.minor for report in reports):
             stages = list(stages_of(positions))
             found = [*_whole(stages, positions), *(stage.finding for stage in stages), *found]
+            if not found and (normaliser := find_normaliser(positions)):
+                found = [Finding("semantic", normaliser.cause, normaliser.text)]
         if found:
             where = "" if sequences is None else f"in {len(sequences)} of {expected.num_sequences} sequences: "
             return [dataclasses.replace(f, evidence=where + f.evidence) for f in found]
@@ -91,8 +102,8 @@ def _reported(positions: Positions) -> list[Misreport]:
             return [found]
     told = [misreport(positions, golden=golden) for golden in (False, True)]
     reports = [report for report in told if report is not None]
-    if shifted := find_shifted_rows(positions):
-        return [shifted]
+    if elsewhere := find_shifted_rows(positions) or find_rows_elsewhere(positions):
+        return [elsewhere]
     if all(report.minor for report in reports) and (shift := find_shift(positions)):
         return [shift, *reports]
     return reports

@@ -1,0 +1,156 @@
+"""Faults of public reports, planted in a real vLLM and in real trainers: all have to fail, and the cause has to be right.
+
+The engine's faults are judged as a check judges them, with a fingerprint that has not changed, and then diagnosed with what
+transformers reads of the checkpoint. `named` is a cause without "or"; `first` stands first among candidates.
+
+python benchmarks/bench_reports.py [--model models/tiny-arith] [--dtype float32] [--only TEXT] [--docs FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import REPO, report_number, share_the_machine
+
+from pytest_logprob_parity import EngineSpec, Sampling
+from pytest_logprob_parity.answers import Answers
+from pytest_logprob_parity.belonging import Context
+from pytest_logprob_parity.check import check_golden, judge_answers
+from pytest_logprob_parity.comparison.result import Comparison, Finding
+from pytest_logprob_parity.diagnosis.reading import read_against, weigh
+from pytest_logprob_parity.golden import Golden
+from pytest_logprob_parity.pool import Engine, Pool
+from pytest_logprob_parity.selftest.anatomy import Anatomy, load_checkpoint
+from pytest_logprob_parity.selftest.prompts import make_prompts
+from pytest_logprob_parity.trace import Trace
+
+PROMPTS, SAMPLES, TOKENS = 16, 2, 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault, judged: what the check's findings name, and what the diagnosis does."""
+
+    side: str
+    report: str
+    fault: str
+    causes: tuple[str, ...]
+    verdict: str
+    findings: tuple[Finding, ...]
+    diagnosis: tuple[Finding, ...]
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The causes that are named, in check or diagnosis, without an "or"."""
+        return tuple(f.cause for f in (*self.findings, *self.diagnosis) if f.cause)
+
+    @property
+    def first(self) -> str:
+        """The cause that comes out first: named, or the first candidate."""
+        found = self.diagnosis or self.findings
+        return "" if not found else found[0].cause or (found[0].candidates[0] if found[0].candidates else "")
+
+    @property
+    def wrong(self) -> bool:
+        """Whether a cause is named that is none of the fault's."""
+        return any(cause not in self.causes for cause in self.named)
+
+    def __str__(self) -> str:
+        mark = "WRONG " if self.wrong else "" if self.first in self.causes else "other "
+        said = "; ".join(str(f) for f in self.findings)
+        return f"{self.verdict}: {mark}{self.side}, {self.fault}: {self.first or 'nothing'} [{said}]"
+
+
+def engine_rows(pool: Pool, model: str, dtype: str, only: str) -> Iterator[Row]:
+    from reported_engine import FAULTS, GOLDENS, TEMPERATURE, Worker
+
+    spec = EngineSpec(model, dtype=dtype)
+    reader = EngineSpec(model, engine="transformers", dtype="float32", logprobs_mode="processed_logprobs")
+    folder, _ = pool.folders(spec)
+    anatomy, checkpoint = Anatomy.of(folder), load_checkpoint(folder)
+    other_step = Path(f"{folder}-step2")
+    chosen = [fault for fault in FAULTS if only in fault.fault]
+    goldens = {name: _golden(pool, spec, Sampling(**{
+        "temperature": TEMPERATURE, "max_tokens": TOKENS, "n": 1 if name == "greedy" else SAMPLES, "seed": 1,
+        "ignore_eos": True, "logprobs": 5, **GOLDENS[name],
+    })) for name in dict.fromkeys(fault.golden for fault in chosen)}  # fmt: skip
+    readings = {name: pool.engine(reader).replay(golden.trace) for name, golden in goldens.items()}
+    for fault in chosen:
+        golden, engine = goldens[fault.golden], pool.engine(spec)
+
+        def site_of(worker: Any) -> Worker:
+            site = Worker(worker, checkpoint, anatomy)
+            site.other_step = other_step
+            return site
+
+        answers = _answers(engine, golden, fault, site_of)
+        comparison, _ = judge_answers(golden, answers, None, "rl", Context())
+        yield _row(fault, comparison, readings[fault.golden])
+
+
+def _golden(pool: Pool, spec: EngineSpec, sampling: Sampling) -> Golden:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "golden.safetensors"
+        engine = pool.engine(spec)
+        check_golden(path, engine, prompts=make_prompts(engine.tokenizer, PROMPTS), sampling=sampling, update=True, repeats=2)
+        return Golden.load(path)
+
+
+def _answers(engine: Engine, golden: Golden, fault: Any, site_of: Any) -> Answers:
+    """What an engine with the fault answers. It is no longer on the golden's schedule, so that bits alone fail nothing."""
+    prints = {**engine.fingerprint(), "schedule": "another"}
+    trace = golden.trace
+    if fault.free is not None:
+        free = engine.replay(fault.free(trace), "regenerate").with_(sampling=trace.sampling)
+        return Answers({"decode": engine.replay(trace), "regenerate": free}, prints)
+    asked = trace if fault.asked is None else fault.asked(trace)
+    if fault.site is None:
+        answer = engine.replay(asked)
+    else:
+        (site,) = engine.on_worker(site_of)
+        try:
+            fault.site(site)
+            answer = engine.replay(asked)
+        finally:
+            site.undo()
+    answer = answer.with_(sampling=trace.sampling, prompt_token_ids=trace.prompt_token_ids, prompt_offsets=trace.prompt_offsets)
+    return Answers({"decode": answer}, prints)
+
+
+def _row(fault: Any, comparison: Comparison, reading: Trace) -> Row:
+    findings = comparison.findings
+    apart = read_against(comparison.expected, comparison.actual, reading, 0.25)
+    diagnosis = tuple(weigh(findings, apart)) if comparison.verdict == "fail" else findings
+    return Row("engine", fault.report, fault.fault, fault.causes, comparison.verdict, findings, diagnosis)
+
+
+def main() -> None:
+    share_the_machine()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="models/tiny-arith")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--docs", type=Path)
+    given = parser.parse_args()
+    began, rows = time.monotonic(), []
+    with Pool(REPO, lambda line: None) as pool:
+        for row in engine_rows(pool, given.model, given.dtype, given.only):
+            print(row, flush=True)
+            rows.append(row)
+    for side in dict.fromkeys(row.side for row in rows):
+        mine = [row for row in rows if row.side == side]
+        report_number(f"{side}: faults that do not fail", sum(r.verdict != "fail" for r in mine), 0, f"of {len(mine)}")
+        right = sum(row.first in row.causes for row in mine) / len(mine)
+        print(f"{side}: cause right or first in {right:.1%} of {len(mine)} (to reach: 95 %)")
+        report_number(f"{side}: causes named that are wrong", sum(row.wrong for row in mine), 0, f"of {len(mine)}")
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
