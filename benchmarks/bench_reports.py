@@ -9,6 +9,7 @@ python benchmarks/bench_reports.py [--model models/tiny-arith] [--dtype float32]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pytest_logprob_parity.belonging import Context
 from pytest_logprob_parity.check import check_golden, judge_answers
 from pytest_logprob_parity.comparison.result import Comparison, Finding
 from pytest_logprob_parity.diagnosis.reading import read_against, weigh
+from pytest_logprob_parity.errors import UsageError
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.pool import Engine, Pool
 from pytest_logprob_parity.selftest.anatomy import Anatomy, load_checkpoint
@@ -130,22 +132,143 @@ def _row(fault: Any, comparison: Comparison, reading: Trace) -> Row:
     return Row("engine", fault.report, fault.fault, fault.causes, comparison.verdict, findings, diagnosis)
 
 
+# -- trainers -----------------------------------------------------------------------------------------------------------
+
+
+def trainer_rows(pool: Pool, model: str, only: str) -> Iterator[Row]:
+    """Each fault in what a real GRPOTrainer computes of one batch; its model is the third opinion."""
+    import torch
+    from reported_trainer import FAULTS, TEMPERATURE, Fault, Step
+
+    from pytest_logprob_parity.trainer.frameworks import framework
+    from pytest_logprob_parity.trainer.parity import compare_with_trainer
+
+    trl = framework("trl")
+    sampling = Sampling(temperature=TEMPERATURE, max_tokens=24, seed=1, logprobs=5)
+    trainer, batch, trace = _grpo(pool, model, sampling)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+
+    def rollouts_of(fault: Fault) -> Any:
+        """The engine's column [rows, keep] with the fault in the engine's settings."""
+        if not fault.rollouts:
+            return batch["sampling_per_token_logps"].clone()
+        values = trace.top_logprobs[:, 0]
+        if "likeliest" not in fault.rollouts:
+            values = pool.engine(EngineSpec(model, dtype="float32", **fault.rollouts)).replay(trace).logprobs
+        column = torch.zeros_like(batch["sampling_per_token_logps"])
+        column[batch["completion_mask"].bool()] = torch.from_numpy(values.copy())
+        return column
+
+    for fault in FAULTS:
+        if only not in fault.fault:
+            continue
+        step = Step(trainer=trainer, ids=ids, mask=mask, keep=batch["completion_ids"].shape[1], rollout=rollouts_of(fault),
+                    completion_mask=batch["completion_mask"])  # fmt: skip
+        trainer.model.eval()
+        torch.manual_seed(0)
+        with contextlib.ExitStack() as inside, contextlib.ExitStack() as staying:
+            if fault.inside is not None:
+                (staying if fault.stays else inside).enter_context(fault.inside(trainer))
+            step.logps = step.compute() if fault.step is None else fault.step(step)
+            inside.close()
+            if fault.after is not None:
+                fault.after(step)
+            held = {**batch, "old_per_token_logps": step.logps, "sampling_per_token_logps": step.rollout}
+            try:
+                rollouts = trl.read(held, sampling=sampling, dtype="float32")
+                scorer = trl.scorer(trainer.model)
+                told = compare_with_trainer(rollouts, scorer, trainer_dtype="float32", objective=fault.objective)
+                verdict, findings = told.verdict, told.findings
+            except UsageError as error:
+                verdict, findings = "fail", (Finding("semantic", "wrong_values", f"refused: {str(error).splitlines()[0]}"),)
+        yield Row("trainer", fault.report, fault.fault, fault.causes, verdict, findings, ())
+
+
+def _grpo(pool: Pool, model: str, sampling: Sampling) -> tuple[Any, dict[str, Any], Trace]:
+    """A GRPOTrainer after a step at learning rate 0, its batch, and the engine's trace that the rollouts in it are of."""
+    import os
+
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import torch
+    from common import arith_prompts
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    engine, kept = pool.engine(EngineSpec(model, dtype="float32")), {}
+    short = [[{"role": "user", "content": f"{a} + {a + 5}?"}] for a in range(PROMPTS // 2)]  # long ones are padded to
+    prompts = [prompt for pair in zip(arith_prompts(PROMPTS // 2), short, strict=True) for prompt in pair]
+
+    def rollout(prompts: Any, trainer: Any) -> dict[str, Any]:
+        kept["trace"] = trace = engine.generate(prompts, sampling)
+        every = range(trace.num_sequences)
+        return {
+            "prompt_ids": [trace.prompt(i) for i in every],
+            "completion_ids": [trace.completion(i) for i in every],
+            "logprobs": [trace.logprobs[slice(*trace.bounds(i))].tolist() for i in every],
+        }
+
+    class Kept(GRPOTrainer):  # type: ignore[misc]
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            kept["batch"] = super()._generate_and_score_completions(inputs)
+            return kept["batch"]
+
+    class Synced:
+        def sync_weights(self) -> None:
+            """The weights do not change: the learning rate is 0."""
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Kept(
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+            processing_class=AutoTokenizer.from_pretrained(model),
+            reward_funcs=lambda completions, **_: [float(len(str(c)) % 7) for c in completions],
+            args=GRPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=2 * PROMPTS,
+                num_generations=2,
+                max_steps=1,
+                temperature=sampling.temperature,
+                max_completion_length=sampling.max_tokens,
+                report_to=[],
+                use_cpu=True,
+                bf16=False,
+                disable_tqdm=True,
+                gradient_checkpointing=False,
+                learning_rate=0.0,
+                save_strategy="no",
+            ),
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            rollout_func=rollout,
+        )
+        trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Synced(), -1
+        trainer.train()
+    return trainer, kept["batch"], kept["trace"]
+
+
 def main() -> None:
     share_the_machine()
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="models/tiny-arith")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only", default="")
+    parser.add_argument("--side", choices=("engine", "trainer"))
     parser.add_argument("--docs", type=Path)
     given = parser.parse_args()
     began, rows = time.monotonic(), []
     with Pool(REPO, lambda line: None) as pool:
-        for row in engine_rows(pool, given.model, given.dtype, given.only):
-            print(row, flush=True)
-            rows.append(row)
+        sides = {
+            "engine": lambda: engine_rows(pool, given.model, given.dtype, given.only),
+            "trainer": lambda: trainer_rows(pool, given.model, given.only),
+        }
+        for side, judge in sides.items():
+            if given.side in (None, side):
+                for row in judge():
+                    print(row, flush=True)
+                    rows.append(row)
     for side in dict.fromkeys(row.side for row in rows):
         mine = [row for row in rows if row.side == side]
-        report_number(f"{side}: faults that do not fail", sum(r.verdict != "fail" for r in mine), 0, f"of {len(mine)}")
+        report_number(f"{side}: faults that do not fail", sum(row.verdict != "fail" for row in mine), 0, f"of {len(mine)}")
         right = sum(row.first in row.causes for row in mine) / len(mine)
         print(f"{side}: cause right or first in {right:.1%} of {len(mine)} (to reach: 95 %)")
         report_number(f"{side}: causes named that are wrong", sum(row.wrong for row in mine), 0, f"of {len(mine)}")

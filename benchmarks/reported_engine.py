@@ -319,8 +319,11 @@ def uninitialised(x: Any) -> Any:
 
 
 def another_step(worker: Worker) -> None:
-    """The weights of another step of the same training."""
-    worker.weights(lambda state: load_checkpoint(worker.other_step))
+    """The weights of another step of the same training, or noised ones where there is none."""
+    if worker.other_step.is_dir():
+        worker.weights(lambda state: load_checkpoint(worker.other_step))
+    else:
+        tensors("layers", change=lambda x: x + 0.3 * uninitialised(x))(worker)
 
 
 # -- the request --------------------------------------------------------------------------------------------------------

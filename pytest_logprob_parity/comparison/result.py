@@ -45,7 +45,7 @@ PathCause: TypeAlias = Literal[
 WeightsCause: TypeAlias = Literal[
     "weights_differ", "weight_dtype", "quantization", "adapter", "stale_weights", "stale_kv_cache"
 ]  # fmt: skip
-TrainerCause: TypeAlias = Literal["attention_mask", "dropout"]
+TrainerCause: TypeAlias = Literal["attention_mask", "dropout", "packing", "prompt", "logits"]
 Cause: TypeAlias = (
     SemanticCause
     | PathCause

@@ -16,6 +16,7 @@ from ..comparison.tolerance import DTYPES, Tolerance
 from ..fingerprint import adapter_digest
 from ..golden import Golden
 from ..trace import Trace
+from .misplaced import misplaced
 from .scoring import name_of, score, temperature_of
 
 #: Positions whose top-k lists so much of the probability say what their distribution would be at another temperature.
@@ -32,8 +33,10 @@ _FEW: Final = 8
 _SAME: Final = 0.01
 #: An adapter explains rollouts where it leaves less than this share of the RMS that is allowed: a claim has to fit.
 _FITS: Final = 1 / 3
-#: Share of the differences that have one sign where a truncation made them.
+#: Share of the differences that have one sign where a truncation made them, and how much it takes (nats): it keeps more than a
+#: twentieth of the probability.
 _ALMOST_ALL: Final = 0.99
+_KEPT: Final = -3.0
 
 
 def causes(
@@ -61,6 +64,9 @@ def causes(
     if comparison.verdict == "unverified" and not findings and (forgotten := _forgotten_temperature(expected, scored)):
         return [forgotten], []
     nearest = None
+    if failed and not findings and len(_by_version(trace, scored)) < 2:
+        elsewhere = misplaced(scored, expected, limits.fit_rms, whose="the rollout")
+        findings += [] if elsewhere is None else [elsewhere]
     if failed and not findings and (asked := _asked_again(expected, scored, scorer, limits.fit_rms)) is not None:
         findings.append(asked)
     if failed and not findings:
@@ -243,7 +249,7 @@ def _truncated(trace: Trace, scored: Trace) -> Finding | None:
         d = (scored.logprobs.astype(np.float64) - trace.logprobs)[trace.mask & (trace.logprobs != 0)]  # 0 may be a filler
         d = d[np.isfinite(d)]
         apart = d[np.abs(d) > np.sqrt(np.mean(d**2)) / 2] if len(d) else d
-        if len(apart) >= _ENOUGH and np.mean(apart < 0) > _ALMOST_ALL:
+        if len(apart) >= _ENOUGH and np.mean(apart < 0) > _ALMOST_ALL and apart.min() > _KEPT:
             why = f"no token is likelier to the trainer: {len(apart):,} are less likely, by {-apart.mean():.2g} nats on average"
     if not why:
         return None

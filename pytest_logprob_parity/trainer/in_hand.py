@@ -10,10 +10,14 @@ import numpy as np
 
 from ..comparison.result import Cause, Comparison, Finding
 from ..trace import Trace
+from .misplaced import misplaced
+from .otherwise import otherwise
 from .scoring import as_trainers, name_of, score, temperature_of
 
-#: A reading explains the trainer's numbers where it leaves less than this share of what the scorer leaves (RMS, nats).
-_EXPLAINS: Final = 0.25
+#: Temperatures that far apart (relative) are one; one that explains more than this share tells of something like it.
+_SAME, _MOSTLY = 0.01, 0.6
+#: The grid of logits in half precision, where they are not known: that of bfloat16 from 4 to 8.
+_STEP: Final = 1 / 32
 #: Rows with padding are off where their median is so many times the noise, and the furthest of those without.
 _NEARER: Final = 4.0
 #: Sequences that are asked about again.
@@ -21,7 +25,7 @@ _FEW: Final = 8
 #: Two distances are alike within this factor.
 _LIKE: Final = 3.0
 #: What a trainer's numbers may be where nothing tells more.
-_CANDIDATES: Final[tuple[Cause, ...]] = ("dropout", "attention_mask", "weights_differ", "stale_weights")
+_CANDIDATES: Final[tuple[Cause, ...]] = ("attention_mask", "prompt", "packing", "dropout", "stale_weights", "weights_differ")
 
 
 def column_of(trace: Trace, dtype: str) -> Trace | None:
@@ -68,7 +72,9 @@ def disagreement(comparison: Comparison, rollouts: Trace, column: Trace, noise: 
     """What the two columns alone tell, where they disagree and nobody else is asked."""
     if any(finding.cause for finding in comparison.findings):
         return list(comparison.findings)
-    told = padding_alone(rollouts, comparison.expected, column, noise)
+    told = misplaced(comparison.expected, column, noise, whose="the trainer") or padding_alone(
+        rollouts, comparison.expected, column, noise
+    )
     text = "nothing in the two columns tells which is off: give a scorer for a third opinion"
     return [told or Finding("trainer", None, text, _CANDIDATES)]
 
@@ -86,31 +92,71 @@ def trainer_is_off(
     if named:
         return named
     found = (
-        _temperature(rollouts, column, scorer, off)
-        or padding_alone(rollouts, scored, column, noise)
+        misplaced(scored, column, noise, whose="the trainer")
+        or _temperature(rollouts, column, scorer, off, noise)
+        or otherwise(rollouts, column, scorer, noise)
         or dropout(rollouts, scored, scorer, off, noise)
+        or padding_alone(rollouts, scored, column, noise)
+        or _precision(rollouts, scored, column)
     )
     if found is not None:
         return [dataclasses.replace(found, evidence=f"{opinion}: {found.evidence}")]
     return [Finding("trainer", None, opinion, _CANDIDATES)]
 
 
-def _temperature(rollouts: Trace, column: Trace, scorer: Any, off: float) -> Finding | None:
-    """`temperature` where the scorer at another one gives the trainer's numbers: least squares over the temperature."""
+def _temperature(rollouts: Trace, column: Trace, scorer: Any, off: float, noise: float) -> Finding | None:
+    """`temperature` where the scorer at another one gives the trainer's numbers up to `noise` (RMS, nats), by least squares.
+
+    Named where it is one that a mistake makes: 1, or the rollouts' twice; any other may be a scale of the logits too. Where
+    most of what is `off` goes with it and not all, something else was done to the logits: a soft cap, say.
+    """
     from scipy.optimize import minimize_scalar
 
     few = _spread(rollouts, _FEW)
     asked = temperature_of(rollouts.sampling)
 
-    def left(temperature: float) -> float:
-        return rms(score(rollouts, scorer, temperature=temperature, sequences=few), column)
+    def fit(numbers: Trace) -> tuple[float, float]:
+        def left(temperature: float) -> float:
+            return rms(score(rollouts, scorer, temperature=temperature, sequences=few), numbers)
 
-    start = min((1.0, *(asked * factor for factor in (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0)), asked**2), key=left)
-    found = minimize_scalar(left, bounds=(start / 1.25, start * 1.25), method="bounded", options={"xatol": 1e-4})
-    if abs(found.x / asked - 1) < 1e-2 or not found.fun < _EXPLAINS * off:
+        start = min((1.0, *(asked * factor for factor in (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0)), asked**2), key=left)
+        found = minimize_scalar(left, bounds=(start / 1.25, start * 1.25), method="bounded", options={"xatol": 1e-4})
+        return float(found.x), float(found.fun)
+
+    found, remains = fit(column)
+    if abs(found / asked - 1) < _SAME or not remains < max(noise, _MOSTLY * off):
         return None
-    text = f"its logprobs are those at a temperature of {found.x:.3f}, and the rollouts' is {asked:g} (leaves {found.fun:.2g})"
-    return Finding("semantic", "temperature", text, values={"temperature": float(found.x)})
+    values = {"temperature": found, "left": remains}
+    text = f"at a temperature of {found:.3f} in place of {asked:g} the scorer is RMS {remains:.2g} nats from the trainer"
+    if remains > noise:
+        for by, where in ((-1, "late"), (1, "early")):
+            other, rest = fit(_moved(column, by))
+            if rest <= noise:
+                text = f"its numbers are one position {where}, and of a temperature of {other:.3f} in place of {asked:g}"
+                return Finding("semantic", "shifted_positions", f"{text} (leaves RMS {rest:.2g} nats)")
+        what = "something like a temperature is done to the logits: a soft cap, a scale of some"
+        return Finding("trainer", None, f"{text}: {what}", ("logits", "temperature", "head_precision"), values=values)
+    if any(abs(found / by_mistake - 1) < _SAME for by_mistake in (1.0, asked**2)):
+        return Finding("semantic", "temperature", text, values=values)
+    return Finding("semantic", None, f"{text}; or a scale of the logits", ("temperature", "logits"), values=values)
+
+
+def _moved(column: Trace, by: int) -> Trace:
+    """The column with each number so many places further on in its sequence, NaN where none comes."""
+    moved = np.roll(column.logprobs, by)
+    owner = np.repeat(np.arange(column.num_sequences), np.diff(column.sequence_offsets))
+    moved[np.roll(owner, by) != owner] = np.nan
+    return column.with_(logprobs=moved)
+
+
+def _precision(rollouts: Trace, scored: Trace, column: Trace) -> Finding | None:
+    """`head_precision` among others where no token is further off than two steps of a head in half precision make it."""
+    d = (column.logprobs.astype(np.float64) - scored.logprobs)[rollouts.mask]
+    largest = float(np.abs(d[np.isfinite(d)]).max(initial=0.0))
+    if not np.isfinite(d).all() or largest > (most := 2 * _STEP / (temperature_of(rollouts.sampling) or 1.0)):
+        return None
+    text = f"no token is off by more than {largest:.2g} nats, and a head or logits in half precision make up to {most:.2g}"
+    return Finding("head", None, text, ("head_precision", "logits", "stale_weights"))
 
 
 def dropout(rollouts: Trace, scored: Trace, scorer: Any, off: float, noise: float) -> Finding | None:
@@ -139,23 +185,27 @@ def _spread(trace: Trace, count: int) -> list[int]:
 
 
 def padding_alone(rollouts: Trace, expected: Trace, column: Trace, noise: float) -> Finding | None:
-    """`attention_mask` where the rows of the longest prompt, which have no padding before it, agree up to `noise` (RMS,
-    nats), and the others do not.
+    """Candidates where the rows of the longest prompt, which have no padding before it, agree up to `noise` (RMS, nats), and
+    the others do not; or where the first row does, which has no other before it in a pack.
     """
     lengths = np.diff(rollouts.prompt_offsets)[rollouts.group]
     longest = lengths == lengths.max()
-    if longest.all():
-        return None
     owner = np.repeat(np.arange(len(longest)), np.diff(rollouts.sequence_offsets))
     by_row = np.array([rms(expected.with_(mask=expected.mask & (owner == row)), column) for row in range(len(longest))])
+    if len(by_row) > _FEW and by_row[0] <= noise and by_row[1:].min() > _NEARER * noise:
+        text = "the first row agrees, and no other does: the trainer may have packed them, each seeing those before it"
+        return Finding("trainer", None, text, ("packing", "attention_mask", "prompt"))
+    if longest.all():
+        return None
     padded, unpadded = float(np.median(by_row[~longest])), float(by_row[longest].max())
     if unpadded > noise or padded < _NEARER * max(unpadded, noise):
         return None
     text = (
         f"rows of the longest prompt agree (RMS {unpadded:.2g} nats at most), those that are padded before it do not "
-        f"({padded:.2g} in the median): the trainer sees the padding"
+        f"({padded:.2g} in the median): the trainer may see the padding"
     )
-    return Finding("trainer", "attention_mask", text, values={"padded": padded, "unpadded": unpadded})
+    candidates: tuple[Cause, ...] = ("attention_mask", "prompt", "shifted_positions")
+    return Finding("trainer", None, text, candidates, values={"padded": padded, "unpadded": unpadded})
 
 
 def rms(one: Trace, other: Trace) -> float:

@@ -174,7 +174,9 @@ def probability_one(expected: Columns, actual: Columns) -> Contradiction | None:
     rest = ~sure & np.isfinite(a)
     cause: Cause | None
     candidates: tuple[Cause, ...]
-    if np.any(rest & ~actual.first_of_turn):  # some tokens have their own numbers: those that were not accepted
+    with np.errstate(invalid="ignore"):
+        agree = np.abs(a - e)[rest] <= margin
+    if np.any(rest & ~actual.first_of_turn) and np.mean(agree) > _MOST:  # those that were not accepted have their own numbers
         cause, candidates = "speculative_decoding", ()
         text += ": so are accepted draft tokens reported"
     else:
