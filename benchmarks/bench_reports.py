@@ -273,6 +273,39 @@ def main() -> None:
         print(f"{side}: cause right or first in {right:.1%} of {len(mine)} (to reach: 95 %)")
         report_number(f"{side}: causes named that are wrong", sum(row.wrong for row in mine), 0, f"of {len(mine)}")
     print(f"{(time.monotonic() - began) / 60:.1f} minutes")
+    if given.docs is not None:
+        given.docs.write_text(page(rows), "utf-8")
+
+
+def page(rows: list[Row]) -> str:
+    """The table of the docs."""
+    lines = [INTRODUCTION]
+    for side in dict.fromkeys(row.side for row in rows):
+        lines += [
+            "",
+            f"## {side.capitalize()}s",
+            "",
+            "| report | what was wrong | verdict | named, or first |",
+            "|---|---|---|---|",
+        ]
+        for row in rows:
+            if row.side == side:
+                alone = bool((row.diagnosis or row.findings)[0].cause)
+                mark = f"`{row.first}`" + ("" if alone else " first") + ("" if row.first in row.causes else ", not right")
+                lines.append(f"| {row.report} | {row.fault} | {row.verdict} | {mark} |")
+    return "\n".join(lines) + "\n"
+
+
+INTRODUCTION = """# Faults that others reported
+
+Public reports of logprobs that were wrong, each planted again in real code: in a vLLM 0.32.0 (float32, `models/tiny-arith`, a
+fingerprint that did not change), and in what a GRPOTrainer of TRL 1.16 computes of one batch. Where a report's own code does
+not run here, its mechanism is planted: a soft cap on the side that has none, say. The reports were read in excerpts.
+
+Written by `benchmarks/bench_reports.py --docs`. *Named* is a cause that the evidence singles out; *first* stands first among
+candidates. For engines it is what `check` says and `diagnose` adds; for trainers what `assert_trainer_parity` says of two
+columns and a scorer. Left out: ranks that are too small (NVIDIA/TensorRT-LLM#7296), which are told and decide nothing, for no
+update feels a rank; faults that these prompts do not show."""
 
 
 if __name__ == "__main__":

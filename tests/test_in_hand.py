@@ -12,6 +12,7 @@ from conftest import MODEL
 from pytest_logprob_parity import EngineSpec, MismatchError, Sampling, Trace, TransformersScorer, UsageError, scorer
 from pytest_logprob_parity.trainer.frameworks import framework
 from pytest_logprob_parity.trainer.parity import assert_trainer_parity, compare_with_trainer
+from pytest_logprob_parity.trainer.scoring import score
 
 SAMPLING = Sampling(temperature=0.7, max_tokens=24, seed=1)
 QUESTIONS = (
@@ -260,6 +261,63 @@ def test_two_columns_that_agree_with_each_other_and_not_with_the_third_opinion_f
     told = compare_with_trainer(held, TransformersScorer(f"{MODEL}-step2"), trainer_dtype="float32")
     assert told.verdict == "fail"
     assert next(str(n) for n in told.notes if n.key == "third_opinion").endswith("the two agree (RMS 1e-06)")
+
+
+# -- what the trainer did otherwise -------------------------------------------------------------------------------------
+
+
+def with_column(rollouts, change):
+    """The rollouts beside a trainer whose numbers are `change(rows)` of the right ones, by sequence."""
+    right = np.nan_to_num(compare_with_trainer(rollouts, TransformersScorer(MODEL)).actual.logprobs)
+    rows = [right[slice(*rollouts.bounds(i))] for i in range(rollouts.num_sequences)]
+    return rollouts.with_(trainer_logprobs=np.concatenate(change(rows)).astype(np.float32))
+
+
+def of_another_prompt(change):
+    """The trainer's own numbers where each prompt is another one."""
+
+    def columns(rollouts):
+        model = TransformersScorer(MODEL)
+        prompts = [change(rollouts, i) for i in range(rollouts.num_sequences)]
+        offsets = np.concatenate([[0], np.cumsum([len(p) for p in prompts])]).astype(np.int64)
+        other = rollouts.with_(
+            prompt_token_ids=np.concatenate(prompts).astype(np.int32), prompt_offsets=offsets,
+            group=np.arange(rollouts.num_sequences, dtype=np.int32),
+        )  # fmt: skip
+        return rollouts.with_(trainer_logprobs=np.nan_to_num(score(other, model).logprobs))
+
+    return columns
+
+
+def packed_before(rollouts, i):
+    return [t for j in range(i) for t in (*rollouts.prompt(j), *rollouts.completion(j))] + rollouts.prompt(i)
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        (of_another_prompt(lambda r, i: r.prompt(i)[1:] or r.prompt(i)), "prompt"),
+        (of_another_prompt(lambda r, i: r.prompt(i)[:-1] or r.prompt(i)), "prompt"),
+        (of_another_prompt(lambda r, i: [*r.prompt(i), r.prompt(i)[0]]), "prompt"),
+        (of_another_prompt(packed_before), "packing"),
+        (lambda r: with_column(r, lambda x: [np.resize(b, len(a)) for a, b in zip(x, x[::-1], strict=True)]), "wrong_token"),
+        (lambda r: with_column(r, lambda rows: [row[::-1] for row in rows]), "wrong_token"),
+        (lambda r: with_column(r, lambda rows: [np.full(len(row), row.mean()) for row in rows]), "wrong_values"),
+        (lambda r: with_column(r, lambda rows: [np.roll(row, n % 3 + 1) for n, row in enumerate(rows)]), "shifted_positions"),
+    ],
+    ids=["first token missing", "last token missing", "a token more", "packed", "rows", "backwards", "means", "shifted by row"],
+)  # fmt: skip
+def test_what_the_trainer_did_otherwise_is_named_where_it_gives_its_numbers(rollouts, columns, named):
+    told = compare_with_trainer(columns(rollouts), TransformersScorer(MODEL), trainer_dtype="float32")
+    assert (told.verdict, [finding.cause for finding in told.findings]) == ("fail", [named])
+
+
+def test_what_nothing_explains_has_candidates_and_no_name(rollouts):
+    """The negative control: noise that no mistake makes."""
+    rng = np.random.default_rng(0)
+    noisy = with_column(rollouts, lambda rows: [row - rng.exponential(0.3, len(row)) for row in rows])
+    told = compare_with_trainer(noisy, TransformersScorer(MODEL), trainer_dtype="float32")
+    assert (told.verdict, [finding.cause for finding in told.findings]) == ("fail", [None])
 
 
 # -- a live model ------------------------------------------------------------------------------------------------------

@@ -48,3 +48,14 @@ def test_the_fingerprints_agree_is_said_only_where_they_do():
     assert found.evidence.startswith("the fingerprints agree")
     (found,) = suspects(differences(prints(), prints(block_size=16)))
     assert (found.layer, found.evidence.startswith("the fingerprints agree")) == ("path", False)
+
+
+def test_equal_fingerprints_do_not_say_weights():
+    """How an engine computes and what weights it has are not told apart; what could be stale after an update is a candidate."""
+    (found,) = suspects([])
+    assert (found.cause, found.candidates[0], "weights_differ" in found.candidates) == (None, "engine_build", True)
+    cached = {"config": {"enable_prefix_caching": True}, "adapter": "step-1"}
+    (found,) = suspects([], cached, updated=True)
+    assert {"stale_kv_cache", "adapter"} <= set(found.candidates)
+    (found,) = suspects([], cached)
+    assert "stale_kv_cache" not in found.candidates

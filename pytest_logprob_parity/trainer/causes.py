@@ -16,7 +16,7 @@ from ..comparison.tolerance import DTYPES, Tolerance
 from ..fingerprint import adapter_digest
 from ..golden import Golden
 from ..trace import Trace
-from .misplaced import misplaced
+from .misplaced import few_off, misplaced
 from .scoring import name_of, score, temperature_of
 
 #: Positions whose top-k lists so much of the probability say what their distribution would be at another temperature.
@@ -65,7 +65,8 @@ def causes(
         return [forgotten], []
     nearest = None
     if failed and not findings and len(_by_version(trace, scored)) < 2:
-        elsewhere = misplaced(scored, expected, limits.fit_rms, whose="the rollout")
+        columns = scored, expected, limits.fit_rms
+        elsewhere = misplaced(*columns, whose="the rollout") or few_off(*columns, whose="the rollout")
         findings += [] if elsewhere is None else [elsewhere]
     if failed and not findings and (asked := _asked_again(expected, scored, scorer, limits.fit_rms)) is not None:
         findings.append(asked)

@@ -10,14 +10,14 @@ import numpy as np
 
 from ..comparison.result import Cause, Comparison, Finding
 from ..trace import Trace
-from .misplaced import misplaced
+from .misplaced import few_off, misplaced
 from .otherwise import otherwise
 from .scoring import as_trainers, name_of, score, temperature_of
 
 #: Temperatures that far apart (relative) are one; one that explains more than this share tells of something like it.
 _SAME, _MOSTLY = 0.01, 0.6
-#: The grid of logits in half precision, where they are not known: that of bfloat16 from 4 to 8.
-_STEP: Final = 1 / 32
+#: The grid of logits in half precision, where they are not known: that of bfloat16 from 16 to 32.
+_STEP: Final = 1 / 8
 #: Rows with padding are off where their median is so many times the noise, and the furthest of those without.
 _NEARER: Final = 4.0
 #: Sequences that are asked about again.
@@ -72,8 +72,9 @@ def disagreement(comparison: Comparison, rollouts: Trace, column: Trace, noise: 
     """What the two columns alone tell, where they disagree and nobody else is asked."""
     if any(finding.cause for finding in comparison.findings):
         return list(comparison.findings)
-    told = misplaced(comparison.expected, column, noise, whose="the trainer") or padding_alone(
-        rollouts, comparison.expected, column, noise
+    columns = comparison.expected, column, noise
+    told = (
+        misplaced(*columns, whose="the trainer") or few_off(*columns, whose="the trainer") or padding_alone(rollouts, *columns)
     )
     text = "nothing in the two columns tells which is off: give a scorer for a third opinion"
     return [told or Finding("trainer", None, text, _CANDIDATES)]
@@ -91,13 +92,18 @@ def trainer_is_off(
     named = [dataclasses.replace(f, evidence=f"{opinion}: {f.evidence}") for f in comparison.findings if f.cause]
     if named:
         return named
+    found = misplaced(scored, column, noise, whose="the trainer")
+    temperature = None if found is not None else _temperature(rollouts, column, scorer, off, noise)
+    if temperature is not None and temperature.layer == "semantic":
+        found = temperature
     found = (
-        misplaced(scored, column, noise, whose="the trainer")
-        or _temperature(rollouts, column, scorer, off, noise)
+        found
         or otherwise(rollouts, column, scorer, noise)
         or dropout(rollouts, scored, scorer, off, noise)
+        or few_off(scored, column, noise, whose="the trainer")
         or padding_alone(rollouts, scored, column, noise)
         or _precision(rollouts, scored, column)
+        or temperature
     )
     if found is not None:
         return [dataclasses.replace(found, evidence=f"{opinion}: {found.evidence}")]
@@ -121,11 +127,9 @@ def _temperature(rollouts: Trace, column: Trace, scorer: Any, off: float, noise:
 
         start = min((1.0, *(asked * factor for factor in (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0)), asked**2), key=left)
         found = minimize_scalar(left, bounds=(start / 1.25, start * 1.25), method="bounded", options={"xatol": 1e-4})
-        return float(found.x), float(found.fun)
+        return min((start, left(start)), (float(found.x), float(found.fun)), key=lambda fit: fit[1])
 
     found, remains = fit(column)
-    if abs(found / asked - 1) < _SAME or not remains < max(noise, _MOSTLY * off):
-        return None
     values = {"temperature": found, "left": remains}
     text = f"at a temperature of {found:.3f} in place of {asked:g} the scorer is RMS {remains:.2g} nats from the trainer"
     if remains > noise:
@@ -134,8 +138,12 @@ def _temperature(rollouts: Trace, column: Trace, scorer: Any, off: float, noise:
             if rest <= noise:
                 text = f"its numbers are one position {where}, and of a temperature of {other:.3f} in place of {asked:g}"
                 return Finding("semantic", "shifted_positions", f"{text} (leaves RMS {rest:.2g} nats)")
+        if remains >= _MOSTLY * off:
+            return None
         what = "something like a temperature is done to the logits: a soft cap, a scale of some"
         return Finding("trainer", None, f"{text}: {what}", ("logits", "temperature", "head_precision"), values=values)
+    if abs(found / asked - 1) < _SAME:
+        return None
     if any(abs(found / by_mistake - 1) < _SAME for by_mistake in (1.0, asked**2)):
         return Finding("semantic", "temperature", text, values=values)
     return Finding("semantic", None, f"{text}; or a scale of the logits", ("temperature", "logits"), values=values)

@@ -34,13 +34,8 @@ def misplaced(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Fi
     """
     rows = list(_rows(expected, actual))
     off = [row for row, (e, a) in enumerate(rows) if len(e) >= _TOKENS and _rms(e - a) > _FAR / 2 * noise]
-    if not off:
-        return None
-    for kind in (_one_value, _other_rows, _elsewhere, _permuted, _few):
-        found = kind(rows, off, noise, whose)
-        if found is not None:
-            return found
-    return None
+    kinds = (_one_value, _other_rows, _elsewhere, _permuted) if off else ()
+    return next((found for kind in kinds if (found := kind(rows, off, noise, whose)) is not None), None)
 
 
 def _rows(expected: Trace, actual: Trace) -> Iterator[tuple[Doubles, Doubles]]:
@@ -115,19 +110,25 @@ def _permuted(rows: Any, off: list[int], noise: float, whose: str) -> Finding | 
     return Finding("semantic", "wrong_token", text)
 
 
-def _few(rows: Any, off: list[int], noise: float, whose: str) -> Finding | None:
-    """A part of the tokens is off and the others agree: other weights move all that are unsure."""
-    expected, actual = (np.concatenate([row[side] for row in rows]) for side in (0, 1))
-    last = np.zeros(len(expected), bool)
-    last[np.cumsum([len(e) for e, _ in rows]) - 1] = True
-    apart = np.abs(actual - expected)
-    far, unsure = apart > _FAR * noise, expected < _UNSURE
+def few_off(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Finding | None:
+    """What a part of the tokens is, where the others agree up to `noise`: other weights move all that are unsure.
+
+    `wrong_values` where they have one number; else candidates.
+    """
+    rows = list(_rows(expected, actual))
+    if not rows:
+        return None
+    e, a = (np.concatenate([row[side] for row in rows]) for side in (0, 1))
+    last = np.zeros(len(e), bool)
+    last[np.cumsum([len(row) for row, _ in rows]) - 1] = True
+    apart = np.abs(a - e)
+    far, unsure = apart > _FAR * noise, e < _UNSURE
     agree = unsure & (apart <= noise)
     if not far.any() or np.count_nonzero(agree) < (1 - _MOVED) * np.count_nonzero(unsure) or _rms(apart[~far]) > noise:
         return None
     where = ", each the last of its sequence" if last[far].all() else ""
     count = f"{np.count_nonzero(far):,} of {len(far):,} tokens are off{where}, and the others agree up to noise"
-    if np.ptp(actual[far]) < _ONE_VALUE and np.count_nonzero(far) > 1:
-        return Finding("semantic", "wrong_values", f"{count}: {whose} has {actual[far][0]:.4g} for each")
+    if np.ptp(a[far]) < _ONE_VALUE and np.count_nonzero(far) > 1:
+        return Finding("semantic", "wrong_values", f"{count}: {whose} has {a[far][0]:.4g} for each")
     text = f"{count}: other weights would move all that are unsure, unless they came in between"
     return Finding("semantic", None, text, ("wrong_token", "wrong_values", "stale_weights"))

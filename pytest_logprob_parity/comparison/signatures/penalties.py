@@ -24,7 +24,7 @@ _OFTEN: Final = 8
 _MOST: Final = 0.9
 #: Seen tokens are so many times as far from the line as others where a repetition penalty moved them; where only they are.
 _MOVED, _ONLY = 2.0, 5.0
-#: A penalty moves all of them: the one in the middle by more than this share of their RMS.
+#: A penalty moves all of a kind, of the prompt or written: the one in the middle by more than this share of their RMS.
 _ALL_OF_THEM: Final = 0.05
 
 
@@ -85,8 +85,11 @@ def moves_only_seen(positions: Positions, scale: float) -> bool:
     both = seen.any(axis=1) & (others.sum(axis=1) >= 2)
     if np.count_nonzero(both) < ENOUGH or _apart(off[both], seen[both], others[both]) <= _ONLY:
         return False
-    moved = np.abs(off - _mean(off, others)[:, None])[both][seen[both]]
-    return float(np.median(moved)) > _ALL_OF_THEM * math.sqrt(float(np.mean(moved**2)))
+    moved = np.abs(off - _mean(off, others)[:, None])
+    least = _ALL_OF_THEM * math.sqrt(float(np.mean(moved[both][seen[both]] ** 2)))
+    written = positions.counts > 0
+    kinds = (moved[both][(seen & kind)[both]] for kind in (written, ~written))  # a penalty may count one kind alone
+    return any(len(kind) >= ENOUGH and float(np.median(kind)) > least for kind in kinds)
 
 
 def _apart(off: Doubles, seen: Any, others: Any) -> float:
