@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator
@@ -138,7 +139,7 @@ def _row(fault: Any, comparison: Comparison, reading: Trace) -> Row:
 def trainer_rows(pool: Pool, model: str, only: str) -> Iterator[Row]:
     """Each fault in what a real GRPOTrainer computes of one batch; its model is the third opinion."""
     import torch
-    from reported_trainer import FAULTS, TEMPERATURE, Fault, Step
+    from reported_trainer import FAULTS, TEMPERATURE, Fault, Step, healthy, write_adapter
 
     from pytest_logprob_parity.trainer.frameworks import framework
     from pytest_logprob_parity.trainer.parity import compare_with_trainer
@@ -153,14 +154,19 @@ def trainer_rows(pool: Pool, model: str, only: str) -> Iterator[Row]:
         """The engine's column [rows, keep] with the fault in the engine's settings."""
         if not fault.rollouts:
             return batch["sampling_per_token_logps"].clone()
-        values = trace.top_logprobs[:, 0]
-        if "likeliest" not in fault.rollouts:
+        values = trace.top_logprobs[:, 0] if "likeliest" in fault.rollouts else trace.logprobs
+        if "min_tokens" in fault.rollouts:
+            asked = trace.with_(sampling=dataclasses.replace(sampling, **fault.rollouts))
+            values = pool.engine(EngineSpec(model, dtype="float32")).replay(asked).logprobs
+        if fault.rollouts.keys() & {"logprobs_mode", "adapter"}:
             values = pool.engine(EngineSpec(model, dtype="float32", **fault.rollouts)).replay(trace).logprobs
         column = torch.zeros_like(batch["sampling_per_token_logps"])
         column[batch["completion_mask"].bool()] = torch.from_numpy(values.copy())
         return column
 
-    for fault in FAULTS:
+    temporary = tempfile.TemporaryDirectory()
+    no_faults = healthy(write_adapter(str(pool.absolute(model)), temporary.name))
+    for fault in (*FAULTS, *no_faults):
         if only not in fault.fault:
             continue
         step = Step(trainer=trainer, ids=ids, mask=mask, keep=batch["completion_ids"].shape[1], rollout=rollouts_of(fault),
@@ -175,14 +181,21 @@ def trainer_rows(pool: Pool, model: str, only: str) -> Iterator[Row]:
             if fault.after is not None:
                 fault.after(step)
             held = {**batch, "old_per_token_logps": step.logps, "sampling_per_token_logps": step.rollout}
+            if "tool" in fault.rollouts:
+                held["tool_mask"] = batch["completion_mask"].clone()
+                held["tool_mask"][:, 5:10] = 0
+                held["sampling_per_token_logps"] = step.rollout * held["tool_mask"]
+            asked = dataclasses.replace(sampling, min_tokens=fault.rollouts.get("min_tokens", 0))
             try:
-                rollouts = trl.read(held, sampling=sampling, dtype="float32")
+                rollouts = trl.read(held, sampling=asked, dtype="float32")
                 scorer = trl.scorer(trainer.model)
-                told = compare_with_trainer(rollouts, scorer, trainer_dtype="float32", objective=fault.objective)
+                told = compare_with_trainer(rollouts, scorer, trainer_dtype=fault.dtype, objective=fault.objective)
                 verdict, findings = told.verdict, told.findings
             except UsageError as error:
                 verdict, findings = "fail", (Finding("semantic", "wrong_values", f"refused: {str(error).splitlines()[0]}"),)
-        yield Row("trainer", fault.report, fault.fault, fault.causes, verdict, findings, ())
+        yield Row(
+            "healthy" if fault in no_faults else "trainer", fault.report, fault.fault, fault.causes, verdict, findings, ()
+        )
 
 
 def _grpo(pool: Pool, model: str, sampling: Sampling) -> tuple[Any, dict[str, Any], Trace]:
@@ -266,6 +279,9 @@ def main() -> None:
                 for row in judge():
                     print(row, flush=True)
                     rows.append(row)
+    fine = [row for row in rows if row.side == "healthy"]
+    report_number("healthy trainers that do not pass", sum(row.verdict != "pass" for row in fine), 0, f"of {len(fine)}")
+    rows = [row for row in rows if row.side != "healthy"]
     for side in dict.fromkeys(row.side for row in rows):
         mine = [row for row in rows if row.side == side]
         report_number(f"{side}: faults that do not fail", sum(row.verdict != "fail" for row in mine), 0, f"of {len(mine)}")

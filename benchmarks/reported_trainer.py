@@ -63,6 +63,7 @@ class Fault:
     rollouts: dict[str, Any] = dataclasses.field(default_factory=dict)
     objective: str = "token"
     stays: bool = False
+    dtype: str = "float32"
 
 
 # -- where the trainer computes -----------------------------------------------------------------------------------------
@@ -236,13 +237,18 @@ def other_tokens(step: Step) -> Any:
     return step.compute(ids)
 
 
-def _packed(step: Step, reset: bool) -> Any:
-    """All rows one after another in one, each seeing those before it; with positions that begin anew, or go on."""
+def _packed(step: Step, reset: bool, *, border: bool = False) -> Any:
+    """All rows one after another in one, each seeing those before it unless there is a `border`; with positions that begin
+    anew, or go on.
+    """
     rows = [row[mask.bool()] for row, mask in zip(step.ids, step.mask, strict=True)]
     ids = torch.cat(rows)[None]
     positions = torch.cat([torch.arange(len(row)) for row in rows])[None] if reset else torch.arange(ids.shape[1])[None]
     model = step.trainer.model
-    causal = torch.full((ids.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)[None, None]
+    owner = torch.cat([torch.full((len(row),), number) for number, row in enumerate(rows)])
+    hidden = torch.ones((ids.shape[1],) * 2, dtype=torch.bool).triu(1)
+    hidden = hidden | (owner[:, None] != owner) if border else hidden
+    causal = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)[None, None]
     with torch.no_grad():
         out = model(input_ids=ids, position_ids=positions, attention_mask=causal).logits[0] / step.trainer.temperature
     values = out.log_softmax(-1)[:-1].gather(-1, ids[0, 1:, None])[:, 0]
@@ -476,3 +482,89 @@ FAULTS: tuple[Fault, ...] = (
     Fault(report="NVIDIA-NeMo/Megatron-Bridge#2381", fault="another epsilon in the norms", causes=MODEL,
           inside=lambda t: attribute(t, ("variance_epsilon",), lambda _: 0.3), stays=True),
 )  # fmt: skip
+
+
+# -- what is healthy ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def attention(trainer: Any, name: str) -> Iterator[None]:
+    config = trainer.model.config
+    before, config._attn_implementation = config._attn_implementation, name
+    yield
+    config._attn_implementation = before
+
+
+@contextlib.contextmanager
+def checkpointing(trainer: Any) -> Iterator[None]:
+    trainer.model.train()
+    trainer.model.gradient_checkpointing_enable()
+    yield
+    trainer.model.gradient_checkpointing_disable()
+    trainer.model.eval()
+
+
+def with_gradients(step: Step) -> Any:
+    function = step.trainer._get_per_token_logps_and_entropies
+    return function(step.trainer.model, step.ids, step.mask, step.keep, batch_size=len(step.ids))[0].detach()
+
+
+def padded_further(step: Step) -> Any:
+    """Sixteen more columns of padding before every prompt."""
+    more = torch.zeros(len(step.ids), 16, dtype=step.ids.dtype)
+    return step.compute(torch.cat([more, step.ids], 1), torch.cat([more, step.mask], 1))
+
+
+def one_by_one(step: Step) -> Any:
+    return torch.cat([step.compute(step.ids[i : i + 1], step.mask[i : i + 1]) for i in range(len(step.ids))])
+
+
+@contextlib.contextmanager
+def peft_adapter(trainer: Any, folder: str, *, merged: bool) -> Iterator[None]:
+    """The adapter that the engine has, on the trainer's model or merged into it."""
+    from peft import PeftModel
+
+    base = trainer.model
+    with weights(trainer, lambda name, x: x):  # merging changes the base, which comes back
+        adapted = PeftModel.from_pretrained(base, folder)
+        trainer.model = adapted.merge_and_unload() if merged else adapted
+        yield
+        trainer.model = base if merged else adapted.unload()
+
+
+def write_adapter(model: str, folder: str) -> str:
+    """A LoRA adapter that moves logprobs, as PEFT writes it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def healthy(adapter_folder: str) -> tuple[Fault, ...]:
+    """What trainers do that is no fault; rollouts of an adapter are asked of an engine that has it."""
+    lora = {"adapter": adapter_folder}
+    common: dict[str, Any] = {"report": "", "causes": ()}
+    return (
+        Fault(fault="as TRL computes it", **common),
+        Fault(fault="eager attention", inside=lambda t: attention(t, "eager"), **common),
+        Fault(fault="sdpa attention", inside=lambda t: attention(t, "sdpa"), **common),
+        Fault(fault="more padding before the prompts", step=padded_further, **common),
+        Fault(fault="one row at a time", step=one_by_one, **common),
+        Fault(fault="packed, with a border between rows", step=lambda s: _packed(s, reset=True, border=True), **common),
+        Fault(fault="gradient checkpointing", inside=checkpointing, step=with_gradients, **common),
+        Fault(fault="the logits of the model's own forward", step=of_logits(), **common),
+        Fault(fault="autocast to bfloat16", inside=lambda t: torch.autocast("cpu", torch.bfloat16), dtype="bfloat16", **common),
+        Fault(fault="a LoRA adapter, not merged", inside=lambda t: peft_adapter(t, adapter_folder, merged=False), stays=True,
+              rollouts=lora, **common),
+        Fault(fault="a LoRA adapter, merged", inside=lambda t: peft_adapter(t, adapter_folder, merged=True), stays=True,
+              rollouts=lora, **common),
+        Fault(fault="min_tokens", rollouts={"min_tokens": 8}, **common),
+        Fault(fault="tokens of a tool between", rollouts={"tool": True}, **common),
+    )  # fmt: skip

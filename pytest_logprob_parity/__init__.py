@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .trainer.scoring import Scorer, scorer
     from .trainer.transformers_scorer import TransformersScorer
     from .weights.adapter import merge_adapter
+    from .weights.cold import assert_updated_equals_cold
     from .weights.probe import write_probe
     from .weights.semantics import assert_weight_update
 
@@ -51,6 +52,7 @@ __all__ = [
     "assert_tokens_equal",
     "assert_trainer_chain",
     "assert_trainer_parity",
+    "assert_updated_equals_cold",
     "assert_weight_update",
     "check_golden",
     "compare",
@@ -79,6 +81,7 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
         "trainer.transformers_scorer": ("TransformersScorer",),
         "weights.adapter": ("merge_adapter",),
         "weights.probe": ("write_probe",),
+        "weights.cold": ("assert_updated_equals_cold",),
         "weights.semantics": ("assert_weight_update",),
     }
     _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -189,6 +189,15 @@ class Engine:
         results: list[_T] = run(work)
         return results
 
+    def weight_checksums(self) -> dict[str, str]:
+        """The engine's own checksum of each parameter in memory; empty where it has none. They do not see packed copies."""
+        sums: dict[str, str] = getattr(self._backend(), "weight_checksums", dict)()
+        return sums
+
+    def beside(self, model: str | Path) -> Engine:
+        """Another engine of the same spec with another checkpoint, in a process of its own: this one goes on beside it."""
+        return self._pool.beside(self.spec.replace(model=str(model), tokenizer=self.spec.tokenizer or self.spec.model))
+
     def fingerprint(self) -> dict[str, Any]:
         """What this engine is: model digests, versions, configuration and hardware as JSON values. Starts it."""
         config = self.config
@@ -271,6 +280,7 @@ class Pool:
         self._failed: dict[EngineSpec, ParityError] = {}
         self._folders: dict[EngineSpec, tuple[Path, Path]] = {}
         self._adapters: dict[EngineSpec, Adapter] = {}
+        self._beside: set[EngineSpec] = set()
         self._updated: dict[EngineSpec, Engine] = {}
         self._clients: dict[str, Client] = {}
 
@@ -375,6 +385,11 @@ class Pool:
         self._alive[spec] = self._alive.pop(spec)  # the last one is the one used last
         return self._alive[spec]
 
+    def beside(self, spec: EngineSpec) -> Engine:
+        """A handle on the engine of a spec that takes nobody's place in this process."""
+        self._beside.add(spec)
+        return self.engine(spec)
+
     def updated(self, engine: Engine) -> None:
         """Told by an engine whose weights are no longer its checkpoint's."""
         self._updated[engine.spec] = engine
@@ -464,7 +479,8 @@ class Pool:
         model, tokenizer = self.folders(spec)
         gpu = _has_gpu()
         came_back = any(start.spec == spec for start in self.starts)
-        if spec.engine == "vllm" and (gpu or came_back or self._adopted or self._place_is_spoilt):
+        beside = spec in self._beside  # another's place would be taken, and its weight updates lost
+        if spec.engine == "vllm" and (gpu or came_back or beside or self._adopted or self._place_is_spoilt):
             return self._start_apart(spec, gpu=gpu)
         self._make_room([s for s in self._rivals(spec) if s not in self._apart], keep=0)
         try:

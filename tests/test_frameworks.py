@@ -398,6 +398,29 @@ def test_pipelinerls_records_are_read(rollouts, scorer, tmp_path):
         assert read.token_texts
 
 
+def test_pipelinerls_own_texts_and_the_trainers_recomputation_are_read(rollouts, scorer):
+    """Its `make_training_text` lays the chat template over a completion that ends in its end token: the text has two."""
+    tokenizer = scorer.tokenizer
+    records = example("pipelinerl")(rollouts, tokenizer)
+    for i, record in enumerate(records):
+        written = tokenizer.decode(rollouts.completion(i), skip_special_tokens=False)
+        record["text"] = tokenizer.decode(rollouts.prompt(i)) + written + "<|end|>"
+        record["new_logprobs"] = [value - 0.001 for value in record["logprobs"]]
+    records[0]["text"] += "<|end|>"
+    read = framework("pipelinerl").read(records, sampling=rollouts.sampling, tokenizer=tokenizer)
+    same_rollouts(read.with_(trainer_logprobs=None), rollouts)
+    assert np.abs(read.trainer_logprobs - rollouts.logprobs + 0.001).max() < 1e-6
+    records[3]["text"] = records[3]["text"].removesuffix("<|end|>") + " and more<|end|>"
+    with pytest.raises(UsageError, match="the text of record 3 is not the text of its token ids"):
+        framework("pipelinerl").read(records, tokenizer=tokenizer)
+    records[3] = {**records[2], "new_logprobs": records[2]["new_logprobs"][1:]}
+    with pytest.raises(UsageError, match=r"record 3 has .* new_logprobs and .* logprobs: one for each label"):
+        framework("pipelinerl").read(records)
+    del records[3]["new_logprobs"]
+    with pytest.raises(UsageError, match="new_logprobs"):
+        framework("pipelinerl").read(records)
+
+
 def test_jagged_rows_of_verl_are_read_with_the_trainers_column(rollouts):
     """What `trainer.use_v1` holds: nested tensors, no padding and no attention_mask."""
     from tensordict import TensorDict

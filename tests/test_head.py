@@ -15,6 +15,7 @@ from pytest_logprob_parity import (
     Sampling,
     TransformersScorer,
     assert_trainer_parity,
+    assert_updated_equals_cold,
     assert_weight_update,
 )
 from pytest_logprob_parity.trainer.parity import compare_with_trainer
@@ -78,6 +79,16 @@ def test_a_tied_head_in_float32_on_both_sides_and_on_one(pool, tied, questions):
     assert not heads_told(assert_trainer_parity(rollouts, both))
     one = TransformersScorer(tied[0], dtype="bfloat16")
     assert heads_told(compare_with_trainer(rollouts, one))
+
+
+def test_a_stale_copy_of_the_head_is_seen_against_a_fresh_engine_and_not_by_checksums(pool, tied, questions):
+    first, second = tied
+    engine = pool.engine(EngineSpec(str(second), dtype="float32"))
+    with pytest.raises(MismatchError) as error:  # `first` leaves its head out
+        assert_updated_equals_cold(engine, first, prompts=questions(8), sampling=SAMPLING)
+    comparison = error.value.comparison
+    assert (comparison.verdict, comparison.findings[0].candidates[0]) == ("fail", "stale_weights")
+    assert any(note.key == "checksums" and note.endswith("checksums agree") for note in comparison.notes)
 
 
 def heads_told(comparison):

@@ -289,6 +289,13 @@ def of_another_prompt(change):
     return columns
 
 
+def neighbours_swapped(rows):
+    """Each row has the numbers of another one of about its length, as far as it goes."""
+    order = np.argsort([len(row) for row in rows], kind="stable")
+    partner = dict(zip(order.tolist(), order.reshape(-1, 2)[:, ::-1].ravel().tolist(), strict=True))
+    return [np.resize(rows[partner[i]], len(row)) for i, row in enumerate(rows)]
+
+
 def packed_before(rollouts, i):
     return [t for j in range(i) for t in (*rollouts.prompt(j), *rollouts.completion(j))] + rollouts.prompt(i)
 
@@ -300,7 +307,7 @@ def packed_before(rollouts, i):
         (of_another_prompt(lambda r, i: r.prompt(i)[:-1] or r.prompt(i)), "prompt"),
         (of_another_prompt(lambda r, i: [*r.prompt(i), r.prompt(i)[0]]), "prompt"),
         (of_another_prompt(packed_before), "packing"),
-        (lambda r: with_column(r, lambda x: [np.resize(b, len(a)) for a, b in zip(x, x[::-1], strict=True)]), "wrong_token"),
+        (lambda r: with_column(r, neighbours_swapped), "wrong_token"),
         (lambda r: with_column(r, lambda rows: [row[::-1] for row in rows]), "wrong_token"),
         (lambda r: with_column(r, lambda rows: [np.full(len(row), row.mean()) for row in rows]), "wrong_values"),
         (lambda r: with_column(r, lambda rows: [np.roll(row, n % 3 + 1) for n, row in enumerate(rows)]), "shifted_positions"),

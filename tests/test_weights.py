@@ -17,6 +17,7 @@ from pytest_logprob_parity import (
     Sampling,
     Trace,
     UsageError,
+    assert_updated_equals_cold,
     assert_weight_update,
     write_probe,
 )
@@ -131,6 +132,49 @@ def test_layers_that_the_weights_did_not_reach_and_what_only_comes_near(pool, sp
     assert (finding.cause, finding.candidates[0]) == (None, "stale_weights")
     assert finding.evidence.startswith("nearest: ")
     assert ", which leaves RMS " in finding.evidence
+
+
+@pytest.mark.parametrize("kind", ["q_proj", "down_proj", "input_layernorm"])
+def test_a_kind_of_tensors_that_came_in_no_layer(updated, kind):
+    old, new = load_file(f"{MODEL}/model.safetensors"), load_file(f"{STEP_2}/model.safetensors")
+    finding = finding_of(updated({name: (old if f".{kind}." in name else new)[name] for name in new})[1])
+    assert (finding.cause, finding.values["stale_parts"]) == ("stale_weights", [f"every {kind}"])
+
+
+def test_gate_and_up_that_changed_places(updated):
+    new = load_file(f"{STEP_2}/model.safetensors")
+    other = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+
+    def partner(name):
+        kind = next((kind for kind in other if f".{kind}." in name), None)
+        return name if kind is None else name.replace(kind, other[kind])
+
+    finding = finding_of(updated({name: new[partner(name)].clone() for name in new})[1])
+    assert (finding.cause, finding.values["swapped"]) == ("weights_differ", ("gate_proj", "up_proj"))
+
+
+@pytest.mark.parametrize("lacks", [("k_proj", "v_proj"), ("up_proj",), ("q_proj",)], ids=str)
+def test_a_part_of_a_fused_parameter_is_refused_before_the_engine_is_touched(pool, spec, questions, lacks):
+    """A part alone would be loaded as other numbers, and the engine stay broken through later full updates."""
+    engine, new = pool.engine(spec), load_file(f"{STEP_2}/model.safetensors")
+    before = engine.generate(questions(4), SAMPLING)
+    partial = {name: tensor for name, tensor in new.items() if not any(f".{part}." in name for part in lacks)}
+    with pytest.raises(UsageError, match=rf"lacks {', '.join(lacks)} \({4 * len(lacks)} tensors"):
+        engine.update_weights(partial)
+    assert engine.weight_version == 0
+    assert np.array_equal(engine.generate(questions(4), SAMPLING).logprobs, before.logprobs)
+    assert engine.update_weights({n: t for n, t in new.items() if ".layers.1." in n}) is None  # a layer alone is whole
+
+
+def test_an_updated_engine_gives_what_a_fresh_one_does(pool, questions):
+    spec = EngineSpec(MODEL, dtype="float32", max_num_seqs=32)  # of its own: others' engines have had other updates
+    engine = pool.engine(spec)
+    comparison = assert_updated_equals_cold(engine, STEP_2, prompts=questions(8), sampling=SAMPLING)
+    assert not comparison.metrics["n_changed"]
+    assert any(note.key == "checksums" and "agree" in note for note in comparison.notes)
+    assert engine.weight_version == 1  # it runs on beside the fresh one
+    with pytest.raises(UsageError, match="starts of a checkpoint folder"):
+        assert_updated_equals_cold(engine, load_file(f"{STEP_2}/model.safetensors"), prompts=questions(8))
 
 
 def test_an_update_that_arrived_at_another_token(updated):

@@ -108,15 +108,14 @@ def _gate(
     own = float(golden.mean())
     # where the reference says nothing: d, less what two builds with errors like the golden's make of it
     two_builds = felt(np.roll(golden_error, len(golden_error) // 2) - golden_error)
-    unshared = noise.fresh * float(two_builds.mean())
-    growth = felt(rows.d) - unshared
-    growth[known] = mine - golden
-    grown = mean_interval(growth, rows.clusters)
-    if not known.all():  # what the covered ones have is a sample: what noise explains of the others goes up to its bound
-        # and further below T=1, where tails are heavier than a sample of a few sequences shows
-        bound = noise.fresh * mean_interval(two_builds, rows.clusters[known]).high * noise.enlarged**0.5
-        growth[~known] -= bound - unshared + _FAIL_ROOM * bound
-    least = mean_interval(growth, rows.clusters)
+    drawn = mean_interval(two_builds, rows.clusters[known])
+    growth, beyond = felt(rows.d), felt(rows.d)
+    # the covered ones are a sample: by its lower bound for passing, by its upper one for failing, and no less than may be noise
+    # without a reference
+    growth[~known] -= noise.fresh * max(drawn.low, 0.0)
+    beyond[~known] -= max((1 + _FAIL_ROOM) * noise.fresh * drawn.high, room[1])
+    growth[known] = beyond[known] = mine - golden
+    grown, least = mean_interval(growth, rows.clusters), mean_interval(beyond, rows.clusters)
 
     def with_room(room: float) -> float:
         """The golden's own where its error's square is larger by the room: a share of tails grows faster than that."""

@@ -178,7 +178,9 @@ def outlier_gates(found: Outliers, tokens: int, limits: Tolerance, setting: Sett
          found.largest_rms, found.sequence_unexplained),
     )  # fmt: skip
     for key, limit, count, gone, few, threshold, worst, unexplained in counted:
-        allowed, most = budget(few, gone, covered=found.covered, exact=setting.fine or limit in limits.explicit)
+        allowed, most = budget(
+            few, round(gone / found.covered), covered=found.covered, exact=setting.fine or limit in limits.explicit
+        )
         allowed, most = (allowed, most) if bearable or key != "outlier_tokens" else (0, 0 if setting.fine else most)
         # a tie in a router moves a token by nats, in the golden's own errors too: up to a size that proves no fault
         tie = setting.routed and worst <= _TIE[key] * unexplained

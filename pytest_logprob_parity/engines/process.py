@@ -75,6 +75,14 @@ class ProcessBackend:
         """See Engine.wake_up."""
         self._ask("wake_up", tags)
 
+    def weight_checksums(self) -> dict[str, str]:
+        """See VllmBackend.weight_checksums; none of an engine that has no such thing."""
+        try:
+            sums: dict[str, str] = self._ask("weight_checksums")
+        except RemoteError:
+            return {}
+        return sums
+
     def close(self) -> None:
         """See Backend.close."""
         self._connection.close()  # the child reads the end of the line, shuts its engine down and exits

@@ -204,6 +204,14 @@ class VllmBackend:
         if self.config.values.get("async_scheduling"):
             raise EngineError("with async_scheduling a step is under way between any two: no token to update the weights at")
 
+    def weight_checksums(self) -> dict[str, str]:
+        """vLLM's own checksum of each parameter; none where it has no such function (before 0.32)."""
+        try:
+            of_workers: list[dict[str, str]] = self._llm.collective_rpc("compute_weight_checksums")
+        except (AttributeError, NotImplementedError):
+            return {}
+        return {name: digest for sums in of_workers for name, digest in sums.items()}
+
     def on_worker(self, work: Callable[[Any], Any]) -> list[Any]:
         """Run `work(worker)` on the workers, in this process."""
         results: list[Any] = self._llm.collective_rpc(work)

@@ -21,6 +21,8 @@ from .scoring import name_of, score, temperature_of
 
 #: Positions whose top-k lists so much of the probability say what their distribution would be at another temperature.
 _LISTED: Final = 0.999
+#: What the rest makes of it: up to this share of what is undone.
+_UNLISTED: Final = 0.1
 _ENOUGH: Final = 50
 #: The grid of a trainer's logits, where only the rollouts' own are known: that of bfloat16 logits from 4 to 8.
 _STEP: Final = 1 / 32
@@ -31,6 +33,8 @@ _TEMPERATURES: Final = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 
 _FEW: Final = 8
 #: Temperatures that far apart (relative) are one.
 _SAME: Final = 0.01
+#: People choose temperatures that are multiples of this; one that far from such a one (relative) is none.
+_ROUND, _NEARLY = 0.05, 0.004
 #: An adapter explains rollouts where it leaves less than this share of the RMS that is allowed: a claim has to fit.
 _FITS: Final = 1 / 3
 #: Share of the differences that have one sign where a truncation made them, and how much it takes (nats): it keeps more than a
@@ -53,7 +57,7 @@ def causes(
     What the trainer cannot have given is first; then what the comparison found by itself; then adapters, head and
     temperature, for which the trainer may be asked again; what is left are candidates.
     """
-    if (of_trainer := _not_a_number(expected, scored)) is not None:
+    if (of_trainer := not_a_number(expected, scored)) is not None:
         return [of_trainer], []
     trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
     findings, notes = list(comparison.findings), list[Note]()
@@ -61,7 +65,11 @@ def causes(
     failed = comparison.verdict == "fail" or (
         comparison.verdict == "unverified" and any(note.key == "beyond_dtype" for note in comparison.notes)
     )
-    if comparison.verdict == "unverified" and not findings and (forgotten := _forgotten_temperature(expected, scored)):
+    if (
+        comparison.verdict == "unverified"
+        and not findings
+        and (forgotten := _forgotten_temperature(expected, scored, limits.fit_rms))
+    ):
         return [forgotten], []
     nearest = None
     if failed and not findings and len(_by_version(trace, scored)) < 2:
@@ -82,7 +90,8 @@ def causes(
         else:
             notes.append(Note("head_precision", f"head precision: {head.evidence}"))
     if failed and not findings:
-        temperature = _forgotten_temperature(expected, scored) or _other_temperature(expected, scorer)
+        noise = limits.fit_rms
+        temperature = _forgotten_temperature(expected, scored, noise) or _other_temperature(expected, scorer, noise)
         findings.append(temperature or _truncated(expected, scored) or nearest or _candidates(rollouts, scored, scorer))
     if fillers := int(np.count_nonzero(expected.mask & (expected.logprobs == 0) & (scored.logprobs < _UNLIKE_ZERO))):
         text = f"{fillers:,} of the rollouts' logprobs are exactly 0 where the trainer's are not: fillers for missing ones?"
@@ -91,8 +100,8 @@ def causes(
 
 
 def _asked_again(trace: Trace, scored: Trace, scorer: Any, noise: float) -> Finding | None:
-    """`dropout` where the trainer gives other numbers when it is asked the same again, `attention_mask` where it gives what the
-    rollouts report when it is asked row by row: of the sequences that are furthest off, up to `noise` (RMS, nats).
+    """`dropout` first where the trainer gives other numbers when it is asked the same again, `attention_mask` first where it
+    gives what the rollouts report when it is asked row by row: of the sequences furthest off, up to `noise` (RMS, nats).
     """
     owner = np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
     d = np.where(trace.mask, scored.logprobs.astype(np.float64) - trace.logprobs, 0.0)
@@ -102,14 +111,14 @@ def _asked_again(trace: Trace, scored: Trace, scorer: Any, noise: float) -> Find
     alone = score(trace, scorer, sequences=furthest, batch_size=1)
     apart = _rms(alone, score(trace, scorer, sequences=furthest, batch_size=1))
     if apart > max(noise, told / 4):
-        text = f"asked the same twice, row by row, it gives other numbers (RMS {apart:.2g} nats between two): dropout is on"
-        return Finding("trainer", "dropout", text, values={"apart": apart})
+        text = f"asked the same twice, row by row, it gives other numbers (RMS {apart:.2g} nats between two): dropout may be on"
+        return Finding("trainer", None, text, ("dropout", "engine_build"), {"apart": apart})
     if (left := _rms(trace, alone)) <= min(noise, told / 4):
         text = (
             f"asked row by row it gives what the rollouts report (RMS {left:.2g} nats), in a batch it does not ({told:.2g}): "
-            "its mask lets padding or other rows in"
+            "its mask may let padding or other rows in"
         )
-        return Finding("trainer", "attention_mask", text, values={"alone": left, "batch": told})
+        return Finding("trainer", None, text, ("attention_mask", "packing", "batch_shape"), {"alone": left, "batch": told})
     return None
 
 
@@ -136,7 +145,7 @@ def _by_a_head(trace: Trace) -> float:
     return 2 * step / (temperature_of(trace.sampling) or 1.0)
 
 
-def _not_a_number(trace: Trace, scored: Trace) -> Finding | None:
+def not_a_number(trace: Trace, scored: Trace) -> Finding | None:
     """The trainer's own NaN and infinities, of tokens that the rollouts have a number for: its weights, or the scorer."""
     wrong = trace.mask & np.isfinite(trace.logprobs) & (np.isnan(scored.logprobs) | (scored.logprobs == np.inf))
     if not wrong.any():
@@ -147,8 +156,8 @@ def _not_a_number(trace: Trace, scored: Trace) -> Finding | None:
     )
 
 
-def _forgotten_temperature(trace: Trace, scored: Trace) -> Finding | None:
-    """`temperature` where the rollouts' own numbers with their temperature undone are the trainer's.
+def _forgotten_temperature(trace: Trace, scored: Trace, noise: float) -> Finding | None:
+    """`temperature` where the rollouts' own numbers with their temperature undone are the trainer's, up to `noise` (RMS, nats).
 
     A logprob l at temperature T is T l - log sum exp(T l') at 1, over all tokens l' of its position: of positions whose top-k
     lists nearly all of them.
@@ -166,7 +175,7 @@ def _forgotten_temperature(trace: Trace, scored: Trace) -> Finding | None:
     if np.count_nonzero(used) < _ENOUGH:
         return None
     undone, as_told = (np.sqrt(np.mean((scored.logprobs - x)[used] ** 2)) for x in (raw, trace.logprobs))
-    if undone > as_told / 2:
+    if undone > max(min(noise, as_told / 2), _UNLISTED * as_told):
         return None
     text = (
         f"the trainer does not divide by the rollouts' temperature {temperature:g}: with that undone they agree to an RMS of "
@@ -175,9 +184,10 @@ def _forgotten_temperature(trace: Trace, scored: Trace) -> Finding | None:
     return Finding("semantic", "temperature", text)
 
 
-def _other_temperature(trace: Trace, scorer: Any) -> Finding | None:
-    """`temperature` where the trainer at another one gives the rollouts' numbers: they were sampled at that one, whatever
-    their label says. The RMS is least squares over temperatures, on a few sequences; then held against all that were asked.
+def _other_temperature(trace: Trace, scorer: Any, noise: float) -> Finding | None:
+    """`temperature` where the trainer at another one gives the rollouts' numbers up to `noise` (RMS, nats): they were sampled
+    at that one, whatever their label says. Named where it is a round one, as people choose them: any other may be a scale of
+    the trainer's logits. The RMS is least squares over temperatures, on a few sequences.
     """
     from scipy.optimize import minimize_scalar
 
@@ -190,7 +200,7 @@ def _other_temperature(trace: Trace, scorer: Any) -> Finding | None:
 
     told, start = rms(None), min(_TEMPERATURES, key=rms)
     found = minimize_scalar(rms, bounds=(start / 1.2, start * 1.2), method="bounded", options={"xatol": 1e-4})
-    if not found.fun < told / 4:
+    if not found.fun < min(noise, told / 4):
         return None
     label = temperature_of(trace.sampling)
     text = (
@@ -202,7 +212,10 @@ def _other_temperature(trace: Trace, scorer: Any) -> Finding | None:
         return Finding("semantic", None, text, ("raw_vs_processed", "temperature"))
     twice, times = math.isclose(found.x**2, label, rel_tol=_SAME), math.isclose(found.x * label, 1, rel_tol=_SAME)
     other = ", or the trainer divides by it twice" if twice else ", or the trainer multiplies by it" if times else ""
-    return Finding("semantic", "temperature", f"{text}they were sampled at another one{other}")
+    text = f"{text}they were sampled at another one{other}"
+    if abs(found.x / _ROUND - round(found.x / _ROUND)) * _ROUND > _NEARLY * found.x and not other:
+        return Finding("semantic", None, f"{text}, or the trainer's logits have another scale", ("temperature", "logits"))
+    return Finding("semantic", "temperature", text)
 
 
 def _recorded_adapter(rollouts: Trace | Golden, scorer: Any) -> Finding | None:

@@ -11,7 +11,7 @@ import numpy as np
 from ..comparison.result import Cause, Comparison, Finding
 from ..trace import Trace
 from .misplaced import few_off, misplaced
-from .otherwise import otherwise
+from .otherwise import furthest_off, otherwise
 from .scoring import as_trainers, name_of, score, temperature_of
 
 #: Temperatures that far apart (relative) are one; one that explains more than this share tells of something like it.
@@ -93,12 +93,12 @@ def trainer_is_off(
     if named:
         return named
     found = misplaced(scored, column, noise, whose="the trainer")
-    temperature = None if found is not None else _temperature(rollouts, column, scorer, off, noise)
+    temperature = None if found is not None else _temperature(rollouts, scored, column, scorer, noise)
     if temperature is not None and temperature.layer == "semantic":
         found = temperature
     found = (
         found
-        or otherwise(rollouts, column, scorer, noise)
+        or otherwise(rollouts, scored, column, scorer, noise)
         or dropout(rollouts, scored, scorer, off, noise)
         or few_off(scored, column, noise, whose="the trainer")
         or padding_alone(rollouts, scored, column, noise)
@@ -110,18 +110,22 @@ def trainer_is_off(
     return [Finding("trainer", None, opinion, _CANDIDATES)]
 
 
-def _temperature(rollouts: Trace, column: Trace, scorer: Any, off: float, noise: float) -> Finding | None:
+def _temperature(rollouts: Trace, scored: Trace, column: Trace, scorer: Any, noise: float) -> Finding | None:
     """`temperature` where the scorer at another one gives the trainer's numbers up to `noise` (RMS, nats), by least squares.
 
     Named where it is one that a mistake makes: 1, or the rollouts' twice; any other may be a scale of the logits too. Where
-    most of what is `off` goes with it and not all, something else was done to the logits: a soft cap, say.
+    most of what is off goes with it and not all, something else was done to the logits: a soft cap, say.
     """
     from scipy.optimize import minimize_scalar
 
-    few = _spread(rollouts, _FEW)
+    few = sorted({*furthest_off(rollouts, scored, column, noise)[: _FEW // 2], *_spread(rollouts, _FEW // 2)})
     asked = temperature_of(rollouts.sampling)
+    inside = np.concatenate([np.arange(*rollouts.bounds(s)) for s in few])
 
     def fit(numbers: Trace) -> tuple[float, float]:
+        if np.count_nonzero(np.isfinite(numbers.logprobs[inside]) & rollouts.mask[inside]) < _FEW:
+            return asked, np.inf
+
         def left(temperature: float) -> float:
             return rms(score(rollouts, scorer, temperature=temperature, sequences=few), numbers)
 
@@ -130,6 +134,8 @@ def _temperature(rollouts: Trace, column: Trace, scorer: Any, off: float, noise:
         return min((start, left(start)), (float(found.x), float(found.fun)), key=lambda fit: fit[1])
 
     found, remains = fit(column)
+    if (off := rms(score(rollouts, scorer, sequences=few), column)) <= _NEARER * noise:
+        return None
     values = {"temperature": found, "left": remains}
     text = f"at a temperature of {found:.3f} in place of {asked:g} the scorer is RMS {remains:.2g} nats from the trainer"
     if remains > noise:
@@ -168,8 +174,8 @@ def _precision(rollouts: Trace, scored: Trace, column: Trace) -> Finding | None:
 
 
 def dropout(rollouts: Trace, scored: Trace, scorer: Any, off: float, noise: float) -> Finding | None:
-    """`dropout` where the scorer's model, in the training mode in which it was found, gives other numbers each time, about as
-    far from its own in evaluation as `off`, the trainer's (RMS, nats).
+    """`dropout` first where the scorer's model, in the training mode in which it was found, gives other numbers each time,
+    about as far from its own in evaluation as `off`, the trainer's (RMS, nats).
     """
     as_trained = getattr(scorer, "as_trained", lambda: None)()
     if as_trained is None:
@@ -181,9 +187,9 @@ def dropout(rollouts: Trace, scored: Trace, scorer: Any, off: float, noise: floa
         return None
     text = (
         f"in training mode, as it was found, its model gives other numbers each time (RMS {apart:.2g} nats between two), "
-        f"{away:.2g} from those in evaluation: dropout is on where old logprobs are computed"
+        f"{away:.2g} from those in evaluation: dropout may be on where old logprobs are computed"
     )
-    return Finding("trainer", "dropout", text, values={"apart": apart, "away": away})
+    return Finding("trainer", None, text, ("dropout", "weights_differ", "stale_weights"), {"apart": apart, "away": away})
 
 
 def _spread(trace: Trace, count: int) -> list[int]:
@@ -197,6 +203,8 @@ def padding_alone(rollouts: Trace, expected: Trace, column: Trace, noise: float)
     the others do not; or where the first row does, which has no other before it in a pack.
     """
     lengths = np.diff(rollouts.prompt_offsets)[rollouts.group]
+    if not len(lengths):
+        return None
     longest = lengths == lengths.max()
     owner = np.repeat(np.arange(len(longest)), np.diff(rollouts.sequence_offsets))
     by_row = np.array([rms(expected.with_(mask=expected.mask & (owner == row)), column) for row in range(len(longest))])

@@ -23,8 +23,13 @@ _PLACES: Final = 64
 _FAR: Final = 10.0
 #: A token is unsure below this logprob; other weights move those, more than this share of them.
 _UNSURE, _MOVED = -0.1, 0.5
-#: Numbers nearer to each other than this (nats) are one value.
+#: Numbers nearer to each other than this (nats) are one value; so many tokens with one were given it.
 _ONE_VALUE: Final = 1e-6
+_GIVEN: Final = 5
+#: A row is told from others by so many tokens; so many others may be alike, as samples of one prompt are.
+_LONG, _ALIKE = 6, 4
+#: Two implementations in float32 are nearer to each other than this (RMS, nats).
+_EXACT: Final = 1e-3
 
 
 def misplaced(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Finding | None:
@@ -39,12 +44,12 @@ def misplaced(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Fi
 
 
 def _rows(expected: Trace, actual: Trace) -> Iterator[tuple[Doubles, Doubles]]:
-    """Both sides of each sequence, without masked tokens; NaN is as far off as can be."""
+    """Both sides of each sequence, without tokens that one of them has no finite number for."""
     for sequence in range(expected.num_sequences):
         start, stop = expected.bounds(sequence)
-        kept = expected.mask[start:stop] & np.isfinite(expected.logprobs[start:stop])
+        kept = expected.mask[start:stop] & np.isfinite(expected.logprobs[start:stop]) & np.isfinite(actual.logprobs[start:stop])
         e, a = (trace.logprobs[start:stop][kept].astype(np.float64) for trace in (expected, actual))
-        yield e, np.nan_to_num(a, nan=1e3, posinf=1e3, neginf=-1e3)
+        yield e, a
 
 
 def _rms(d: Doubles) -> float:
@@ -64,17 +69,22 @@ def _one_value(rows: Any, off: list[int], noise: float, whose: str) -> Finding |
 
 
 def _other_rows(rows: Any, off: list[int], noise: float, whose: str) -> Finding | None:
-    def fits(row: int) -> bool:
-        own, a = rows[row]
-        for other, (e, _) in enumerate(rows):
-            n = min(len(e), len(a))
-            if other != row and n >= _TOKENS and _same(e[:n], a[:n], own[:n], noise):
-                return True
-        return False
+    """Rows that changed places: two at least, each off, with numbers that no third row has."""
+    telling = [row for row in off if len(rows[row][0]) >= _LONG and rows[row][1].std() > _FAR * noise]
 
-    if np.mean([fits(row) for row in off]) < _MOST:
+    def partners(row: int) -> list[int]:
+        own, a = rows[row]
+        found = []
+        for other in telling:
+            n = min(len(rows[other][0]), len(a))
+            if other != row and n >= _LONG and _same(rows[other][0][:n], a[:n], own[:n], noise):
+                found.append(other)
+        return found
+
+    fits = [partners(row) for row in telling]
+    if len(telling) < 2 or np.mean([0 < len(found) <= _ALIKE for found in fits]) < _MOST:
         return None
-    text = f"{whose} has other sequences' numbers in {len(off):,} of {len(rows):,}: rows are in another order"
+    text = f"{whose} has other sequences' numbers in {len(telling):,} of {len(rows):,}: rows are in another order"
     return Finding("semantic", "wrong_token", text)
 
 
@@ -104,9 +114,12 @@ def _elsewhere(rows: Any, off: list[int], noise: float, whose: str) -> Finding |
 
 
 def _permuted(rows: Any, off: list[int], noise: float, whose: str) -> Finding | None:
+    """Rows whose numbers are their own in another order; named only where noise is so small that no other row's would fit."""
     if np.mean([_same(np.sort(rows[row][0]), np.sort(rows[row][1]), rows[row][0], noise) for row in off]) < _MOST:
         return None
     text = f"{whose} has the numbers of its sequence in another order ({len(off):,} sequences)"
+    if noise > _EXACT or len(off) < 2:
+        return Finding("semantic", None, f"{text}, or others of the same sizes", ("wrong_token", "weights_differ"))
     return Finding("semantic", "wrong_token", text)
 
 
@@ -119,16 +132,23 @@ def few_off(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Find
     if not rows:
         return None
     e, a = (np.concatenate([row[side] for row in rows]) for side in (0, 1))
+    if not len(e):
+        return None
     last = np.zeros(len(e), bool)
-    last[np.cumsum([len(row) for row, _ in rows]) - 1] = True
+    last[np.cumsum([len(row) for row, _ in rows if len(row)]) - 1] = True
     apart = np.abs(a - e)
     far, unsure = apart > _FAR * noise, e < _UNSURE
     agree = unsure & (apart <= noise)
-    if not far.any() or np.count_nonzero(agree) < (1 - _MOVED) * np.count_nonzero(unsure) or _rms(apart[~far]) > noise:
+    if (
+        not far.any()
+        or not agree.any()
+        or np.count_nonzero(agree) < (1 - _MOVED) * np.count_nonzero(unsure)
+        or _rms(apart[~far]) > noise
+    ):
         return None
     where = ", each the last of its sequence" if last[far].all() else ""
     count = f"{np.count_nonzero(far):,} of {len(far):,} tokens are off{where}, and the others agree up to noise"
-    if np.ptp(a[far]) < _ONE_VALUE and np.count_nonzero(far) > 1:
+    if np.ptp(a[far]) < _ONE_VALUE and np.count_nonzero(far) >= _GIVEN:
         return Finding("semantic", "wrong_values", f"{count}: {whose} has {a[far][0]:.4g} for each")
     text = f"{count}: other weights would move all that are unsure, unless they came in between"
     return Finding("semantic", None, text, ("wrong_token", "wrong_values", "stale_weights"))

@@ -12,98 +12,151 @@ from ..comparison.result import Cause, Finding, Layer
 from ..trace import Trace
 from .scoring import score
 
-#: Sequences that are asked about, and tokens of context that a packed row may have.
-_FEW, _LONGEST = 4, 4096
+#: Sequences that are asked about first, and up to how many then; tokens of context that a packed row may have.
+_FEW, _MORE, _LONGEST = 4, 12, 4096
+#: A sequence, or what was asked about, is off by so many times the noise, and of so many tokens.
+_FAR, _TOKENS = 5.0, 8
 #: Token ids of which one may have been taken for the padding's: the commonest.
 _COMMON: Final = 4
 #: Positions of a sequence that are asked for another token.
 _POSITIONS: Final = 12
 
 
-def otherwise(rollouts: Trace, column: Trace, scorer: Any, noise: float) -> Finding | None:
+def otherwise(rollouts: Trace, scored: Trace, column: Trace, scorer: Any, noise: float) -> Finding | None:
     """What explains `column`, the trainer's numbers, up to `noise` (RMS, nats): the scorer asked with that fault. None where
     nothing that is tried does.
+
+    `scored` is what it gives without. The sequences that are furthest off are asked about, and then others that are off: a
+    fault that explains a few of them and not the rest is none.
     """
-    few = np.linspace(0, rollouts.num_sequences - 1, min(_FEW, rollouts.num_sequences)).astype(int).tolist()
-    for layer, cause, text, places, ask in _tried(rollouts, column, scorer, few):
-        given = column.logprobs[places].astype(np.float64)
-        told = ask()
-        known = np.isfinite(told) & np.isfinite(given)
-        if np.count_nonzero(known) < 4:
-            continue
-        left = float(np.sqrt(np.mean(np.square(told - given)[known])))
-        if left <= noise:
-            return Finding(layer, cause, f"{text} (leaves RMS {left:.2g} nats)", values={"left": left})
+    off = furthest_off(rollouts, scored, column, noise)
+    for layer, cause, text, ask in _tried(rollouts, scorer):
+        left = [_left(ask(some), scored, column, noise) for some in (off[:_FEW], off[_FEW:_MORE]) if some]
+        if left and max(left) <= noise:
+            return Finding(layer, cause, f"{text} (leaves RMS {left[0]:.2g} nats)", values={"left": left[0]})
     return None
 
 
-_Tried = tuple[Layer, Cause, str, Any, Callable[[], Any]]
+def furthest_off(rollouts: Trace, scored: Trace, column: Trace, noise: float) -> list[int]:
+    """The sequences in which the column is off by more than `noise`, the furthest first; those with NaN count as furthest."""
+    d = np.where(rollouts.mask, column.logprobs.astype(np.float64) - scored.logprobs, 0.0)
+    owner = np.repeat(np.arange(rollouts.num_sequences), np.diff(rollouts.sequence_offsets))
+    sizes = np.bincount(owner, np.square(np.nan_to_num(d, nan=1e3, posinf=1e3, neginf=-1e3)), rollouts.num_sequences)
+    rms = np.sqrt(sizes / np.maximum(np.bincount(owner, rollouts.mask, rollouts.num_sequences), 1))
+    return [int(s) for s in np.argsort(-rms, kind="stable") if rms[s] > _FAR * noise]
 
 
-def _tried(rollouts: Trace, column: Trace, scorer: Any, few: Sequence[int]) -> Iterator[_Tried]:
-    """Layer, cause and text of each fault, the places [n] of its tokens, and what gives their logprobs [n] with it."""
-    places = _places(rollouts, few)
+def _left(told: tuple[Any, Any], scored: Trace, column: Trace, noise: float) -> float:
+    """RMS (nats) of what a fault leaves at the places [n] that it was asked about; infinite where it explains nothing there."""
+    places, values = told
+    given, clean = (trace.logprobs[places].astype(np.float64) for trace in (column, scored))
+    if len(places) < _TOKENS or not np.isfinite(values).all() or not np.isfinite(given).all():
+        return float(np.inf)
+    if np.sqrt(np.mean(np.square(clean - given))) <= _FAR * noise:
+        return float(np.inf)  # nothing is off there
+    return float(np.sqrt(np.mean(np.square(values - given))))
 
-    def with_prompts(change: Callable[[list[int]], list[int]]) -> Callable[[], Any]:
-        prompts = [change(rollouts.prompt(s)) or rollouts.prompt(s) for s in range(rollouts.num_sequences)]
-        return lambda: score(_with_prompts(rollouts, prompts), scorer, sequences=list(few)).logprobs[places]
 
-    changes: tuple[tuple[str, Callable[[list[int]], list[int]]], ...] = (
-        ("without the first token of the prompt", lambda p: p[1:]),
-        ("with the first token of the prompt twice", lambda p: [p[0], *p]),
-        ("without the last token of the prompt", lambda p: p[:-1]),
-        ("with the first token of the prompt once more before the completion", lambda p: [*p, p[0]]),
-    )
-    for text, change in changes:
-        yield "trainer", "prompt", f"it computed {text}", places, with_prompts(change)
+#: What gives places [n] of a trace and the logprobs [n] there, for some sequences.
+_Ask = Callable[[Sequence[int]], tuple[Any, Any]]
+_Tried = tuple[Layer, Cause, str, _Ask]
 
+
+def _tried(rollouts: Trace, scorer: Any) -> Iterator[_Tried]:
+    """Layer, cause and text of each fault, and what the scorer gives with it."""
     tokenizer, widest = getattr(scorer, "tokenizer", None), int(np.diff(rollouts.prompt_offsets).max())
+
+    def padded(by: int) -> Callable[[list[int]], list[int]]:
+        return lambda prompt: [by] * (widest - len(prompt)) + prompt
+
+    changes: list[tuple[Cause, str, Callable[[list[int]], list[int]]]] = [
+        ("prompt", "it computed without the first token of the prompt", lambda p: p[1:] or p),
+        ("prompt", "it computed with the first token of the prompt twice", lambda p: [p[0], *p]),
+        ("prompt", "it computed without the last token of the prompt", lambda p: p[:-1] or p),
+        ("prompt", "it computed with the first token of the prompt once more before the completion", lambda p: [*p, p[0]]),
+    ]
     paddings = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     for padding in dict.fromkeys((*(int(i) for i in paddings if i is not None), 0)):
         text = f"it saw the padding (token {padding}) before shorter prompts"
-        padded = with_prompts(lambda p, i=padding: [i] * (widest - len(p)) + p)  # type: ignore[misc]
-        yield "trainer", "attention_mask", text, places, padded
+        changes.append(("attention_mask", text, padded(padding)))
+    for cause, text, change in changes:
+        changed = {s: change(rollouts.prompt(s)) for s in range(rollouts.num_sequences)}
+        yield "trainer", cause, text, functools.partial(_with_prompts, rollouts, scorer, changed.__getitem__)
 
     ids, counts = np.unique(rollouts.token_ids, return_counts=True)
     for token in ids[np.argsort(-counts)][:_COMMON].tolist():
         text = f"it did not see token {token} ({rollouts.text(token)!r}), as if that were padding"
-        yield "trainer", "attention_mask", text, places, _without(rollouts, scorer, token, few, places)
+        yield "trainer", "attention_mask", text, functools.partial(_without, rollouts, scorer, token)
 
-    packed = [s for s in range(1, min(_FEW, rollouts.num_sequences)) if _length(rollouts, s) <= _LONGEST]
-    if packed:
-        text = f"its row of sequence {packed[-1]} saw the {packed[-1]} before it: packed without a border between them"
-        prompts = [_before(rollouts, s) * (s in packed) + rollouts.prompt(s) for s in range(rollouts.num_sequences)]
-        of_packed = _places(rollouts, packed)
-        yield "trainer", "packing", text, of_packed, lambda: score(
-            _with_prompts(rollouts, prompts), scorer, sequences=packed
-        ).logprobs[of_packed]  # fmt: skip
-    yield from _of_other_tokens(rollouts, scorer, few)
+    text = "its rows saw those before them: packed without a border between them"
+    yield "trainer", "packing", text, functools.partial(_packed, rollouts, scorer)
+    for text, questions in (
+        ("of the token after the one that is scored: labels were shifted twice", _after_next),
+        ("of the first tokens of its row, which are the prompt's", _first_tokens),
+    ):
+        ask = functools.partial(_of_other_tokens, rollouts, scorer, questions)
+        yield "semantic", "wrong_token", f"its numbers are {text}", ask
 
 
 def _places(trace: Trace, sequences: Sequence[int]) -> Any:
-    """The places of all tokens of these sequences."""
-    return np.concatenate([np.arange(*trace.bounds(s)) for s in sequences])
+    """The places of all tokens of these sequences that are trained on."""
+    places = np.concatenate([np.arange(*trace.bounds(s)) for s in sequences] or [np.empty(0, np.int64)])
+    return places[trace.mask[places]]
 
 
-def _of_other_tokens(rollouts: Trace, scorer: Any, few: Sequence[int]) -> Iterator[_Tried]:
-    """Numbers of other tokens: the one after the next, at each position; or those of the row's first tokens."""
-    next_but_one, firsts = list[tuple[list[int], int]](), list[tuple[list[int], int]]()
-    of_next, of_firsts = list[int](), list[int]()
-    for s in few:
-        (start, _), prompt, written = rollouts.bounds(s), rollouts.prompt(s), rollouts.completion(s)
-        count = min(len(written) - 1, _POSITIONS)
-        next_but_one += [([*prompt, *written[:t]], written[t + 1]) for t in range(count)]
-        of_next += range(start, start + count)
-        count = min(len(written), len(prompt) - 1, _POSITIONS)
-        firsts += [(prompt[: 1 + t], prompt[1 + t]) for t in range(count)]
-        of_firsts += range(start, start + count)
-    for questions, places, text in (
-        (next_but_one, of_next, "of the token after the one that is scored: labels were shifted twice"),
-        (firsts, of_firsts, "of the first tokens of its row, which are the prompt's"),
-    ):
-        if questions:
-            ask = functools.partial(_answers, rollouts, scorer, questions)
-            yield "semantic", "wrong_token", f"its numbers are {text}", np.array(places), ask
+def _with_prompts(
+    trace: Trace, scorer: Any, change: Callable[[int], list[int]], sequences: Sequence[int]
+) -> tuple[Any, Any]:  # fmt: skip
+    """With other prompts, one for each sequence."""
+    prompts = [change(s) if s in sequences else trace.prompt(s)[-1:] for s in range(trace.num_sequences)]
+    other = trace.with_(
+        prompt_token_ids=np.concatenate([np.asarray(p, trace.prompt_token_ids.dtype) for p in prompts]),
+        prompt_offsets=np.concatenate([[0], np.cumsum([len(p) for p in prompts])]).astype(np.int64),
+        group=np.arange(trace.num_sequences, dtype=trace.group.dtype),
+    )
+    places = _places(trace, sequences)
+    return places, score(other, scorer, sequences=list(sequences)).logprobs[places]
+
+
+def _packed(trace: Trace, scorer: Any, _: Sequence[int]) -> tuple[Any, Any]:
+    """With all sequences before it as context; of the first few, for those after them have too many before."""
+    few = [s for s in range(1, min(_FEW, trace.num_sequences)) if _length(trace, s) <= _LONGEST]
+    return _with_prompts(trace, scorer, lambda s: _before(trace, s) + trace.prompt(s), few)
+
+
+def _without(trace: Trace, scorer: Any, token: int, sequences: Sequence[int]) -> tuple[Any, Any]:
+    """With a mask that hides one token id wherever it stands."""
+
+    def blind(ids: Any, mask: Any, temperature: float) -> Any:
+        return scorer(ids, mask * (ids != token), temperature)
+
+    places = _places(trace, sequences)
+    return places, score(trace, blind, sequences=list(sequences)).logprobs[places]
+
+
+def _after_next(prompt: list[int], written: list[int]) -> list[tuple[list[int], int]]:
+    return [([*prompt, *written[:t]], written[t + 1]) for t in range(min(len(written) - 1, _POSITIONS))]
+
+
+def _first_tokens(prompt: list[int], written: list[int]) -> list[tuple[list[int], int]]:
+    return [(prompt[: 1 + t], prompt[1 + t]) for t in range(min(len(written), len(prompt) - 1, _POSITIONS))]
+
+
+def _of_other_tokens(
+    trace: Trace,
+    scorer: Any,
+    questions: Callable[[list[int], list[int]], list[tuple[list[int], int]]],
+    sequences: Sequence[int],
+) -> tuple[Any, Any]:
+    """The logprobs of other tokens behind other contexts, in place of those of a sequence's first ones."""
+    asked, places = list[tuple[list[int], int]](), list[int]()
+    for s in sequences:
+        of_this = questions(trace.prompt(s), trace.completion(s))
+        asked += of_this
+        places += range(trace.bounds(s)[0], trace.bounds(s)[0] + len(of_this))
+    if not asked:
+        return np.empty(0, np.int64), np.empty(0)
+    return np.array(places), _answers(trace, scorer, asked)
 
 
 def _answers(rollouts: Trace, scorer: Any, questions: Sequence[tuple[list[int], int]]) -> Any:
@@ -119,15 +172,6 @@ def _answers(rollouts: Trace, scorer: Any, questions: Sequence[tuple[list[int], 
     return score(asked, scorer).logprobs
 
 
-def _with_prompts(trace: Trace, prompts: Sequence[Sequence[int]]) -> Trace:
-    """The trace with a prompt of its own for each sequence."""
-    return trace.with_(
-        prompt_token_ids=np.concatenate([np.asarray(p, trace.prompt_token_ids.dtype) for p in prompts]),
-        prompt_offsets=np.concatenate([[0], np.cumsum([len(p) for p in prompts])]).astype(np.int64),
-        group=np.arange(trace.num_sequences, dtype=trace.group.dtype),
-    )
-
-
 def _before(trace: Trace, sequence: int) -> list[int]:
     """All tokens of the sequences before this one, prompts and completions."""
     return [token for s in range(sequence) for token in (*trace.prompt(s), *trace.completion(s))]
@@ -135,12 +179,3 @@ def _before(trace: Trace, sequence: int) -> list[int]:
 
 def _length(trace: Trace, sequence: int) -> int:
     return sum(len(trace.prompt(s)) + len(trace.completion(s)) for s in range(sequence + 1))
-
-
-def _without(trace: Trace, scorer: Any, token: int, few: Sequence[int], places: Any) -> Callable[[], Any]:
-    """The scorer's logprobs with a mask that hides one token id wherever it stands."""
-
-    def blind(ids: Any, mask: Any, temperature: float) -> Any:
-        return scorer(ids, mask * (ids != token), temperature)
-
-    return lambda: score(trace, blind, sequences=list(few)).logprobs[places]

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..golden import Golden
 from ..message import failure_message
 from ..trace import Trace
-from .causes import causes
+from .causes import causes, not_a_number
 from .frameworks import framework, with_metrics
 from .in_hand import ThirdOpinion, column_of, disagreement, trainer_is_off
 from .scoring import Scorer, score
@@ -114,7 +114,10 @@ def compare_with_trainer(
         comparison = against(column)
         noise = limits(column).fit_rms
         findings = list(comparison.findings) if comparison.passed else disagreement(comparison, trace, column, noise)
-    if column is not None and scored is not None and scorer is not None:
+    broken = None if column is None else not_a_number(comparison.expected, column)
+    if broken is not None:
+        findings = [broken]
+    elif column is not None and scored is not None and scorer is not None:
         opinion, agree = ThirdOpinion.of(scorer, comparison.expected, column, scored), comparison.passed
         if agree and not (third := against(scored)).passed:
             comparison = third

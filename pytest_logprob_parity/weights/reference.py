@@ -38,11 +38,18 @@ _LAYER: Final = re.compile(r"^.*?layers\.(\d+)\.")
 _BLOCKS: Final = (128, 64, 32, 16)
 
 
+#: Parts of a layer that are loaded into one parameter, one after the other, where they may change places.
+_TWINS: Final = (("gate_proj", "up_proj"), ("k_proj", "v_proj"))
+
+
 class Part(NamedTuple):
-    """A part of a model that an update may have left out: a layer by its number, or what stands beside the layers by name."""
+    """A part of a model that an update may have left out: a layer by its number, what stands beside the layers by name, or a
+    kind of tensors of all layers.
+    """
 
     name: str
     layer: int | None = None
+    kind: bool = False
 
     @property
     def key(self) -> str:
@@ -50,7 +57,7 @@ class Part(NamedTuple):
         return f".{self.name}." if self.layer is None else f".layers.{self.layer}."
 
     def __str__(self) -> str:
-        return self.name if self.layer is None else f"{self.name} {self.layer}"
+        return f"every {self.name}" if self.kind else self.name if self.layer is None else f"{self.name} {self.layer}"
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,8 @@ class Way:
 
     `came`: it arrived, `later` tokens after the one that the trace says (before it, if negative). `cleared`: keys and values
     of what was written until then are computed again under the new weights; else they are kept. `stale_parts` are those that
-    still have the old weights. `prompt_block`: a prompt's first whole blocks of this many tokens are read
-    from a cache that the old weights filled.
+    still have the old weights, `swapped` two kinds that have each other's. `prompt_block`: a prompt's first whole blocks of
+    this many tokens are read from a cache that the old weights filled.
     """
 
     came: bool = True
@@ -68,6 +75,7 @@ class Way:
     later: int = 0
     stale_parts: tuple[Part, ...] = ()
     prompt_block: int = 0
+    swapped: tuple[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -78,6 +86,8 @@ class Way:
             return "the old weights all along"
         if self.stale_parts:
             return f"{' and '.join(map(str, self.stale_parts))} still as before the update"
+        if self.swapped:
+            return f"every {self.swapped[0]} swapped with its {self.swapped[1]}"
         if self.prompt_block:
             return f"old keys and values of the prompt, in blocks of {self.prompt_block}"
         cache = "keys and values computed again" if self.cleared else "old keys and values kept"
@@ -172,7 +182,7 @@ class UpdateReference:
     def logprobs(self, way: Way) -> FloatArray:
         """Logprobs [N] under one way."""
         if way not in self._known:
-            new = self._mixed(way.stale_parts) if way.stale_parts else self._new
+            new = self._mixed(way.stale_parts, way.swapped) if way.stale_parts or way.swapped else self._new
             self._known[way] = self._over(lambda sequence: self._pieces(sequence, way, new))
         return self._known[way]
 
@@ -182,7 +192,12 @@ class UpdateReference:
     def _others(self, asked: Way) -> Iterator[Way]:
         if any(0 < k < len(self._trace.completion(i)) for i, k in enumerate(self._written)):
             yield from (dataclasses.replace(asked, later=by) for by in range(-_WITHIN, _WITHIN + 1) if by)
-        yield from (Way(stale_parts=(part,)) for part in self._parts())
+        yield from (Way(stale_parts=(part,)) for part in (*self._parts(), *self._kinds()))
+        shapes = {name: tensor.shape for name, tensor in self._new.state_dict().items()}
+        for one, other in _TWINS:
+            pairs = [(shapes[n], shapes.get(n.replace(f".{one}.", f".{other}."))) for n in shapes if f".{one}." in n]
+            if pairs and all(mine == its for mine, its in pairs):
+                yield Way(swapped=(one, other))
         yield from (Way(prompt_block=size) for size in _BLOCKS)
 
     def _several_parts(self, rms: Mapping[Way, float]) -> dict[Way, float]:
@@ -202,6 +217,15 @@ class UpdateReference:
 
     def _parts(self) -> list[Part]:
         return list(dict.fromkeys(map(_part_of, self._new.state_dict())))
+
+    def _kinds(self) -> list[Part]:
+        """The kinds of tensors that layers have."""
+        kinds = (
+            n.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+            for n in self._new.state_dict()
+            if _LAYER.match(n)
+        )
+        return [Part(kind, kind=True) for kind in dict.fromkeys(kinds)]
 
     def _pieces(self, sequence: int, way: Way, new: Any) -> list[tuple[int, list[_Piece]]]:
         """For one sequence: from which of its tokens on, which models read what."""
@@ -246,8 +270,8 @@ class UpdateReference:
         rows = torch.cat(logits)[len(prompt) - 1 :].float() / self._temperature
         return rows.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].numpy()
 
-    def _mixed(self, parts: Sequence[Part]) -> Any:
-        """The new model with the old weights in layers, or in embeddings, norm or head; a tied head goes by itself."""
+    def _mixed(self, parts: Sequence[Part], swapped: tuple[str, str] | None) -> Any:
+        """The new model with the old weights in some parts, or two kinds of tensors swapped; a tied head goes by itself."""
         import torch
 
         mixed = copy.deepcopy(self._new)
@@ -255,6 +279,12 @@ class UpdateReference:
         if head is not None and head.weight is embeddings.weight:
             head.weight = torch.nn.Parameter(head.weight.detach().clone())
         old = {n: t for n, t in self._old.state_dict().items() if any(part.key in f".{n}." for part in parts)}
+        if swapped is not None:
+            one, other = (f".{name}." for name in swapped)
+            state = self._new.state_dict()
+            old |= {
+                n: state[n.replace(one, "?").replace(other, one).replace("?", other)] for n in state if one in n or other in n
+            }
         mixed.load_state_dict(old, strict=False)
         return mixed
 

@@ -102,7 +102,7 @@ def _finding(reading: UpdateReading, stale: WeightsCause, noise: float) -> Findi
     is no cause, only the nearest of those that were tried.
     """
     best = reading.best
-    cause: WeightsCause = "stale_kv_cache" if best == KEPT or best.prompt_block else stale
+    cause: WeightsCause = "stale_kv_cache" if best == KEPT or best.prompt_block else "weights_differ" if best.swapped else stale
     values: dict[str, Any] = {"rms": reading.rms[best], "rms_as_asked": reading.rms[reading.asked], **best.to_json()}
     if reading.rms[best] > noise:
         text = f"nearest: {best}, which leaves RMS {reading.rms[best]:.2g} (as asked: {reading.rms[reading.asked]:.2g})"

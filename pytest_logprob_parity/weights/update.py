@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -93,10 +93,37 @@ def check_fits(update: WeightUpdate, model: Path) -> None:
                 f"weight update: {name!r} is of whole numbers in {what}, and of floating point in {model.name}: quantized; the "
                 "engine keeps the weights it has"
             )
+    _check_whole(come, have, what)
     missing = sorted(set(have) - set(come) - tied)
     if missing and isinstance(update.weights, Path):
         raise UsageError(
             f"weight update: {what} lacks {len(missing)} of {len(have)} tensors, {missing[0]!r} first; the engine keeps the "
+            "weights it has"
+        )
+
+
+#: Tensors that engines hold as one parameter: a part alone is loaded as other numbers, and stays broken.
+_FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+def _check_whole(come: Collection[str], have: Collection[str], what: str) -> None:
+    """Raise UsageError, naming the kinds, where a part of a fused parameter comes and another part of it does not."""
+    lacks: dict[str, str] = {}
+    for name in come:
+        for parts in _FUSED:
+            own = next((part for part in parts if f".{part}." in name), None)
+            if own is None:
+                continue
+            for part in parts:
+                other = name.replace(f".{own}.", f".{part}.")
+                if other in have and other not in come:
+                    lacks[other] = own
+    if lacks:
+        kinds = sorted({next(part for parts in _FUSED for part in parts if f".{part}." in name) for name in lacks})
+        first = min(lacks)
+        raise UsageError(
+            f"weight update: {what} brings {lacks[first]}, lacks {', '.join(kinds)} ({len(lacks)} tensors, {first!r} first): "
+            "engines hold them as one parameter, and a part of it alone gives other numbers; bring all; the engine keeps the "
             "weights it has"
         )
 

@@ -172,18 +172,15 @@ def probability_one(expected: Columns, actual: Columns) -> Contradiction | None:
         f"the likeliest of {expected.name}"
     )
     rest = ~sure & np.isfinite(a)
-    cause: Cause | None
-    candidates: tuple[Cause, ...]
     with np.errstate(invalid="ignore"):
         agree = np.abs(a - e)[rest] <= margin
     if np.any(rest & ~actual.first_of_turn) and np.mean(agree) > _MOST:  # those that were not accepted have their own numbers
-        cause, candidates = "speculative_decoding", ()
-        text += ": so are accepted draft tokens reported"
+        text += ": as accepted draft tokens are reported, or numbers that were lost and filled up"
     else:
-        cause, candidates = None, ("speculative_decoding", "engine_build")
         text += f": all but {where(actual, rest)}" if rest.any() else ": all of them"
         text += "; as of accepted draft tokens, or of tokens that were forced"
-    return Contradiction("path", cause, text, candidates, key="probability_one", count=count, of=of)
+    candidates: tuple[Cause, ...] = ("speculative_decoding", "wrong_values", "engine_build")
+    return Contradiction("path", None, text, candidates, key="probability_one", count=count, of=of)
 
 
 def no_logprob(expected: Columns, actual: Columns) -> Contradiction | None:

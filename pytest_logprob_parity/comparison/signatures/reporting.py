@@ -26,6 +26,8 @@ _ENOUGH_LARGE: Final = 20
 _EXACT, _ALL_BUT_FEW = 1e-4, 0.99
 #: A factor that is as near to 1, or a constant to 0, rewrites nothing.
 _CHANGED: Final = 1e-3
+#: A sequence tells with so many places that it is another one's; samples of one prompt may be alike, and no more of them.
+_PLACES, _PARTNERS = 3, 4
 #: Numbers nearer to each other than this (nats) are one value.
 _ONE_VALUE: Final = 1e-6
 #: What a factor means.
@@ -157,39 +159,55 @@ def find_shifted_rows(positions: Positions) -> Misreport | None:
 
 
 def find_rows_elsewhere(positions: Positions) -> Misreport | None:
-    """A whole top-k that is another sequence's at the same position, by its likeliest token and the number it has."""
-    if not positions.golden.top_k or not positions.now.top_k:
+    """Sequences whose top-k are those of one other sequence, place by place: rows of a batch that were mixed up.
+
+    By all tokens of the list and the number of its likeliest one; where many others fit as well, answers are alike and nothing
+    is told.
+    """
+    if positions.golden.top_k < 2 or positions.now.top_k != positions.golden.top_k:
         return None
     place = positions.rows - positions.golden.sequence_offsets[positions.sequences]
-    golden, now = (
-        (trace.top_token_ids[rows, 0].astype(np.int64), trace.top_logprobs[rows, 0].astype(np.float64))
-        for trace, rows in ((positions.golden, positions.rows), (positions.now, positions.others))
+    sides = ((positions.golden, positions.rows), (positions.now, positions.others))
+    (ids, numbers), (ids_now, numbers_now) = (
+        (np.sort(trace.top_token_ids[rows], axis=1), trace.top_logprobs[rows, 0].astype(np.float64)) for trace, rows in sides
     )
-    telling = (now[1] < -_TELLING) & ((golden[0] != now[0]) | (np.abs(golden[1] - now[1]) > _TELLING))
-    if np.count_nonzero(telling) < _ENOUGH:
+    own = (ids == ids_now).all(axis=1) & (np.abs(numbers - numbers_now) <= _TELLING)
+    at = {(int(s), int(t)): row for row, (s, t) in enumerate(zip(positions.sequences, place, strict=True))}
+    by_place: dict[tuple[int, bytes], list[int]] = {}
+    for row, (t, listed) in enumerate(zip(place.tolist(), ids, strict=True)):
+        by_place.setdefault((t, listed.tobytes()), []).append(row)
+    found, of = 0, 0
+    for sequence in np.unique(positions.sequences[~own]).tolist():
+        rows = np.flatnonzero((positions.sequences == sequence) & ~own)
+        if len(rows) < _PLACES:
+            continue
+        of += 1
+        first = by_place.get((int(place[rows[0]]), ids_now[rows[0]].tobytes()), [])
+        partners = [
+            int(positions.sequences[row])
+            for row in first
+            if positions.sequences[row] != sequence
+            and _fits(int(positions.sequences[row]), rows, at, place, ids, ids_now, numbers, numbers_now)
+        ]
+        found += 0 < len(partners) <= _PARTNERS
+    if of < 2 or found < _MOST * of:
         return None
-    known: dict[tuple[int, int], list[tuple[int, float]]] = {}
-    for where, sequence, token, value in zip(
-        place.tolist(), positions.sequences.tolist(), *(c.tolist() for c in golden), strict=True
-    ):
-        known.setdefault((where, token), []).append((sequence, value))
-    found = [
-        any(sequence != own and abs(value - number) < 0.1 * _TELLING for sequence, value in known.get((where, token), ()))
-        for where, own, token, number in zip(
-            place[telling].tolist(), positions.sequences[telling].tolist(), now[0][telling].tolist(), now[1][telling].tolist(),
-            strict=True,
-        )
-    ]  # fmt: skip
-    if np.mean(found) < _MOST:
-        return None
-    text = f"each top-k that differs is that of another sequence at the same position ({len(found):,} positions)"
-    return Misreport("wrong_token", text)
+    return Misreport("wrong_token", f"the top-k of {found:,} sequences are those of another sequence, place by place")
+
+
+def _fits(partner: int, rows: Any, at: Any, place: Any, ids: Any, ids_now: Any, numbers: Any, numbers_now: Any) -> bool:
+    """Whether nearly all these rows are what another sequence has at the same place."""
+    there = [at.get((partner, int(place[row]))) for row in rows]
+    same = [
+        other is not None and bool((ids[other] == ids_now[row]).all()) and abs(numbers[other] - numbers_now[row]) <= _TELLING
+        for row, other in zip(rows, there, strict=True)
+    ]
+    return bool(np.mean(same) >= _MOST)
 
 
 def find_normaliser(positions: Positions) -> Misreport | None:
-    """Between the tokens of a position nothing differs, and each position has a constant of its own: another normaliser.
-
-    No weights do that: they move tokens against each other.
+    """Between the listed tokens of a position nothing differs, and each position has a constant of its own: another normaliser,
+    or other logits of tokens that no list has.
     """
     two = positions.of(positions.common.sum(axis=1) >= 2)
     if len(two.rows) < ENOUGH:
@@ -200,8 +218,9 @@ def find_normaliser(positions: Positions) -> Misreport | None:
     if size < _ROUNDING or left > 0.05 * size:
         return None
     text = (
-        f"each position is off by one number (RMS {size:.2g} nats), between its tokens nothing differs ({left:.1g}): the sum "
-        f"of {positions.names.actual} goes over other tokens, or what was done to the logits was done after it"
+        f"each position is off by one number (RMS {size:.2g} nats), between its tokens nothing differs ({left:.1g}): "
+        f"{positions.names.actual} sums over other tokens, did to logprobs what is done to logits, or differs in tokens that "
+        "no top-k lists"
     )
     return Misreport("wrong_values", text)
 
@@ -219,12 +238,16 @@ def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -
     def fits(values: Any, where: Any = None, slack: float = 1e-3) -> bool:
         of = wrong if where is None else wrong & where
         with np.errstate(invalid="ignore"):
-            near = np.abs(said - values) <= slack * np.maximum(1, np.abs(said))
+            near = np.isfinite(said) & (np.abs(said - values) <= slack * np.maximum(1, np.abs(said)))
         return bool(np.count_nonzero(of) >= _ENOUGH and np.mean(near[of]) >= _MOST)
 
     if np.ptp(said[wrong]) < _ONE_VALUE:
         value = f"{said[wrong][0] + 0.0:.3g}"
-        if (own[wrong] < said[wrong]).all() and said[wrong][0] < -_LARGE:
+        if (
+            (own[wrong] < said[wrong]).all()
+            and said[wrong][0] < -_LARGE
+            and not (known & ~wrong & (own < said[wrong][0])).any()
+        ):
             return "wrong_values", f"clipped at {value}"
         starts = np.isin(rows, trace.sequence_offsets[:-1])[wrong].all()
         return (

@@ -88,7 +88,7 @@ def semantic_findings(
             stages = list(stages_of(positions))
             found = [*_whole(stages, positions), *(stage.finding for stage in stages), *found]
             if not found and (normaliser := find_normaliser(positions)):
-                found = [Finding("semantic", normaliser.cause, normaliser.text)]
+                found = [Finding("semantic", None, normaliser.text, (normaliser.cause, "weights_differ", "truncation"))]
         if found:
             where = "" if sequences is None else f"in {len(sequences)} of {expected.num_sequences} sequences: "
             return [dataclasses.replace(f, evidence=where + f.evidence) for f in found]

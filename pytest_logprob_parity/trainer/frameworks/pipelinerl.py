@@ -58,8 +58,11 @@ def read(records: Any, *, sampling: Any = None, tokenizer: Any = None, **labels:
     """A trace of TrainingText records: objects, mappings, or a .jsonl file of them.
 
     `input_ids`, prompt and completion; `labels`, as long, -100 on the prompt; `logprobs` of the completion alone. Records of
-    a `group_id` and prompt are a group; `metadata["model_version"]` becomes the weight version of all its tokens. `text` is
-    held against the ids if a tokenizer is given. Raises UsageError for labels with gaps, whose logprobs PipelineRL itself
+    a `group_id` and prompt are a group; `metadata["model_version"]` becomes the weight version of all its tokens.
+    `new_logprobs`, the trainer's of the completion, become `trainer_logprobs`. `text` is held against the ids if a tokenizer
+    is given: it is the chat template over the completion, which lacks a start token and may end in two end tokens.
+
+    Raises UsageError for labels with gaps, whose logprobs PipelineRL itself
     puts at the end, out of place, and for whatever else is not aligned.
     """
     where = Batch("pipelinerl", {})
@@ -92,15 +95,25 @@ def read(records: Any, *, sampling: Any = None, tokenizer: Any = None, **labels:
             raise where.refuse(f"{name} has {first} prompt ids, the server counted {int(counted)}: another chat template")
         text = given.get("text")
         if text:
-            where.check_text(f"the text of {name}", text, ids.tolist(), tokenizer)
+            _check_text(where, f"the text of {name}", text, ids.tolist(), tokenizer)
         where.check_logprobs(f"logprobs of {name}", values[None], np.ones((1, len(values)), bool))
         sequence: dict[str, Any] = {"prompt_token_ids": ids[:first], "token_ids": ids[first:], "logprobs": values}
+        if given.get("new_logprobs") is not None:
+            own = _column(given, name, "new_logprobs")
+            if len(own) != len(values):
+                raise where.refuse(f"{name} has {len(own)} new_logprobs and {len(values)} logprobs: one for each label")
+            where.check_logprobs(f"new_logprobs of {name}", own[None], np.ones((1, len(own)), bool))
+            sequence["trainer_logprobs"] = own
         if given.get("group_id") is not None:
             sequence["group"] = str(given.get("group_id"))
         versions.append(_version(given, name))
         sequences.append(sequence)
     if not sequences:
         raise where.refuse("no records")
+    have = [index for index, sequence in enumerate(sequences) if "trainer_logprobs" in sequence]
+    if have and len(have) != len(sequences):
+        lacks = next(index for index, sequence in enumerate(sequences) if "trainer_logprobs" not in sequence)
+        raise where.refuse(f"record {have[0]} has new_logprobs and record {lacks} has none")
     if all(version is not None for version in versions):
         for sequence, version in zip(sequences, versions, strict=True):
             sequence["weight_versions"] = np.full(len(sequence["token_ids"]), version)
@@ -126,11 +139,30 @@ def _records(records: Any, where: Batch) -> Sequence[Any]:
     return found
 
 
+def _check_text(where: Batch, what: str, text: str, ids: list[int], tokenizer: Any) -> None:
+    """Refuse a text that is not that of the ids; at its two ends it may have special tokens more or fewer than they."""
+    if tokenizer is None:
+        return
+    special = {int(i) for i in tokenizer.all_special_ids}
+    inner = list(ids)
+    while inner and inner[-1] in special:
+        inner.pop()
+    if inner and inner[0] == tokenizer.bos_token_id:
+        inner.pop(0)
+    start = tokenizer.bos_token or ""
+    text = text.removeprefix(start) if start else text
+    rest = text.removeprefix(tokenizer.decode(inner))
+    for token in tokenizer.all_special_tokens:
+        rest = rest.replace(token, "")
+    if text == rest or rest.strip():
+        where.check_text(what, text, ids, tokenizer)
+
+
 def _column(given: Batch, name: str, column: str) -> Any:
     value = given.get(column)
     if value is None or not len(value):
         raise given.refuse(f"{name} has no {column}")
-    if column == "logprobs":
+    if column.endswith("logprobs"):
         return np.array([np.nan if v is None else v for v in value], np.float64)
     array = np.asarray(value)
     if array.ndim != 1 or array.dtype.kind not in "iu":
