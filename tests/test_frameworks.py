@@ -398,6 +398,42 @@ def test_pipelinerls_records_are_read(rollouts, scorer, tmp_path):
         assert read.token_texts
 
 
+def test_rows_of_async_grpo_are_read(rollouts):
+    """TRL's own RolloutSample, which has prompt and completion in one; a token of a tool is masked."""
+    from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+
+    rows = []
+    for i in range(rollouts.num_sequences):
+        prompt, written, (a, b) = rollouts.prompt(i), rollouts.completion(i), rollouts.bounds(i)
+        mask = np.r_[np.zeros(len(prompt), np.int64), np.ones(len(written), np.int64)]
+        rows.append(
+            RolloutSample(
+                prompt=[],
+                completion=[],
+                input_ids=np.array(prompt + written),
+                completion_mask=mask,
+                old_log_probs=np.r_[np.zeros(len(prompt), np.float32), rollouts.logprobs[a:b]],
+                advantage=0.0,
+                model_version=3,
+                group_id=0,
+                metrics={},
+            )
+        )
+    trl = framework("trl")
+    read = trl.read(rows, sampling=rollouts.sampling)
+    same_rollouts(read, rollouts)
+    assert set(read.weight_versions.tolist()) == {3}
+    rows[2].completion_mask[len(rollouts.prompt(2)) + 1] = 0
+    assert trl.read(rows, sampling=rollouts.sampling).mask.sum() == rollouts.num_tokens - 1
+    rows[1].completion_mask[:] = 0
+    assert trl.read(rows, sampling=rollouts.sampling).num_sequences == rollouts.num_sequences - 1
+    rows[0].old_log_probs = rows[0].old_log_probs[1:]
+    with pytest.raises(UsageError, match=r"^trl: row 0 has \d+ input_ids, \d+ of completion_mask, \d+ old_log_probs$"):
+        trl.read(rows)
+    with pytest.raises(UsageError, match="row 0 has no input_ids"):
+        trl.read([{"prompt": "1 + 1"}])
+
+
 def test_pipelinerls_own_texts_and_the_trainers_recomputation_are_read(rollouts, scorer):
     """Its `make_training_text` lays the chat template over a completion that ends in its end token: the text has two."""
     tokenizer = scorer.tokenizer

@@ -353,6 +353,29 @@ def test_a_live_model_is_left_as_it_was_found(live, pool):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [(lambda m: m.eval(), "training modes"), (lambda m: m.requires_grad_(False), "gradients asked for"),
+     (lambda m: m.lm_head.weight.data.mul_(1.0), "")],
+    ids=["eval", "frozen", "nothing"],
+)  # fmt: skip
+def test_a_scorer_that_changes_its_model_is_refused(live, rollouts, change, what):
+    inner = TransformersScorer(live)
+
+    class Careless:
+        model, dtype = live, "float32"
+
+        def __call__(self, ids, mask, temperature):
+            change(self.model)
+            return inner(ids, mask, temperature)
+
+    if not what:
+        assert compare_with_trainer(rollouts, Careless()).metrics["rms_diff"] < 1e-4
+        return
+    with pytest.raises(UsageError, match=f"Careless changed its model while it scored .{what}"):
+        compare_with_trainer(rollouts, Careless())
+
+
 def test_a_peft_model_scores_with_its_adapter(live, pool):
     from peft import LoraConfig, get_peft_model
 

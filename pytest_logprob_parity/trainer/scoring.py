@@ -86,11 +86,16 @@ def score(
     _check_can_score(trace, scorer)
     kept = _kept_sets(trace, scorer)
     temperature = temperature_of(trace.sampling) if temperature is None else temperature
-    logprobs = np.full(trace.num_tokens, np.nan, np.float32)
+    logprobs, before = np.full(trace.num_tokens, np.nan, np.float32), _state_of(scorer)
     for batch in _batches(trace, range(trace.num_sequences) if sequences is None else sequences, batch_size):
         for sequence, values in zip(batch, _score_batch(trace, scorer, batch, temperature, kept), strict=True):
             start, stop = trace.bounds(sequence)
             logprobs[start:stop] = values
+    if changed := [name for name, state in _state_of(scorer).items() if before[name] != state]:
+        raise UsageError(
+            f"{name_of(scorer)} changed its model while it scored ({', '.join(changed)}): a trainer that goes on "
+            "with it trains otherwise; score in a context that puts it back"
+        )
     return as_trainers(
         trace,
         logprobs,
@@ -127,6 +132,20 @@ def as_trainers(trace: Trace, logprobs: FloatArray, *, sampling: Sampling, name:
 def name_of(scorer: Any) -> str:
     """What reports call a scorer."""
     return str(getattr(scorer, "name", "") or getattr(scorer, "__name__", type(scorer).__name__))
+
+
+def _state_of(scorer: Any) -> dict[str, Any]:
+    """What a scorer's model (attribute `model`) must not lose: training modes, gradients, the versions of its parameters."""
+    model = getattr(scorer, "model", None)
+    if not hasattr(model, "named_parameters") or not hasattr(model, "modules"):
+        return {}
+    assert model is not None
+    parameters = list(model.parameters())
+    return {
+        "training modes": [module.training for module in model.modules()],
+        "gradients asked for": [parameter.requires_grad for parameter in parameters],
+        "weights": [parameter._version for parameter in parameters],
+    }
 
 
 def _check_can_score(trace: Trace, scorer: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +14,7 @@ from ...errors import UsageError
 from ...spec import Sampling
 from ...trace import Trace
 from .base import Framework, Pairs, field_of, gather_minus_logsumexp, has_field, log_softmax_then_gather, missing
-from .reading import Batch
+from .reading import Batch, as_array
 
 #: GRPOConfig.vllm_importance_sampling_clip_max: a sequence with a larger ratio gets the ratio 0 (`sequence_mask`, its default).
 CAP: Final = 3.0
@@ -101,9 +101,13 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
     `prompt_ids`, `prompt_mask` [B, P] padded on the left, `completion_ids`, `completion_mask` and `sampling_per_token_logps`
     [B, C] padded on the right, `tool_mask` [B, C] where tools were called (0: a tool wrote the token). `old_per_token_logps`
     [B, C], the trainer's own, are `trainer_logprobs` of the trace. Rows whose completion_mask is 0 everywhere
-    (mask_truncated_completions) are left out: they train nothing, and nothing says how long they are. `labels` are those of
-    Trace.from_sequences (`dtype`, `engine_version`). Raises UsageError for what is not aligned so.
+    (mask_truncated_completions) are left out: they train nothing, and nothing says how long they are. A list is read as the
+    rows of AsyncGRPO: `input_ids` of prompt and completion, `completion_mask` (1: trained on) and `old_log_probs`, the
+    engine's, all [L]; `model_version` becomes the weight version. `labels` are those of Trace.from_sequences (`dtype`,
+    `engine_version`). Raises UsageError for what is not aligned so.
     """
+    if isinstance(batch, (list, tuple)):
+        return _read_rows(batch, sampling=sampling, tokenizer=tokenizer, labels=labels)
     given = Batch("trl", batch)
     prompts, completions = given.ids("prompt_ids"), given.ids("completion_ids")
     starts = given.lengths("prompt_mask", given.mask("prompt_mask", {"that of prompt_ids": prompts.shape}), "left")
@@ -134,6 +138,48 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
         if length
     ]
     return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
+
+
+#: The columns of AsyncGRPO's rows.
+_ROW: Final = ("input_ids", "completion_mask", "old_log_probs")
+
+
+def _read_rows(rows: Sequence[Any], *, sampling: Any, tokenizer: Any, labels: Any) -> Trace:
+    """A trace of AsyncGRPO's rows: what an environment or another turn's prompt wrote is masked."""
+    whole = Batch("trl", {})
+    sequences: list[dict[str, Any]] = []
+    for index, row in enumerate(rows):
+        given, name = Batch("trl", row), f"row {index}"
+        ids, mask, values = columns = [as_array(given.get(column)) for column in _ROW]
+        for column, array in zip(_ROW, columns, strict=True):
+            if array is None or array.ndim != 1:
+                raise whole.refuse(f"{name} has no {column} [tokens], as rows of AsyncGRPO have beside {', '.join(_ROW)}")
+        assert ids is not None
+        assert mask is not None
+        assert values is not None
+        if not len(ids) == len(mask) == len(values):
+            raise whole.refuse(f"{name} has {len(ids)} input_ids, {len(mask)} of completion_mask, {len(values)} old_log_probs")
+        trained = np.flatnonzero(mask)
+        if not len(trained):
+            continue
+        if not trained[0]:
+            raise whole.refuse(f"{name} has no prompt: its first token has nothing to be predicted from")
+        first, stop = int(trained[0]), int(trained[-1]) + 1
+        written = mask[first:stop].astype(bool)
+        whole.check_logprobs(f"old_log_probs of {name}", values[None, first:stop], written[None])
+        sequence = {
+            "prompt_token_ids": ids[:first],
+            "token_ids": ids[first:stop],
+            "logprobs": values[first:stop],
+            "mask": written,
+        }
+        version = given.get("model_version")
+        if version is not None:
+            sequence["weight_versions"] = np.full(stop - first, int(version))
+        sequences.append(sequence)
+    if not sequences:
+        raise whole.refuse("no row has a token with completion_mask 1: nothing is trained on")
+    return whole.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
 
 
 def sampling_of(arguments: Any) -> Sampling:
