@@ -20,6 +20,7 @@ from conftest import MODEL, ROOT
 from pytest_logprob_parity import (
     EngineError,
     EngineSpec,
+    MismatchError,
     Sampling,
     Trace,
     TransformersScorer,
@@ -396,6 +397,29 @@ def test_pipelinerls_records_are_read(rollouts, scorer, tmp_path):
         assert read.weight_versions.tolist() == [0] * rollouts.num_tokens
         assert read.num_prompts == rollouts.num_prompts
         assert read.token_texts
+
+
+@pytest.mark.parametrize("prompts", [True, False], ids=["older trainer", "use_v1"])
+def test_verls_hook_checks_what_its_debug_metrics_are_given(rollouts, scorer, monkeypatch, prompts):
+    """Its own function on its own DataProto; `use_v1` hands over no prompts."""
+    from verl import DataProto
+    from verl.utils.debug import metrics as module
+
+    monkeypatch.setattr(module, "calculate_debug_metrics", module.calculate_debug_metrics)  # put back afterwards
+    batch = dict(example("verl")(rollouts))
+    if not prompts:
+        batch = {name: batch[name] for name in ("responses", "response_mask", "rollout_log_probs")}
+    right = batch["rollout_log_probs"] - 1e-4 * batch["response_mask"]
+    checks = framework("verl").watch(every=2, dtype="bfloat16", trainer_dtype="bfloat16", temperature=0.7)
+    assert "training/rollout_probs_diff_max" in module.calculate_debug_metrics(
+        DataProto.from_dict({**batch, "old_log_probs": right})
+    )
+    off = DataProto.from_dict({**batch, "old_log_probs": torch.roll(right, 1, 1)})
+    module.calculate_debug_metrics(off)  # the second one is not looked at
+    assert [check.verdict for check in checks] == ["pass"]
+    with pytest.raises(MismatchError) as failed:
+        module.calculate_debug_metrics(off)
+    assert failed.value.comparison.findings[0].cause == "shifted_positions"
 
 
 def test_rows_of_async_grpo_are_read(rollouts):

@@ -126,7 +126,7 @@ class Framework:
             lines[-1:] = [f"{lines[-1]}, {part}"] if fits else [f"{lines[-1]},", f"  {part}"]
         return Logged(self.name, values, tuple(lines))
 
-    def watch(self, trainer: Any, **settings: Any) -> list[Comparison]:
+    def watch(self, trainer: Any = None, **settings: Any) -> list[Comparison]:
         """Have a trainer check its own batches in hand: the first, then every n-th (`every`). Returns the list that the
         comparisons are put into. Raises UsageError where this framework's trainer cannot be watched.
         """

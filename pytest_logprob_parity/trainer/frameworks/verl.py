@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 
+from ...comparison.objectives import DEFAULT_OBJECTIVE
+from ...comparison.result import Comparison
 from ...errors import UsageError
+from ...spec import Sampling
 from ...trace import Trace
 from .base import (
     Doubles,
@@ -262,6 +266,69 @@ def _read_jagged(given: Batch, *, sampling: Any, tokenizer: Any, labels: Any) ->
     return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
 
 
+def watch(
+    trainer: Any = None, *, every: int = 50, dtype: str = "unknown", trainer_dtype: str = "unknown",
+    temperature: float = 1.0, objective: str = DEFAULT_OBJECTIVE, tolerance: Any = None,
+) -> list[Comparison]:  # fmt: skip
+    """Have veRL check its own batches: the first one, then every `every`-th. Returns the list that comparisons are put into.
+
+    In the process of its trainer, before `fit()`. It hooks into `calculate_debug_metrics`, which veRL calls with the rollouts'
+    logprobs beside the trainer's where `calculate_log_probs` is on, in its older trainer and in `use_v1`; `trainer` is not
+    needed. What `use_v1` hands over has no prompts: rows of one `uid` are of one prompt, and a row without one is its own. A
+    check that does not pass raises MismatchError out of `fit()`. Raises UsageError for an `every` below 1.
+    """
+    import sys
+
+    from verl.utils.debug import metrics as module
+
+    from ..parity import assert_trainer_parity
+
+    if every < 1:
+        raise UsageError(f"verl: watch(every={every!r}): must be a whole number, 1 or more")
+    original, done, count = module.calculate_debug_metrics, list[Comparison](), itertools.count()
+
+    def checked(data: Any) -> Any:
+        logged = original(data)
+        if next(count) % every == 0:
+            rollouts = _in_hand(data, sampling=Sampling(temperature=temperature), dtype=dtype)
+            settings = {"tolerance": tolerance, "objective": objective, "trainer_dtype": trainer_dtype}
+            done.append(assert_trainer_parity(rollouts, metrics="verl", **settings))
+        return logged
+
+    for user in (module, sys.modules.get("verl.trainer.ppo.v1.trainer_base")):
+        if user is not None and getattr(user, "calculate_debug_metrics", None) is original:
+            setattr(user, "calculate_debug_metrics", checked)  # noqa: B010 - a module has no such attribute to a type checker
+    return done
+
+
+def _in_hand(data: Any, *, sampling: Sampling, dtype: str) -> Trace:
+    """The two columns of a batch that may have no prompts."""
+    given = Batch("verl", data)
+    if given.get("prompts") is not None and given.get("attention_mask") is not None:
+        return read(data, sampling=sampling, dtype=dtype)
+    responses = given.ids("responses")
+    aligned = {"one for each of responses, none shifted away": responses.shape}
+    written = given.mask("response_mask", aligned)
+    values = given.column("rollout_log_probs", aligned, _NO_LOGPROBS)
+    given.check_logprobs("rollout_log_probs", values, written)
+    trainer = given.of_trainer("old_log_probs", aligned, written)
+    uids = (getattr(data, "non_tensor_batch", None) or {}).get("uid")
+    names = list(range(len(responses))) if uids is None else [str(uid) for uid in uids]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    sequences = []
+    for row, name in enumerate(names):
+        places = np.flatnonzero(written[row])
+        if len(places):
+            stop = int(places[-1]) + 1
+            sequences.append({
+                "prompt_token_ids": [numbers[name]], "token_ids": responses[row, :stop], "logprobs": values[row, :stop],
+                "mask": written[row, :stop], "trainer_logprobs": None if trainer is None else trainer[row, :stop],
+            })  # fmt: skip
+    if not sequences:
+        raise given.refuse("response_mask is 0 everywhere: nothing is trained on")
+    return given.trace(sequences, sampling=sampling, tokenizer=None, labels={"dtype": dtype})
+
+
 VERL: Final = Framework(
     name="verl",
     title="veRL",
@@ -269,6 +336,7 @@ VERL: Final = Framework(
     logprobs=logprobs,
     metrics=metrics,
     configured=configured,
+    watches=watch,
     read=read,
     installed=installed,
     divides="logits",
