@@ -112,7 +112,7 @@ def _gate(
     growth, beyond = felt(rows.d), felt(rows.d)
     # the covered ones are a sample: by its lower bound for passing, by its upper one for failing, and no less than may be noise
     # without a reference
-    growth[~known] -= noise.fresh * max(drawn.low, 0.0)
+    growth[~known] -= noise.fresh * max(2 * drawn.estimate - drawn.high, 0.0)
     beyond[~known] -= max((1 + _FAIL_ROOM) * noise.fresh * drawn.high, room[1])
     growth[known] = beyond[known] = mine - golden
     grown, least = mean_interval(growth, rows.clusters), mean_interval(beyond, rows.clusters)
