@@ -22,6 +22,8 @@ SOURCES: Final = ("auto", "transformers", "engine", "none")
 _LEAST: Final = 8
 #: Sequences that go through the model together, and logits [rows, vocabulary] in memory at once.
 _BATCH, _ROWS = 16, 512
+#: Seconds that a pass may take whatever generating took: a small golden is covered whole, and comes out the same each time.
+_FREE: Final = 2.0
 #: A batch may take so many times as long as the slowest before it.
 _ROOM: Final = 1.1
 #: Attention by the book, with soft caps and windows, up to this many tokens; beyond, the whole matrix would not fit.
@@ -74,7 +76,7 @@ def _by_transformers(engine: Engine, trace: Trace, seconds: float) -> Reference:
     order, covered, slowest = by_turns(trace), 0, 0.0
     with torch.no_grad():
         while covered < len(order):
-            left = seconds - (time.monotonic() - began)
+            left = max(seconds, _FREE) - (time.monotonic() - began)
             size = int(min(_BATCH, left / (_ROOM * slowest))) if covered else _LEAST
             if size < 1:
                 break
