@@ -103,32 +103,22 @@ class Worker(EngineSite):
 # -- what the sampler computes and hands on -----------------------------------------------------------------------------
 
 
-def shifted(worker: Worker) -> None:
-    """Each token has the logprob of the one before it in its request."""
-    last: dict[str, Any] = {}
+def one_late(where: Callable[[int], bool]) -> Callable[[Worker], None]:
+    """At some positions a token has the logprob of the one before it in its request."""
 
-    def change(_: Any, handed: Any, rows: Any) -> None:
-        now = handed.logprobs[:, 0].clone()
-        for row, (name, position) in enumerate(rows):
-            if position:
-                handed.logprobs[row, 0] = last[name]
-            last[name] = now[row]
+    def plant(worker: Worker) -> None:
+        last: dict[str, Any] = {}
 
-    worker.reported(change)
+        def change(_: Any, handed: Any, rows: Any) -> None:
+            now = handed.logprobs[:, 0].clone()
+            for row, (name, position) in enumerate(rows):
+                if position and where(position):
+                    handed.logprobs[row, 0] = last[name]
+                last[name] = now[row]
 
+        worker.reported(change)
 
-def one_late_after_drafts(worker: Worker) -> None:
-    """Of every four tokens three are accepted drafts; the one after them has the logprob of the last draft."""
-    last: dict[str, Any] = {}
-
-    def change(_: Any, handed: Any, rows: Any) -> None:
-        now = handed.logprobs[:, 0].clone()
-        for row, (name, position) in enumerate(rows):
-            if position and position % 4 == 3:
-                handed.logprobs[row, 0] = last[name]
-            last[name] = now[row]
-
-    worker.reported(change)
+    return plant
 
 
 def column(change: Callable[[Any], Any], where: Callable[[int], bool] = lambda position: True) -> Callable[[Worker], None]:
@@ -370,7 +360,7 @@ FAULTS: tuple[Fault, ...] = (
           causes=("truncation", *BUILD), site=mask_of_another_row(5)),
     # what is handed on
     Fault(report="AI-Hypercomputer/maxtext#2103", fault="each token has the logprob of the one before",
-          causes=("shifted_positions",), site=shifted),
+          causes=("shifted_positions",), site=one_late(lambda p: True)),
     Fault(report=f"{_NEMO}#3297", fault="the first of the list stands for the sampled token", causes=("wrong_token",),
           site=likeliest),
     Fault(report="abetlen/llama-cpp-python#453", fault="the token's id is taken for a place in the sorted logprobs",
@@ -386,7 +376,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(report="sgl-project/sglang#5761", fault="greedy requests have logprobs of 0", causes=("wrong_values", "wrong_token"),
           golden="greedy", site=_ZERO),
     Fault(report=f"{_VLLM}#34497", fault="after accepted drafts a token has the logprob of the one before",
-          causes=("speculative_decoding", "shifted_positions"), site=one_late_after_drafts),
+          causes=("speculative_decoding", "shifted_positions"), site=one_late(lambda p: p % 4 == 3)),
     Fault(report=f"{_LLAMA}#10783", fault="probabilities for logprobs", causes=("wrong_values",),
           site=column(lambda x: x.exp())),
     Fault(report=f"{_VLLM}#36746", fault="ranks are one too large", causes=("wrong_values", "engine_build"),

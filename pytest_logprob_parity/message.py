@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from .comparison.objectives import objective_of
-from .comparison.result import OUTLIERS, SIDES, Comparison, Level, Setup, TokenDiff, Verdict, in_words
+from .comparison.result import OUTLIERS, SIDES, Comparison, Level, MismatchError, Setup, TokenDiff, Verdict, in_words
 from .trace import Trace
 
 _LABEL: Final = 13
@@ -27,6 +27,15 @@ _LEVELS: Final[Mapping[Level, str]] = {
 
 #: What stands beside a number that does not pass.
 _MARKS: Final[Mapping[Verdict, str]] = {"pass": "", "fail": "  <-- exceeds", "unverified": "  <-- inconclusive"}
+
+
+def require(comparison: Comparison, against: str) -> Comparison:
+    """The comparison, where it passes; `against` says what it was held against. Raises MismatchError for any other verdict."""
+    __tracebackhide__ = True
+    if not comparison.passed:
+        message = failure_message(comparison, golden=against, about=[], differences=[], accept="")
+        raise MismatchError(message, comparison)
+    return comparison
 
 
 def failure_message(

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..comparison.result import Comparison, Finding, MismatchError, Note
+from ..comparison.result import Comparison, Finding, Note
 from ..comparison.tolerance import default_tolerance
 from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
-from ..message import failure_message
+from ..message import require
 from .adapter import is_adapter
 
 if TYPE_CHECKING:
@@ -32,11 +32,7 @@ def assert_updated_equals_cold(
     """
     __tracebackhide__ = True
     comparison = check_updated_equals_cold(engine, weights, prompts=prompts, sampling=sampling)
-    if not comparison.passed:
-        about = f"a fresh engine of {Path(weights).name}"
-        message = failure_message(comparison, golden=about, about=[], differences=[], accept="")
-        raise MismatchError(message, comparison)
-    return comparison
+    return require(comparison, f"a fresh engine of {Path(weights).name}")
 
 
 def check_updated_equals_cold(

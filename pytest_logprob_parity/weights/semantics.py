@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.gaps import with_gap
-from ..comparison.result import Comparison, Finding, MismatchError, Note, WeightsCause
+from ..comparison.result import Comparison, Finding, Note, WeightsCause
 from ..comparison.tolerance import Tolerance, make_tolerance
 from ..comparison.verdict import Evidence, judge
-from ..message import failure_message
+from ..message import require
 from ..trace import Trace
 from ..trainer.parity import trainer_tolerance, without_top_k
 from .reference import BETTER, CLEARED, FITS, KEPT, UpdateReading, UpdateReference
@@ -46,11 +46,7 @@ def assert_weight_update(
     comparison = check_weight_update(
         trace, before=before, after=after, mode=mode, clear_cache=clear_cache, tolerance=tolerance, model=model
     )  # fmt: skip
-    if not comparison.passed:
-        about = f"transformers, float32: {Path(before).name} until the update, then {Path(after).name}"
-        message = failure_message(comparison, golden=about, about=[], differences=[], accept="")
-        raise MismatchError(message, comparison)
-    return comparison
+    return require(comparison, f"transformers, float32: {Path(before).name} until the update, then {Path(after).name}")
 
 
 def check_weight_update(
