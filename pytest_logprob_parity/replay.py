@@ -320,6 +320,7 @@ def _same_tokens(backend: Backend, trace: Trace, rows: _Rows, mask: Any, *, path
         untruncated_logprobs=None,
         weight_versions=None,
         trainer_logprobs=None,
+        trainer_entropies=None,
         newest_version=None,
         path=path,
         replay=replay,

@@ -66,6 +66,7 @@ COLUMNS: Final[Mapping[str, tuple[str, str, bool]]] = {
     "untruncated_logprobs": ("float32", "tokens", False),
     "weight_versions": ("int32", "tokens", False),
     "trainer_logprobs": ("float32", "tokens", False),
+    "trainer_entropies": ("float32", "tokens", False),
 }
 #: Columns with one entry for each token that not every trace has.
 _OPTIONAL: Final = tuple(name for name, (_, axis, needed) in COLUMNS.items() if axis == "tokens" and not needed)
@@ -103,7 +104,8 @@ class Trace:
     - `untruncated_logprobs` [N]: processed by temperature and penalties alone, where `logprobs` are truncated
     - `weight_versions` [N]: which weights wrote the token; `newest_version` is the one that an update brought meanwhile,
       whether or not it wrote any
-    - `trainer_logprobs` [N]: what the trainer computed of the same tokens, where rollouts come from a batch that has both
+    - `trainer_logprobs` [N]: what the trainer computed of the same tokens, where rollouts come from a batch that has both;
+      `trainer_entropies` [N]: the entropy of its distribution there (nats), at the rollouts' temperature
 
     What the numbers mean: `logprobs_mode`, `path`, `sampling` (as the engine ran it: vLLM's least temperature above 0 is
     0.01), `engine`, `engine_version`, `dtype`; `replay` says how another trace's tokens were asked about ("" where these are
@@ -128,6 +130,7 @@ class Trace:
     untruncated_logprobs: FloatArray | None = None
     weight_versions: IntArray | None = None
     trainer_logprobs: FloatArray | None = None
+    trainer_entropies: FloatArray | None = None
 
     logprobs_mode: str = "processed_logprobs"
     path: TracePath = "decode"
@@ -197,7 +200,7 @@ class Trace:
         Each sequence is a mapping with `prompt_token_ids`, `token_ids` and `logprobs` (nats, one a token, None where
         there is none), and optionally `top_logprobs` (one `{token id: logprob}` a token), `ranks`, `mask` (False for
         tokens of the environment), `finish_reason`, `group`, `sample`, `episode`, `turn`, `seed`, `weight_versions`,
-        `untruncated_logprobs`, `trainer_logprobs`. Sequences with equal prompts form a group.
+        `untruncated_logprobs`, `trainer_logprobs`, `trainer_entropies`. Sequences with equal prompts form a group.
 
         Raises UsageError naming the sequence and the key that does not fit.
         """

@@ -4,6 +4,7 @@ For every framework: its formula against float64 - its own function (where it is
 real model, against the transformers scorer - its reader against the trace that the batch was made of.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -31,7 +32,9 @@ from pytest_logprob_parity.spec import PROFILES, RL_ON_CPU
 from pytest_logprob_parity.trainer.frameworks import FRAMEWORKS, framework
 from pytest_logprob_parity.trainer.frameworks.base import Pairs
 from pytest_logprob_parity.trainer.frameworks.trl import fused_head, installed_fused_head, selective
+from pytest_logprob_parity.trainer.frameworks.verl import MODES as VERLS_MODES
 from pytest_logprob_parity.trainer.scoring import score
+from pytest_logprob_parity.trainer.transformers_scorer import entropy_of
 
 EXAMPLES = ROOT / "examples" / "frameworks"
 #: Those whose packages `make test` installs: these tests fail where one of them is missing.
@@ -173,6 +176,18 @@ def test_trls_fused_head(dtype):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropies_are_those_of_trl_and_verl(temperature):
+    from trl.trainer.utils import entropy_from_logits as trls
+    from verl.utils.torch_functional import entropy_from_logits as verls
+
+    logits = logits_and_ids(torch.float64)[0] / temperature
+    logits[..., 7] = -torch.inf  # a word that is left out has no part in it
+    ours = entropy_of(logits, logits.logsumexp(-1))
+    for theirs in (trls, verls):
+        assert (ours - theirs(logits.clamp(min=-1e4))).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", [name for name in FRAMEWORKS if name not in REAL])
 def test_others_say_what_is_missing_or_agree(name, temperature):
     logits, ids = logits_and_ids(torch.float32)
@@ -260,6 +275,24 @@ def test_verls_metrics_are_those_of_verl(sides, level, threshold):
     ours = verl.metrics(pairs, **verl.configured({"algorithm": {"rollout_correction": settings}}))
     # float32 where veRL makes float32 of it
     agree(ours, {name: float(value) for name, value in theirs.items()}, rel=1e-5)
+
+
+def test_verls_entropy_is_that_of_its_mode(sides):
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    *_, mask, pairs = sides
+    entropies = np.random.default_rng(4).exponential(0.5, mask.shape)
+    pairs, verl = dataclasses.replace(pairs, entropies=entropies[mask]), framework("verl")
+    for mode in VERLS_MODES:
+        actor = {"loss_agg_mode": mode, "loss_scale_factor": 40}
+        config = {"algorithm": {"rollout_correction": {"rollout_is": None}}, "actor_rollout_ref": {"actor": actor}}
+        ours = verl.metrics(pairs, **verl.configured(config))["actor/entropy"]
+        theirs = agg_loss(torch.tensor(entropies), torch.tensor(mask).double(), mode, loss_scale_factor=40)
+        assert ours == pytest.approx(float(theirs), rel=1e-7), mode
+    assert "actor/entropy" not in verl.metrics(pairs, loss_agg_mode="seq-mean-token-sum-norm")  # by a width that is not known
+    with pytest.raises(UsageError, match="loss_agg_mode='mean': known are token-mean"):
+        verl.metrics(pairs, loss_agg_mode="mean")
+    assert framework("trl").metrics(pairs)["entropy"] == pytest.approx(entropies[mask].mean())
 
 
 def test_openrlhfs_metrics(sides):
@@ -509,6 +542,41 @@ def test_jagged_rows_of_verl_are_read_with_the_trainers_column(rollouts):
     ):
         with pytest.raises(UsageError, match=line):
             read({**batch, "old_log_probs": column})
+
+
+@pytest.mark.parametrize("padding", [0, 5], ids=["as it is by default", "the tokenizer's"])
+def test_jagged_rows_that_verl_padded_are_read(rollouts, padding):
+    """Its own `to_padded_tensor()`: everything is padded on the right, and there is no attention_mask."""
+    from tensordict import TensorDict
+    from verl import DataProto
+
+    rollouts = rollouts.with_(prompt_token_ids=np.where(rollouts.prompt_token_ids == padding, 1, rollouts.prompt_token_ids))
+    count = rollouts.num_sequences
+
+    def nested(rows):
+        return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+    columns = {
+        "prompts": [rollouts.prompt(i) for i in range(count)],
+        "responses": [rollouts.completion(i) for i in range(count)],
+        "response_mask": [np.ones(len(rollouts.completion(i)), np.int64) for i in range(count)],
+        "rollout_log_probs": [rollouts.logprobs[slice(*rollouts.bounds(i))] for i in range(count)],
+    }
+    columns["old_log_probs"] = [row - np.float32(0.001) for row in columns["rollout_log_probs"]]
+    columns["entropy"] = [-row for row in columns["rollout_log_probs"]]
+    jagged = TensorDict({name: nested(rows) for name, rows in columns.items()}, batch_size=count)
+    padded = jagged.to_padded_tensor(padding=padding)
+    for name in set(columns) - {"prompts", "responses"}:
+        padded[name] = jagged[name].to_padded_tensor(padding=0)
+    read, tokenizer = framework("verl").read, SimpleNamespace(pad_token_id=padding, batch_decode=lambda ids: map(str, ids))
+    for batch in (padded, DataProto(batch=padded)):
+        held = read(batch, sampling=rollouts.sampling, dtype="float32", tokenizer=tokenizer)
+        same_rollouts(held, rollouts)
+        assert held.trainer_logprobs == pytest.approx(rollouts.logprobs - 0.001, abs=1e-6)
+        assert held.trainer_entropies == pytest.approx(-rollouts.logprobs)
+    if padding:
+        with pytest.raises(UsageError, match=rf"prompts of row \d+ end in \d+ times token {padding}, .*give the tokenizer"):
+            read(padded)
 
 
 TRAINERS = {

@@ -215,6 +215,24 @@ def test_truncated_rollouts_whose_label_lost_it(truncated, few, float32):
         assert "truncation" not in finding.candidates
 
 
+def test_tokens_that_were_drawn_from_other_distributions_are_noted(truncated, rollouts, float32):
+    """Raw logprobs agree with the trainer whatever the sampler did; the trainer's entropy does not agree with its tokens."""
+    drawn = compare_with_trainer(rollouts, float32)
+    assert {"entropy", "drawn_otherwise"} & {note.key for note in drawn.notes} == {"entropy"}
+    numbers = drawn.metrics
+    assert abs(numbers["surprise"] - numbers["trainer_entropy"]) < 4 * numbers["surprise_error"]
+    raw = _without_top_k(truncated, logprobs=score(truncated, float32).logprobs)
+    otherwise = compare_with_trainer(raw, float32)
+    assert otherwise.verdict == "pass"
+    (note,) = (note for note in otherwise.notes if note.key == "drawn_otherwise")
+    assert "likelier than tokens that are drawn from its distributions" in note
+    assert "truncation or a lower temperature" in note
+    hotter = rollouts.with_(sampling=Sampling(), logprobs=score(rollouts, float32, temperature=1.0).logprobs)
+    labelled = compare_with_trainer(_without_top_k(hotter), float32)
+    assert (labelled.verdict, "drawn_otherwise") == ("pass", next(n.key for n in labelled.notes if n.key.startswith("drawn")))
+    assert "trainer_entropy" not in compare_with_trainer(rollouts, lambda ids, mask, t: float32(ids, mask, t)).metrics
+
+
 def test_no_trainer_is_asked_for_a_top_k(few):
     comparison = compare_with_trainer(few, TransformersScorer(f"{MODEL}-step2"))
     assert comparison.verdict == "fail"

@@ -37,7 +37,8 @@ def column_of(trace: Trace, dtype: str) -> Trace | None:
     sampling = dataclasses.replace(
         trace.sampling.untruncated(), repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0
     )
-    return as_trainers(trace, trace.trainer_logprobs, sampling=sampling, name="trainer", dtype=dtype)
+    own, entropies = trace.trainer_logprobs, trace.trainer_entropies
+    return as_trainers(trace, own, entropies=entropies, sampling=sampling, name="trainer", dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ..golden import Golden
 from ..message import failure_message
 from ..trace import Trace
 from .causes import causes, not_a_number
+from .entropy import entropy_note, entropy_numbers
 from .frameworks import framework, with_metrics
 from .in_hand import ThirdOpinion, column_of, disagreement, trainer_is_off
 from .scoring import Scorer, score
@@ -92,7 +93,7 @@ def compare_with_trainer(
             "these rollouts have no logprobs of a trainer (trainer_logprobs): read a batch in which the trainer has written "
             "its own, or give a scorer"
         )
-    scored = None if scorer is None else score(trace, scorer, batch_size=batch_size)
+    scored = None if scorer is None else score(trace, scorer, batch_size=batch_size, entropies=True)
 
     def limits(trainer: Trace) -> Tolerance:
         return trainer_tolerance(trace.dtype, trainer.dtype, tolerance, objective)
@@ -130,13 +131,18 @@ def compare_with_trainer(
     if column is not None and comparison.actual is column and comparison.passed and not comparison.metrics["n_changed"]:
         text = "the trainer's logprobs are the rollouts', bit for bit: if it copies them (a bypass), nothing of it was checked"
         more.append(Note("copied", text))
-    notes = [*without_top_k(comparison).notes, *more, *left_out]
+    knows = next((side for side in (column, scored) if side is not None and side.trainer_entropies is not None), None)
+    entropies = {} if knows is None else entropy_numbers(comparison.expected, knows)
+    drawn = entropy_note(trace, entropies, agree=comparison.passed)
+    notes = [*without_top_k(comparison).notes, *more, *left_out, *([] if drawn is None else [drawn])]
     if comparison.expected is not trace:
         text = "compared without truncation: the rollouts' second replay, and the trainer's distribution over all tokens"
         notes.append(Note("without_truncation", text))
     if unknown := _unknown_dtypes(trace, comparison.actual):
         notes.append(Note("unknown_dtype", unknown))
-    comparison = dataclasses.replace(comparison, findings=tuple(findings), notes=tuple(notes))
+    comparison = dataclasses.replace(
+        comparison, findings=tuple(findings), notes=tuple(notes), metrics={**comparison.metrics, **entropies}
+    )
     prints = rollouts.fingerprint.get("config") if isinstance(rollouts, Golden) else None
     comparison = with_gap(comparison, tolerance, prints)
     name = metrics or (tolerance if isinstance(tolerance, str) and tolerance not in GAPS else "")

@@ -36,6 +36,8 @@ class Scorer(Protocol):
     - `name`: what reports call it
     - `renormalises`: it takes `kept_token_ids` [B, L - 1, K] (-1: none) and `kept_mask` [B, L - 1] besides, and makes its
       distribution one over the kept set where the mask is set
+    - `gives_entropies`: with `entropies=True` it returns two of them, the logprobs and the entropies [B, L - 1] (nats) of the
+      distributions that they are of
     - `vocabulary`: how many token ids it knows; `tokenizer`: a transformers tokenizer, to be held against the rollouts' texts
     """
 
@@ -73,10 +75,12 @@ def score(
     batch_size: int = 16,
     temperature: float | None = None,
     sequences: Sequence[int] | None = None,
+    entropies: bool = False,
 ) -> Trace:
     """The scorer's logprobs of the tokens of `trace`, as a trace of its own: path `prefill`, no top-k.
 
-    `temperature` takes the place of the rollouts' own; `sequences` are those to score (default: all), NaN in the others.
+    `temperature` takes the place of the rollouts' own; `sequences` are those to score (default: all), NaN in the others. With
+    `entropies` the trace has those of the scorer's distributions (`trainer_entropies`), where the scorer gives any.
 
     Masked tokens are context and get no logprob. Where the rollouts were truncated the scorer's numbers are over the kept
     sets, if it can do that and the trace lists them whole; else over all tokens, to go with `untruncated_logprobs`.
@@ -86,11 +90,11 @@ def score(
     _check_can_score(trace, scorer)
     kept = _kept_sets(trace, scorer)
     temperature = temperature_of(trace.sampling) if temperature is None else temperature
-    logprobs, before = np.full(trace.num_tokens, np.nan, np.float32), _state_of(scorer)
+    more = {"entropies": True} if entropies and getattr(scorer, "gives_entropies", False) else {}
+    columns, before = np.full((1 + len(more), trace.num_tokens), np.nan, np.float32), _state_of(scorer)
     for batch in _batches(trace, range(trace.num_sequences) if sequences is None else sequences, batch_size):
-        for sequence, values in zip(batch, _score_batch(trace, scorer, batch, temperature, kept), strict=True):
-            start, stop = trace.bounds(sequence)
-            logprobs[start:stop] = values
+        for sequence, values in zip(batch, _score_batch(trace, scorer, batch, temperature, kept, more), strict=True):
+            columns[:, slice(*trace.bounds(sequence))] = values
     if changed := [name for name, state in _state_of(scorer).items() if before[name] != state]:
         raise UsageError(
             f"{name_of(scorer)} changed its model while it scored ({', '.join(changed)}): a trainer that goes on "
@@ -98,16 +102,19 @@ def score(
         )
     return as_trainers(
         trace,
-        logprobs,
+        columns[0],
+        entropies=columns[1] if more else None,
         sampling=trace.sampling if kept is not None else trace.sampling.untruncated(),
         name=name_of(scorer),
         dtype=getattr(scorer, "dtype", "unknown"),
     )
 
 
-def as_trainers(trace: Trace, logprobs: FloatArray, *, sampling: Sampling, name: str, dtype: str) -> Trace:
-    """What a trainer called `name` says of the tokens of `trace`: `logprobs` [N] (nats), NaN where masked; path `prefill`, no
-    top-k and no ranks.
+def as_trainers(
+    trace: Trace, logprobs: FloatArray, *, entropies: FloatArray | None, sampling: Sampling, name: str, dtype: str
+) -> Trace:
+    """What a trainer called `name` says of the tokens of `trace`: `logprobs` [N] and `entropies` [N] (nats), NaN where masked;
+    path `prefill`, no top-k and no ranks.
     """
     return trace.with_(
         logprobs=np.where(trace.mask, logprobs, np.nan).astype(np.float32),
@@ -117,6 +124,7 @@ def as_trainers(trace: Trace, logprobs: FloatArray, *, sampling: Sampling, name:
         untruncated_logprobs=None,
         weight_versions=None,
         trainer_logprobs=None,
+        trainer_entropies=entropies,
         newest_version=None,
         path="prefill",
         logprobs_mode="processed_logprobs",
@@ -226,8 +234,9 @@ def _batches(trace: Trace, sequences: Sequence[int], size: int) -> Iterator[list
 
 
 def _score_batch(
-    trace: Trace, scorer: Any, batch: Sequence[int], temperature: float, kept: Any
+    trace: Trace, scorer: Any, batch: Sequence[int], temperature: float, kept: Any, more: dict[str, Any]
 ) -> Iterator[FloatArray]:  # fmt: skip
+    """The columns [1 or 2, tokens] of each sequence of a batch."""
     import torch
 
     rows = [[*trace.prompt(i), *trace.completion(i)] for i in batch]
@@ -236,17 +245,19 @@ def _score_batch(
     for n, row in enumerate(rows):
         ids[n, : len(row)] = torch.tensor(row)
         mask[n, : len(row)] = 1
-    more = {} if kept is None else _padded_kept(trace, kept, batch, rows, width)
-    values = _as_array(scorer(ids, mask, temperature, **more), scorer)
-    if values.shape not in {(len(rows), width - 1), (len(rows), width)}:
-        raise UsageError(
-            f"{name_of(scorer)} gave logprobs of shape {list(values.shape)} for token ids of shape {[len(rows), width]}: "
-            f"expected {[len(rows), width - 1]}, of the tokens from the second one on, or {[len(rows), width]}"
-        )
-    values = values[:, values.shape[1] - (width - 1) :]
+    if kept is not None:
+        more = more | _padded_kept(trace, kept, batch, rows, width)
+    answer = scorer(ids, mask, temperature, **more)
+    columns = [_as_array(column, scorer) for column in (answer if "entropies" in more else (answer,))]
+    for values in columns:
+        if values.shape not in {(len(rows), width - 1), (len(rows), width)}:
+            raise UsageError(
+                f"{name_of(scorer)} gave logprobs of shape {list(values.shape)} for token ids of shape {[len(rows), width]}: "
+                f"expected {[len(rows), width - 1]}, of the tokens from the second one on, or {[len(rows), width]}"
+            )
     for n, sequence in enumerate(batch):
         stop, length = len(rows[n]) - 1, len(trace.completion(sequence))
-        yield values[n, stop - length : stop]
+        yield np.stack([values[n, values.shape[1] - (width - 1) :][stop - length : stop] for values in columns])
 
 
 def _as_array(answer: Any, scorer: Any) -> FloatArray:

@@ -37,6 +37,7 @@ class TransformersScorer:
     """
 
     renormalises: Final = True
+    gives_entropies: Final = True
 
     def __init__(
         self,
@@ -128,11 +129,13 @@ class TransformersScorer:
         *,
         kept_token_ids: Any = None,
         kept_mask: Any = None,
+        entropies: bool = False,
     ) -> Any:
         """Logprobs [B, L - 1] (nats; float64 for a float64 head, else float32) of the tokens from the second one on.
 
         `token_ids`, `attention_mask` int [B, L], padded on either side; the logprob of a padded token is 0. With
         `kept_token_ids` [B, L - 1, K] (-1: none) the distribution is one over those where `kept_mask` [B, L - 1] is set.
+        With `entropies` a pair, beside them those of the distributions [B, L - 1] (nats).
         """
         import torch
 
@@ -147,9 +150,11 @@ class TransformersScorer:
             if kept_token_ids is not None:
                 kept = (kept_token_ids.to(device)[wanted], kept_mask.to(device)[wanted])
             exact = torch.float64 if self.head_dtype == "float64" else torch.float32
-            result = torch.zeros(wanted.shape, dtype=exact, device=device)
-            result[wanted] = self._gather(rows, targets, temperature, kept, exact)
-            return result
+            columns = []
+            for values in self._gather(rows, targets, temperature, kept, exact, entropies=entropies):
+                columns.append(torch.zeros(wanted.shape, dtype=exact, device=device))
+                columns[-1][wanted] = values
+            return tuple(columns) if entropies else columns[0]
 
     def logits(self, token_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
         """All logits [B, L - 1, V], in the head's precision, and the tokens [B, L - 1] that they predict: unchunked."""
@@ -174,10 +179,13 @@ class TransformersScorer:
         hidden[mask] = row
         return hidden
 
-    def _gather(self, rows: Any, targets: Any, temperature: float, kept: Any, exact: Any) -> Any:
+    def _gather(
+        self, rows: Any, targets: Any, temperature: float, kept: Any, exact: Any, *, entropies: bool
+    ) -> list[Any]:  # fmt: skip
+        """Logprobs [n], and entropies [n] where they are asked for."""
         import torch
 
-        pieces = []
+        pieces: list[list[Any]] = [[], []] if entropies else [[]]
         for start in range(0, len(rows), self.chunk_tokens):
             chunk = slice(start, start + self.chunk_tokens)
             logits = self._head.logits(rows[chunk])
@@ -187,12 +195,17 @@ class TransformersScorer:
                 logits = logits.to(exact)
                 logits = logits.div_(temperature) if temperature != 1 else logits
             total = _logsumexp(logits)
+            entropy = entropy_of(logits, total) if entropies else None
             if kept is not None:
                 ids, used = kept[0][chunk], kept[1][chunk]
-                inside = logits.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf).logsumexp(-1)
+                chosen = logits.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+                inside = chosen.logsumexp(-1)
                 total = torch.where(used, inside, total)
-            pieces.append(logits.gather(-1, targets[chunk][:, None])[:, 0] - total)
-        return torch.cat(pieces) if pieces else rows.new_zeros(0, dtype=exact)
+                entropy = None if entropy is None else torch.where(used, entropy_of(chosen, inside), entropy)
+            pieces[0].append(logits.gather(-1, targets[chunk][:, None])[:, 0] - total)
+            if entropy is not None:
+                pieces[1].append(entropy)
+        return [torch.cat(column) if column else rows.new_zeros(0, dtype=exact) for column in pieces]
 
 
 def _unwrapped(model: Any) -> Any:
@@ -224,13 +237,29 @@ def _as_found(model: Any, mode: Literal["eval", "as found"] = "eval") -> Iterato
             module.training = True
 
 
+def _in_cache(logits: Any) -> Any:
+    """Logits [n, V] by so few rows that what is made of them stays in a CPU's cache."""
+    return logits.split(max(1, _CACHED // logits.shape[-1])) if logits.device.type == "cpu" else (logits,)
+
+
 def _logsumexp(logits: Any) -> Any:
-    """log sum exp [n] over the last axis of [n, V]; on a CPU by so few rows that its temporaries stay in the cache."""
+    """log sum exp [n] over the last axis of [n, V]."""
     import torch
 
-    if logits.device.type != "cpu":
-        return logits.logsumexp(-1)
-    return torch.cat([rows.logsumexp(-1) for rows in logits.split(max(1, _CACHED // logits.shape[-1]))])
+    return torch.cat([rows.logsumexp(-1) for rows in _in_cache(logits)])
+
+
+def entropy_of(logits: Any, total: Any) -> Any:
+    """Entropy [...] (nats) of the distributions of `logits` [..., V], whose log sum exp is `total` [...]: -sum p log p."""
+    import torch
+
+    if logits.dim() != 2:
+        return entropy_of(logits.flatten(0, -2), total.flatten()).view(total.shape)
+    pieces = []
+    for rows, of_rows in zip(_in_cache(logits), total.split([len(rows) for rows in _in_cache(logits)]), strict=True):
+        logprobs = rows - of_rows[:, None]
+        pieces.append(-(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0)).sum(-1))
+    return torch.cat(pieces)
 
 
 def _other_factors(model: Path, adapter: Path) -> Iterator[tuple[str, float]]:

@@ -33,14 +33,15 @@ _WIDTH: Final = 108
 class Pairs:
     """The tokens that both sides have, n of them: `rollout` and `trainer` logprobs [n] (nats), the `sequence` of each [n].
 
-    `sequences` counts the sequences, those without such a token too; 0 stands for those that have one. Tokens that a side
-    excludes or says nothing of are left out.
+    `sequences` counts the sequences, those without such a token too; 0 stands for those that have one. `entropies` [n] (nats)
+    are those of the trainer's distributions, where it gave any. Tokens that a side excludes or says nothing of are left out.
     """
 
     rollout: Doubles
     trainer: Doubles
     sequence: npt.NDArray[np.int64]
     sequences: int = 0
+    entropies: Doubles | None = None
 
     @classmethod
     def of(cls, expected: Trace, actual: Trace) -> Pairs:
@@ -48,10 +49,12 @@ class Pairs:
         rows = align(expected, actual)
         places = np.arange(expected.num_tokens)[rows.expected]
         rollout = expected.logprobs[places].astype(np.float64)
-        trainer = actual.logprobs[np.arange(actual.num_tokens)[rows.actual]].astype(np.float64)
+        there = np.arange(actual.num_tokens)[rows.actual]
+        trainer = actual.logprobs[there].astype(np.float64)
         kept = np.isfinite(rollout) & np.isfinite(trainer)
         owner = np.searchsorted(expected.sequence_offsets, places, side="right") - 1
-        return cls(rollout[kept], trainer[kept], owner[kept], expected.num_sequences)
+        entropies = None if actual.trainer_entropies is None else actual.trainer_entropies[there][kept].astype(np.float64)
+        return cls(rollout[kept], trainer[kept], owner[kept], expected.num_sequences, entropies)
 
     @property
     def d(self) -> Doubles:
@@ -159,6 +162,8 @@ class Framework:
 class FrameworkScorer:
     """See Framework.scorer. Whole logits, as the frameworks' functions want them: for sequences of ordinary length."""
 
+    gives_entropies: Final = True
+
     def __init__(self, model: TransformersScorer, function: Callable[[Any, Any, float], Any], how: str) -> None:
         self._model, self._function, self._how = model, function, how
         self.dtype, self.head_dtype, self.divides = model.dtype, model.head_dtype, model.divides
@@ -178,10 +183,18 @@ class FrameworkScorer:
     def _on(self, load: Callable[[], TransformersScorer]) -> FrameworkScorer:
         return FrameworkScorer(load(), self._function, self._how)
 
-    def __call__(self, token_ids: Any, attention_mask: Any, temperature: float = 1.0) -> Any:
-        """Logprobs [B, L - 1] of the tokens from the second one on."""
+    def __call__(
+        self, token_ids: Any, attention_mask: Any, temperature: float = 1.0, *, entropies: bool = False
+    ) -> Any:  # fmt: skip
+        """Logprobs [B, L - 1] of the tokens from the second one on; with `entropies` a pair, beside them the entropies."""
+        from ..transformers_scorer import entropy_of
+
         logits, targets = self._model.logits(token_ids, attention_mask)
-        return self._function(logits, targets, temperature)
+        logprobs = self._function(logits, targets, temperature)
+        if not entropies:
+            return logprobs
+        scaled = logits.float() / temperature
+        return logprobs, entropy_of(scaled, scaled.logsumexp(-1))
 
 
 def field_of(config: Any, name: str) -> Any:

@@ -74,7 +74,8 @@ def metrics(
     pairs: Pairs, *, mode: str = "sequence_mask", clip_max: float | None = CAP, clip_min: float | None = None
 ) -> dict[str, float]:
     """GRPOTrainer's `sampling/*` of one process: the ratio of a token, or of a sequence, exp of the sum of its d; outside of
-    `clip_min` and `clip_max` it is cut off (`truncate`) or 0 (`mask`). A sequence without a token has the ratio 1.
+    `clip_min` and `clip_max` it is cut off (`truncate`) or 0 (`mask`). A sequence without a token has the ratio 1. Its
+    `entropy`, a mean over tokens, is with it where the trainer's entropies are given.
 
     Raises UsageError for a mode that is none.
     """
@@ -92,6 +93,7 @@ def metrics(
         "sampling/importance_sampling_ratio/min": float(ratio.min()) if some else 0.0,
         "sampling/importance_sampling_ratio/mean": float(ratio.mean()) if some else 0.0,
         "sampling/importance_sampling_ratio/max": float(ratio.max()) if some else 0.0,
+        **({} if pairs.entropies is None or not some else {"entropy": float(pairs.entropies.mean())}),
     }
 
 

@@ -13,7 +13,6 @@ from ...comparison.objectives import DEFAULT_OBJECTIVE
 from ...comparison.result import Comparison
 from ...errors import UsageError
 from ...spec import Sampling
-from ...trace import Trace
 from .base import (
     Doubles,
     Framework,
@@ -24,15 +23,14 @@ from .base import (
     log_softmax_then_gather,
     missing,
 )
-from .reading import Batch
+from .verl_batches import in_hand, read
 
 #: algorithm.rollout_correction.rollout_is_threshold: weights are cut off here (token level).
 THRESHOLD: Final = 2.0
 #: Log-ratios are cut off here before they are exponentiated.
 _SAFE: Final = 20.0
-_NO_LOGPROBS: Final = (
-    "veRL has them with actor_rollout_ref.rollout.calculate_log_probs=True, and else no metric of them, in silence"
-)
+#: The modes of `actor.loss_agg_mode`.
+MODES: Final = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 #: What its masked means add to the number of tokens.
 _EPSILON: Final = 1e-8
 
@@ -69,6 +67,7 @@ def _exp(values: Doubles) -> Doubles:
 
 def configured(config: Any) -> dict[str, Any]:
     """Arguments of `metrics` from veRL's configuration: the whole one, its `algorithm`, or its `rollout_correction`."""
+    actor = field_of(field_of(config, "actor_rollout_ref"), "actor")
     for name in ("algorithm", "rollout_correction"):
         inner = field_of(config, name)
         config = config if inner is None else inner
@@ -76,6 +75,7 @@ def configured(config: Any) -> dict[str, Any]:
     given = {name: field_of(config, name) for name in names if has_field(config, name)}
     if not given:
         raise UsageError("verl: no rollout_correction in this configuration: give it, its algorithm, or the whole one")
+    given |= {name: field_of(actor, name) for name in ("loss_agg_mode", "loss_scale_factor")}
     return {name: value for name, value in given.items() if value is not None or name == "rollout_is"}
 
 
@@ -85,12 +85,15 @@ def metrics(
     rollout_is: str | None = "token",
     rollout_is_threshold: float | str = THRESHOLD,
     rollout_is_batch_normalize: bool = False,
+    loss_agg_mode: str = "token-mean",
+    loss_scale_factor: float | None = None,
 ) -> dict[str, float]:
-    """`rollout_corr/*` and `training/rollout_*`, with old := trainer.
+    """`rollout_corr/*` and `training/rollout_*`, with old := trainer; `actor/entropy` where its entropies are given.
 
     The arguments are those of `algorithm.rollout_correction`: weights by `token` or `sequence` (none for None), cut off at a
     threshold (0.5_2.0: set to 0 outside). Means over tokens divide by n + 1e-8; means over sequences count a sequence without
-    tokens as 0. Its rejection (`rollout_rs`) is not among them. Raises UsageError for a level or threshold that is none.
+    tokens as 0. Its rejection (`rollout_rs`) is not among them. `loss_agg_mode` and `loss_scale_factor` are the actor's: what
+    entropies are added up by. Raises UsageError for a level, threshold or mode that is none.
     """
     d, n, sums = pairs.trainer - pairs.rollout, len(pairs.rollout), pairs.by_sequence
     if not n:
@@ -126,6 +129,7 @@ def metrics(
         corrections |= _weights(
             pairs, rollout_is, rollout_is_threshold, tokens, sequences, normalize=rollout_is_batch_normalize
         )
+    entropy = _entropy(pairs, loss_agg_mode, loss_scale_factor)
     p, q = np.exp(pairs.trainer), np.exp(pairs.rollout)
     off = np.abs(p - q)
     varies = n > 1 and p.std() > 0 and q.std() > 0
@@ -136,7 +140,26 @@ def metrics(
         "training/rollout_probs_diff_std": float(off.std(ddof=1)) if n > 1 else math.nan,
         "training/rollout_actor_probs_pearson_corr": float(np.corrcoef(p, q)[0, 1]) if varies else math.nan,
         **{f"rollout_corr/{name}": value for name, value in corrections.items()},
+        **({} if entropy is None else {"actor/entropy": entropy}),
     }
+
+
+def _entropy(pairs: Pairs, mode: str, factor: float | None) -> float | None:
+    """Its `agg_loss` of the entropies; None without any, and for the mode that divides by the width of a padded batch."""
+    if mode not in MODES:
+        raise UsageError(f"verl: loss_agg_mode={mode!r}: known are {', '.join(MODES)}")
+    if pairs.entropies is None or (mode == "seq-mean-token-sum-norm" and factor is None):
+        return None
+    sums = pairs.by_sequence(pairs.entropies)
+    counts = pairs.by_sequence(np.ones_like(pairs.entropies))
+    by_mode = {
+        "token-mean": sums.sum() / counts.sum(),
+        "token-sum": sums.sum(),
+        "seq-mean-token-sum": sums.mean(),
+        "seq-mean-token-sum-norm": sums.mean() / (factor or 1),
+        "seq-mean-token-mean": (sums / (counts + _EPSILON)).mean(),
+    }
+    return float(by_mode[mode])
 
 
 def _weights(
@@ -203,69 +226,6 @@ def _bounds(threshold: float | str) -> tuple[float | None, float]:
     return (None, parts[0]) if len(parts) == 1 else (parts[0], parts[1])
 
 
-def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: Any) -> Trace:
-    """A trace of a DataProto, of a jagged TensorDict (`trainer.use_v1`), or of a mapping of its keys.
-
-    `prompts` [B, P] padded on the left, `responses` [B, R] padded on the right, `attention_mask` [B, P + R], `response_mask`
-    (0: a tool wrote the token) and `rollout_log_probs` [B, R]. `old_log_probs` [B, R], the trainer's own, are
-    `trainer_logprobs` of the trace. `labels` are those of Trace.from_sequences. Raises UsageError
-    for what is not aligned so, and for a response_mask that rejection sampling has overwritten.
-    """
-    given = Batch("verl", batch)
-    if given.is_jagged("responses"):
-        return _read_jagged(given, sampling=sampling, tokenizer=tokenizer, labels=labels)
-    prompts, responses = given.ids("prompts"), given.ids("responses")
-    width = prompts.shape[1]
-    if len(prompts) != len(responses):
-        raise given.refuse(f"{len(prompts)} rows of prompts, {len(responses)} of responses")
-    attention = given.mask("attention_mask", {"prompts and responses": (len(prompts), width + responses.shape[1])})
-    starts = given.lengths("attention_mask of the prompts", attention[:, :width], "left")
-    lengths = given.lengths("attention_mask of the responses", attention[:, width:], "right")
-    aligned = {"one for each of responses, none shifted away": responses.shape}
-    written = given.mask("response_mask", aligned)
-    if (written & ~attention[:, width:]).any():
-        raise given.refuse("response_mask is 1 where attention_mask is 0: it is of other responses")
-    values = given.column("rollout_log_probs", aligned, _NO_LOGPROBS)
-    given.check_logprobs("rollout_log_probs", values, written)
-    trainer = given.of_trainer("old_log_probs", aligned, written)
-    sequences = [
-        {
-            "prompt_token_ids": prompts[row, width - start :],
-            "token_ids": responses[row, :length],
-            "logprobs": values[row, :length],
-            "mask": written[row, :length],
-            "trainer_logprobs": None if trainer is None else trainer[row, :length],
-        }
-        for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
-    ]
-    return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
-
-
-def _read_jagged(given: Batch, *, sampling: Any, tokenizer: Any, labels: Any) -> Trace:
-    """Rows without padding: what `use_v1` trains on."""
-    prompts, responses, masks = (given.rows(name) for name in ("prompts", "responses", "response_mask"))
-    rollout = given.rows("rollout_log_probs", _NO_LOGPROBS)
-    trainer = given.rows("old_log_probs") if given.get("old_log_probs") is not None else None
-    logprobs = {"rollout_log_probs": rollout} | ({} if trainer is None else {"old_log_probs": trainer})
-    for name, rows in {"response_mask": masks, **logprobs}.items():
-        for row, (values, tokens, mask) in enumerate(zip(rows, responses, masks, strict=True)):
-            if len(values) != len(tokens):
-                raise given.refuse(f"{name} of row {row} has {len(values)} entries, responses have {len(tokens)}")
-            if name in logprobs:
-                given.check_row(f"{name} of row {row}", values, mask.astype(bool))
-    sequences = [
-        {
-            "prompt_token_ids": prompt,
-            "token_ids": tokens,
-            "logprobs": rollout[row],
-            "mask": masks[row].astype(bool),
-            "trainer_logprobs": None if trainer is None else trainer[row],
-        }
-        for row, (prompt, tokens) in enumerate(zip(prompts, responses, strict=True))
-    ]
-    return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
-
-
 def watch(
     trainer: Any = None, *, every: int = 50, dtype: str = "unknown", trainer_dtype: str = "unknown",
     temperature: float = 1.0, objective: str = DEFAULT_OBJECTIVE, tolerance: Any = None,
@@ -290,7 +250,7 @@ def watch(
     def checked(data: Any) -> Any:
         logged = original(data)
         if next(count) % every == 0:
-            rollouts = _in_hand(data, sampling=Sampling(temperature=temperature), dtype=dtype)
+            rollouts = in_hand(data, sampling=Sampling(temperature=temperature), dtype=dtype)
             settings = {"tolerance": tolerance, "objective": objective, "trainer_dtype": trainer_dtype}
             done.append(assert_trainer_parity(rollouts, metrics="verl", **settings))
         return logged
@@ -299,34 +259,6 @@ def watch(
         if user is not None and getattr(user, "calculate_debug_metrics", None) is original:
             setattr(user, "calculate_debug_metrics", checked)  # noqa: B010 - a module has no such attribute to a type checker
     return done
-
-
-def _in_hand(data: Any, *, sampling: Sampling, dtype: str) -> Trace:
-    """The two columns of a batch that may have no prompts."""
-    given = Batch("verl", data)
-    if given.get("prompts") is not None and given.get("attention_mask") is not None:
-        return read(data, sampling=sampling, dtype=dtype)
-    responses = given.ids("responses")
-    aligned = {"one for each of responses, none shifted away": responses.shape}
-    written = given.mask("response_mask", aligned)
-    values = given.column("rollout_log_probs", aligned, _NO_LOGPROBS)
-    given.check_logprobs("rollout_log_probs", values, written)
-    trainer = given.of_trainer("old_log_probs", aligned, written)
-    uids = (getattr(data, "non_tensor_batch", None) or {}).get("uid")
-    names = list(range(len(responses))) if uids is None else [str(uid) for uid in uids]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    sequences = []
-    for row, name in enumerate(names):
-        places = np.flatnonzero(written[row])
-        if len(places):
-            stop = int(places[-1]) + 1
-            sequences.append({
-                "prompt_token_ids": [numbers[name]], "token_ids": responses[row, :stop], "logprobs": values[row, :stop],
-                "mask": written[row, :stop], "trainer_logprobs": None if trainer is None else trainer[row, :stop],
-            })  # fmt: skip
-    if not sequences:
-        raise given.refuse("response_mask is 0 everywhere: nothing is trained on")
-    return given.trace(sequences, sampling=sampling, tokenizer=None, labels={"dtype": dtype})
 
 
 VERL: Final = Framework(

@@ -1,0 +1,56 @@
+"""Entropy beside logprobs: were the rollouts' tokens drawn from the distributions that their logprobs are of?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..comparison.result import Note
+from ..trace import Trace
+
+#: A mean is off where it is so many of its standard errors from what is expected, and by so much (nats).
+_ERRORS, _LEAST = 5.0, 0.01
+#: Tokens and sequences that such a mean takes.
+_TOKENS, _SEQUENCES = 200, 8
+
+
+def entropy_numbers(rollouts: Trace, trainer: Trace) -> dict[str, float]:
+    """`trainer_entropy`: mean entropy of the trainer's distributions over the tokens (nats); `surprise`: mean -logprob of the
+    rollouts' tokens to the trainer, and `surprise_error`, its standard error. Empty where the trainer gives no entropies.
+
+    Of tokens drawn from the trainer's distributions -logprob is their entropy on average, at every position and whatever came
+    before: so sums of (-logprob - entropy) are a martingale, whose variance is the sum of the squares.
+    """
+    if trainer.trainer_entropies is None:
+        return {}
+    surprise, entropies = -trainer.logprobs.astype(np.float64), trainer.trainer_entropies.astype(np.float64)
+    used = rollouts.mask & np.isfinite(surprise) & np.isfinite(entropies)
+    if not (count := int(np.count_nonzero(used))):
+        return {}
+    error = float(np.sqrt(np.square(surprise[used] - entropies[used]).sum()) / count)
+    return {
+        "trainer_entropy": float(entropies[used].mean()), "surprise": float(surprise[used].mean()), "surprise_error": error
+    }  # fmt: skip
+
+
+def entropy_note(rollouts: Trace, numbers: Mapping[str, float], *, agree: bool) -> Note | None:
+    """What the numbers tell of how the tokens were drawn, where the logprobs `agree`; None where there are no numbers."""
+    if not numbers:
+        return None
+    entropy, surprise, error = numbers["trainer_entropy"], numbers["surprise"], numbers["surprise_error"]
+    text = f"the trainer's entropy is {entropy:.3g} nats, the mean -logprob of the tokens {surprise:.3g} +- {error:.2g}"
+    sampling, off = rollouts.sampling, surprise - entropy
+    free = not (sampling.greedy or sampling.truncates or sampling.penalizes or rollouts.replay)
+    enough = np.count_nonzero(rollouts.mask) >= _TOKENS and rollouts.num_sequences >= _SEQUENCES
+    if not (agree and free and enough):
+        return Note("entropy", text)
+    if abs(off) <= max(_ERRORS * error, _LEAST):
+        return Note("entropy", f"{text}, as of tokens that are drawn from its distributions")
+    how, why = ("likelier", "truncation or a lower temperature") if off < 0 else ("less likely", "higher temperature")
+    text += (
+        f": they are {how} than tokens that are drawn from its distributions ({abs(off) / error:.0f} standard errors). The "
+        f"logprobs agree, but the sampler drew from others (a {why} that the label of these rollouts lacks), or the rollouts "
+        "were chosen by what they are"
+    )
+    return Note("drawn_otherwise", text)
