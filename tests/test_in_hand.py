@@ -319,6 +319,57 @@ def test_what_the_trainer_did_otherwise_is_named_where_it_gives_its_numbers(roll
     assert (told.verdict, [finding.cause for finding in told.findings]) == ("fail", [named])
 
 
+def by_transformers(rollouts, change, *, positions=False):
+    """A trainer's column by transformers alone, a row at a time: `change(ids, mask)` of each row; positions by the mask, as
+    veRL counts them, or by transformers itself.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, rows = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval(), []
+    for i in range(rollouts.num_sequences):
+        length = len(rollouts.completion(i))
+        ids, mask = change(torch.tensor([[*rollouts.prompt(i), *rollouts.completion(i)]]), length)
+        more = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if positions else {}
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, **more).logits / rollouts.sampling.temperature
+        values = logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        rows.append(values[-length:])
+    return rollouts.with_(trainer_logprobs=torch.cat(rows).numpy())
+
+
+@pytest.mark.parametrize("positions", [False, True], ids=["transformers' positions", "the mask's"])
+def test_a_word_that_was_taken_for_padding_is_found(rollouts, positions):
+    commonest = int(np.bincount(rollouts.token_ids).argmax())
+    told = compare_with_trainer(
+        by_transformers(rollouts, lambda ids, _: (ids, (ids != commonest).long()), positions=positions),
+        TransformersScorer(MODEL),
+        trainer_dtype="float32",
+    )
+    (finding,) = told.findings
+    assert (told.verdict, finding.cause) == ("fail", "attention_mask"), str(finding)
+    assert f"did not see token {commonest}" in finding.evidence
+
+
+def test_where_sequences_part_says_what_is_off(rollouts):
+    """They agree up to a token: that was another one, or what stands before it was hidden."""
+
+    def others(ids, length):
+        ids = ids.clone()
+        ids[0, -length + 5] = (ids[0, -length + 5] + 1) % 256
+        return ids, torch.ones_like(ids)
+
+    def hidden(ids, length):
+        mask = torch.ones_like(ids)
+        mask[0, -length + 4 : -length + 8] = 0
+        return ids, mask
+
+    for change, first in ((others, "wrong_token"), (hidden, "attention_mask")):
+        told = compare_with_trainer(by_transformers(rollouts, change), TransformersScorer(MODEL), trainer_dtype="float32")
+        (finding,) = told.findings
+        assert (told.verdict, finding.cause, finding.candidates[0]) == ("fail", None, first)
+        assert "agree up to a token and are off from there on" in finding.evidence
+
+
 def test_what_nothing_explains_has_candidates_and_no_name(rollouts):
     """The negative control: noise that no mistake makes."""
     rng = np.random.default_rng(0)

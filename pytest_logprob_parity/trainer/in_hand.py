@@ -10,7 +10,7 @@ import numpy as np
 
 from ..comparison.result import Cause, Comparison, Finding
 from ..trace import Trace
-from .misplaced import few_off, misplaced
+from .misplaced import few_off, misplaced, off_from_a_token_on
 from .otherwise import furthest_off, otherwise
 from .scoring import as_trainers, name_of, score, temperature_of
 
@@ -25,7 +25,9 @@ _FEW: Final = 8
 #: Two distances are alike within this factor.
 _LIKE: Final = 3.0
 #: What a trainer's numbers may be where nothing tells more.
-_CANDIDATES: Final[tuple[Cause, ...]] = ("attention_mask", "prompt", "packing", "dropout", "stale_weights", "weights_differ")
+_CANDIDATES: Final[tuple[Cause, ...]] = (
+    "attention_mask", "prompt", "packing", "dropout", "logits", "stale_weights", "weights_differ",
+)  # fmt: skip
 
 
 def column_of(trace: Trace, dtype: str) -> Trace | None:
@@ -75,7 +77,10 @@ def disagreement(comparison: Comparison, rollouts: Trace, column: Trace, noise: 
         return list(comparison.findings)
     columns = comparison.expected, column, noise
     told = (
-        misplaced(*columns, whose="the trainer") or few_off(*columns, whose="the trainer") or padding_alone(rollouts, *columns)
+        misplaced(*columns, whose="the trainer")
+        or few_off(*columns, whose="the trainer")
+        or padding_alone(rollouts, *columns)
+        or off_from_a_token_on(*columns, whose="the trainer")
     )
     text = "nothing in the two columns tells which is off: give a scorer for a third opinion"
     return [told or Finding("trainer", None, text, _CANDIDATES)]
@@ -103,6 +108,7 @@ def trainer_is_off(
         or dropout(rollouts, scored, scorer, off, noise)
         or few_off(scored, column, noise, whose="the trainer")
         or padding_alone(rollouts, scored, column, noise)
+        or off_from_a_token_on(scored, column, noise, whose="the trainer")
         or _precision(rollouts, scored, column)
         or temperature
     )

@@ -28,6 +28,9 @@ _ONE_VALUE: Final = 1e-6
 _GIVEN: Final = 5
 #: A row is told from others by so many tokens; so many others may be alike, as samples of one prompt are.
 _LONG, _ALIKE = 6, 4
+#: So many sequences show where they are off from, and so many unsure tokens before that agree; a token that is another one is
+#: that much less likely (nats).
+_SEQUENCES, _AGREEING, _ANOTHER = 4, 8, -3.0
 #: Two implementations in float32 are nearer to each other than this (RMS, nats).
 _EXACT: Final = 1e-3
 
@@ -152,3 +155,28 @@ def few_off(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Find
         return Finding("semantic", "wrong_values", f"{count}: {whose} has {a[far][0]:.4g} for each")
     text = f"{count}: other weights would move all that are unsure, unless they came in between"
     return Finding("semantic", None, text, ("wrong_token", "wrong_values", "stale_weights"))
+
+
+def off_from_a_token_on(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Finding | None:
+    """Candidates where sequences agree up to a token and no longer from there on: the prompt was seen as it is, and something
+    in the completion was not. `wrong_token` comes first where that token itself is unlikely: another one may stand there.
+    """
+    agreeing, firsts, places, after = 0, list[float](), list[int](), list[bool]()
+    for e, a in _rows(expected, actual):
+        unsure = e < _UNSURE
+        if not (far := np.abs(a - e) > _FAR * noise).any():
+            continue
+        first = int(np.argmax(far))
+        agreeing += int(np.count_nonzero(unsure[:first]))
+        places.append(first)
+        firsts.append(float(a[first] - e[first]))
+        after += (np.abs(a - e) > noise)[first:][unsure[first:]].tolist()
+    enough = len(places) >= _SEQUENCES and agreeing >= _AGREEING and bool(after)
+    if not enough or np.mean(np.array(places) > 0) < _MOST or np.mean(after) < _MOST:
+        return None
+    apart, text = float(np.median(firsts)), f"{len(places):,} sequences agree up to a token and are off from there on"
+    if apart < _ANOTHER:
+        text += f", which is {-apart:.2g} nats less likely to {whose}: another token may stand there"
+        return Finding("trainer", None, text, ("wrong_token", "attention_mask", "stale_weights"), {"first": apart})
+    text += ": the prompt was seen as it is, and something in the completion was not"
+    return Finding("trainer", None, text, ("attention_mask", "wrong_token", "stale_weights"), {"first": apart})

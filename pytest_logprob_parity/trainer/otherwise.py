@@ -86,7 +86,8 @@ def _tried(rollouts: Trace, scorer: Any) -> Iterator[_Tried]:
     ids, counts = np.unique(rollouts.token_ids, return_counts=True)
     for token in ids[np.argsort(-counts)][:_COMMON].tolist():
         text = f"it did not see token {token} ({rollouts.text(token)!r}), as if that were padding"
-        yield "trainer", "attention_mask", text, functools.partial(_without, rollouts, scorer, token)
+        for ask in (_hidden, _left_out):
+            yield "trainer", "attention_mask", text, functools.partial(ask, rollouts, scorer, token)
 
     text = "its rows saw those before them: packed without a border between them"
     yield "trainer", "packing", text, functools.partial(_packed, rollouts, scorer)
@@ -124,14 +125,48 @@ def _packed(trace: Trace, scorer: Any, _: Sequence[int]) -> tuple[Any, Any]:
     return _with_prompts(trace, scorer, lambda s: _before(trace, s) + trace.prompt(s), few)
 
 
-def _without(trace: Trace, scorer: Any, token: int, sequences: Sequence[int]) -> tuple[Any, Any]:
-    """With a mask that hides one token id wherever it stands."""
+def _hidden(trace: Trace, scorer: Any, token: int, sequences: Sequence[int]) -> tuple[Any, Any]:
+    """With a mask that hides one token id wherever it stands; not of that token, nor of what follows it."""
 
     def blind(ids: Any, mask: Any, temperature: float) -> Any:
         return scorer(ids, mask * (ids != token), temperature)
 
-    places = _places(trace, sequences)
+    places = _beside(trace, token, sequences)
     return places, score(trace, blind, sequences=list(sequences)).logprobs[places]
+
+
+def _left_out(trace: Trace, scorer: Any, token: int, sequences: Sequence[int]) -> tuple[Any, Any]:
+    """With one token id left out of all contexts, as where what is hidden has no position; not of that token, nor of what
+    follows it.
+    """
+    keep = trace.token_ids != token
+    owner = np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
+    prompts = [[i for i in trace.prompt(s) if i != token] for s in _first_of_group(trace)]
+    sequences = [s for s in sequences if prompts[trace.group[s]]]  # those of another prompt than of that token alone
+    shorter = Trace.from_arrays(
+        prompt_token_ids=np.concatenate([np.asarray(p or [token], np.int32) for p in prompts]),
+        prompt_offsets=np.concatenate([[0], np.cumsum([len(p or [token]) for p in prompts])]),
+        token_ids=trace.token_ids[keep],
+        sequence_offsets=np.concatenate([[0], np.cumsum(np.bincount(owner[keep], minlength=trace.num_sequences))]),
+        logprobs=trace.logprobs[keep], mask=trace.mask[keep], group=trace.group, sampling=trace.sampling, dtype=trace.dtype,
+    )  # fmt: skip
+    values = np.full(trace.num_tokens, np.nan)
+    values[keep] = score(shorter, scorer, sequences=list(sequences)).logprobs
+    places = _beside(trace, token, sequences)
+    return places, values[places]
+
+
+def _first_of_group(trace: Trace) -> list[int]:
+    """A sequence of each prompt."""
+    return [int(np.argmax(trace.group == group)) for group in range(trace.num_prompts)]
+
+
+def _beside(trace: Trace, token: int, sequences: Sequence[int]) -> Any:
+    """The places of tokens that are not `token` and do not follow it."""
+    before, places = np.roll(trace.token_ids, 1), _places(trace, sequences)
+    for start, stop, s in ((*trace.bounds(s), s) for s in sequences):
+        before[start : min(start + 1, stop)] = trace.prompt(s)[-1]
+    return places[(trace.token_ids[places] != token) & (before[places] != token)]
 
 
 def _after_next(prompt: list[int], written: list[int]) -> list[tuple[list[int], int]]:

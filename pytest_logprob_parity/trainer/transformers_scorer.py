@@ -167,6 +167,8 @@ class TransformersScorer:
         import torch
 
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if not self.packed:  # a token that is hidden inside a row still counts, as where transformers is given no positions
+            positions = (torch.arange(ids.shape[1], device=ids.device) - mask.long().argmax(-1, keepdim=True)).clamp(min=0)
         if not self.packed:
             out = self.model.base_model(
                 input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
