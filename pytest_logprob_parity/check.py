@@ -25,7 +25,7 @@ from .prompts import check_prompts
 from .recording import record
 from .replay import REPLAYS, can_regenerate
 from .spec import Sampling
-from .suspects import adapter_finding, suspects
+from .suspects import adapter_finding, suspect_settings, suspects
 from .trace import ReplayPath, Trace, TracePath
 from .unforced import as_unforced, why_unforced, without_decode
 
@@ -171,6 +171,8 @@ def judge_answers(
         if comparison.verdict == "fail":
             updated = replays[path].weight_versions is not None
             findings = comparison.findings or tuple(suspects(differences, answers.fingerprint, updated=updated))
+            if comparison.findings and not any(finding.cause for finding in findings):
+                findings = (*findings, *suspect_settings(differences, name=False))
             if other is not None and other not in findings:
                 findings = (*findings, other)
             comparison = dataclasses.replace(comparison, findings=findings)

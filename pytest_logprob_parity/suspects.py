@@ -68,41 +68,48 @@ def adapter_finding(differences: Sequence[tuple[str, Any, Any]]) -> Finding | No
 def suspects(
     differences: Sequence[tuple[str, Any, Any]], engine: Mapping[str, Any] | None = None, *, updated: bool = False
 ) -> list[Finding]:  # fmt: skip
-    """One finding for each layer under suspicion; a cause is named only where it is the only one of all layers.
-
-    A setting that stands in no table is a suspect all the same. Another adapter is one by itself: its content is known, and it
-    is other weights whatever else differs. Where the fingerprints do not differ, what they cannot see is left: how the engine
+    """What the settings that differ can bring about, or, where none does, what fingerprints cannot see: how the engine
     computes, and its weights; of an engine with the fingerprint `engine`, whose weights were `updated`, its adapter and what
     its cache holds of the weights before.
     """
+    if found := suspect_settings(differences):
+        return found
+    unsaid = ", ".join(name for name, _, _ in differences)
+    agree = "the fingerprints agree" if not differences else f"one side does not say its {unsaid}, else they agree"
+    cached = updated and (engine or {}).get("config", {}).get("enable_prefix_caching")
+    candidates: tuple[Cause, ...] = (
+        "engine_build", "attention_backend", *(("adapter",) if (engine or {}).get("adapter") else ()),
+        "weights_differ", "stale_weights", *(("stale_kv_cache",) if cached else ()),
+    )  # fmt: skip
+    text = f"{agree}, and they do not read weights: not told apart: how the engine computes, or its weights; {_TELLS}"
+    return [Finding("path", None, text, candidates)]
+
+
+def suspect_settings(differences: Sequence[tuple[str, Any, Any]], *, name: bool = True) -> list[Finding]:
+    """One finding for each layer under suspicion; a cause is named only where it is the only one of all layers, and, with
+    `name` False, not even there.
+
+    A setting that stands in no table is a suspect all the same. Another adapter is one by itself: its content is known, and it
+    is other weights whatever else differs. Empty where no setting differs.
+    """
     if adapter := adapter_finding(differences):
         others = [d for d in differences if d[0] in SUSPECTS and SUSPECTS[d[0]][1] != "adapter"]
-        return [adapter, *(suspects(others) if others else [])]
+        return [adapter, *(suspect_settings(others, name=name) if others else [])]
     another_version = any(name == "engine.version" for name, _, _ in differences)
     found: dict[Layer, dict[Cause, list[str]]] = {}
     for whole, golden, now in differences:
-        name = "config.hf_overrides" if whole.startswith("config.hf_overrides.") else whole
+        setting = "config.hf_overrides" if whole.startswith("config.hf_overrides.") else whole
         # One of the two versions does not say, or the server does not; an override that is not there is none.
-        unsaid = name.startswith(("config.", "hardware.", "libraries.")) and (golden is None or now is None)
-        if name in SUSPECTS and (not unsaid or name == "config.hf_overrides"):
-            layer, cause = SUSPECTS[name]
-        elif name not in SUSPECTS and name.startswith(("config.", "engine.")) and not (unsaid and another_version):
+        unsaid = setting.startswith(("config.", "hardware.", "libraries.")) and (golden is None or now is None)
+        if setting in SUSPECTS and (not unsaid or setting == "config.hf_overrides"):
+            layer, cause = SUSPECTS[setting]
+        elif setting not in SUSPECTS and setting.startswith(("config.", "engine.")) and not (unsaid and another_version):
             layer, cause = _UNLISTED
         else:
             continue
         found.setdefault(layer, {}).setdefault(cause, []).append(f"{whole} {golden!r} -> {now!r}")
-    if not found:
-        unsaid_names = ", ".join(name for name, _, _ in differences)
-        agree = "the fingerprints agree" if not differences else f"one side does not say its {unsaid_names}, else they agree"
-        cached = updated and (engine or {}).get("config", {}).get("enable_prefix_caching")
-        candidates: tuple[Cause, ...] = (
-            "engine_build", "attention_backend", *(("adapter",) if (engine or {}).get("adapter") else ()),
-            "weights_differ", "stale_weights", *(("stale_kv_cache",) if cached else ()),
-        )  # fmt: skip
-        text = f"{agree}, and they do not read weights: not told apart: how the engine computes, or its weights; {_TELLS}"
-        return [Finding("path", None, text, candidates)]
-    listed = any(name in SUSPECTS or name.startswith("config.hf_overrides.") for name, _, _ in differences)
-    alone = sum(len(causes) for causes in found.values()) == 1 and listed
+    listed = any(setting in SUSPECTS or setting.startswith("config.hf_overrides.") for setting, _, _ in differences)
+    alone = name and sum(len(causes) for causes in found.values()) == 1 and listed
     findings = []
     for layer in LAYERS:
         if layer in found:

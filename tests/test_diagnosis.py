@@ -92,6 +92,9 @@ def test_what_a_reading_makes_of_a_comparison():
     assert "10% of the sequences carry it" in few[0].evidence
     changed = weigh([], read_against(_trace(truth + 1), golden, trace, 0.5))
     assert (changed[0].layer, changed[0].cause) == ("weights", "weights_differ")
+    (before,) = weigh([], read_against(_trace(truth + 1), golden, trace, 0.5), other_build=True)
+    assert (before.layer, before.cause, before.candidates[:2]) == ("path", None, ("engine_build", "weights_differ"))
+    assert "or the golden's engine computed something else" in before.evidence
 
 
 def _trace(logprobs):

@@ -319,19 +319,21 @@ def test_what_the_trainer_did_otherwise_is_named_where_it_gives_its_numbers(roll
     assert (told.verdict, [finding.cause for finding in told.findings]) == ("fail", [named])
 
 
-def by_transformers(rollouts, change, *, positions=False):
-    """A trainer's column by transformers alone, a row at a time: `change(ids, mask)` of each row; positions by the mask, as
-    veRL counts them, or by transformers itself.
+def by_transformers(
+    rollouts, change=lambda ids, _: (ids, torch.ones_like(ids)), *, positions=False, of=lambda x: x, model=MODEL
+):
+    """A trainer's column by transformers alone, a row at a time: `change(ids, length)` gives ids and mask of each row;
+    positions by the mask, as veRL counts them, or by transformers itself; `of` is done to the logits.
     """
     from transformers import AutoModelForCausalLM
 
-    model, rows = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval(), []
+    model, rows = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), []
     for i in range(rollouts.num_sequences):
         length = len(rollouts.completion(i))
         ids, mask = change(torch.tensor([[*rollouts.prompt(i), *rollouts.completion(i)]]), length)
         more = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if positions else {}
         with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask, **more).logits / rollouts.sampling.temperature
+            logits = of(model(input_ids=ids, attention_mask=mask, **more).logits) / rollouts.sampling.temperature
         values = logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
         rows.append(values[-length:])
     return rollouts.with_(trainer_logprobs=torch.cat(rows).numpy())
@@ -368,6 +370,16 @@ def test_where_sequences_part_says_what_is_off(rollouts):
         (finding,) = told.findings
         assert (told.verdict, finding.cause, finding.candidates[0]) == ("fail", None, first)
         assert "agree up to a token and are off from there on" in finding.evidence
+
+
+@pytest.mark.parametrize("of", [lambda x: 8 * (x / 8).tanh(), lambda x: x * (x / 8).tanh()], ids=["cap", "x tanh x"])
+def test_a_function_of_the_logits_is_told_from_other_weights(rollouts, of):
+    told = compare_with_trainer(by_transformers(rollouts, of=of), TransformersScorer(MODEL), trainer_dtype="float32")
+    (finding,) = told.findings
+    assert (told.verdict, finding.cause, finding.candidates[0]) == ("fail", None, "logits")
+    other = by_transformers(rollouts, model=f"{MODEL}-step2")
+    (finding,) = compare_with_trainer(other, TransformersScorer(MODEL), trainer_dtype="float32").findings
+    assert finding.candidates[0] != "logits"
 
 
 def test_what_nothing_explains_has_candidates_and_no_name(rollouts):

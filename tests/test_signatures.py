@@ -751,6 +751,61 @@ def test_logits_that_are_soft_capped_are_no_penalty(cap):
     assert (result.verdict, "penalties" in causes(result)) == ("fail", False), [str(f) for f in result.findings]
 
 
+PLACE = np.tile(np.arange(LENGTH), SEQUENCES)
+
+
+def may_end(least, seed=0):
+    """A change of a table: a token that ends sequences is likely now and then, and left out before `least`."""
+    end = int(np.setdiff1d(np.arange(VOCABULARY), policy().tokens)[0])
+    share = np.random.default_rng(seed).exponential(0.2, SEQUENCES * LENGTH).clip(max=0.9)
+
+    def change(table):
+        p = np.exp(table)
+        p[:, end] = np.where(least > PLACE, 0, p.sum(axis=1) * share / (1 - share))
+        with np.errstate(divide="ignore"):
+            return np.log(p / p.sum(axis=1, keepdims=True))
+
+    return end, change
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_min_tokens_on_one_side_is_named_by_the_token_that_the_other_leaves_out(noise):
+    (end, keeps), (_, ends) = may_end(8), may_end(0)
+    asked = Sampling(min_tokens=8)
+    golden = policy().trace(change=keeps).with_(sampling=asked)
+    now = policy().trace(change=ends, noise=noise).with_(sampling=asked)
+    for one, other in ((golden, now), (now, golden)):
+        (finding,) = compare(expected=one, actual=other, tolerance={"noise_rms": 1e-3}).findings
+        assert (finding.layer, finding.cause) == ("semantic", "min_tokens")
+        assert f"token {end} there" in finding.evidence
+    bare = golden.with_(top_logprobs=golden.top_logprobs[:, :0], top_token_ids=golden.top_token_ids[:, :0])
+    off = np.where(PLACE // 8 == 0, 0.3 * (PLACE % 2), 0)
+    told = compare(expected=bare, actual=bare.with_(logprobs=(bare.logprobs - off).astype(np.float32)))
+    assert not any(f.cause == "min_tokens" for f in told.findings)  # nothing shows which token it would be
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_exactly_the_first_tokens_are_no_weights_doing(noise):
+    def first(table):
+        flatter = 0.6 * table - np.log(np.exp(0.6 * table).sum(axis=1, keepdims=True))
+        return np.where(PLACE[:, None] == 0, flatter, table)
+
+    (finding,) = compare(expected=policy().trace(), actual=policy().trace(change=first, noise=noise)).findings
+    assert (finding.layer, finding.cause, finding.candidates[0]) == ("path", None, "chunked_prefill")
+    some = policy().trace(change=lambda table: np.where(PLACE[:, None] % 5 == 0, first(np.roll(table, 1, 0)), table))
+    assert all(f.candidates[:1] != ("chunked_prefill",) for f in compare(expected=policy().trace(), actual=some).findings)
+
+
+def test_nan_in_a_row_says_that_the_others_have_none():
+    golden = policy().trace()
+    now = golden.with_(
+        logprobs=np.where(np.arange(golden.num_tokens) // LENGTH == 3, np.nan, golden.logprobs).astype(np.float32)
+    )
+    finding = compare(expected=golden, actual=now).findings[0]
+    assert (finding.layer, finding.candidates[0]) == ("path", "engine_build")
+    assert f"in 1 of {SEQUENCES} sequences: other weights would make them in all" in finding.evidence
+
+
 def test_too_few_positions_for_a_temperature_prove_no_truncation():
     rollouts = policy(temperature=0.7, top_p=0.9)
     golden, raw = rollouts.trace(k=8), rollouts.trace("raw", k=8)

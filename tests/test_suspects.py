@@ -3,7 +3,7 @@
 import pytest
 
 from pytest_logprob_parity.fingerprint import differences
-from pytest_logprob_parity.suspects import suspects
+from pytest_logprob_parity.suspects import suspect_settings, suspects
 
 
 def prints(name="models/m", model="d1", **config):
@@ -59,3 +59,9 @@ def test_equal_fingerprints_do_not_say_weights():
     assert {"stale_kv_cache", "adapter"} <= set(found.candidates)
     (found,) = suspects([], cached)
     assert "stale_kv_cache" not in found.candidates
+
+
+def test_beside_what_the_trace_tells_a_setting_is_a_candidate_and_no_named_cause():
+    (finding,) = suspect_settings([("config.enable_prefix_caching", False, True)], name=False)
+    assert (finding.layer, finding.cause, finding.candidates) == ("path", None, ("prefix_cache",))
+    assert suspect_settings([], name=False) == []

@@ -36,7 +36,14 @@ GATE_NAMES: Final[Mapping[GateKey, str]] = {
 }
 
 SemanticCause: TypeAlias = Literal[
-    "raw_vs_processed", "temperature", "truncation", "penalties", "shifted_positions", "wrong_token", "wrong_values"
+    "raw_vs_processed",
+    "temperature",
+    "truncation",
+    "penalties",
+    "min_tokens",
+    "shifted_positions",
+    "wrong_token",
+    "wrong_values",
 ]
 PathCause: TypeAlias = Literal[
     "prefix_cache", "async_scheduling", "chunked_prefill", "batch_shape", "compilation", "attention_backend",

@@ -172,7 +172,10 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     findings += record.beside(findings)
     notes += record.notes
     if numbers["n_nan"] and not record.accounts_for(int(numbers["n_nan"])):
-        evidence_of = f"{int(numbers['n_nan'])} logprobs are NaN or +inf"
+        of = np.unique(m.sequence_numbers(expected, rows.expected)[_broken(e, a)])
+        evidence_of = f"{int(numbers['n_nan'])} logprobs are NaN or +inf, in {len(of)} of {expected.num_sequences} sequences"
+        if len(of) < expected.num_sequences:
+            evidence_of += ": other weights would make them in all"
         findings.insert(0, Finding("path", None, evidence_of, ("engine_build", "kv_cache_dtype")))
     problem, finding = "", None
     if not failed and not findings:
@@ -266,10 +269,15 @@ def _differences(
     return Differences(d, sequences, prompt_numbers(expected)[sequences], golden_error, error)
 
 
+def _broken(e: Any, a: Any) -> Any:
+    """Numbers [n] that are none: NaN of this run, +inf of either side."""
+    return np.isnan(a) | np.isposinf(a) | np.isposinf(e)
+
+
 def _numbers(
     expected: Trace, actual: Trace, rows: Alignment, e: Any, a: Any, d: m.Doubles, flipped: Any
 ) -> dict[str, float]:  # fmt: skip
-    broken = np.isnan(a) | np.isposinf(a) | np.isposinf(e)
+    broken = _broken(e, a)
     excluded, flips = np.count_nonzero(np.isneginf(e) & np.isneginf(a)), np.count_nonzero(flipped)
     return {
         "n_tokens": float(len(d)),

@@ -69,7 +69,8 @@ class Ablation:
 
     `differs` are the settings that differ, setting -> (golden's value, value now); `reading` what an independent
     implementation says of both sides, where one was asked, now with the settings `reading_of` as the golden had them;
-    `left_out` says what the budget did not allow. `noise` (nats) is an RMS that the golden's own noise explains.
+    `left_out` says what the budget did not allow. `noise` (nats) is an RMS that the golden's own noise explains;
+    `other_build` says that the golden is of another engine or version.
     """
 
     steps: tuple[Step, ...]
@@ -78,6 +79,7 @@ class Ablation:
     reading: Reading | None = None
     reading_of: tuple[str, ...] = ()
     left_out: str = ""
+    other_build: bool = False
 
     def share(self, step: Step) -> float:
         """Share (0 to 1) of the mismatch, in squares, that a step takes away; below 0 where it adds to it."""
@@ -109,8 +111,8 @@ class Ablation:
         if self.reading is None:
             return list(findings)
         if self.reading_of:  # what those settings do not explain has a cause of its own
-            return [*findings, *weigh((), self.reading)]
-        return weigh(findings, self.reading)
+            return [*findings, *weigh((), self.reading, other_build=self.other_build)]
+        return weigh(findings, self.reading, other_build=self.other_build)
 
     def _conclusion(self) -> str:
         best = self.best
@@ -219,7 +221,8 @@ def ablate(
     if found.best.rms > noise:  # two meanings are held against no reading, even where other weights hide what they are worth
         moved = found.best.moved or next((m for m in replays if m == ("logprobs_mode",)), ())
     reading = _reading(golden, replays[moved], spec, pool, limits.outlier, notify)
-    return dataclasses.replace(found, reading=reading, reading_of=moved if reading is not None else ())
+    other_build = golden.fingerprint.get("engine") != engine.fingerprint()["engine"]
+    return dataclasses.replace(found, reading=reading, reading_of=moved if reading is not None else (), other_build=other_build)
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

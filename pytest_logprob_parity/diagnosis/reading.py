@@ -79,8 +79,12 @@ def _rms(d: npt.NDArray[np.float64]) -> float:
     return float(np.sqrt(np.mean(d**2))) if len(d) else 0.0
 
 
-def weigh(findings: Sequence[Finding], reading: Reading) -> list[Finding]:
-    """The findings with what a reading adds: the layer where nothing was named, the ranking where candidates were."""
+def weigh(findings: Sequence[Finding], reading: Reading, *, other_build: bool = False) -> list[Finding]:
+    """The findings with what a reading adds: the layer where nothing was named, the ranking where candidates were.
+
+    `other_build` says that the golden is of another engine or version: where it is off, that may have computed otherwise from
+    the same checkpoint.
+    """
     if any(finding.cause for finding in findings if finding.layer in ("semantic", "head") or finding.cause == "adapter"):
         return list(findings)
     if reading.off == "now":
@@ -96,5 +100,9 @@ def weigh(findings: Sequence[Finding], reading: Reading) -> list[Finding]:
         return [*kept, *(named or [path]), stale]
     if reading.off == "golden":
         text = f"the checkpoint of now gives the numbers of this run, and not the golden's; {reading}"
-        return [Finding("weights", "weights_differ", text), *(f for f in findings if f.layer == "semantic")]
+        kept = [f for f in findings if f.layer == "semantic"]
+        if other_build:
+            text += ": another checkpoint, or the golden's engine computed something else from this one"
+            return [Finding("path", None, text, ("engine_build", "weights_differ", "stale_weights")), *kept]
+        return [Finding("weights", "weights_differ", text), *kept]
     return list(findings)

@@ -11,6 +11,7 @@ import numpy as np
 from ..comparison.result import Cause, Comparison, Finding
 from ..trace import Trace
 from .misplaced import few_off, misplaced, off_from_a_token_on
+from .of_logits import function_of_logits
 from .otherwise import furthest_off, otherwise
 from .scoring import as_trainers, name_of, score, temperature_of
 
@@ -109,11 +110,14 @@ def trainer_is_off(
         or few_off(scored, column, noise, whose="the trainer")
         or padding_alone(rollouts, scored, column, noise)
         or off_from_a_token_on(scored, column, noise, whose="the trainer")
+        or function_of_logits(rollouts, scored, column, scorer, noise)
         or _precision(rollouts, scored, column)
         or temperature
     )
     if found is not None:
         return [dataclasses.replace(found, evidence=f"{opinion}: {found.evidence}")]
+    if comparison.verdict == "unverified":
+        return [Finding("noise", None, f"{opinion}, by what noise may make", ("numerical_noise", *_CANDIDATES))]
     return [Finding("trainer", None, opinion, _CANDIDATES)]
 
 

@@ -16,7 +16,7 @@ from .scoring import score
 _FEW, _MORE, _LONGEST = 4, 12, 4096
 #: A sequence, or what was asked about, is off by so many times the noise, and of so many tokens.
 _FAR, _TOKENS = 5.0, 8
-#: Token ids of which one may have been taken for the padding's: the commonest.
+#: So many token ids of each kind of which one may have been taken for the padding's.
 _COMMON: Final = 4
 #: Positions of a sequence that are asked for another token.
 _POSITIONS: Final = 12
@@ -30,7 +30,7 @@ def otherwise(rollouts: Trace, scored: Trace, column: Trace, scorer: Any, noise:
     fault that explains a few of them and not the rest is none.
     """
     off = furthest_off(rollouts, scored, column, noise)
-    for layer, cause, text, ask in _tried(rollouts, scorer):
+    for layer, cause, text, ask in _tried(rollouts, scorer, _hidden_words(rollouts, scored, column, noise)):
         left = [_left(ask(some), scored, column, noise) for some in (off[:_FEW], off[_FEW:_MORE]) if some]
         if left and max(left) <= noise:
             return Finding(layer, cause, f"{text} (leaves RMS {left[0]:.2g} nats)", values={"left": left[0]})
@@ -62,8 +62,8 @@ _Ask = Callable[[Sequence[int]], tuple[Any, Any]]
 _Tried = tuple[Layer, Cause, str, _Ask]
 
 
-def _tried(rollouts: Trace, scorer: Any) -> Iterator[_Tried]:
-    """Layer, cause and text of each fault, and what the scorer gives with it."""
+def _tried(rollouts: Trace, scorer: Any, words: Sequence[int]) -> Iterator[_Tried]:
+    """Layer, cause and text of each fault, and what the scorer gives with it; `words` may have been taken for padding."""
     tokenizer, widest = getattr(scorer, "tokenizer", None), int(np.diff(rollouts.prompt_offsets).max())
 
     def padded(by: int) -> Callable[[list[int]], list[int]]:
@@ -83,8 +83,7 @@ def _tried(rollouts: Trace, scorer: Any) -> Iterator[_Tried]:
         changed = {s: change(rollouts.prompt(s)) for s in range(rollouts.num_sequences)}
         yield "trainer", cause, text, functools.partial(_with_prompts, rollouts, scorer, changed.__getitem__)
 
-    ids, counts = np.unique(rollouts.token_ids, return_counts=True)
-    for token in ids[np.argsort(-counts)][:_COMMON].tolist():
+    for token in words:
         text = f"it did not see token {token} ({rollouts.text(token)!r}), as if that were padding"
         for ask in (_hidden, _left_out):
             yield "trainer", "attention_mask", text, functools.partial(ask, rollouts, scorer, token)
@@ -97,6 +96,23 @@ def _tried(rollouts: Trace, scorer: Any) -> Iterator[_Tried]:
     ):
         ask = functools.partial(_of_other_tokens, rollouts, scorer, questions)
         yield "semantic", "wrong_token", f"its numbers are {text}", ask
+
+
+def _hidden_words(rollouts: Trace, scored: Trace, column: Trace, noise: float) -> list[int]:
+    """Token ids that the trainer may not have seen: those after which sequences part most often, and the commonest."""
+    before, parted = np.roll(rollouts.token_ids, 1), list[int]()
+    far = np.abs(column.logprobs.astype(np.float64) - scored.logprobs) > _FAR * noise
+    for s in range(rollouts.num_sequences):
+        start, stop = rollouts.bounds(s)
+        if (off := np.flatnonzero(far[start:stop])).size and off[0]:
+            parted.append(int(before[start + off[0]]))
+    return list(dict.fromkeys([*_commonest(np.array(parted, np.int64)), *_commonest(rollouts.token_ids)]))
+
+
+def _commonest(token_ids: Any) -> list[int]:
+    ids, counts = np.unique(token_ids, return_counts=True)
+    commonest: list[int] = ids[np.argsort(-counts, kind="stable")][:_COMMON].tolist()
+    return commonest
 
 
 def _places(trace: Trace, sequences: Sequence[int]) -> Any:

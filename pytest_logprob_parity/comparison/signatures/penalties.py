@@ -24,6 +24,8 @@ _OFTEN: Final = 8
 _MOST: Final = 0.9
 #: Seen tokens are so many times as far from the line as others where a repetition penalty moved them; where only they are.
 _MOVED, _ONLY = 2.0, 5.0
+#: Two presence or frequency penalties are no further apart: engines take -2 to 2.
+_WIDEST: Final = 4.0
 #: A penalty moves all of a kind, of the prompt or written: the one in the middle by more than this share of their RMS.
 _ALL_OF_THEM: Final = 0.05
 
@@ -46,6 +48,11 @@ class Penalty:
     def neutral(self) -> float:
         """The value that leaves logits as they are."""
         return 1.0 if self.name == "repetition_penalty" else 0.0
+
+    @property
+    def possible(self) -> bool:
+        """Whether engines take such a penalty: presence and frequency penalties are from -2 to 2."""
+        return bool(self.neutral) or abs(self.change) <= _WIDEST + _SURE * self.error
 
     def now(self, golden: float) -> float:
         """This run's value, where the golden's is this."""

@@ -11,7 +11,8 @@ import numpy as np
 from ...spec import Sampling
 from ...trace import Trace
 from ..alignment import Alignment
-from ..result import Finding, Names, SemanticCause
+from ..result import Cause, Finding, Names, SemanticCause
+from .places import find_places
 from .positions import MOST, Positions, positions_of
 from .reporting import (
     Misreport,
@@ -87,8 +88,10 @@ def semantic_findings(
         if all(report.minor for report in reports):
             stages = list(stages_of(positions))
             found = [*_whole(stages, positions), *(stage.finding for stage in stages), *found]
-            if not found and (normaliser := find_normaliser(positions)):
-                found = [Finding("semantic", None, normaliser.text, (normaliser.cause, "weights_differ", "truncation"))]
+            if not found and (by_place := find_places(positions)):
+                found = [by_place]
+            elif not found and (normaliser := find_normaliser(positions)):
+                found = [Finding("semantic", None, normaliser.text, _of_a_normaliser(positions.golden.sampling))]
         if found:
             where = "" if sequences is None else f"in {len(sequences)} of {expected.num_sequences} sequences: "
             return [dataclasses.replace(f, evidence=where + f.evidence) for f in found]
@@ -135,6 +138,11 @@ def _whole(stages: Sequence[Stage], positions: Positions) -> Iterator[Finding]:
 def _penalties(sampling: Sampling) -> int:
     """How many penalties this sampling has."""
     return (sampling.repetition_penalty != 1) + (sampling.presence_penalty != 0) + (sampling.frequency_penalty != 0)
+
+
+def _of_a_normaliser(sampling: Sampling) -> tuple[Cause, ...]:
+    """What may give each position another normaliser; penalties move tokens that no top-k lists, too."""
+    return (*(("penalties",) if sampling.penalizes else ()), "wrong_values", "weights_differ", "truncation", "engine_build")
 
 
 def _recorded(sampling: Sampling) -> set[SemanticCause]:

@@ -38,7 +38,7 @@ def stages_of(positions: Positions) -> Iterator[Stage]:
         stage = _temperature_stage(scale, positions)
         alone = 1.0 if stage.on_golden else sampling.temperature
         temperature = alone if stage.recorded else golden_temperature / slope
-    found = find_penalties(positions, slope, temperature)
+    found = [penalty for penalty in find_penalties(positions, slope, temperature) if penalty.possible]
     scaled = False
     if stage is not None:
         scaled = not stage.finding.cause and bool(found) and all(_is_scaled(p, sampling, slope) for p in found)

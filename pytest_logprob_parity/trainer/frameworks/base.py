@@ -170,6 +170,10 @@ class FrameworkScorer:
         self.vocabulary, self.tokenizer, self.adapter = model.vocabulary, model.tokenizer, model.adapter
         self.name = f"{how} on {model.name}"
 
+    def logits(self, token_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
+        """See TransformersScorer.logits."""
+        return self._model.logits(token_ids, attention_mask)
+
     def as_trained(self) -> FrameworkScorer | None:
         """See TransformersScorer.as_trained."""
         other = self._model.as_trained()
@@ -189,7 +193,7 @@ class FrameworkScorer:
         """Logprobs [B, L - 1] of the tokens from the second one on; with `entropies` a pair, beside them the entropies."""
         from ..transformers_scorer import entropy_of
 
-        logits, targets = self._model.logits(token_ids, attention_mask)
+        logits, targets = self.logits(token_ids, attention_mask)
         logprobs = self._function(logits, targets, temperature)
         if not entropies:
             return logprobs
