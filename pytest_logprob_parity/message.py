@@ -84,7 +84,7 @@ def side(trace: Trace) -> str:
     """Who said the numbers of a trace, which ones, and by which replay."""
     forced = f" ({trace.forcing})" if trace.replay and trace.forcing else ""
     return (
-        f"{trace.engine} {trace.engine_version}, {trace.dtype}, {trace.logprobs_mode.replace('_', ' ')} by "
+        f"{trace.engine} {trace.engine_version}".rstrip() + f", {trace.dtype}, {trace.logprobs_mode.replace('_', ' ')} by "
         f"{trace.replay or trace.path}{forced}"
     )
 

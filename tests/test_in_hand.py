@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,11 +114,11 @@ def kept(base):
 
 @pytest.mark.parametrize("mode", ["sequence_mask", "sequence_truncate", "token_mask", "token_truncate"])
 def test_a_healthy_trainer_passes_its_own_watch_and_its_metrics_are_ours(grpo, mode):
-    """Two steps, so that the second one's rollouts are of weights that an update brought."""
-    trainer = grpo(steps=2, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=1.00001)
+    """Three steps: the rollouts of the second and third are of weights that updates brought."""
+    trainer = grpo(steps=3, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=1.00001)
     checks = framework("trl").watch(trainer, every=1, dtype="float32")
     trainer.train()
-    assert [check.verdict for check in checks] == ["pass", "pass"]
+    assert [check.verdict for check in checks] == ["pass", "pass", "pass"]
     history = [entry for entry in trainer.state.log_history if "sampling/sampling_logp_difference/mean" in entry]
     for check, logged in zip(checks, history, strict=True):
         for name, value in check.logged.metrics.items():
@@ -151,6 +152,65 @@ def test_watch_stops_a_training_whose_columns_disagree(grpo):
     with pytest.raises(MismatchError) as caught:
         trainer.train()
     assert causes(caught.value.comparison) == ["shifted_positions"]
+
+
+class Batches:
+    """A trainer by what `watch` reads of it, which has these batches to train on."""
+
+    def __init__(self, *batches, **arguments):
+        self.model = SimpleNamespace(training=True, dtype=torch.float32)
+        self.args, self.batches = SimpleNamespace(temperature=1.0, bf16=False, **MODES | arguments), list(batches)
+
+    def _generate_and_score_completions(self, inputs):
+        return self.batches.pop(0)
+
+
+MODES = {f"vllm_importance_sampling_{name}": value for name, value in
+         {"mode": "sequence_mask", "clip_max": 3.0, "clip_min": None}.items()}  # fmt: skip
+
+
+def batch_of(rows, *, apart=1e-5, masked=False):
+    generator = torch.Generator().manual_seed(rows)
+    logprobs = -torch.rand(rows, 12, generator=generator) - 0.1
+    ones = torch.ones(rows, 12, dtype=torch.long)
+    return {
+        "prompt_ids": torch.arange(rows)[:, None] + 5, "prompt_mask": ones[:, :1], "completion_mask": ones * (not masked),
+        "completion_ids": torch.randint(5, 99, (rows, 12), generator=generator), "sampling_per_token_logps": logprobs,
+        "old_per_token_logps": logprobs - apart * torch.rand(rows, 12, generator=generator),
+    }  # fmt: skip
+
+
+def test_a_batch_that_says_too_little_stops_no_training_and_the_next_one_is_looked_at():
+    trainer = Batches(batch_of(4), batch_of(8, masked=True), batch_of(16), batch_of(8, apart=1.0), batch_of(16, apart=1.0))
+    checks = framework("trl").watch(trainer, every=2, dtype="float32")
+    with pytest.warns(UserWarning, match="unverified: Inconclusive"):
+        trainer._generate_and_score_completions({})
+    assert [check.verdict for check in checks] == ["unverified"]
+    assert checks[0].findings == ()  # nothing is off, and nothing is accused
+    with pytest.warns(UserWarning, match="every completion of this batch is masked"):
+        trainer._generate_and_score_completions({})
+    trainer._generate_and_score_completions({})
+    assert [check.verdict for check in checks] == ["unverified", "pass"]
+    trainer._generate_and_score_completions({})  # every second one
+    with pytest.raises(MismatchError):
+        trainer._generate_and_score_completions({})
+    assert [check.verdict for check in checks] == ["unverified", "pass", "fail"]
+
+
+@pytest.mark.parametrize(
+    ("without", "line"),
+    [("model", "has no model: watch"), ("args", "has no args, temperature, bf16: watch"),
+     ("_generate_and_score_completions", "takes a GRPOTrainer")],
+)  # fmt: skip
+def test_a_trainer_that_lacks_what_is_read_is_refused_before_it_trains(without, line):
+    trainer = Batches(batch_of(8))
+    given = SimpleNamespace(model=trainer.model, args=trainer.args, _generate_and_score_completions=lambda inputs: None)
+    delattr(given, without)
+    with pytest.raises(UsageError, match=line):
+        framework("trl").watch(given)
+    for every in (0, True, 1.5):
+        with pytest.raises(UsageError, match="must be a whole number, 1 or more"):
+            framework("trl").watch(trainer, every=every)
 
 
 def test_rows_that_mask_truncated_completions_hides_are_left_out(grpo):

@@ -114,12 +114,13 @@ def compare_with_trainer(
     else:
         comparison = against(column)
         noise = limits(column).fit_rms
-        findings = list(comparison.findings) if comparison.passed else disagreement(comparison, trace, column, noise)
+        agree = comparison.verdict != "fail" and all(gate.sure for gate in comparison.gates)
+        findings = list(comparison.findings) if agree else disagreement(comparison, trace, column, noise)
     broken = None if column is None else not_a_number(comparison.expected, column)
     if broken is not None:
         findings = [broken]
     elif column is not None and scored is not None and scorer is not None:
-        opinion, agree = ThirdOpinion.of(scorer, comparison.expected, column, scored), comparison.passed
+        opinion = ThirdOpinion.of(scorer, comparison.expected, column, scored)
         if agree and not (third := against(scored)).passed:
             comparison = third
             findings, more = why_not(third)

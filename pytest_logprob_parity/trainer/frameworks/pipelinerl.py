@@ -96,13 +96,13 @@ def read(records: Any, *, sampling: Any = None, tokenizer: Any = None, **labels:
         text = given.get("text")
         if text:
             _check_text(where, f"the text of {name}", text, ids.tolist(), tokenizer)
-        where.check_logprobs(f"logprobs of {name}", values[None], np.ones((1, len(values)), bool))
+        where.check_row(f"logprobs of {name}", values, np.ones(len(values), bool))
         sequence: dict[str, Any] = {"prompt_token_ids": ids[:first], "token_ids": ids[first:], "logprobs": values}
         if given.get("new_logprobs") is not None:
             own = _column(given, name, "new_logprobs")
             if len(own) != len(values):
                 raise where.refuse(f"{name} has {len(own)} new_logprobs and {len(values)} logprobs: one for each label")
-            where.check_logprobs(f"new_logprobs of {name}", own[None], np.ones((1, len(own)), bool))
+            where.check_row(f"new_logprobs of {name}", own, np.ones(len(own), bool))
             sequence["trainer_logprobs"] = own
         if given.get("group_id") is not None:
             sequence["group"] = str(given.get("group_id"))

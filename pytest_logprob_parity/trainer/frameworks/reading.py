@@ -69,11 +69,8 @@ class Batch:
         return [np.asarray(as_array(row)) for row in value.unbind()]
 
     def check_row(self, name: str, logprobs: Array, written: npt.NDArray[np.bool_]) -> None:
-        """Refuse logprobs [L] of one row that are none."""
-        if np.any(logprobs[written] > _ABOVE):
-            raise self.refuse(f"{name} holds {logprobs[written].max():.4g}: a logprob is at most 0; are these probabilities?")
-        if written.sum() >= _FILLER and not np.any(logprobs[written] != 0):
-            raise self.refuse(f"{name} is 0.0 for all of {int(written.sum())} tokens of a row: the filler of missing ones")
+        """Refuse logprobs [L] of one row that are none: see check_logprobs."""
+        self.check_logprobs(name, logprobs[None], written[None], filled=False, rows=[name])
 
     def ids(self, name: str) -> Array:
         """A column of token ids [B, L]."""
@@ -103,11 +100,21 @@ class Batch:
                 raise self.refuse(f"{name} of row {row} is padded on the {other}; here it is padded on the {padded}")
         return [int(n) for n in mask.sum(axis=1)]
 
-    def check_logprobs(self, name: str, logprobs: Array, written: npt.NDArray[np.bool_], *, filled: bool = True) -> None:
+    def check_logprobs(
+        self,
+        name: str,
+        logprobs: Array,
+        written: npt.NDArray[np.bool_],
+        *,
+        filled: bool = True,
+        rows: Sequence[str] | None = None,
+    ) -> None:
         """Refuse logprobs [B, L] that are none: fillers, values above 0, and, if `filled`, values where nothing was written.
+        `rows` are what to call them, where they are not all rows of the batch.
 
         `written` [B, L] is where the engine wrote the tokens that they belong to; NaN is allowed there (it said nothing).
         """
+        rows = [f"{name} of row {row}" for row in range(len(logprobs))] if rows is None else rows
         if not written.any():
             raise self.refuse("its masks hide every token: nothing can be compared")
         if np.isnan(logprobs[written]).all():
@@ -116,19 +123,17 @@ class Batch:
         if len(above):
             row, place = map(int, above[0])
             value = logprobs[row, place]
-            raise self.refuse(
-                f"{name} of row {row} is {value:.4g} at {place}: a logprob is at most 0; are these probabilities?"
-            )
+            raise self.refuse(f"{rows[row]} is {value:.4g} at {place}: a logprob is at most 0; are these probabilities?")
         if not np.any(logprobs[written] != 0):
             raise self.refuse(f"{name} is 0.0 everywhere: the filler of logprobs that nobody gave")
         for row, (values, here) in enumerate(zip(logprobs, written, strict=True)):
             if here.sum() >= _FILLER and not np.any(values[here] != 0):
-                raise self.refuse(f"{name} of row {row} is 0.0 for all of {int(here.sum())} tokens: the filler of missing ones")
+                raise self.refuse(f"{rows[row]} is 0.0 for all of {int(here.sum())} tokens: the filler of missing ones")
         outside = np.argwhere(~written & np.isfinite(logprobs) & (logprobs != 0))
         if filled and len(outside):
             row, place = map(int, outside[0])
             raise self.refuse(
-                f"{name} of row {row} is {logprobs[row, place]:.4g} at {place}, where the mask says that the engine wrote "
+                f"{rows[row]} is {logprobs[row, place]:.4g} at {place}, where the mask says that the engine wrote "
                 "nothing: it is shifted by a token, or the mask was overwritten (by rejection or truncation)"
             )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ from ...spec import Sampling
 from ...trace import Trace
 from .base import Framework, Pairs, field_of, gather_minus_logsumexp, has_field, log_softmax_then_gather, missing
 from .reading import Batch, as_array
+from .watching import Watching
 
 #: GRPOConfig.vllm_importance_sampling_clip_max: a sequence with a larger ratio gets the ratio 0 (`sequence_mask`, its default).
 CAP: Final = 3.0
@@ -126,7 +126,8 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
         raise given.refuse(
             "completion_mask is 0 everywhere: mask_truncated_completions hides all of them, for all were cut off"
         )
-    given.check_logprobs("sampling_per_token_logps", values[rows], written[rows])
+    names = [f"sampling_per_token_logps of row {row}" for row in rows]
+    given.check_logprobs("sampling_per_token_logps", values[rows], written[rows], rows=names)
     trainer = given.of_trainer("old_per_token_logps", aligned, written)
     sequences = [
         {
@@ -168,7 +169,7 @@ def _read_rows(rows: Sequence[Any], *, sampling: Any, tokenizer: Any, labels: An
             raise whole.refuse(f"{name} has no prompt: its first token has nothing to be predicted from")
         first, stop = int(trained[0]), int(trained[-1]) + 1
         written = mask[first:stop].astype(bool)
-        whole.check_logprobs(f"old_log_probs of {name}", values[None, first:stop], written[None])
+        whole.check_row(f"old_log_probs of {name}", values[first:stop], written)
         sequence = {
             "prompt_token_ids": ids[:first],
             "token_ids": ids[first:stop],
@@ -198,33 +199,36 @@ def watch(
     comparisons are put into.
 
     Its rollouts are held against its `old_per_token_logps`, in hand: no model is asked. The sampling and the dtype of the
-    trainer are read from its arguments; `dtype` is that of the engine. A check that does not pass raises MismatchError out of
-    `trainer.train()`. Raises UsageError where a batch has no such column, and for what is no GRPOTrainer.
+    trainer are read from its arguments; `dtype` is that of the engine. A check that fails raises MismatchError out of
+    `trainer.train()`; one with too little evidence is a warning, and the next batch is checked. Raises UsageError where a
+    batch has no such column, and for what is no GRPOTrainer, or lacks what is read here.
     """
-    from ..parity import assert_trainer_parity
-
-    make = getattr(trainer, "_generate_and_score_completions", None)
-    if make is None:
+    watching = Watching("trl", every)
+    if not hasattr(trainer, "_generate_and_score_completions"):
         raise UsageError(f"trl: watch() takes a GRPOTrainer of TRL 1.16, not {type(trainer).__name__}")
-    if every < 1:
-        raise UsageError(f"trl: watch(every={every!r}): must be a whole number, 1 or more")
-    done: list[Comparison] = []
-    count = itertools.count()
+    owners = (("model", trainer), ("args", trainer), ("temperature", getattr(trainer, "args", None)),
+              ("bf16", getattr(trainer, "args", None)))  # fmt: skip
+    if lacks := [name for name, owner in owners if not hasattr(owner, name)]:
+        raise UsageError(
+            f"trl: this {type(trainer).__name__} has no {', '.join(lacks)}: watch() reads model, args, args.temperature and "
+            "args.bf16, as a GRPOTrainer of TRL 1.16 has them"
+        )
+    make = trainer._generate_and_score_completions
 
     def checked(inputs: Any) -> Any:
         batch = make(inputs)
-        if trainer.model.training and next(count) % every == 0:
-            rollouts = read(batch, sampling=sampling_of(trainer.args), dtype=dtype)
+        if not trainer.model.training or not watching.due():
+            return batch
+        if not batch["completion_mask"].any():
+            watching.leave_out("every completion of this batch is masked")
+        else:
             own = "bfloat16" if trainer.args.bf16 else str(trainer.model.dtype).removeprefix("torch.")
-            done.append(
-                assert_trainer_parity(
-                    rollouts, tolerance=tolerance, objective=objective, trainer_dtype=own, metrics="trl", config=trainer.args
-                )
-            )
+            rollouts = read(batch, sampling=sampling_of(trainer.args), dtype=dtype)
+            watching.check(rollouts, tolerance=tolerance, objective=objective, trainer_dtype=own, config=trainer.args)
         return batch
 
     trainer._generate_and_score_completions = checked
-    return done
+    return watching.done
 
 
 TRL: Final = Framework(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Final
@@ -24,6 +23,7 @@ from .base import (
     missing,
 )
 from .verl_batches import in_hand, read
+from .watching import Watching
 
 #: algorithm.rollout_correction.rollout_is_threshold: weights are cut off here (token level).
 THRESHOLD: Final = 2.0
@@ -235,30 +235,34 @@ def watch(
     In the process of its trainer, before `fit()`. It hooks into `calculate_debug_metrics`, which veRL calls with the rollouts'
     logprobs beside the trainer's where `calculate_log_probs` is on, in its older trainer and in `use_v1`; `trainer` is not
     needed. What `use_v1` hands over has no prompts: rows of one `uid` are of one prompt, and a row without one is its own. A
-    check that does not pass raises MismatchError out of `fit()`. Raises UsageError for an `every` below 1.
+    check that fails raises MismatchError out of `fit()`; one with too little evidence is a warning, and the next batch is
+    checked. Raises UsageError for an `every` below 1, EngineError where veRL is not there or has no such function.
     """
     import sys
 
-    from verl.utils.debug import metrics as module
+    watching = Watching("verl", every)
+    try:
+        from verl.utils.debug import metrics as module
 
-    from ..parity import assert_trainer_parity
-
-    if every < 1:
-        raise UsageError(f"verl: watch(every={every!r}): must be a whole number, 1 or more")
-    original, done, count = module.calculate_debug_metrics, list[Comparison](), itertools.count()
+        original = module.calculate_debug_metrics
+    except (ImportError, AttributeError) as error:
+        raise missing("veRL", "verl.utils.debug.metrics.calculate_debug_metrics", error) from error
 
     def checked(data: Any) -> Any:
         logged = original(data)
-        if next(count) % every == 0:
+        if not watching.due():
+            return logged
+        if not data.batch["response_mask"].any():
+            watching.leave_out("every response of this batch is masked")
+        else:
             rollouts = in_hand(data, sampling=Sampling(temperature=temperature), dtype=dtype)
-            settings = {"tolerance": tolerance, "objective": objective, "trainer_dtype": trainer_dtype}
-            done.append(assert_trainer_parity(rollouts, metrics="verl", **settings))
+            watching.check(rollouts, tolerance=tolerance, objective=objective, trainer_dtype=trainer_dtype)
         return logged
 
     for user in (module, sys.modules.get("verl.trainer.ppo.v1.trainer_base")):
         if user is not None and getattr(user, "calculate_debug_metrics", None) is original:
             setattr(user, "calculate_debug_metrics", checked)  # noqa: B010 - a module has no such attribute to a type checker
-    return done
+    return watching.done
 
 
 VERL: Final = Framework(
