@@ -12,6 +12,7 @@ from ..comparison.alignment import align
 from ..comparison.result import Comparison, Finding, Note
 from ..comparison.signatures.head import logit_step
 from ..comparison.signatures.positions import positions_of
+from ..comparison.signatures.scale import may_be_chosen
 from ..comparison.tolerance import DTYPES, Tolerance
 from ..fingerprint import adapter_digest
 from ..golden import Golden
@@ -33,8 +34,6 @@ _TEMPERATURES: Final = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 
 _FEW: Final = 8
 #: Temperatures that far apart (relative) are one.
 _SAME: Final = 0.01
-#: People choose temperatures that are multiples of this; one that far from such a one (relative) is none.
-_ROUND, _NEARLY = 0.05, 0.004
 #: An adapter explains rollouts where it leaves less than this share of the RMS that is allowed: a claim has to fit.
 _FITS: Final = 1 / 3
 #: Share of the differences that have one sign where a truncation made them, and how much it takes (nats): it keeps more than a
@@ -213,7 +212,7 @@ def _other_temperature(trace: Trace, scorer: Any, noise: float) -> Finding | Non
     twice, times = math.isclose(found.x**2, label, rel_tol=_SAME), math.isclose(found.x * label, 1, rel_tol=_SAME)
     other = ", or the trainer divides by it twice" if twice else ", or the trainer multiplies by it" if times else ""
     text = f"{text}they were sampled at another one{other}"
-    if abs(found.x / _ROUND - round(found.x / _ROUND)) * _ROUND > _NEARLY * found.x and not other:
+    if not may_be_chosen(found.x) and not other:
         return Finding("semantic", None, f"{text}, or the trainer's logits have another scale", ("temperature", "logits"))
     return Finding("semantic", "temperature", text)
 

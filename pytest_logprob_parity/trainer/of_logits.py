@@ -18,6 +18,8 @@ Doubles = npt.NDArray[np.float64]
 _SEQUENCES, _TOKENS, _FEWEST = 8, 160, 40
 #: A position's logits are counted in so many bins; the function is a line from knot to knot of so many.
 _BINS, _KNOTS = 2048, 9
+#: A bend of the function by a nat counts as much as a token that is off by this (nats).
+_STRAIGHT: Final = 1e-3
 #: A function that leaves less than this share of what is off is one of the logits: other weights leave nearly all.
 _LEAVES: Final = 0.25
 
@@ -52,8 +54,12 @@ def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: An
         return inside[0][of] @ function - (np.log(total) + largest)[:, 0], slopes
 
     fit, rest = np.arange(len(given)) % 2 == 0, np.arange(len(given)) % 2 == 1
+    bends = _STRAIGHT * np.diff(np.eye(_KNOTS), 2, axis=0)  # what no token of the half tells goes on as it came
     found = least_squares(
-        lambda f: logprobs(f, fit)[0] - given[fit], np.zeros(_KNOTS), jac=lambda f: logprobs(f, fit)[1], max_nfev=100
+        lambda f: np.concatenate([logprobs(f, fit)[0] - given[fit], bends @ f]),
+        np.zeros(_KNOTS),
+        jac=lambda f: np.concatenate([logprobs(f, fit)[1], bends]),
+        max_nfev=100,
     )
     before, left = (_rms(logprobs(function, rest)[0] - given[rest]) for function in (knots, found.x))
     if left > _LEAVES * before:

@@ -18,6 +18,8 @@ _SURE: Final = 4.0
 _TRIM: Final = 4.0
 #: A line whose slopes for near and far tokens differ by more than this is none: something bends the logits.
 _BENT: Final = 0.02
+#: People choose temperatures that are multiples of this; one that far from such a one (relative) is none.
+_ROUND, _NEARLY = 0.05, 0.004
 #: Squared correlation below which the two sides have no line in common.
 _ONE_LINE: Final = 0.9
 
@@ -85,6 +87,12 @@ def fit_scale(golden: Doubles, now: Doubles, used: Any, classes: Any = None) -> 
     together = float((x * y).sum()) ** 2 / (float((x**2).sum()) * float((y**2).sum()))
     uniform = together >= _ONE_LINE and not apart > max(_BENT * slope, _SURE * math.hypot(halves[0][1], halves[1][1]))
     return Scale(slope, _error(x, y, slope), len(x), 1 - after / before if before else 0.0, uniform)
+
+
+def may_be_chosen(temperature: float, error: float = 0.0) -> bool:
+    """Whether this is a temperature that people choose, within its standard error: any other may be a scale of the logits."""
+    off = abs(temperature / _ROUND - round(temperature / _ROUND)) * _ROUND
+    return off <= max(_NEARLY * temperature, _SURE * error)
 
 
 def _error(x: Doubles, y: Doubles, slope: float) -> float:

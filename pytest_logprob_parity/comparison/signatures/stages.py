@@ -11,10 +11,10 @@ import numpy as np
 
 from ...spec import Sampling
 from ...trace import Trace
-from ..result import Finding, Names
+from ..result import Cause, Finding, Names
 from .penalties import Penalty, find_penalties, moves_only_seen
 from .positions import Positions
-from .scale import ENOUGH, FINEST, NO_SCALE, Scale, fit_scale
+from .scale import ENOUGH, FINEST, NO_SCALE, Scale, fit_scale, may_be_chosen
 from .stage import Stage, applied
 from .truncation import truncation_stages
 
@@ -46,6 +46,10 @@ def stages_of(positions: Positions) -> Iterator[Stage]:
             text = f"{_larger(scale, positions)}, before the penalties: no temperature comes there"
             finding = Finding("weights", None, text, ("weights_differ", "head_precision"), stage.finding.values)
             stage = dataclasses.replace(stage, finding=finding)
+        elif not stage.finding.cause and not found and (sampling.presence_penalty or sampling.frequency_penalty):
+            # what both sides have lowered is divided as well
+            candidates: tuple[Cause, ...] = ("temperature", *(c for c in stage.finding.candidates if c != "temperature"))
+            stage = dataclasses.replace(stage, finding=dataclasses.replace(stage.finding, candidates=candidates))
         yield stage
     penalties = [] if scaled else [_penalty_stage(penalty, sampling, positions.names) for penalty in found]
     if not penalties and not scaled and moves_only_seen(positions, slope):
@@ -116,8 +120,10 @@ def _temperature_stage(scale: Scale, positions: Positions) -> Stage:
         "logits (final norm, head); the logprobs alone do not tell these apart"
     )
     values["temperature"] = other
-    finding = Finding("semantic", None, text, ("temperature", "weights_differ", "head_precision"), values)
-    return Stage(finding, scale.slope < 1, False)
+    others: tuple[Cause, ...] = ("weights_differ", "head_precision", "engine_build")
+    chosen = may_be_chosen(other, golden_temperature * scale.error / scale.slope**2)
+    candidates: tuple[Cause, ...] = ("temperature", *others) if chosen else ("engine_build", *others[:2], "temperature")
+    return Stage(Finding("semantic", None, text, candidates, values), scale.slope < 1, False)
 
 
 def _larger(scale: Scale, positions: Positions) -> str:
