@@ -125,6 +125,17 @@ def test_a_healthy_trainer_passes_its_own_watch_and_its_metrics_are_ours(grpo, m
             assert value == pytest.approx(logged[name], abs=1e-6), name
 
 
+def test_the_scorers_entropy_is_the_one_that_the_trainer_logs(grpo):
+    trainer = grpo(kept, learning_rate=0.0)
+    trainer.train()
+    (logged,) = (entry["entropy"] for entry in trainer.state.log_history if "entropy" in entry)
+    trl = framework("trl")
+    rollouts = trl.read({**trainer.batch, "old_per_token_logps": None}, sampling=SAMPLING, dtype="float32")
+    told = compare_with_trainer(rollouts, trl.scorer(trainer.model), metrics="trl", config=trainer.args)
+    assert told.logged.metrics["entropy"] == pytest.approx(logged, abs=1e-6)
+    assert told.metrics["trainer_entropy"] == pytest.approx(logged, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "config", "named"),
     [(shifted, {}, "shifted_positions"), (without_a_mask, {}, "attention_mask"), (kept, {"temperature": 1.0}, "temperature"),

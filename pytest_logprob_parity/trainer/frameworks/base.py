@@ -191,14 +191,12 @@ class FrameworkScorer:
         self, token_ids: Any, attention_mask: Any, temperature: float = 1.0, *, entropies: bool = False
     ) -> Any:  # fmt: skip
         """Logprobs [B, L - 1] of the tokens from the second one on; with `entropies` a pair, beside them the entropies."""
-        from ..transformers_scorer import entropy_of
-
         logits, targets = self.logits(token_ids, attention_mask)
         logprobs = self._function(logits, targets, temperature)
         if not entropies:
             return logprobs
         scaled = logits.float() / temperature
-        return logprobs, entropy_of(scaled, scaled.logsumexp(-1))
+        return logprobs, scaled.logsumexp(-1) - (scaled.softmax(-1) * scaled).sum(-1)  # as TRL and veRL compute it
 
 
 def field_of(config: Any, name: str) -> Any:
