@@ -66,6 +66,7 @@ class Row:
 
     def __str__(self) -> str:
         mark = "WRONG " if self.wrong else "" if self.first in self.causes else "other "
+        mark = "" if self.side == "healthy" else mark
         said = "; ".join(str(f) for f in self.findings)
         return f"{self.verdict}: {mark}{self.side}, {self.fault}: {self.first or 'nothing'} [{said}]"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
@@ -134,8 +134,14 @@ class Finding:
         }
 
     def __str__(self) -> str:
-        name = self.cause or "one of " + ", ".join(self.candidates)
+        name = self.cause or one_of(self.candidates)
         return f"{self.layer}: {name} ({self.evidence})"
+
+
+def one_of(candidates: Iterable[str]) -> str:
+    """Candidates in words: `one of adapter, stale_weights`, or `perhaps adapter` where there is one."""
+    names = list(candidates)
+    return f"perhaps {names[0]}" if len(names) == 1 else f"one of {', '.join(names)}"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..comparison.result import one_of
 from .run import Row
 
 
@@ -13,7 +14,7 @@ def cause_of(row: Row) -> str:
         return ""
     parts = []
     for finding in row.findings:
-        name = finding.cause or "one of " + ", ".join(finding.candidates)
+        name = finding.cause or one_of(finding.candidates)
         parts.append(f"{finding.layer}: {name}")
     return "; ".join(parts)
 
@@ -52,6 +53,6 @@ def _short(row: Row) -> str:
     if row.verdict == "pass":
         rms = (row.metrics or {}).get("rms_diff", 0.0)
         return f"pass (RMS {rms:.1g})"
-    cause = row.findings[0].cause or "one of " + ", ".join(row.findings[0].candidates)
+    cause = row.findings[0].cause or one_of(row.findings[0].candidates)
     more = [f.cause for f in row.findings[1:] if f.cause]
     return f"**{row.verdict}** {row.findings[0].layer}: {cause}" + (f" ({', '.join(more)})" if more else "")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TypeAlias
 
 from .. import __version__
+from ..comparison.result import one_of
 from ..errors import Kind, UsageError
 from .shape import NUMBER, Maybe, check_shape
 
@@ -276,7 +277,7 @@ def cause_of(check: Mapping[str, Any]) -> str:
     """The cause in a few words: the first that is named, else all candidates as such (`one of adapter, ...`); or ""."""
     named = [f"{finding['layer']}: {finding['cause']}" for finding in check["findings"] if finding["cause"]]
     candidates = dict.fromkeys(name for finding in check["findings"] for name in finding["candidates"])
-    return named[0] if named else f"one of {', '.join(candidates)}" if candidates else ""
+    return named[0] if named else one_of(candidates) if candidates else ""
 
 
 def title_of(check: Mapping[str, Any]) -> str:
