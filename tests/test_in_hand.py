@@ -278,6 +278,96 @@ def test_nan_of_the_trainer_fails_and_nan_of_the_rollouts_is_no_fault():
     assert compare_with_trainer(silent.with_(logprobs=gaps)).verdict == "pass"
 
 
+def columns_of(rollout, trainer, **more):
+    """Rollouts [sequences, tokens] and the trainer's column, each sequence of a prompt of its own."""
+    count, length = rollout.shape
+    return Trace.from_arrays(
+        prompt_token_ids=np.arange(count) + 5, prompt_offsets=np.arange(count + 1),
+        sequence_offsets=np.arange(count + 1) * length, token_ids=np.arange(count * length) % 290 + 10,
+        logprobs=rollout.ravel().astype(np.float32), trainer_logprobs=trainer.ravel().astype(np.float32), sampling=Sampling(),
+        dtype="float32", **more,
+    )  # fmt: skip
+
+
+def drawn(sequences, tokens=40, seed=0):
+    return -np.random.default_rng(seed).exponential(0.6, (sequences, tokens)) - 1e-3
+
+
+def first_cause(trace):
+    (finding,) = compare_with_trainer(trace, trainer_dtype="float32").findings
+    return finding.cause, finding.candidates[:1]
+
+
+def test_samples_that_are_alike_are_still_rows_in_another_order():
+    two = drawn(2) * (drawn(2, seed=1) < -0.3)
+    rows = two[np.arange(24) % 2] - 1e-4
+    assert first_cause(columns_of(rows, rows[np.random.default_rng(0).permutation(24)])) == ("wrong_token", ())
+
+
+def test_a_logarithm_of_a_probability_that_is_0_in_float16_is_no_truncation():
+    rows = drawn(64)
+    rows[:20, 5] = -18
+    with np.errstate(divide="ignore"):
+        halves = np.log(np.exp(rows).astype(np.float16)).astype(np.float32)
+    assert first_cause(columns_of(rows, halves)) == ("wrong_values", ())
+
+
+def test_zeros_of_greedy_tokens_may_be_a_temperature_near_0():
+    assert first_cause(columns_of(drawn(64) / 20, np.zeros((64, 40)))) == (None, ("wrong_values",))
+
+
+def test_the_first_token_of_each_turn_without_a_number():
+    rows = drawn(64)
+    lacking = np.where(np.arange(40) == 0, np.nan, rows)
+    assert first_cause(columns_of(rows, lacking)) == (None, ("shifted_positions",))
+    with pytest.raises(UsageError, match="no logprob of the first token of any of their 64 turns"):
+        compare_with_trainer(columns_of(lacking, rows))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_off_between_turns_is_seen_beside_what_tools_wrote(seed):
+    rows = drawn(64, seed=seed)
+    written = np.tile(np.arange(40) % 10 >= 3, 64)
+    assert first_cause(columns_of(rows, np.roll(rows, 1, 1), mask=written)) == ("shifted_positions", ())
+
+
+def test_rows_that_are_off_as_a_whole_are_told_from_tokens():
+    rows = drawn(32)
+    half = np.where(np.arange(32)[:, None] % 2, rows - np.random.default_rng(1).exponential(1, rows.shape), rows)
+    assert first_cause(columns_of(rows, half)) == (None, ("prompt",))
+
+
+@pytest.mark.parametrize(("sequences", "tokens", "rare"), [(8, 30, 0.01), (16, 30, 0.005), (32, 40, 0.002), (32, 40, 0.05)])
+def test_tokens_that_are_rare_and_not_drawn_accuse_no_sampler(sequences, tokens, rare):
+    """Nearly certain distributions: what is rare is often not drawn at all, and then nothing shows how often it would be."""
+    noted = 0
+    for seed in range(40):
+        hit = np.random.default_rng(seed).random((sequences, tokens)) < rare
+        logprobs = np.where(hit, np.log(rare), np.log1p(-rare))
+        entropies = np.full(logprobs.size, -(rare * np.log(rare) + (1 - rare) * np.log1p(-rare)), np.float32)
+        told = compare_with_trainer(columns_of(logprobs, logprobs + 1e-6, trainer_entropies=entropies), trainer_dtype="float32")
+        noted += any(note.key == "drawn_otherwise" for note in told.notes)
+    assert noted == 0
+
+
+def test_a_mismatch_beyond_all_bounds_has_metrics():
+    config = {"rollout_correction": {"rollout_is": "sequence", "rollout_is_threshold": "0.5_2.0"}}
+    told = compare_with_trainer(columns_of(drawn(8), drawn(8) - 30), metrics="verl", config=config)
+    assert told.verdict == "fail"
+    assert told.logged.metrics["rollout_corr/rollout_is_mean"] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [({"trainer_dtype": "flaot32"}, "trainer_dtype='flaot32': known are"),
+     ({"config": {}}, "config= is what a framework's metrics go by"),
+     ({"metrics": "trl", "config": {"vllm_importance_sampling_mode": "token_mask"}}, "no vllm_importance_sampling_clip_max")],
+)  # fmt: skip
+def test_what_is_asked_for_wrongly_is_a_line(more, line):
+    with pytest.raises(UsageError, match=line):
+        compare_with_trainer(columns_of(drawn(8), drawn(8)), **more)
+
+
 def test_without_a_column_and_without_a_scorer_nothing_can_be_compared():
     trace = columns(lambda rng, n: np.zeros(n)).with_(trainer_logprobs=None)
     with pytest.raises(UsageError, match=r"no logprobs of a trainer \(trainer_logprobs\)"):

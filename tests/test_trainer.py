@@ -160,6 +160,14 @@ def test_rollouts_labelled_with_another_temperature_than_they_were_sampled_at(ro
     assert "golden" not in " ".join([comparison.headline, *comparison.notes, finding.evidence])
 
 
+@pytest.mark.parametrize("scale", [2, 0.5, 1.25, 0.875])
+def test_a_scale_that_models_have_is_no_proven_temperature(rollouts, float32, scale):
+    """Logits that are half as large, and a temperature twice as high, give the same numbers."""
+    few = rollouts.with_(logprobs=score(rollouts, float32, temperature=0.7 / scale).logprobs)
+    (finding,) = compare_with_trainer(_without_top_k(few), float32).findings
+    assert (finding.cause, finding.candidates) == (None, ("temperature", "logits"))
+
+
 @pytest.fixture(scope="module")
 def few(pool, questions):
     """Rollouts at T=0.7, fewer than `rollouts` and of transformers."""
@@ -422,7 +430,7 @@ def test_numbers_that_only_the_trainer_lacks_accuse_no_engine(rollouts, float32)
     comparison = compare_with_trainer(rollouts, broken)
     assert comparison.verdict == "fail"
     (finding,) = comparison.findings
-    assert (finding.layer, finding.candidates) == ("weights", ("weights_differ", "adapter"))
+    assert (finding.layer, finding.candidates) == ("weights", ("weights_differ", "adapter", "attention_mask"))
     assert "the trainer gives NaN or +inf for" in finding.evidence
 
 

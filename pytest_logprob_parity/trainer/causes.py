@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, Final
@@ -9,15 +10,17 @@ from typing import Any, Final
 import numpy as np
 
 from ..comparison.alignment import align
-from ..comparison.result import Comparison, Finding, Note
+from ..comparison.result import Cause, Comparison, Finding, Note
 from ..comparison.signatures.head import logit_step
 from ..comparison.signatures.positions import positions_of
-from ..comparison.signatures.scale import may_be_chosen
+from ..comparison.signatures.scale import is_a_temperature
 from ..comparison.tolerance import DTYPES, Tolerance
 from ..fingerprint import adapter_digest
 from ..golden import Golden
 from ..trace import Trace
 from .misplaced import few_off, misplaced
+from .of_logits import function_of_logits
+from .otherwise import otherwise
 from .scoring import name_of, score, temperature_of
 
 #: Positions whose top-k lists so much of the probability say what their distribution would be at another temperature.
@@ -91,11 +94,20 @@ def causes(
     if failed and not findings:
         noise = limits.fit_rms
         temperature = _forgotten_temperature(expected, scored, noise) or _other_temperature(expected, scorer, noise)
-        findings.append(temperature or _truncated(expected, scored) or nearest or _candidates(rollouts, scored, scorer))
+        told = temperature or _truncated(expected, scored) or nearest
+        if told is None and len(_by_version(trace, scored)) < 2:
+            told = _otherwise(expected, scored, scorer, noise)
+        findings.append(told or _candidates(rollouts, scored, scorer))
     if fillers := int(np.count_nonzero(expected.mask & (expected.logprobs == 0) & (scored.logprobs < _UNLIKE_ZERO))):
         text = f"{fillers:,} of the rollouts' logprobs are exactly 0 where the trainer's are not: fillers for missing ones?"
         notes.append(Note("fillers", text))
     return findings, notes
+
+
+def _otherwise(trace: Trace, scored: Trace, scorer: Any, noise: float) -> Finding | None:
+    """What gives the rollouts' numbers if the trainer is asked so: other context, a function of its logits."""
+    found = otherwise(trace, scored, trace, scorer, noise) or function_of_logits(trace, scored, trace, scorer, noise)
+    return None if found is None else dataclasses.replace(found, evidence=f"what gives the rollouts' numbers: {found.evidence}")
 
 
 def _asked_again(trace: Trace, scored: Trace, scorer: Any, noise: float) -> Finding | None:
@@ -150,8 +162,15 @@ def not_a_number(trace: Trace, scored: Trace) -> Finding | None:
     if not wrong.any():
         return None
     text = f"the trainer gives NaN or +inf for {int(wrong.sum()):,} tokens that the rollouts have a logprob of"
+    starts = np.array([segment.start for segment in trace.segments()])
+    if len(starts) > 1 and np.array_equal(np.flatnonzero(wrong), starts[trace.mask[starts]]):
+        text += ", the first token of each turn: what shifts or slices its numbers lost it"
+        return Finding("semantic", None, text, ("shifted_positions", "wrong_values"))
     return Finding(
-        "weights", None, f"{text}: its weights or its adapter hold NaN, or the scorer makes them", ("weights_differ", "adapter")
+        "weights",
+        None,
+        f"{text}: its weights or its adapter hold NaN, or the scorer makes them",
+        ("weights_differ", "adapter", "attention_mask"),
     )
 
 
@@ -212,7 +231,7 @@ def _other_temperature(trace: Trace, scorer: Any, noise: float) -> Finding | Non
     twice, times = math.isclose(found.x**2, label, rel_tol=_SAME), math.isclose(found.x * label, 1, rel_tol=_SAME)
     other = ", or the trainer divides by it twice" if twice else ", or the trainer multiplies by it" if times else ""
     text = f"{text}they were sampled at another one{other}"
-    if not may_be_chosen(found.x) and not other:
+    if not is_a_temperature(float(found.x), label) and not other:
         return Finding("semantic", None, f"{text}, or the trainer's logits have another scale", ("temperature", "logits"))
     return Finding("semantic", "temperature", text)
 
@@ -292,8 +311,11 @@ def _candidates(rollouts: Trace | Golden, scored: Trace, scorer: Any) -> Finding
         trainer = "a trainer of unknown dtype" if scored.dtype == "unknown" else f"a {scored.dtype} trainer"
         text = f"{trace.dtype} rollouts, {trainer}; or the two do not have the same weights"
         return Finding("weights", None, text, ("weight_dtype", "weights_differ", "stale_weights"))
-    text = "the same distribution by its labels, and no arithmetic that tells more: other weights on the two sides come first"
-    return Finding("weights", None, text, ("weights_differ", "stale_weights", "adapter"))
+    text = (
+        "the same distribution by its labels, and nothing that was tried tells more than that: other weights, or what one does"
+    )
+    others: tuple[Cause, ...] = ("temperature", "attention_mask", "prompt", "engine_build")
+    return Finding("weights", None, text, ("weights_differ", "stale_weights", "adapter", *others))
 
 
 def _by_version(trace: Trace, scored: Trace) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from ..trace import Trace
 
 #: A mean is off where it is so many of its standard errors from what is expected, and by so much (nats).
 _ERRORS, _LEAST = 5.0, 0.01
+#: A distribution of less entropy (nats) is nearly certain.
+_SURE: Final = 0.1
 #: Tokens and sequences that such a mean takes.
 _TOKENS, _SEQUENCES = 200, 8
 
@@ -20,7 +23,9 @@ def entropy_numbers(rollouts: Trace, trainer: Trace) -> dict[str, float]:
     rollouts' tokens to the trainer, and `surprise_error`, its standard error. Empty where the trainer gives no entropies.
 
     Of tokens drawn from the trainer's distributions -logprob is their entropy on average, at every position and whatever came
-    before: so sums of (-logprob - entropy) are a martingale, whose variance is the sum of the squares.
+    before: so sums of (-logprob - entropy) are a martingale, whose variance is the sum of the squares. Where a distribution is
+    nearly certain, what it rarely draws may be missing from those: two outcomes of the entropy H have the variance H log(1/p),
+    p the rare one's probability, about H (1 + log(1/H)).
     """
     if trainer.trainer_entropies is None:
         return {}
@@ -28,7 +33,9 @@ def entropy_numbers(rollouts: Trace, trainer: Trace) -> dict[str, float]:
     used = rollouts.mask & np.isfinite(surprise) & np.isfinite(entropies)
     if not (count := int(np.count_nonzero(used))):
         return {}
-    error = float(np.sqrt(np.square(surprise[used] - entropies[used]).sum()) / count)
+    squares, sure = np.square(surprise - entropies), used & (entropies < _SURE)
+    rare = entropies[sure] * (1 + np.log(1 / np.maximum(entropies[sure], 1e-30)))
+    error = float(np.sqrt(squares[used & ~sure].sum() + max(squares[sure].sum(), rare.sum())) / count)
     return {
         "trainer_entropy": float(entropies[used].mean()), "surprise": float(surprise[used].mean()), "surprise_error": error
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -13,7 +14,7 @@ from ..trace import Trace
 from .misplaced import few_off, misplaced, off_from_a_token_on
 from .of_logits import function_of_logits
 from .otherwise import furthest_off, otherwise
-from .scoring import as_trainers, name_of, score, temperature_of
+from .scoring import as_trainers, is_coarser, name_of, score, spread, temperature_of
 
 #: Temperatures that far apart (relative) are one; one that explains more than this share tells of something like it.
 _SAME, _MOSTLY = 0.01, 0.6
@@ -116,7 +117,7 @@ def trainer_is_off(
     )
     if found is not None:
         return [dataclasses.replace(found, evidence=f"{opinion}: {found.evidence}")]
-    if comparison.verdict == "unverified":
+    if comparison.verdict == "unverified" and is_coarser(column.dtype, scored.dtype):
         return [Finding("noise", None, f"{opinion}, by what noise may make", ("numerical_noise", *_CANDIDATES))]
     return [Finding("trainer", None, opinion, _CANDIDATES)]
 
@@ -129,7 +130,7 @@ def _temperature(rollouts: Trace, scored: Trace, column: Trace, scorer: Any, noi
     """
     from scipy.optimize import minimize_scalar
 
-    few = sorted({*furthest_off(rollouts, scored, column, noise)[: _FEW // 2], *_spread(rollouts, _FEW // 2)})
+    few = sorted({*furthest_off(rollouts, scored, column, noise)[: _FEW // 2], *spread(rollouts, _FEW // 2)})
     asked = temperature_of(rollouts.sampling)
     inside = np.concatenate([np.arange(*rollouts.bounds(s)) for s in few])
 
@@ -161,9 +162,14 @@ def _temperature(rollouts: Trace, scored: Trace, column: Trace, scorer: Any, noi
         return Finding("trainer", None, f"{text}: {what}", ("logits", "temperature", "head_precision"), values=values)
     if abs(found / asked - 1) < _SAME:
         return None
-    if any(abs(found / by_mistake - 1) < _SAME for by_mistake in (1.0, asked**2)):
+    if any(abs(found / by_mistake - 1) < _SAME for by_mistake in (1.0, asked**2)) and not _is_a_usual_scale(asked / found):
         return Finding("semantic", "temperature", text, values=values)
     return Finding("semantic", None, f"{text}; or a scale of the logits", ("temperature", "logits"), values=values)
+
+
+def _is_a_usual_scale(scale: float) -> bool:
+    """Whether models scale their logits so: by a power of two."""
+    return math.isclose(math.log2(scale), round(math.log2(scale)), abs_tol=_SAME)
 
 
 def _moved(column: Trace, by: int) -> Trace:
@@ -191,7 +197,7 @@ def dropout(rollouts: Trace, scored: Trace, scorer: Any, off: float, noise: floa
     as_trained = getattr(scorer, "as_trained", lambda: None)()
     if as_trained is None:
         return None
-    few = _spread(rollouts, _FEW)
+    few = spread(rollouts, _FEW)
     first, second = (score(rollouts, as_trained, sequences=few) for _ in range(2))
     apart, away = rms(first, second), rms(scored, first)
     if apart <= noise or not 1 / _LIKE < away / off < _LIKE:
@@ -200,13 +206,10 @@ def dropout(rollouts: Trace, scored: Trace, scorer: Any, off: float, noise: floa
         f"in training mode, as it was found, its model gives other numbers each time (RMS {apart:.2g} nats between two), "
         f"{away:.2g} from those in evaluation: dropout may be on where old logprobs are computed"
     )
-    return Finding("trainer", None, text, ("dropout", "weights_differ", "stale_weights"), {"apart": apart, "away": away})
-
-
-def _spread(trace: Trace, count: int) -> list[int]:
-    """So many sequences at even distances, or all."""
-    places: list[int] = np.linspace(0, trace.num_sequences - 1, min(trace.num_sequences, count)).astype(int).tolist()
-    return places
+    candidates: tuple[Cause, ...] = (
+        "dropout", *(("adapter",) if getattr(scorer, "has_adapters", False) else ()), "weights_differ", "stale_weights",
+    )  # fmt: skip
+    return Finding("trainer", None, text, candidates, {"apart": apart, "away": away})
 
 
 def padding_alone(rollouts: Trace, expected: Trace, column: Trace, noise: float) -> Finding | None:

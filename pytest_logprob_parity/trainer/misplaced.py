@@ -68,6 +68,9 @@ def _one_value(rows: Any, off: list[int], noise: float, whose: str) -> Finding |
     if np.mean([np.ptp(rows[row][1]) < _ONE_VALUE for row in off]) < _MOST:
         return None
     text = f"{whose} has one number for all tokens of a sequence ({len(off):,} sequences)"
+    if all(np.abs(rows[row][1]).max() < _ONE_VALUE for row in off):
+        text += ": 0, as of a temperature near 0 where the likeliest tokens were taken, or a filler"
+        return Finding("semantic", None, text, ("wrong_values", "temperature"))
     return Finding("semantic", "wrong_values", text)
 
 
@@ -84,8 +87,17 @@ def _other_rows(rows: Any, off: list[int], noise: float, whose: str) -> Finding 
                 found.append(other)
         return found
 
+    def different(found: list[int]) -> int:
+        """How many of these rows have other numbers than those before them: samples of one prompt may be one text."""
+        kinds: list[int] = []
+        for row in found:
+            e = rows[row][0]
+            if not any(len(rows[k][0]) == len(e) and _rms(rows[k][0] - e) <= noise for k in kinds):
+                kinds.append(row)
+        return len(kinds)
+
     fits = [partners(row) for row in telling]
-    if len(telling) < 2 or np.mean([0 < len(found) <= _ALIKE for found in fits]) < _MOST:
+    if len(telling) < 2 or np.mean([0 < different(found) <= _ALIKE for found in fits]) < _MOST:
         return None
     text = f"{whose} has other sequences' numbers in {len(telling):,} of {len(rows):,}: rows are in another order"
     return Finding("semantic", "wrong_token", text)
@@ -134,6 +146,8 @@ def few_off(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Find
     rows = list(_rows(expected, actual))
     if not rows:
         return None
+    if found := _whole_rows(rows, noise):
+        return found
     e, a = (np.concatenate([row[side] for row in rows]) for side in (0, 1))
     if not len(e):
         return None
@@ -157,6 +171,17 @@ def few_off(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Find
     return Finding("semantic", None, text, ("wrong_token", "wrong_values", "stale_weights"))
 
 
+def _whole_rows(rows: list[tuple[Doubles, Doubles]], noise: float) -> Finding | None:
+    """Candidates where each sequence is off as a whole or not at all: what stands before its tokens, or its row."""
+    telling = [(a - e, e < _UNSURE) for e, a in rows if np.count_nonzero(e < _UNSURE) >= _TOKENS]
+    off = sum(bool(np.mean(np.abs(d)[unsure] > noise) > _MOST) for d, unsure in telling)
+    agree = sum(_rms(d) <= noise for d, _ in telling)
+    if not off or agree < 2 or off + agree < len(telling):
+        return None
+    text = f"{off:,} of {len(rows):,} sequences are off as a whole, and the others agree up to noise"
+    return Finding("trainer", None, text, ("prompt", "attention_mask", "packing", "wrong_token", "stale_weights"))
+
+
 def off_from_a_token_on(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Finding | None:
     """Candidates where sequences agree up to a token and no longer from there on: the prompt was seen as it is, and something
     in the completion was not. `wrong_token` comes first where that token itself is unlikely: another one may stand there.
@@ -172,7 +197,7 @@ def off_from_a_token_on(expected: Trace, actual: Trace, noise: float, *, whose: 
         firsts.append(float(a[first] - e[first]))
         after += (np.abs(a - e) > noise)[first:][unsure[first:]].tolist()
     enough = len(places) >= _SEQUENCES and agreeing >= _AGREEING and bool(after)
-    if not enough or np.mean(np.array(places) > 0) < _MOST or np.mean(after) < _MOST:
+    if not enough or np.mean(np.array(places) > 1) < _MOST or np.mean(after) < _MOST:
         return None
     apart, text = float(np.median(firsts)), f"{len(places):,} sequences agree up to a token and are off from there on"
     if apart < _ANOTHER:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..comparison.result import Finding
 from ..trace import Trace
 from .otherwise import furthest_off
-from .scoring import temperature_of
+from .scoring import spread, temperature_of
 
 Doubles = npt.NDArray[np.float64]
 
@@ -34,8 +34,8 @@ def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: An
 
     if not hasattr(scorer, "logits"):
         return None
-    off = furthest_off(rollouts, scored, column, noise)[:_SEQUENCES]
-    chosen, values, counts, given = _logits_of(rollouts, column, scorer, off)
+    few = [*furthest_off(rollouts, scored, column, noise)[: _SEQUENCES // 2], *spread(rollouts, _SEQUENCES // 2)]
+    chosen, values, counts, given = _logits_of(rollouts, column, scorer, list(dict.fromkeys(few)))
     if len(given) < _FEWEST:
         return None
     temperature = temperature_of(rollouts.sampling) or 1.0
@@ -65,7 +65,7 @@ def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: An
     if left > _LEAVES * before:
         return None
     text = (
-        f"a function of its logits gives the trainer's numbers, up to RMS {left:.2g} nats (without: {before:.2g}): a soft cap "
+        f"a function of its logits gives the numbers, up to RMS {left:.2g} nats (without: {before:.2g}): a soft cap "
         "or a scale, on one side alone or another one"
     )
     return Finding("trainer", None, text, ("logits", "temperature", "head_precision"), {"left": left, "off": before})

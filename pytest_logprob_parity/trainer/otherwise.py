@@ -30,10 +30,12 @@ def otherwise(rollouts: Trace, scored: Trace, column: Trace, scorer: Any, noise:
     fault that explains a few of them and not the rest is none.
     """
     off = furthest_off(rollouts, scored, column, noise)
-    for layer, cause, text, ask in _tried(rollouts, scorer, _hidden_words(rollouts, scored, column, noise)):
+    for layer, causes, text, ask in _tried(rollouts, scorer, _hidden_words(rollouts, scored, column, noise)):
         left = [_left(ask(some), scored, column, noise) for some in (off[:_FEW], off[_FEW:_MORE]) if some]
         if left and max(left) <= noise:
-            return Finding(layer, cause, f"{text} (leaves RMS {left[0]:.2g} nats)", values={"left": left[0]})
+            alone = causes[0] if len(causes) == 1 else None
+            text = f"{text} (leaves RMS {left[0]:.2g} nats)"
+            return Finding(layer, alone, text, () if alone else causes, values={"left": left[0]})
     return None
 
 
@@ -59,7 +61,7 @@ def _left(told: tuple[Any, Any], scored: Trace, column: Trace, noise: float) -> 
 
 #: What gives places [n] of a trace and the logprobs [n] there, for some sequences.
 _Ask = Callable[[Sequence[int]], tuple[Any, Any]]
-_Tried = tuple[Layer, Cause, str, _Ask]
+_Tried = tuple[Layer, tuple[Cause, ...], str, _Ask]
 
 
 def _tried(rollouts: Trace, scorer: Any, words: Sequence[int]) -> Iterator[_Tried]:
@@ -81,21 +83,23 @@ def _tried(rollouts: Trace, scorer: Any, words: Sequence[int]) -> Iterator[_Trie
         changes.append(("attention_mask", text, padded(padding)))
     for cause, text, change in changes:
         changed = {s: change(rollouts.prompt(s)) for s in range(rollouts.num_sequences)}
-        yield "trainer", cause, text, functools.partial(_with_prompts, rollouts, scorer, changed.__getitem__)
+        yield "trainer", (cause,), text, functools.partial(_with_prompts, rollouts, scorer, changed.__getitem__)
 
     for token in words:
         text = f"it did not see token {token} ({rollouts.text(token)!r}), as if that were padding"
+        inside = any(token in rollouts.completion(s)[:-1] for s in range(rollouts.num_sequences))
+        hidden: tuple[Cause, ...] = ("attention_mask",) if inside else ("prompt", "attention_mask")
         for ask in (_hidden, _left_out):
-            yield "trainer", "attention_mask", text, functools.partial(ask, rollouts, scorer, token)
+            yield "trainer", hidden, text, functools.partial(ask, rollouts, scorer, token)
 
     text = "its rows saw those before them: packed without a border between them"
-    yield "trainer", "packing", text, functools.partial(_packed, rollouts, scorer)
+    yield "trainer", ("packing",), text, functools.partial(_packed, rollouts, scorer)
     for text, questions in (
         ("of the token after the one that is scored: labels were shifted twice", _after_next),
         ("of the first tokens of its row, which are the prompt's", _first_tokens),
     ):
         ask = functools.partial(_of_other_tokens, rollouts, scorer, questions)
-        yield "semantic", "wrong_token", f"its numbers are {text}", ask
+        yield "semantic", ("wrong_token",), f"its numbers are {text}", ask
 
 
 def _hidden_words(rollouts: Trace, scored: Trace, column: Trace, noise: float) -> list[int]:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
+import numpy as np
+
 from ..comparison.gaps import GAPS, with_gap
 from ..comparison.objectives import DEFAULT_OBJECTIVE
 from ..comparison.result import Comparison, Finding, MismatchError, Note
@@ -14,15 +16,16 @@ from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
 from ..golden import Golden
 from ..message import failure_message
+from ..spec import nearest
 from ..trace import Trace
 from .causes import causes, not_a_number
 from .entropy import entropy_note, entropy_numbers
 from .frameworks import framework, with_metrics
 from .in_hand import ThirdOpinion, column_of, disagreement, trainer_is_off
-from .scoring import Scorer, score
+from .scoring import FINEST_FIRST, Scorer, score
 
-#: From the finest to the coarsest; a comparison has the limits of the coarser side.
-_COARSER: Final = ("float64", "float32", "float16", "bfloat16")
+#: So many turns that lack their first logprob are no chance.
+_TURNS: Final = 4
 
 
 def assert_trainer_parity(
@@ -85,8 +88,14 @@ def compare_with_trainer(
     """What `assert_trainer_parity` asserts, whatever its verdict."""
     if not isinstance(rollouts, (Trace, Golden)):
         raise UsageError(f"rollouts are a Trace or a Golden, not {type(rollouts).__name__}")
+    if trainer_dtype not in (*DTYPES, "unknown"):
+        raise UsageError(f"trainer_dtype={trainer_dtype!r}: known are {', '.join(DTYPES)}{nearest(str(trainer_dtype), DTYPES)}")
+    name = metrics or (tolerance if isinstance(tolerance, str) and tolerance not in GAPS else "")
+    if config is not None and not name:
+        raise UsageError('config= is what a framework\'s metrics go by: say which, metrics="trl"')
     trace, left_out = _where_it_may_end(rollouts.trace if isinstance(rollouts, Golden) else rollouts)
     rollouts = dataclasses.replace(rollouts, trace=trace) if isinstance(rollouts, Golden) else trace
+    _check_first_tokens(trace)
     column = column_of(trace, trainer_dtype)
     if column is None and scorer is None:
         raise UsageError(
@@ -146,8 +155,18 @@ def compare_with_trainer(
     )
     prints = rollouts.fingerprint.get("config") if isinstance(rollouts, Golden) else None
     comparison = with_gap(comparison, tolerance, prints)
-    name = metrics or (tolerance if isinstance(tolerance, str) and tolerance not in GAPS else "")
     return with_metrics(comparison, name, config) if name else comparison
+
+
+def _check_first_tokens(trace: Trace) -> None:
+    """Refuse rollouts that lack the logprob of the first token of each turn: a reader or an engine lost it everywhere."""
+    starts = np.array([segment.start for segment in trace.segments() if trace.mask[segment.start]], np.int64)
+    lacks = int(np.count_nonzero(np.isnan(trace.logprobs[starts])))
+    if lacks >= _TURNS and lacks == len(starts) and not np.isnan(trace.logprobs[trace.mask]).all():
+        raise UsageError(
+            f"these rollouts have no logprob of the first token of any of their {lacks:,} turns: what reads the engine's "
+            "answers lost it, and an update takes something else for it"
+        )
 
 
 def without_top_k(comparison: Comparison) -> Comparison:
@@ -185,7 +204,7 @@ def trainer_tolerance(
     `tolerance`; a name means the thresholds of that framework, or a declared gap.
     """
     known = [dtype for dtype in (rollout_dtype, trainer_dtype) if dtype in DTYPES]
-    coarser = max(known, key=_COARSER.index) if len(known) == 2 else "unknown"
+    coarser = max(known, key=FINEST_FIRST.index) if len(known) == 2 else "unknown"
     limits = default_tolerance(coarser, ("decode", "prefill"), objective)
     if isinstance(tolerance, str) and tolerance not in GAPS:
         tolerance = framework(tolerance).tolerance

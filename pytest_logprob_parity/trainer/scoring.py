@@ -20,6 +20,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 #: Where a scorer divides by the temperature: the logits as the head gave them, or after they were made float32.
 DIVISIONS: Final = ("logits", "float32")
 
+#: Precisions, the finest first; a comparison has the limits of the coarser side.
+FINEST_FIRST: Final = ("float64", "float32", "float16", "bfloat16")
+
 #: What rounding makes of a logprob of 0, in nats.
 _POSITIVE: Final = 0.02
 
@@ -135,6 +138,18 @@ def as_trainers(
         replay="scorer",
         forcing=None,
     )
+
+
+def is_coarser(one: str, other: str) -> bool:
+    """Whether dtype `one` is coarser than `other`; what is not known may be."""
+    known = one in FINEST_FIRST and other in FINEST_FIRST
+    return not known or FINEST_FIRST.index(one) > FINEST_FIRST.index(other)
+
+
+def spread(trace: Trace, count: int) -> list[int]:
+    """So many sequences at even distances, or all."""
+    places: list[int] = np.linspace(0, trace.num_sequences - 1, min(trace.num_sequences, count)).astype(int).tolist()
+    return places
 
 
 def name_of(scorer: Any) -> str:

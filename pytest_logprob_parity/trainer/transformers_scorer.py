@@ -101,6 +101,11 @@ class TransformersScorer:
         laid_on = "" if adapter is None else f", adapter {Path(adapter).name}"
         self.name = f"transformers {self.dtype}{head}{', packed' if packed else ''}{laid_on}"
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether LoRA adapters are in its layers, or were merged into it."""
+        return self.adapter is not None or any(hasattr(module, "lora_A") for module in self.model.modules())
+
     def as_trained(self) -> TransformersScorer | None:
         """This scorer with every module in the mode in which it was found, and other random numbers each time: what a trainer
         computes that never asks its model to evaluate. None where the model is in no training mode.
@@ -222,15 +227,18 @@ def _unwrapped(model: Any) -> Any:
 
 @contextlib.contextmanager
 def _as_found(model: Any, mode: Literal["eval", "as found"] = "eval") -> Iterator[None]:
-    """Without gradients, and without dropout in the mode `eval`; the model's modes and all random numbers stay as they were."""
+    """Without gradients, and in the mode `eval` without dropout and autocast; the model's modes and all random numbers stay as
+    they were.
+    """
     import torch
 
     training = [module for module in model.modules() if module.training] if mode == "eval" else []
     for module in training:
         module.training = False
     devices = [model.device] if model.device.type == "cuda" else []
+    plain = torch.autocast(model.device.type, enabled=False) if mode == "eval" else contextlib.nullcontext()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), plain, torch.random.fork_rng(devices=devices):
             if mode == "as found":
                 torch.seed()
             yield

@@ -192,7 +192,7 @@ def no_logprob(expected: Columns, actual: Columns) -> Contradiction | None:
         return None
     text = (
         f"{count:,} of {len(missing):,} tokens of {actual.name} have no logprob: {where(actual, missing)}. That is no NaN "
-        "of the computation: the engine gave no number, or the code that reads its answers lost it"
+        "of the computation: no number was given, or the code that reads answers lost it"
     )
     return Contradiction("path", None, text, ("engine_build",), key="no_logprob", count=count, of=len(missing))
 

@@ -30,6 +30,9 @@ _CHANGED: Final = 1e-3
 _PLACES, _PARTNERS = 3, 4
 #: Numbers nearer to each other than this (nats) are one value.
 _ONE_VALUE: Final = 1e-6
+#: Logarithms of the smallest probabilities that are not 0 (2^-24 and its half, 2^-149), and how far beyond them a token may be.
+_SMALLEST: Final = {"float16": -17.0, "float32": -103.6}
+_NEAR_SMALLEST: Final = 2.0
 #: What a factor means.
 _LOGARITHMS: Final = {1.443: ", as log2 is of the natural logarithm", 0.434: ", as log10 is of the natural logarithm"}
 #: Neighbours nearer to each other than this (nats) do not tell a shift from noise.
@@ -90,6 +93,24 @@ def no_logprobs(positions: Positions, *, golden: bool) -> Misreport | None:
     return None
 
 
+def find_underflow(positions: Positions) -> Misreport | None:
+    """-inf exactly where the other side is below what a probability can be in float16 or float32: a logarithm of one."""
+    chosen, other = positions.actual[:, 0], positions.expected[:, 0]
+    excluded, kept = np.isneginf(chosen) & np.isfinite(other), np.isfinite(chosen) & np.isfinite(other)
+    if np.count_nonzero(excluded) < _ENOUGH:
+        return None
+    most, least = float(other[excluded].max()), float(other[kept].min(initial=0.0))
+    for dtype, smallest in _SMALLEST.items():
+        if abs(most - smallest) < _NEAR_SMALLEST and least > most - _ROUNDING:
+            count, names = np.count_nonzero(excluded), positions.names
+            text = (
+                f"{names.actual} has -inf for the {count:,} tokens that {names.expected} has below {most:.3g}, and for no "
+                f"other: the logarithm of a probability in {dtype}, which is 0 there"
+            )
+            return Misreport("wrong_values", text)
+    return None
+
+
 def find_rewritten(positions: Positions) -> Misreport | None:
     """All numbers of one side times a factor, or plus a constant: no distribution comes out of another so, for each position
     has a normaliser of its own.
@@ -105,6 +126,8 @@ def find_rewritten(positions: Positions) -> Misreport | None:
         (factor - 1, y - factor * x, f"{factor:.4g} times {golden}'s{_LOGARITHMS.get(round(factor, 3), '')}"),
         (constant, y - x - constant, f"{golden}'s {constant:+.4g}"),
     ):
+        if size == factor - 1 and abs(factor) < _EXACT:
+            continue  # one number for all is told elsewhere, and what is certain at a temperature near 0
         exact = np.mean(np.abs(change) <= _EXACT * np.maximum(1, np.abs(y))) >= _ALL_BUT_FEW
         if exact and abs(size) > _CHANGED and np.sqrt(np.mean((y - x) ** 2)) > _ROUNDING:
             return Misreport("wrong_values", f"every number of {now} is {text}: no distribution has a normaliser like that")
@@ -130,7 +153,8 @@ def find_shift(positions: Positions) -> Misreport | None:
     apart = np.abs(now - golden)
     for name, shift in (("before", 1), ("after", -1)):
         moved = np.roll(golden, shift)
-        inside = (np.roll(owner, shift) == owner) & np.isfinite(moved) & finite
+        inside = (np.roll(owner, shift) == owner) & (np.roll(positions.rows, shift) + shift == positions.rows)
+        inside &= np.isfinite(moved) & finite
         telling = inside & (np.abs(moved - golden) > _TELLING)
         if np.count_nonzero(telling) < _ENOUGH:
             continue
@@ -150,7 +174,8 @@ def find_shifted_rows(positions: Positions) -> Misreport | None:
     now = positions.now.top_token_ids[positions.others, 0]
     for name, shift in (("before", 1), ("after", -1)):
         moved = np.roll(first, shift)
-        telling = (np.roll(positions.sequences, shift) == positions.sequences) & (moved != first)
+        beside = np.roll(positions.rows, shift) + shift == positions.rows
+        telling = beside & (np.roll(positions.sequences, shift) == positions.sequences) & (moved != first)
         if np.count_nonzero(telling) >= _ENOUGH and np.mean((now == moved)[telling]) >= _MOST:
             of = int(np.count_nonzero(telling))
             text = f"each top-k is that which {positions.names.expected} has for the token {name} ({of:,} positions)"

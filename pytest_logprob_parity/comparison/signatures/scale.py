@@ -90,9 +90,18 @@ def fit_scale(golden: Doubles, now: Doubles, used: Any, classes: Any = None) -> 
 
 
 def may_be_chosen(temperature: float, error: float = 0.0) -> bool:
-    """Whether this is a temperature that people choose, within its standard error: any other may be a scale of the logits."""
+    """Whether this is a temperature that people choose, or a scale, within its standard error: multiples of 0.05."""
     off = abs(temperature / _ROUND - round(temperature / _ROUND)) * _ROUND
     return off <= max(_NEARLY * temperature, _SURE * error)
+
+
+def is_a_temperature(temperature: float, in_place_of: float) -> bool:
+    """Whether one temperature in place of another is what people do, and the scale of the logits that gives the same is none
+    that models have: 2 in place of 1 is half the logits, too.
+    """
+    scale = in_place_of / temperature
+    eighths = abs(8 * scale - round(8 * scale)) <= 8 * _NEARLY * scale
+    return may_be_chosen(temperature) and not may_be_chosen(scale) and not eighths
 
 
 def _error(x: Doubles, y: Doubles, slope: float) -> float:

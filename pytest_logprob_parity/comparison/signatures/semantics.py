@@ -21,6 +21,7 @@ from .reporting import (
     find_rows_elsewhere,
     find_shift,
     find_shifted_rows,
+    find_underflow,
     misreport,
     no_logprobs,
 )  # fmt: skip
@@ -100,7 +101,12 @@ def semantic_findings(
 
 def _reported(positions: Positions) -> list[Misreport]:
     """Numbers that were reported wrongly."""
-    for found in (no_logprobs(positions, golden=True), no_logprobs(positions, golden=False), find_rewritten(positions)):
+    for found in (
+        no_logprobs(positions, golden=True),
+        no_logprobs(positions, golden=False),
+        find_rewritten(positions),
+        find_underflow(positions),
+    ):
         if found is not None:
             return [found]
     told = [misreport(positions, golden=golden) for golden in (False, True)]

@@ -174,6 +174,11 @@ class FrameworkScorer:
         """See TransformersScorer.logits."""
         return self._model.logits(token_ids, attention_mask)
 
+    @property
+    def has_adapters(self) -> bool:
+        """See TransformersScorer.has_adapters."""
+        return self._model.has_adapters
+
     def as_trained(self) -> FrameworkScorer | None:
         """See TransformersScorer.as_trained."""
         other = self._model.as_trained()

@@ -65,8 +65,8 @@ def installed_fused_head() -> Callable[[Any, Any, Any, float], Any]:
 def configured(config: Any) -> dict[str, Any]:
     """Arguments of `metrics` from a GRPOConfig."""
     names = {name: f"vllm_importance_sampling_{name}" for name in ("mode", "clip_max", "clip_min")}
-    if not has_field(config, names["mode"]):
-        raise UsageError(f"trl: this configuration has no {names['mode']}: give the GRPOConfig of TRL 1.16")
+    if lacks := [theirs for theirs in names.values() if not has_field(config, theirs)]:
+        raise UsageError(f"trl: this configuration has no {', '.join(lacks)}: give the GRPOConfig of TRL 1.16")
     return {name: field_of(config, theirs) for name, theirs in names.items()}
 
 

@@ -196,7 +196,7 @@ def _weights(
         "rollout_is_max": largest,
         "rollout_is_min": smallest,
         "rollout_is_std": math.sqrt(max(tokens(cut**2) - tokens(cut) ** 2, 0.0)) if len(raw) > 1 else 0.0,
-        "rollout_is_eff_sample_size": 1 / tokens((cut / (tokens(cut) + _EPSILON)) ** 2),
+        "rollout_is_eff_sample_size": 1 / tokens((cut / (tokens(cut) + _EPSILON)) ** 2) if cut.any() else math.inf,
         "rollout_is_ratio_fraction_high": high_share,
         "rollout_is_ratio_fraction_low": low_share,
         "rollout_is_seq_mean": float(by_sequence.mean()),
