@@ -400,11 +400,14 @@ class Trace:
 
     def segments(self) -> Iterator[Segment]:
         """The runs of unmasked tokens, sequence by sequence."""
-        for sequence in range(self.num_sequences):
-            start, stop = self.bounds(sequence)
-            edges = np.flatnonzero(np.diff(np.concatenate([[False], self.mask[start:stop], [False]]).astype(np.int8)))
-            for turn, (first, last) in enumerate(edges.reshape(-1, 2).tolist()):
-                yield Segment(sequence, turn, start + first, start + last)
+        starts, stops = (np.zeros(self.num_tokens + 1, bool) for _ in range(2))
+        starts[self.sequence_offsets] = stops[self.sequence_offsets] = True
+        starts[1:-1] |= ~self.mask[:-1]
+        stops[1:-1] |= ~self.mask[1:]
+        first, last = np.flatnonzero(starts[:-1] & self.mask), np.flatnonzero(stops[1:] & self.mask) + 1
+        sequences = np.searchsorted(self.sequence_offsets, first, side="right") - 1
+        turns = np.arange(len(first)) - np.searchsorted(sequences, sequences)
+        yield from itertools.starmap(Segment, zip(*(x.tolist() for x in (sequences, turns, first, last)), strict=True))
 
     @property
     def is_raw(self) -> bool:

@@ -21,11 +21,11 @@ _BINS, _KNOTS = 2048, 9
 #: A bend of the function by a nat counts as much as a token that is off by this (nats).
 _STRAIGHT: Final = 1e-3
 #: A function that leaves less than this share of what is off is one of the logits: other weights leave nearly all.
-_LEAVES: Final = 0.25
+_LEAVES: Final = 0.15
 
 
 def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: Any, noise: float) -> Finding | None:
-    """`logits` first where some function of the scorer's logits gives the trainer's numbers, up to a quarter of what is off.
+    """`logits` first where some function of the scorer's logits gives the trainer's numbers, but for a small share of it.
 
     The function is piecewise linear, fitted to half of the tokens by least squares (log p = f(x_t) - log sum exp f(x)) and
     tried on the others. Scorers that have no `logits(token_ids, attention_mask)` [B, L - 1, V] are not asked.

@@ -28,7 +28,8 @@ def find_places(positions: Positions) -> Finding | None:
     off = positions.off_line(1.0)
     known: Bools = np.asarray(positions.common.any(axis=1))
     likeliest = np.where(positions.common, positions.expected, -np.inf).max(axis=1)
-    sizes: Doubles = np.asarray(np.sqrt(np.nanmean(np.where(known[:, None], off, 0.0) ** 2, axis=1)))
+    squares = np.where(positions.common, off, 0.0) ** 2
+    sizes: Doubles = np.asarray(np.sqrt(squares.sum(axis=1) / np.maximum(positions.common.sum(axis=1), 1)))
     place = _places(positions)
     telling: Bools = np.asarray(known & (likeliest < _UNSURE))
     least = positions.golden.sampling.min_tokens

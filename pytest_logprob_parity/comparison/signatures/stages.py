@@ -25,7 +25,8 @@ _CUT: Final = 0.05
 
 def stages_of(positions: Positions) -> Iterator[Stage]:
     """Temperature, then penalties, then truncation: each is looked for in what the ones before leave unexplained."""
-    scale = scale_of(positions)
+    bare = positions.ids.shape[1] < 2  # one token a position shows no scale and no penalty
+    scale = NO_SCALE if bare else scale_of(positions)
     sampling = positions.golden.sampling
     golden_temperature = applied_temperature(positions.golden)
     slope = 1.0
@@ -38,7 +39,8 @@ def stages_of(positions: Positions) -> Iterator[Stage]:
         stage = _temperature_stage(scale, positions)
         alone = 1.0 if stage.on_golden else sampling.temperature
         temperature = alone if stage.recorded else golden_temperature / slope
-    found = [penalty for penalty in find_penalties(positions, slope, temperature) if penalty.possible]
+    differ = [] if bare else find_penalties(positions, slope, temperature)
+    found = [penalty for penalty in differ if penalty.possible]
     scaled = False
     if stage is not None:
         scaled = not stage.finding.cause and bool(found) and all(_is_scaled(p, sampling, slope) for p in found)
@@ -52,7 +54,7 @@ def stages_of(positions: Positions) -> Iterator[Stage]:
             stage = dataclasses.replace(stage, finding=dataclasses.replace(stage.finding, candidates=candidates))
         yield stage
     penalties = [] if scaled else [_penalty_stage(penalty, sampling, positions.names) for penalty in found]
-    if not penalties and not scaled and moves_only_seen(positions, slope):
+    if not penalties and not scaled and not bare and moves_only_seen(positions, slope):
         text = "only tokens that stood before are moved, by no penalty that explains them"
         penalties = [Stage(Finding("semantic", None, text, ("penalties", "weights_differ")), False, False)]
     yield from penalties
