@@ -208,6 +208,14 @@ def test_a_batch_that_says_too_little_stops_no_training_and_the_next_one_is_look
     assert [check.verdict for check in checks] == ["unverified", "pass", "fail"]
 
 
+def test_a_watched_batch_that_lacks_a_column_is_a_line():
+    for column in ("completion_mask", "old_per_token_logps", "sampling_per_token_logps"):
+        trainer = Batches({name: value for name, value in batch_of(8).items() if name != column})
+        framework("trl").watch(trainer)
+        with pytest.raises(UsageError, match=r"no completion_mask|no logprobs of a trainer|no sampling_per_token_logps"):
+            trainer._generate_and_score_completions({})
+
+
 @pytest.mark.parametrize(
     ("without", "line"),
     [("model", "has no model: watch"), ("args", "has no args, temperature, bf16: watch"),

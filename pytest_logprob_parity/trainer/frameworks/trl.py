@@ -219,7 +219,8 @@ def watch(
         batch = make(inputs)
         if not trainer.model.training or not watching.due():
             return batch
-        if not batch["completion_mask"].any():
+        mask = Batch("trl", batch).get("completion_mask")
+        if mask is not None and not mask.any():
             watching.leave_out("every completion of this batch is masked")
         else:
             own = "bfloat16" if trainer.args.bf16 else str(trainer.model.dtype).removeprefix("torch.")

@@ -22,6 +22,7 @@ from .base import (
     log_softmax_then_gather,
     missing,
 )
+from .reading import Batch
 from .verl_batches import in_hand, read
 from .watching import Watching
 
@@ -252,7 +253,8 @@ def watch(
         logged = original(data)
         if not watching.due():
             return logged
-        if not data.batch["response_mask"].any():
+        mask = Batch("verl", data).get("response_mask")
+        if mask is not None and not mask.any():
             watching.leave_out("every response of this batch is masked")
         else:
             rollouts = in_hand(data, sampling=Sampling(temperature=temperature), dtype=dtype)

@@ -42,9 +42,9 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
 
 
 def in_hand(data: Any, *, sampling: Sampling, dtype: str) -> Trace:
-    """The two columns of a batch that may have no prompts: rows of one `uid` are then of one prompt."""
+    """The two columns of a batch whose prompts are not there, or padded without a mask: rows of one `uid` are then of one."""
     given = Batch("verl", data)
-    if given.get("prompts") is not None:
+    if given.get("prompts") is not None and given.get("attention_mask") is not None:
         return read(data, sampling=sampling, dtype=dtype)
     uids = (getattr(data, "non_tensor_batch", None) or {}).get("uid")
     names = list(range(len(given.ids("responses")))) if uids is None else [str(uid) for uid in uids]
