@@ -521,6 +521,15 @@ def test_a_word_that_was_taken_for_padding_is_found(rollouts, positions):
     assert f"did not see token {commonest}" in finding.evidence
 
 
+def test_rollouts_of_one_word_alone_can_be_asked_about():
+    """Without that word nothing is left to ask about."""
+    rows = drawn(8, 6)
+    one = columns_of(rows, rows - 1).with_(token_ids=np.full(48, 22, np.int32))
+    right = score(one, TransformersScorer(MODEL)).logprobs
+    told = compare_with_trainer(one.with_(logprobs=right), TransformersScorer(MODEL), trainer_dtype="float32")
+    assert (told.verdict, told.findings[0].cause) == ("fail", None)
+
+
 def test_where_sequences_part_says_what_is_off(rollouts):
     """They agree up to a token: that was another one, or what stands before it was hidden."""
 

@@ -25,7 +25,7 @@ _LEAVES: Final = 0.15
 
 
 def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: Any, noise: float) -> Finding | None:
-    """`logits` first where some function of the scorer's logits gives the trainer's numbers, but for a small share of it.
+    """`logits` first where some function of the scorer's logits gives the trainer's numbers, but for a part of what is off.
 
     The function is piecewise linear, fitted to half of the tokens by least squares (log p = f(x_t) - log sum exp f(x)) and
     tried on the others. Scorers that have no `logits(token_ids, attention_mask)` [B, L - 1, V] are not asked.
@@ -36,7 +36,7 @@ def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: An
         return None
     few = [*furthest_off(rollouts, scored, column, noise)[: _SEQUENCES // 2], *spread(rollouts, _SEQUENCES // 2)]
     chosen, values, counts, given = _logits_of(rollouts, column, scorer, list(dict.fromkeys(few)))
-    if len(given) < _FEWEST:
+    if len(given) < _FEWEST or not np.isfinite(values).all():  # a vocabulary that is partly excluded has no such function
         return None
     temperature = temperature_of(rollouts.sampling) or 1.0
     chosen, values = chosen / temperature, values / temperature

@@ -160,6 +160,8 @@ def _left_out(trace: Trace, scorer: Any, token: int, sequences: Sequence[int]) -
     follows it.
     """
     keep = trace.token_ids != token
+    if not (keep & trace.mask & np.isfinite(trace.logprobs)).any():
+        return np.empty(0, np.int64), np.empty(0)
     owner = np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
     prompts = [[i for i in trace.prompt(s) if i != token] for s in _first_of_group(trace)]
     sequences = [s for s in sequences if prompts[trace.group[s]]]  # those of another prompt than of that token alone
