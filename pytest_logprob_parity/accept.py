@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 import numpy as np
 
@@ -14,10 +15,19 @@ from .belonging import another_part
 from .comparison.result import Comparison
 from .errors import GoldenError, ParityError, UsageError
 from .files import compare_goldens
-from .golden import Golden
+from .fingerprint import differences
+from .golden import SUFFIX, Golden
 from .obtained import OBTAINED, Obtained, candidate_path, find, headline_of
-from .report.visible import visible
+from .recording import check_recorded
 from .trace import Trace
+from .visible_text import visible_line
+
+#: Differences of fingerprints that are shown.
+_SHOWN: Final = 12
+#: A golden that compares less than this share of the tokens that it compared is a looser one; so is one whose noise floor is
+#: so many times as large.
+_FEW: Final = 0.5
+_NOISIER: Final = 3.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,8 @@ class Proposal:
     """One obtained trace, at `path`, held against the golden that is there today.
 
     `refusal` says why it cannot be accepted, "" where it can; `done` that it has been. `target` is the golden's path, `data`
-    the bytes that would be written there, `lines` the difference in a short block.
+    the bytes that would be written there (those that were compared), `lines` the difference in a short block. `loosened` says
+    what the new golden would let pass or leave out that today's does not.
     """
 
     path: Path
@@ -35,6 +46,7 @@ class Proposal:
     data: bytes = b""
     refusal: str = ""
     done: bool = False
+    loosened: tuple[str, ...] = ()
 
 
 def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
@@ -42,8 +54,9 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
     head = headline_of(obtained)
     target = root / obtained.golden
     block = [head, f"  golden     {obtained.golden}", f"  {obtained.verdict:<10} {obtained.headline}"]
+    block = [visible_line(line) for line in block]
     try:
-        _check_inside(obtained.golden)
+        target = _inside(root, obtained.golden)
         if not target.exists():
             raise GoldenError(
                 f"there is no {obtained.golden} below {root.absolute()}: --root names the repo, git brings goldens"
@@ -61,14 +74,19 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
         if not obtained.candidate:
             raise GoldenError(f"{obtained.refusal}; record it where the engine is: pytest {obtained.node_id} --update-golden")
         candidate, data = _load_candidate(candidate_path(path), obtained)
+        left = Golden.load(path)
         _check_comparable(golden, candidate)
-        comparison = compare_goldens(golden, Golden.load(path), obtained.level, obtained.limits).comparison
+        comparison = compare_goldens(golden, left, obtained.level, obtained.limits).comparison
         if not comparison.metrics["n_tokens"]:
             raise GoldenError("nothing was compared, so nothing is known of what would be accepted")
+        check_recorded(candidate, golden.tolerance, "the candidate")
+        _check_same_engine(left, candidate)
     except ParityError as error:
         text = error.reason_beside(target, path)
         return Proposal(path, obtained, (*block, f"  refused    {text}"), target, refusal=text)
-    return Proposal(path, obtained, (*block, *_difference(comparison, golden, candidate)), target, data)
+    loosened = _loosened(golden, candidate)
+    lines = [*_difference(comparison, golden, candidate), *_changes(golden, candidate, loosened)]
+    return Proposal(path, obtained, (*block, *map(visible_line, lines)), target, data, loosened=loosened)
 
 
 def accept(proposals: Sequence[Proposal]) -> None:
@@ -93,8 +111,10 @@ def review(places: Sequence[Path], names: Sequence[str], root: Path, ask: Callab
     proposals = [propose(path, obtained, root) for path, obtained in found.items()]
     agreed: list[Proposal] = []
     for proposal in proposals:
-        print(visible("\n".join(proposal.lines)))
-        if not proposal.refusal and not proposal.done and (ask is None or _agreed(ask)):
+        print("\n".join(proposal.lines))
+        if ask is None and proposal.loosened:
+            print("  left       --yes does not accept what loosens a golden: answer for it (without --yes), or record it again")
+        elif not proposal.refusal and not proposal.done and (ask is None or _agreed(ask)):
             agreed.append(proposal)
         print()
     _check_once(agreed)
@@ -131,20 +151,25 @@ def matches(obtained: Obtained, patterns: Sequence[str]) -> bool:
     )
 
 
-def _check_inside(golden: str) -> None:
-    """The path comes out of a file that may have been downloaded: it must stay in the repo."""
+def _inside(root: Path, golden: str) -> Path:
+    """Where a golden lies below `root`. Its path comes out of a file that may have been downloaded. Raises GoldenError."""
     parts = PurePosixPath(golden).parts
-    if not golden or golden.startswith("/") or ".." in parts or "\\" in golden or not golden.endswith(".safetensors"):
+    place = (root / golden).resolve() if "\0" not in golden else root  # a link of the repo may lead out of it
+    outside = not golden or golden.startswith("/") or "\\" in golden or not place.is_relative_to(root.resolve())
+    if outside or {"..", ".git"} & set(parts) or not golden.endswith(SUFFIX) or place.suffix != SUFFIX:
         raise GoldenError(f"its golden {golden!r} is not inside this folder; copy the candidate there by hand")
+    return place
 
 
 def _load_candidate(path: Path, obtained: Obtained) -> tuple[Golden, bytes]:
-    candidate = Golden.load(path)
+    """The candidate and its bytes: what was compared is what will be written."""
+    data = container.read_bytes(path)
+    candidate = Golden.parse(data, path)
     if candidate.digest != obtained.candidate:
         raise GoldenError(
             f"{path.name} is not the candidate of this run ({candidate.digest[:12]}, not {obtained.candidate[:12]})"
         )
-    return candidate, path.read_bytes()
+    return candidate, data
 
 
 def _check_comparable(golden: Golden, candidate: Golden) -> None:
@@ -158,16 +183,31 @@ def _check_comparable(golden: Golden, candidate: Golden) -> None:
         raise GoldenError(f"incomparable: the candidate belongs to {candidate.node_id or 'no test'}")
     if not np.array_equal(golden.trace.prompt_token_ids, candidate.trace.prompt_token_ids):
         raise GoldenError("incomparable: the candidate is of other prompts than the golden")
+    if golden.trace.num_sequences != candidate.trace.num_sequences:
+        then, now = golden.trace.num_sequences, candidate.trace.num_sequences
+        raise GoldenError(f"incomparable: the candidate has {now} sequences, the golden {then}")
+    if golden.fingerprint and not candidate.fingerprint:
+        raise GoldenError("the candidate does not say which engine made it, and the golden does: record it where the engine is")
+
+
+def _check_same_engine(left: Golden, candidate: Golden) -> None:
+    """Raise GoldenError where the trace that was compared and the candidate are not of one engine."""
+    if apart := differences(left.fingerprint, candidate.fingerprint):
+        raise GoldenError(
+            f"the candidate is of another engine than the trace that was compared: {apart[0][0]} is {apart[0][2]!r:.60}, "
+            f"not {apart[0][1]!r:.60}"
+        )
+    if left.trace.means_as(candidate.trace):
+        comparison = compare_goldens(left, candidate).comparison
+        if comparison.verdict == "fail":
+            raise GoldenError(f"the candidate's numbers are not those of the trace that was compared: {comparison.headline}")
 
 
 def _difference(comparison: Comparison, golden: Golden, candidate: Golden) -> list[str]:
     numbers, found = comparison.metrics, [str(finding) for finding in comparison.findings] or ["none was found"]
     tokens = f"{int(numbers['n_tokens']):,} tokens"
     if np.isfinite(numbers["mean_diff"]):
-        measured = (
-            f"{tokens}: mean d {numbers['mean_diff']:+.3g}, RMS {numbers['rms_diff']:.3g}, max |d| "
-            f"{numbers['max_abs_diff']:.3g} nats, {numbers['share_outside_clip']:.2%} of ratios outside 1 +- 0.2"
-        )
+        measured = f"{tokens}: {_numbers(comparison)}, {numbers['share_outside_clip']:.2%} of ratios outside 1 +- 0.2"
     else:
         measured = f"{tokens}, {int(numbers['n_changed']):,} with other numbers; the two mean different things"
     other = _other_completions(golden.trace, candidate.trace)
@@ -180,6 +220,57 @@ def _difference(comparison: Comparison, golden: Golden, candidate: Golden) -> li
         f"  tokens     {'the same' if not other else f'{other} of {golden.trace.num_sequences} completions are other ones'}",
         f"  floor      {floor}",
     ]
+
+
+def _numbers(comparison: Comparison) -> str:
+    numbers = comparison.metrics
+    return f"mean d {numbers['mean_diff']:+.3g}, RMS {numbers['rms_diff']:.3g}, max |d| {numbers['max_abs_diff']:.3g} nats"
+
+
+def _changes(golden: Golden, candidate: Golden, loosened: Sequence[str]) -> list[str]:
+    """What the candidate itself is: its numbers where it has the golden's tokens, and everything else that is not as it was."""
+    own = compare_goldens(golden, candidate).comparison
+    if not (common := int(own.metrics["n_tokens"])):
+        told = "it has no token in common with the golden: its own numbers cannot be compared"
+    elif not np.isfinite(own.metrics["mean_diff"]):
+        told = f"{common:,} tokens in common with the golden; the two mean different things"
+    else:
+        told = f"{common:,} tokens in common with the golden: {_numbers(own)}"
+    lines = [f"  candidate  {told}"]
+    if golden.floor != candidate.floor and golden.floor is not None:
+        lines.append(f"  floor was  {golden.floor.describe()}")
+    apart = differences(golden.fingerprint, candidate.fingerprint)
+    apart += [
+        (name, getattr(golden.trace, name), getattr(candidate.trace, name))
+        for name in ("logprobs_mode", "path", "engine", "engine_version", "dtype")
+        if not golden.fingerprint and getattr(golden.trace, name) != getattr(candidate.trace, name)
+    ]
+    for number, (name, then, now) in enumerate(apart[:_SHOWN]):
+        lines.append(f"  {'' if number else 'differs':<10} {name}: {then!r:.60} in the golden, {now!r:.60} in the candidate")
+    lines += [f"  {'':<10} and {len(apart) - _SHOWN} more"] if len(apart) > _SHOWN else []
+    return lines + [f"  {'' if number else 'loosened':<10} {text}" for number, text in enumerate(loosened)]
+
+
+def _loosened(golden: Golden, candidate: Golden) -> tuple[str, ...]:
+    """What the candidate would let pass, or leave out, that the golden does not."""
+    found = []
+    for name, limit in candidate.tolerance.items():
+        if not golden.tolerance.get(name, 0.0) >= limit:
+            before = f"{golden.tolerance[name]:g}" if name in golden.tolerance else "that of its dtype and noise"
+            found.append(f"limit {name}: {limit:g} in place of {before}")
+    then, now = int(golden.trace.mask.sum()), int(candidate.trace.mask.sum())
+    masked = len(candidate.trace.mask) - now
+    if now < _FEW * then:
+        found.append(f"compares {now:,} tokens in place of {then:,} ({masked:,} are masked)")
+    elif masked and golden.trace.mask.all():
+        found.append(f"masks {masked:,} of its tokens; the golden masks none")
+    if golden.floor is not None and candidate.floor is None:
+        found.append("it has no noise floor, and the golden has one")
+    elif golden.floor is not None and candidate.floor is not None and candidate.floor.rms > _NOISIER * golden.floor.rms > 0:
+        found.append(f"its noise floor is {candidate.floor.rms / golden.floor.rms:.1f} times the golden's")
+    if golden.reference is not None and candidate.reference is None:
+        found.append("it has no reference, and the golden has one")
+    return tuple(found)
 
 
 def _other_completions(golden: Trace, candidate: Trace) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
+import stat
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from .errors import GoldenError
 
@@ -23,8 +26,18 @@ _KEY: Final = "logprob_parity"
 _NO_DIGEST: Final = "0" * 64
 #: safetensors' names of the dtypes that our columns have.
 _DTYPES: Final = {"BOOL": "?", "U8": "u1", "I32": "<i4", "I64": "<i8", "F32": "<f4"}
-_MAX_HEADER: Final = 100_000_000
+_METADATA: Final = "__metadata__"
+#: Our largest headers hold the texts of a vocabulary: a few MB.
+_MOST_HEADER: Final = 32 * 2**20
+#: 10 million tokens with top-20 are 1.7 GB.
+MOST_BYTES: Final = 2**31
+_LARGEST: Final = 2**53
+_MOST_AXES: Final = 8
 _LFS_POINTER: Final = b"version https://git-lfs"
+#: How the name of a file that is being written ends.
+PART: Final = ".part"
+#: Seconds in which a new file may not be locked yet by whoever writes it.
+_MOMENT: Final = 60.0
 
 
 def damaged(path: Path, why: str) -> GoldenError:
@@ -51,13 +64,17 @@ def write(path: Path, columns: Mapping[str, npt.NDArray[Any]], metadata: Mapping
 
 
 def read(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Columns and metadata of a file whose digest holds.
+    """Columns and metadata of a file whose digest holds; see `parse`. Raises GoldenError also for what is no regular file."""
+    return parse(read_bytes(path), path)
 
-    Raises GoldenError, in one line, for a file that is missing, no file, unreadable, cut short, changed, a Git LFS
-    pointer, of a newer schema, or not one of ours.
+
+def parse(data: bytes, path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Columns (views into `data`) and metadata of a file's bytes, whose digest holds; `path` is for messages.
+
+    Raises GoldenError, in one line, for what is cut short, changed, a Git LFS pointer, of a newer schema, not one of ours, or
+    what safetensors itself would refuse.
     """
-    data = _read_bytes(path)
-    metadata = _metadata(path, data)
+    header, metadata = _header(path, data)
     place = _digest_place(data)
     digest = hashlib.sha256(memoryview(data)[:place])
     digest.update(_NO_DIGEST.encode())
@@ -65,70 +82,125 @@ def read(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     if digest.hexdigest() != metadata["digest"]:
         raise damaged(path, "its content does not match the digest inside")
     try:
-        return _views(data), metadata
-    except (KeyError, TypeError, ValueError) as error:
+        return _views(header, data), metadata
+    except ValueError as error:
         raise damaged(path, f"its header does not fit its content ({error})") from None
 
 
-def _views(data: bytes) -> dict[str, npt.NDArray[Any]]:
+def _views(header: Mapping[str, Any], data: bytes) -> dict[str, npt.NDArray[Any]]:
     """The columns as views into the file's bytes (read-only): safetensors' own loader copies each, which costs as much
-    as reading the file. Raises KeyError, TypeError or ValueError for a header that does not fit.
+    as reading the file. Raises ValueError for a header that does not fit: the columns stand one behind another, without gaps,
+    and fill the file.
     """
     import numpy as np
 
-    length = int.from_bytes(data[:8], "little")
-    columns = {}
-    for name, entry in json.loads(data[8 : 8 + length]).items():
-        if name == "__metadata__":
+    begin = 8 + int.from_bytes(data[:8], "little")
+    columns, spans = {}, []
+    for name, entry in header.items():
+        if name == _METADATA:
             continue
-        start, stop = entry["data_offsets"]
-        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), [int(n) for n in entry["shape"]]
-        if stop - start != dtype.itemsize * math.prod(shape):
-            raise ValueError(f"{name} has {stop - start} bytes")
-        column = np.frombuffer(data, dtype, math.prod(shape), 8 + length + start) if stop > start else np.empty(0, dtype)
+        shown = f"{name!r:.60}"
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{shown} is no column")
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{shown} is of dtype {entry['dtype']!r:.20}")
+        shape, offsets = _whole_numbers(entry["shape"]), _whole_numbers(entry["data_offsets"])
+        if shape is None or offsets is None or len(offsets) != 2 or len(shape) > _MOST_AXES:
+            raise ValueError(f"{shown} has no shape or no place")
+        dtype, count = np.dtype(_DTYPES[entry["dtype"]]), math.prod(shape)
+        start, stop = offsets
+        if stop - start != dtype.itemsize * count or stop > len(data) - begin:
+            raise ValueError(f"{shown} has {stop - start:,} bytes of {len(data) - begin:,}, its shape asks for others")
+        spans.append((start, stop))
+        column = np.frombuffer(data, dtype, count, begin + start) if count else np.empty(0, dtype)
         columns[name] = column.reshape(shape)
+    place = 0
+    for start, stop in sorted(spans):
+        if start != place:
+            raise ValueError("its columns overlap, or there are bytes between them")
+        place = stop
+    if place != len(data) - begin:
+        raise ValueError(f"{len(data) - begin - place:,} bytes are behind its columns")
     return columns
+
+
+def _whole_numbers(value: Any) -> list[int] | None:
+    """A list of whole numbers from 0 to 2^53; None for anything else."""
+    fits = isinstance(value, list) and all(type(number) is int and 0 <= number <= _LARGEST for number in value)
+    return value if fits else None
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata alone, from the head of the file; the digest is not verified. Raises GoldenError."""
-    return _metadata(path, _read_bytes(path, head_only=True))
+    return _header(path, read_bytes(path, head_only=True))[1]
 
 
-def _read_bytes(path: Path, *, head_only: bool = False) -> bytes:
+def read_bytes(path: Path, *, head_only: bool = False) -> bytes:
+    """A file's bytes, or those of its header: of a regular file of at most 2 GiB. Raises GoldenError, in one line."""
     try:
-        with path.open("rb") as file:
-            if not head_only:
-                return file.read()
+        # a FIFO would be waited for, and a device has no end: what is no regular file is never read
+        with open(path, "rb", opener=_at_once) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise GoldenError("no regular file stands there (a pipe, a device): move it away", path)
+            if about.st_size > MOST_BYTES:
+                raise GoldenError(f"{about.st_size / 2**30:.1f} GiB: no golden or trace is larger than 2 GiB", path)
             head = file.read(8)
-            return head + file.read(min(int.from_bytes(head, "little"), _MAX_HEADER))
+            length = int.from_bytes(head, "little")
+            if head_only:
+                return head + file.read(min(length, _MOST_HEADER))
+            file.seek(0)
+            return file.read(about.st_size)
     except FileNotFoundError:
         raise GoldenError("there is no such file", path) from None
     except IsADirectoryError:
         raise GoldenError("a directory stands where the golden should be; move it away", path) from None
-    except OSError as error:
-        raise GoldenError(f"cannot be read: {error.strerror}", path) from None
+    except (OSError, ValueError) as error:  # ValueError: a path with NUL in it
+        raise GoldenError(f"cannot be read: {getattr(error, 'strerror', None) or error}", path) from None
 
 
-def _metadata(path: Path, data: bytes) -> dict[str, Any]:
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting for somebody at the other end of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _header(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The header of safetensors, and our metadata in it."""
     if data.startswith(_LFS_POINTER):
         raise GoldenError("a Git LFS pointer, not the file itself; run `git lfs pull`", path)
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER):
+    if len(data) < 8 or length > min(len(data) - 8, _MOST_HEADER):
         raise damaged(path, f"cut short, or no safetensors file ({len(data):,} bytes)")
     try:
-        metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_KEY])
+        header = json.loads(data[8 : 8 + length].decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
+        texts = header[_METADATA]
+        if data[8:9] != b"{" or not all(isinstance(text, str) for text in texts.values()):
+            raise TypeError
+        metadata = json.loads(texts[_KEY], object_pairs_hook=_once)
         schema = metadata["schema"]
-        newer = schema > SCHEMA
-    except (ValueError, KeyError, TypeError, RecursionError):
+        if type(schema) is not int or schema < 1:
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise damaged(path, "it has no readable logprob-parity header") from None
-    if newer:
+    if schema > SCHEMA:
         raise GoldenError(
-            f"written in schema {schema}, this version of pytest-logprob-parity reads up to {SCHEMA}; upgrade it", path
+            f"written in schema {schema!s:.20}, this version of pytest-logprob-parity reads up to {SCHEMA}; upgrade it", path
         )
     if not isinstance(metadata.get("digest"), str) or len(metadata["digest"]) != 64:
         raise damaged(path, "it has no digest")
-    return dict(metadata)
+    return header, metadata
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no key stands twice: two readers would see two files. Raises ValueError."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _digest_place(data: bytes | bytearray) -> int:
@@ -142,24 +214,38 @@ def _digest_place(data: bytes | bytearray) -> int:
 def replace_all(files: Mapping[Path, bytes | bytearray]) -> None:
     """Write several files: each whole or not at all, and none of them before all are on the disk.
 
-    Raises OSError where one cannot be written; old files then stay.
+    What killed runs have left in the same folders is removed. Raises OSError where a file cannot be written; old files then
+    stay.
     """
     umask = os.umask(0)
     os.umask(umask)
     staged: dict[Path, str] = {}
-    try:
-        for path, data in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, staged[path] = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-            with os.fdopen(handle, "wb") as file:
+    with contextlib.ExitStack() as open_files:  # open, and so locked, until all have their places
+        try:
+            for folder in dict.fromkeys(path.parent for path in files):
+                folder.mkdir(parents=True, exist_ok=True)
+                _clear_parts(folder)
+            for path, data in files.items():
+                handle, staged[path] = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
+                file = open_files.enter_context(os.fdopen(handle, "wb"))
+                fcntl.flock(file, fcntl.LOCK_SH)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(staged[path], 0o666 & ~umask)  # mkstemp makes files that only their owner may read
-        for path, name in staged.items():
-            os.replace(name, path)
-    except BaseException:
-        for name in staged.values():
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-        raise
+                os.chmod(staged[path], 0o666 & ~umask)  # mkstemp makes files that only their owner may read
+            for path, name in staged.items():
+                os.replace(name, path)
+        except BaseException:
+            for name in staged.values():
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+            raise
+
+
+def _clear_parts(folder: Path) -> None:
+    """Remove the unfinished files of runs that were killed: nobody holds them, and they are older than a moment."""
+    for part in folder.glob(f".*{PART}"):
+        with contextlib.suppress(OSError), open(part, "rb", opener=_at_once) as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime > _MOMENT:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, TypeAlias
 
+from .visible_text import visible
+
 #: What kind of check was not met, as records and reports have it.
 Kind: TypeAlias = Literal["failed", "usage", "golden", "incomparable", "engine"]
 
@@ -14,9 +16,12 @@ class ParityError(AssertionError):
     kind: ClassVar[Kind] = "failed"
 
     def __init__(self, reason: str, place: object = None) -> None:
-        """`reason`, at `place`: a file, or a function of ours. The message begins with the place."""
-        super().__init__(reason if place is None else f"{place}: {reason}")
-        self.reason, self.place = reason, place
+        """`reason`, at `place`: a file, or a function of ours. The message begins with the place.
+
+        Both may hold the text of a golden or a server: it is made visible here, whoever prints the message later.
+        """
+        super().__init__(visible(reason if place is None else f"{place}: {reason}"))
+        self.reason, self.place = visible(reason), place
 
     def reason_beside(self, *places: object) -> str:
         """The message, without its place where that is one of `places`: those that the reader is told of anyway."""

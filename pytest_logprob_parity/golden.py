@@ -16,6 +16,7 @@ from .errors import GoldenError, UsageError
 from .floor import NoiseFloor, Shapes
 from .reference import Reference
 from .trace import Trace
+from .visible_text import visible_line
 
 SUFFIX: Final = ".safetensors"
 
@@ -84,14 +85,19 @@ class Golden:
     def load(cls, path: str | Path) -> Golden:
         """Read a golden. Raises GoldenError, in one line, for a file that is missing or cannot be trusted."""
         path = Path(path)
-        columns, metadata = container.read(path)
+        return cls.parse(container.read_bytes(path), path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> Golden:
+        """A golden from the bytes of its file; `path` is for messages. Raises GoldenError as `load` does."""
+        columns, metadata = container.parse(data, path)
         repeats, column = columns.pop(_FLOOR, None), columns.pop(_REFERENCE, None)
         trace = Trace.from_file_parts(columns, metadata, path)
         if "golden" not in metadata:
             return cls(trace, digest=metadata["digest"])
         try:
             golden = cls._from_header(trace, dict(metadata["golden"]), repeats, column)
-        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, UsageError) as error:
             raise container.damaged(path, f"its golden header does not hold what it should ({error})") from None
         return replace(golden, digest=metadata["digest"])
 
@@ -174,13 +180,13 @@ def unused_goldens(root: Path, files: Iterable[str], node_ids: Iterable[str]) ->
 def describe(golden: Golden) -> Sequence[str]:
     """A golden in a few lines, for people."""
     trace, prints = golden.trace, golden.fingerprint
-    engine = prints.get("engine", {})
+    engine, device = prints.get("engine", {}), prints.get("hardware", {}).get("device")
+    version = f"{engine.get('kind', trace.engine)} {engine.get('version', trace.engine_version)}"
     lines = [
         f"{trace.num_sequences} sequences of {trace.num_prompts} prompts, {trace.num_tokens:,} tokens"
         f" ({int(trace.mask.sum()):,} compared), top-{trace.top_k}",
         f"{trace.logprobs_mode.replace('_', ' ')} by {trace.path}; {trace.sampling.processing()}, seed {trace.sampling.seed}",
-        f"{engine.get('kind', trace.engine)} {engine.get('version', trace.engine_version)}, {trace.dtype}"
-        + (f", {prints['hardware'].get('device')}" if prints.get("hardware") else ""),
+        ", ".join([version, trace.dtype, *([] if device is None else [str(device)])]),
     ]
     if prints.get("adapter"):
         lines.append(f"adapter {prints['adapter']}")
@@ -188,4 +194,4 @@ def describe(golden: Golden) -> Sequence[str]:
     lines.append("no reference" if golden.reference is None else golden.reference.describe(trace.logprobs))
     if golden.node_id:
         lines.append(f"test {golden.node_id}" + (f", check {golden.name!r}" if golden.name else ""))
-    return lines
+    return [visible_line(line) for line in lines]

@@ -9,6 +9,7 @@ from typing import Any, Final
 from .comparison.objectives import objective_of
 from .comparison.result import OUTLIERS, SIDES, Comparison, Level, MismatchError, Setup, TokenDiff, Verdict, in_words
 from .trace import Trace
+from .visible_text import visible_line
 
 _LABEL: Final = 13
 _SHOWN_DIFFERENCES: Final = 12
@@ -83,7 +84,7 @@ def failure_message(
 def side(trace: Trace) -> str:
     """Who said the numbers of a trace, which ones, and by which replay."""
     forced = f" ({trace.forcing})" if trace.replay and trace.forcing else ""
-    return (
+    return visible_line(
         f"{trace.engine} {trace.engine_version}".rstrip() + f", {trace.dtype}, {trace.logprobs_mode.replace('_', ' ')} by "
         f"{trace.replay or trace.path}{forced}"
     )
@@ -190,7 +191,9 @@ def _before(trace: Trace, token: TokenDiff) -> str:
 
 def _difference_lines(differences: Sequence[tuple[str, Any, Any]], sides: tuple[str, str]) -> list[str]:
     here, there = (in_words(side) for side in sides)
-    lines = [f"{name}: {golden!r} {here}, {now!r} {there}" for name, golden, now in differences[:_SHOWN_DIFFERENCES]]
+    lines = [
+        visible_line(f"{name}: {golden!r} {here}, {now!r} {there}") for name, golden, now in differences[:_SHOWN_DIFFERENCES]
+    ]
     if len(differences) > _SHOWN_DIFFERENCES:
         lines.append(f"and {len(differences) - _SHOWN_DIFFERENCES} more")
     return lines or ["nothing in the fingerprints: same engine, version, configuration, hardware and libraries"]

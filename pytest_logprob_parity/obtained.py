@@ -21,6 +21,7 @@ from .comparison.result import LEVELS, Level, Setup, Verdict
 from .comparison.tolerance import Tolerance
 from .errors import GoldenError, ParityError, UsageError
 from .golden import SUFFIX, Golden
+from .visible_text import visible_line
 
 #: The folder, below the root.
 OBTAINED: Final = "parity-obtained"
@@ -145,4 +146,4 @@ def folder_for(root: Path) -> Path:
 
 def headline_of(obtained: Obtained) -> str:
     """Which check it is: its node id, and its name where it has one."""
-    return obtained.node_id + (f", check {obtained.name!r}" if obtained.name else "") or obtained.golden
+    return visible_line(obtained.node_id + (f", check {obtained.name!r}" if obtained.name else "") or obtained.golden)

@@ -66,20 +66,18 @@ def record(
         digest = fingerprint.digest_of(prompts)
         golden = dataclasses.replace(golden, fingerprint=engine.fingerprint(), prompts_digest=digest)
         check_numbers(golden.trace, context.shown_path)
-    itself = compare(expected=golden.trace, actual=golden.trace)
-    if not itself.passed:
-        raise UsageError(f"{context.shown_path}: not recorded: it could never pass: {itself.headline}")
+    _check_passes_itself(golden.trace, context.shown_path)
     if isinstance(engine, Engine) and repeats and engine.config.forces:
         began = time.monotonic()
         own, measured = measure_floor(engine, golden.trace, repeats)
         golden = dataclasses.replace(golden, floor=measured)
         notes.append(Note("floor_seconds", f"the noise floor took {time.monotonic() - began:.1f} s beside the recording pass"))
-        _check_agrees_with_itself(golden, own, explicit, context)
+        _check_agrees_with_itself(golden, own, explicit, context.shown_path)
     if isinstance(engine, Engine):
         reference, told = reference_of(engine, golden.trace, generating, context.reference)
         notes.append(Note("reference", told))
         golden = dataclasses.replace(golden, reference=reference)
-        _check_agrees_with_reference(golden, context)
+        _check_agrees_with_reference(golden, context.shown_path)
     limits = make_tolerance(
         with_floor(default_tolerance(golden.trace.dtype, objective=context.objective), golden.floor), explicit
     )
@@ -157,7 +155,23 @@ def _check_can_replay(engine: Engine, replay: Sequence[ReplayPath], sampling: Sa
         raise EngineError(f"not recorded: its golden could not be replayed: {engine.config.unforced}")
 
 
-def _check_agrees_with_itself(golden: Golden, own: FloatArray, explicit: Mapping[str, float], context: Context) -> None:
+def check_recorded(golden: Golden, explicit: Mapping[str, float], name: str) -> None:
+    """Everything that recording refuses and a file can show; `explicit` are the limits that hold. Raises as `record` does."""
+    if golden.fingerprint:
+        check_numbers(golden.trace, name)
+    _check_passes_itself(golden.trace, name)
+    if golden.floor is not None:
+        _check_agrees_with_itself(golden, golden.trace.logprobs, explicit, name)
+    _check_agrees_with_reference(golden, name)
+
+
+def _check_passes_itself(trace: Trace, name: str) -> None:
+    itself = compare(expected=trace, actual=trace)
+    if not itself.passed:
+        raise UsageError(f"{name}: not recorded: it could never pass: {itself.headline}")
+
+
+def _check_agrees_with_itself(golden: Golden, own: FloatArray, explicit: Mapping[str, float], name: str) -> None:
     """Refuse a golden whose own engine would fail it."""
     trace, floor = golden.trace, golden.floor
     assert floor is not None
@@ -170,12 +184,12 @@ def _check_agrees_with_itself(golden: Golden, own: FloatArray, explicit: Mapping
         "on its own schedule",
         *(f"in other batch compositions, repeat {n + 1} of {floor.repeats}" for n in range(floor.repeats)),
     ]
-    for name, logprobs in zip(names, (own, *floor.logprobs), strict=True):
+    for way, logprobs in zip(names, (own, *floor.logprobs), strict=True):
         again = judge(chosen, chosen.with_(logprobs=logprobs), limits, "rl", Evidence(routed=golden.routed))
         if again.verdict == "fail":
             raise EngineError(
-                f"{context.shown_path}: not recorded: this engine does not agree with itself beyond what {trace.dtype} "
-                f"explains: the same tokens {name}: {again.headline}"
+                f"{name}: not recorded: this engine does not agree with itself beyond what {trace.dtype} "
+                f"explains: the same tokens {way}: {again.headline}"
             )
 
 
@@ -187,7 +201,7 @@ _REFUSED_TOKEN: Final = {"float32": 1.0, "float16": 3.0, "bfloat16": 8.0}
 _LARGEST: Final = 0.005
 
 
-def _check_agrees_with_reference(golden: Golden, context: Context) -> None:
+def _check_agrees_with_reference(golden: Golden, name: str) -> None:
     """Refuse a golden that is further from its own model in float32 than its dtype explains: it would record a bug."""
     trace, reference = golden.trace, golden.reference
     if reference is None:
@@ -207,7 +221,7 @@ def _check_agrees_with_reference(golden: Golden, context: Context) -> None:
     found = semantic_findings(as_trace, trace, align(as_trace, trace))
     why = f"; {found[0]}" if found else ""
     raise EngineError(
-        f"{context.shown_path}: not recorded: the engine's logprobs are further from the model's own in float32 "
+        f"{name}: not recorded: the engine's logprobs are further from the model's own in float32 "
         f"({reference.source}) than {trace.dtype} explains: RMS {rms:.2g} nats, the largest {far:.2g}{why}. Find out which is "
         "wrong; ini `parity_reference = none` records without a reference"
     )

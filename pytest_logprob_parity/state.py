@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import pytest
 
 from .errors import ParityError
 from .server_settings import SERVER
+from .visible_text import visible_line
 
 if TYPE_CHECKING:
     from .comparison.result import Level
@@ -100,13 +102,10 @@ def tell(config: pytest.Config, line: str) -> None:
     capture = config.pluginmanager.get_plugin("capturemanager")
     if terminal is None:
         return
-    if capture is None:
-        terminal.write_line(f"logprob-parity: {line}")
-        terminal.flush()
-        return
-    with capture.global_and_fixture_disabled():
-        terminal.ensure_newline()
-        terminal.write_line(f"logprob-parity: {line}")
+    with contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled():
+        if capture is not None:
+            terminal.ensure_newline()
+        terminal.write_line(f"logprob-parity: {visible_line(line)}")
         terminal.flush()  # into a pipe, too: it is progress
 
 

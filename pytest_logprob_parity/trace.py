@@ -489,7 +489,7 @@ class Trace:
             what = (
                 f"it lacks the column {missing[0]}"
                 if missing
-                else f"it has an unknown column {unknown[0]}"
+                else f"it has an unknown column {unknown[0]!r:.60}"
                 if unknown
                 else "it has no labels"
             )
@@ -498,7 +498,7 @@ class Trace:
             labels = _with_forcing(metadata["trace"])
             texts = _unpack_texts(**labels.pop("token_texts"))
             return cls(**columns, **{**labels, "sampling": Sampling.of(labels["sampling"]), "token_texts": texts})  # type: ignore[arg-type]
-        except (UsageError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (UsageError, TypeError, ValueError, OverflowError, KeyError, AttributeError) as error:
             raise container.damaged(path, f"its parts do not fit together: {error}") from None
 
 

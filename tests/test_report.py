@@ -13,7 +13,7 @@ from pytest_logprob_parity import Trace, UsageError
 from pytest_logprob_parity.files import compare_files
 from pytest_logprob_parity.report.results import PLOTS, cause_of, excess, read_results
 from pytest_logprob_parity.report.sequences import texts_of
-from pytest_logprob_parity.report.visible import visible, visible_token
+from pytest_logprob_parity.visible_text import visible, visible_token
 
 HOSTILE = (
     "<script>window.pwned = 1</script>", '"><img src=x onerror="window.pwned = 1">', "\u202egnp.exe", "\ud800", "\x00\x1b[31m",

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from ..visible_text import visible
 from .markdown import render_markdown
 from .results import GOOD, IN_WORDS, cause_of, title_of
-from .visible import visible
 
 #: GitHub shows ten errors and ten warnings of a step; ours are the worst.
 _MOST: Final = 10

@@ -13,9 +13,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..comparison.result import LAYERS
+from ..visible_text import visible, visible_token
 from .charts import charts_of
 from .results import IN_WORDS, OUTCOMES, cause_of, counts_of, title_of
-from .visible import visible, visible_token
 
 #: Steps of a token's colour, as shares of the |d| that counts as an outlier.
 _STEPS: Final = (0.02, 0.1, 0.3, 1.0)

@@ -1,0 +1,257 @@
+"""Under attack: goldens, artifacts and texts that somebody made to hide, to hang or to be obeyed."""
+
+import dataclasses
+import os
+import time
+
+import attack
+import numpy as np
+import pytest
+from made_up import make_trace, moved, noise, reference_of
+from reporting import command
+from safetensors import deserialize
+
+from pytest_logprob_parity import Golden, GoldenError, Sampling, container
+from pytest_logprob_parity.floor import NoiseFloor, Shapes
+from pytest_logprob_parity.obtained import Obtained, candidate_path
+
+PRINTS = {
+    "name": "m", "model": "a", "tokenizer": "b", "chat_template": "c", "engine": {"kind": "vllm", "version": "0.32.0"},
+    "dtype": "bfloat16", "config": {"seed": 0}, "hardware": {"device": "cpu"}, "libraries": {},
+}  # fmt: skip
+PLACE = "golden/test_it/it-00000000.safetensors"
+
+
+def make_golden(change=0.0, **changes):
+    """A golden as recording makes it: with noise floor, reference and fingerprint."""
+    trace = moved(make_trace(), change)
+    rows = np.stack([trace.logprobs + noise(trace, 0.002, seed) for seed in range(5)]).astype(np.float32)
+    golden = Golden(
+        trace, PRINTS, "prompts", "test_it.py::test_it", "", NoiseFloor(rows, Shapes(), True),
+        reference_of(trace, noise(trace, 0.005, 9)), {},
+    )  # fmt: skip
+    return dataclasses.replace(golden, **changes)
+
+
+def refusal_of(path):
+    """Why a golden is not read; None where it is."""
+    try:
+        Golden.load(path)
+    except GoldenError as error:
+        return str(error)
+
+
+# -- goldens ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_mutated_golden_is_refused_in_one_line_or_read_and_shown(tmp_path, capsys):
+    """benchmarks/attack_goldens.py is the same with 10,000."""
+    path, original = tmp_path / "mutated.safetensors", tmp_path / "original.safetensors"
+    make_golden().save(original)
+    read = 0
+    for name, data, repaired in attack.mutations(original.read_bytes(), 150):
+        path.write_bytes(data)
+        if (refusal := refusal_of(path)) is not None:
+            assert "\n" not in refusal, name
+            assert len(refusal) < 1000, name
+            continue
+        assert repaired, f"{name}: altered, and read"
+        read += 1
+        for verb in (["show", path], ["diff", original, path], ["diff", "--json", path, original]):
+            command(capsys, *verb)
+    assert read > 30  # the negative control: not everything is refused
+
+
+def test_what_safetensors_refuses_is_refused(tmp_path):
+    path = tmp_path / "g.safetensors"
+    make_golden().save(path)
+    data, agreed = path.read_bytes(), 0
+    for name, mutated, _ in attack.mutations(data, 200, seed=1):
+        try:
+            deserialize(mutated)
+        except Exception:
+            path.write_bytes(mutated)
+            with pytest.raises(GoldenError):
+                container.read(path)
+            agreed += 1
+        else:
+            assert name
+    assert agreed > 40
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"data_offsets": [0, 2**63]}, "has no shape or no place"), ({"shape": ["595"]}, "has no shape or no place"),
+        ({"shape": [595.9]}, "has no shape or no place"), ({"shape": [-1]}, "has no shape or no place"),
+        ({"data_offsets": [0, 4]}, "its shape asks for others"), ({"dtype": "F16"}, "is of dtype 'F16'"),
+        ({"shape": [True]}, "has no shape or no place"), ({"more": 1}, "is no column"),
+    ],
+)  # fmt: skip
+def test_a_header_that_lies(tmp_path, entry, told):
+    path = tmp_path / "g.safetensors"
+    make_golden().save(path)
+    _, metadata, columns = attack.parts_of(path.read_bytes())
+
+    def change(header):
+        header["logprobs"] |= entry
+        return header
+
+    path.write_bytes(attack.built(metadata, columns, change))
+    with pytest.raises(GoldenError, match=told):
+        Golden.load(path)
+    path.write_bytes(attack.built(metadata, columns))
+    assert Golden.load(path).trace.num_tokens == 2000
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "endless", "large"])
+def test_what_is_no_regular_file_of_a_bounded_size_is_never_read(tmp_path, capsys, kind):
+    path = tmp_path / "g.safetensors"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "large":
+        with path.open("wb") as file:
+            file.truncate(container.MOST_BYTES + 1)
+    else:
+        path.symlink_to("/dev/null" if kind == "device" else "/dev/zero")
+    began = time.monotonic()
+    for verb in (["show", path], ["diff", path, path], ["accept", path]):
+        status, _, err = command(capsys, *verb)
+        assert (status, err.count("\n")) == (2, 1), err
+        assert ("2 GiB" if kind == "large" else "no regular file") in err
+    assert time.monotonic() - began < 5
+
+
+def test_a_killed_update_leaves_a_part_that_the_next_one_clears(tmp_path):
+    path = tmp_path / "g.safetensors"
+    stale, fresh = tmp_path / ".g.safetensors.abc.part", tmp_path / ".other.safetensors.abc.part"
+    for part in (stale, fresh):
+        part.write_bytes(b"half")
+    os.utime(stale, (0, 0))
+    make_golden().save(path)
+    assert (path.exists(), stale.exists(), fresh.exists()) == (True, False, True)  # a fresh one may be somebody's
+
+
+# -- artifacts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path, capsys):
+    """A repo with a golden and what a failing run left: `tree(candidate=...)` accepts it; gives status, output, written?"""
+    golden, left = make_golden(), make_golden(-0.3, floor=None, reference=None)
+
+    def accept(*arguments, candidate=None, told=(), **changes):
+        path = tmp_path / PLACE
+        golden.save(path)
+        before = path.read_bytes()
+        place = tmp_path / "parity-obtained" / "test_it" / path.name
+        made = candidate or make_golden(-0.3)
+        made.save(candidate_path(place))
+        obtained = Obtained(
+            PLACE, Golden.load(path).digest, golden.node_id, "", "fail", "off", "rl", "compatible",
+            Golden.load(candidate_path(place)).digest,
+        )  # fmt: skip
+        obtained = dataclasses.replace(obtained, **dict(told))
+        dataclasses.replace(left, **changes).save(place, also={"obtained": {**vars(obtained)}})
+        status, out, err = command(capsys, "accept", "--root", tmp_path, *arguments)
+        return status, out + err, path.read_bytes() != before
+
+    accept.left, accept.golden, accept.root = left, golden, tmp_path
+    return accept
+
+
+def test_an_honest_tree_is_written_and_shows_the_candidates_own_numbers(tree):
+    status, out, written = tree("--yes")
+    assert (status, written) == (0, True)
+    assert "  candidate  2,000 tokens in common with the golden: mean d -0.3, RMS 0.3, max |d| 0.3 nats" in out
+
+
+TRACE = make_trace()
+MOVED = moved(TRACE, -0.3)
+ONE = np.arange(TRACE.num_tokens) == 0
+
+
+def _floor(rms):
+    rows = np.stack([MOVED.logprobs + noise(MOVED, rms, seed) for seed in range(5)]).astype(np.float32)
+    return NoiseFloor(rows, Shapes(), True)
+
+
+#: What somebody puts in place of the candidate, and what its refusal, or the line that keeps --yes from it, says.
+CANDIDATES = {
+    "all NaN": ({"trace": MOVED.with_(logprobs=np.full(2000, np.nan, np.float32))}, "2000 of 2000 logprobs"),
+    "one NaN": ({"trace": MOVED.with_(logprobs=np.where(ONE, np.float32(np.nan), MOVED.logprobs))}, "1 of 2000 logprobs"),
+    "+inf": ({"trace": MOVED.with_(logprobs=np.where(ONE, np.float32(np.inf), MOVED.logprobs))}, "1 of 2000 logprobs"),
+    "all -inf": ({"trace": MOVED.with_(logprobs=np.full(2000, -np.inf, np.float32))}, "refused"),
+    "all masked but one": ({"trace": MOVED.with_(mask=ONE)}, "loosened   compares 1 tokens in place of 2,000"),
+    "some masked": ({"trace": MOVED.with_(mask=~ONE)}, "loosened   masks 1 of its tokens"),
+    "all masked": ({"trace": MOVED.with_(mask=ONE & False)}, "refused"),
+    "limits of 1e9": ({"tolerance": {"k3": 1e9, "mean_diff": 1e9}}, "loosened   limit k3: 1e+09"),
+    "one limit": ({"tolerance": {"outlier": 100.0}}, "loosened   limit outlier: 100"),
+    "an infinite limit": ({"tolerance": {"outlier": float("inf")}}, "loosened   limit outlier: inf"),
+    "a limit that is no number": ({"tolerance": {"outlier": float("nan")}}, "loosened   limit outlier: nan"),
+    "no fingerprint": ({"fingerprint": {}}, "does not say which engine made it"),
+    "half a fingerprint": ({"fingerprint": {k: v for k, v in PRINTS.items() if k != "config"}}, "of another engine"),
+    "another engine": ({"fingerprint": {**PRINTS, "engine": {"kind": "vllm", "version": "9"}}}, "of another engine"),
+    "another model": ({"fingerprint": {**PRINTS, "model": "z"}}, "incomparable"),
+    "another tokenizer": ({"fingerprint": {**PRINTS, "tokenizer": "z"}}, "incomparable"),
+    "no floor": ({"floor": None}, "loosened   it has no noise floor"),
+    "a floor of 3 nats": ({"floor": _floor(3.0)}, "does not agree with itself"),
+    "a floor of a tenth": ({"floor": _floor(0.02)}, "loosened   its noise floor is 10"),
+    "no reference": ({"reference": None}, "loosened   it has no reference"),
+    "a reference far away": ({"reference": reference_of(MOVED, noise(MOVED, 3.0))}, "further from the model's own in float32"),
+    "other sampling": ({"trace": MOVED.with_(sampling=Sampling(temperature=0.5))}, "incomparable"),
+    "other prompts": ({"trace": MOVED.with_(prompt_token_ids=MOVED.prompt_token_ids + 1)}, "incomparable"),
+    "another test": ({"node_id": "test_it.py::other"}, "incomparable"),
+    "another name": ({"name": "other"}, "incomparable"),
+    "one sequence": ({"trace": make_trace(1), "floor": None, "reference": None}, "incomparable"),
+    "twice the sequences": ({"trace": make_trace(100, prompts=50), "floor": None, "reference": None}, "incomparable"),
+    "shorter sequences": ({"trace": make_trace(50, 4), "floor": None, "reference": None}, "not those of the trace"),
+    "numbers of its own": ({"trace": moved(TRACE, 3.0), "floor": None, "reference": None}, "refused"),
+    "moved more than was shown": ({"trace": moved(TRACE, -2.0), "floor": None, "reference": None}, "not those of the trace"),
+    "not moved at all": ({"trace": TRACE, "floor": None, "reference": None}, "not those of the trace"),
+    "another label": (
+        {"trace": moved(TRACE, -2.0).with_(logprobs_mode="raw_logprobs"), "floor": None, "reference": None},
+        "not those of the trace",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_a_malicious_candidate_is_not_written_unseen(tree, name):
+    changes, told = CANDIDATES[name]
+    status, out, written = tree("--yes", candidate=make_golden(-0.3, **changes))
+    assert not written, out
+    assert status == 1
+    assert told in out
+
+
+@pytest.mark.parametrize(
+    ("told", "refusal"),
+    [
+        ({"golden": "../x.safetensors"}, "not inside this folder"), ({"golden": "/etc/x.safetensors"}, "not inside"),
+        ({"golden": "link/x.safetensors"}, "not inside"), ({"golden": ".git/x.safetensors"}, "not inside"),
+        ({"golden": "golden/x\0.safetensors"}, "not inside"), ({"golden": "conftest.py"}, "not inside"),
+        ({"golden_digest": "0" * 64}, "no longer the one"), ({"candidate": "0" * 64}, "not the candidate of this run"),
+        ({"candidate": "", "refusal": "\x1b[2Jnone"}, "␛[2Jnone"), ({"node_id": "test_it.py::other"}, "belongs to"),
+    ],
+)  # fmt: skip
+def test_a_malicious_obtained_trace_is_not_written(tree, told, refusal):
+    (tree.root / "link").symlink_to("/tmp")
+    status, out, written = tree("--yes", told=told)
+    assert (status, written) == (1, False)
+    assert refusal in out
+
+
+def test_a_folder_of_goldens_that_is_a_link_out_of_the_repo(tree, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    (tree.root / "golden").symlink_to(outside, target_is_directory=True)
+    status, out, written = tree("--yes")
+    assert (status, written) == (1, False)
+    assert "not inside this folder" in out
+
+
+def test_what_loosens_a_golden_is_accepted_by_who_answers_for_it(tree, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda text: "y")
+    status, out, written = tree(candidate=make_golden(-0.3, tolerance={"k3": 1.0}))
+    assert (status, written) == (0, True)
+    assert "loosened   limit k3: 1 in place of that of its dtype and noise" in out
