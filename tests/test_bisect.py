@@ -136,7 +136,8 @@ def test_what_cannot_work_is_said_before_anything_is_made(capsys, arguments, tol
 def test_settings_may_stand_behind_options(monkeypatch, capsys):
     """And what is none is refused, as it was."""
     given = {}
-    monkeypatch.setattr("pytest_logprob_parity.cli._run", lambda namespace: given.update(vars(namespace)) or 0)
+    for verb in ("bisect", "diagnose"):
+        monkeypatch.setattr(f"pytest_logprob_parity.cli.{verb}.run", lambda namespace: given.update(vars(namespace)) or 0)
     assert main(["bisect", "x", "a=1", "--good", "1", "b=2", "--bad", "2", "c=3"]) == 0
     assert given["settings"] == ["a=1", "b=2", "c=3"]
     assert main(["diagnose", "x", "--max-engines", "3", "a=1"]) == 0

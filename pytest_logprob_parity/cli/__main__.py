@@ -1,0 +1,7 @@
+"""`python -m pytest_logprob_parity.cli`."""
+
+from __future__ import annotations
+
+from . import main
+
+raise SystemExit(main())

