@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .comparison.objectives import DEFAULT_OBJECTIVE
-from .comparison.result import Comparison, MismatchError
+from .comparison.result import TALLY, Comparison, MismatchError
 from .comparison.tolerance import Tolerance
 from .comparison.verdict import compare
 from .errors import ParityError
@@ -46,6 +46,7 @@ def assert_logprobs_close(
 def assert_tokens_equal(*, actual: Trace, expected: Trace) -> None:
     """Assert that both traces have the same prompts and tokens. Raises ParityError naming the first that differs."""
     __tracebackhide__ = True
+    TALLY.made += 1
     if actual.num_sequences != expected.num_sequences:
         raise ParityError(f"{actual.num_sequences} sequences, expected {expected.num_sequences}")
     for sequence in range(expected.num_sequences):

@@ -14,7 +14,8 @@ from .comparison.result import MismatchError
 from .errors import IncomparableError, ParityError, UsageError
 from .records import Records, told_of
 from .settings import make_spec
-from .state import ITEM, NODE_ID, NOTED, ORIGIN, SESSION, pool_of, tell
+from .state import ASKED, EXPECTS, ITEM, NODE_ID, NOTED, ORIGIN, SESSION, Expected, pool_of, tell
+from .unchecked import raises_is_open
 
 if TYPE_CHECKING:
     from .belonging import Checked, Context
@@ -163,6 +164,7 @@ class GoldenTrace:
         if name is not None and (not isinstance(name, str) or _is_broken(name)):
             raise UsageError(f"check(name={name!r}): must be a string, without lone surrogates")
         path = self.path(name)
+        self._item.stash.setdefault(ASKED, set()).add(path)
         seen: list[Checked] = []
         context = self._context(path, name, seen.append)
         arguments: dict[str, Any] = {
@@ -184,14 +186,15 @@ class GoldenTrace:
             if outcome == "unverified" and self._session.warn_unverified:
                 self._records.note(context, "warned", str(found), found.comparison, checked, kept)
                 return found.comparison
-            self._records.note(context, outcome, str(found), found.comparison, checked, kept)
+            expected = self._is_expected(found)
+            self._records.note(context, outcome, str(found), found.comparison, checked, kept, expected=expected)
             setattr(found, ORIGIN, NOTED)
             # The message says it all; the frames and causes below would bury it.
             raise found.with_traceback(None) from None
         except Exception as error:
             if isinstance(error, IncomparableError):  # what an earlier run left is of another question
                 self._records.forget(path)
-            self._records.note(context, *told_of(error))
+            self._records.note(context, *told_of(error), expected=self._is_expected(error))
             setattr(error, ORIGIN, NOTED)
             if isinstance(error, ParityError):
                 raise error.with_traceback(None) from None
@@ -202,6 +205,22 @@ class GoldenTrace:
         else:
             self._records.note(context, "passed", comparison.headline, comparison, seen[-1])
         return comparison
+
+    def expect_failure(self) -> Expected:
+        """Say that a check of this test fails, and that this is what the test is about.
+
+        `with golden_trace.expect_failure() as expected:` takes the failure of a check in it, which is `expected.error` then,
+        its comparison `expected.comparison`; a check that passes there is the test's failure. The call alone is for a test that
+        takes the exception itself. Without either a test that swallows a failure ends in an error.
+        """
+        self._item.stash[EXPECTS] = expected = Expected()
+        return expected
+
+    def _is_expected(self, error: Exception) -> bool:
+        if (expects := self._item.stash.get(EXPECTS, None)) is not None:
+            expects.failed = True
+            return True
+        return isinstance(error, ParityError) and raises_is_open(error)
 
     def _context(self, path: Path, name: str | None, observe: Callable[[Checked], None]) -> Context:
         from .belonging import Context

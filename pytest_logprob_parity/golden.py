@@ -160,21 +160,58 @@ def golden_path(root: Path, node_id: str, name: str = "") -> Path:
     return root.joinpath(*parts) / f"{slug}-{digest}{SUFFIX}"
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A golden's file, and the check that it says it belongs to. What counts is the path: the check that asks for it has it."""
+
+    path: Path
+    node_id: str
+    name: str
+
+
+def claims_in(folder: Path) -> list[Claim]:
+    """What the goldens of one folder say of themselves; files that cannot be read are left out."""
+    found = []
+    for path in _goldens_in(folder):
+        try:
+            about = container.read_metadata(path).get("golden", {})
+            texts = [about.get("node_id", ""), about.get("name", "")]
+        except (GoldenError, AttributeError):
+            continue
+        if all(isinstance(text, str) for text in texts):
+            found.append(Claim(path, *texts))
+    return found
+
+
 def unused_goldens(root: Path, files: Iterable[str], node_ids: Iterable[str]) -> list[Path]:
-    """Goldens below `root` of the given test files whose test no longer exists; files that cannot be read are left out."""
-    collected = set(node_ids)
+    """Goldens below `root` of the given test files that no test has, by their paths; files that cannot be read are left out."""
+    collected: dict[str, list[str]] = {file: [] for file in files}
+    for node_id in node_ids:
+        collected.setdefault(node_id.partition("::")[0], []).append(node_id)
     unused: list[Path] = []
-    for file in sorted(set(files)):
-        folder = golden_path(root, f"{file}::x").parent
-        for path in sorted(folder.glob(f"*{SUFFIX}")):
-            try:
-                about = container.read_metadata(path).get("golden", {})
-            except GoldenError:
-                continue
-            node_id = about.get("node_id", "") if isinstance(about, Mapping) else ""
-            if node_id and node_id.partition("::")[0] == file and node_id not in collected:
-                unused.append(path)
+    for file in sorted(collected):
+        found = claims_in(golden_path(root, f"{file}::x").parent)
+        names = {claim.name for claim in found}
+        theirs = {golden_path(root, node_id, name) for node_id in collected[file] for name in names}
+        unused += [claim.path for claim in found if claim.node_id and claim.path not in theirs]
     return unused
+
+
+def goldens_without_file(root: Path, tests: Path) -> list[Path]:
+    """Goldens below `root` whose test file is gone from below `tests`: the one that their folder is of, and their own."""
+    gone: list[Path] = []
+    for folder in sorted({path.parent for path in _goldens_in(root, "**/")}):
+        if not (tests / folder.relative_to(root)).with_suffix(".py").exists():
+            gone += [c.path for c in claims_in(folder) if c.node_id and not (tests / c.node_id.partition("::")[0]).exists()]
+    return gone
+
+
+def _goldens_in(folder: Path, below: str = "") -> list[Path]:
+    """The goldens of a folder, in order; none of one that is not there or cannot be read."""
+    try:
+        return sorted(folder.glob(f"{below}*{SUFFIX}"))
+    except OSError:
+        return []
 
 
 def describe(golden: Golden) -> Sequence[str]:

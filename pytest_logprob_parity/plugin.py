@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +15,11 @@ from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity
 from .records import Records
 from .server_settings import check_url
 from .settings import make_spec, marker_settings, parse_settings
-from .state import ITEM, NODE_ID, ORIGIN, PROPERTY, RAISED, SESSION, ItemSettings, Session, node_id_of
+from .state import ASKED, GREEN, ITEM, NODE_ID, ORIGIN, PROPERTY, RAISED, SESSION, TALLIED, ItemSettings, Session, node_id_of
+from .summary import one_line, summary
 from .trainer.frameworks import FRAMEWORKS
+from .unchecked import SWALLOWED, UNCHECKED, comparisons_made, look_at_the_end
+from .visible_text import visible_line
 
 __all__ = [
     "golden_trace",
@@ -40,8 +42,6 @@ _RUNS_NOTHING: Final = (
     "version",
 )  # fmt: skip
 _GOOD: Final = ("passed", "recorded")
-#: How many checks that passed the summary tells of, without -v.
-_SHOWN: Final = 5
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -96,6 +96,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini(
         "parity_objective", "what matters to an update: token, sequence, truncated or unclipped ratios", default="token"
     )
+    parser.addini(
+        "parity_unchecked",
+        "what a test that passes and compared nothing does: error, or warn (default: error where it has a golden, else warn)",
+        default="",
+    )
     parser.addini("parity_unverified", "what an unverified check does: fail, or warn in the summary", default="fail")
     parser.addini(
         "parity_reference",
@@ -131,9 +136,8 @@ def pytest_configure(config: pytest.Config) -> None:
         " or engine argument; `objective` is what its checks are judged for.",
     )
     handed = getattr(config, "workerinput", {}).get("logprob_parity_update")
-    flag = config.getoption("--update-golden", False)  # a conftest's own may hold anything; only a plain flag counts
-    update = handed or config.getoption("--parity-update") or ("all" if flag is True else "")
     try:
+        update = handed or _update(config)
         ini, override = (
             parse_settings(config.getini("parity_engine"), "parity_engine"),
             parse_settings(config.getoption("--parity-set"), "--parity-set"),
@@ -148,6 +152,7 @@ def pytest_configure(config: pytest.Config) -> None:
             for name, known in (
                 ("parity_objective", OBJECTIVES),
                 ("parity_unverified", ("fail", "warn")),
+                ("parity_unchecked", ("", "error", "warn")),
                 ("parity_reference", REFERENCES),
             )
         }
@@ -176,18 +181,30 @@ def pytest_configure(config: pytest.Config) -> None:
     session = Session(
         update, golden_dir, ini, override, level, int(repeats), report, obtained == "golden", server,
         objective=choices["parity_objective"], reference=choices["parity_reference"],
-        warn_unverified=choices["parity_unverified"] == "warn",
+        warn_unverified=choices["parity_unverified"] == "warn", unchecked=choices["parity_unchecked"], root=config.rootpath,
     )  # fmt: skip
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(session), "logprob_parity_outcomes")
 
 
+def _update(config: pytest.Config) -> str:
+    """What is to be recorded: what the command line says comes before addopts. Raises UsageError where it says two things."""
+    flag = config.getoption("--update-golden", False) is True  # a conftest's own may hold anything; only a plain flag counts
+    option: str = config.getoption("--parity-update") or ""
+    if not (flag and option):
+        return "all" if flag else option
+    written = [str(argument).partition("=")[0] for argument in config.invocation_params.args]
+    if "--update-golden" in written and "--parity-update" in written and option != "all":
+        raise UsageError(f"--update-golden records all goldens and --parity-update={option} does not: give one of them")
+    return option if "--parity-update" in written else "all"
+
+
 def _choice(config: pytest.Config, name: str, known: Sequence[str]) -> str:
     """The value of an ini key that has few. Raises UsageError."""
     value = str(config.getini(name))
     if value not in known:
-        raise UsageError(f"{name}: {value!r} is not one of {', '.join(known)}")
+        raise UsageError(f"{name}: {value!r} is not one of {', '.join(filter(None, known))}")
     return value
 
 
@@ -280,17 +297,21 @@ def _find_unused(session: pytest.Session, items: list[pytest.Item]) -> None:
     config = session.config
     partial = any("::" in str(argument) for argument in config.args) or config.getoption("lf", False)
     own = config.stash[SESSION]
-    if partial or session.testsfailed or not own.golden_dir.is_dir():
+    if partial or session.testsfailed or not _is_dir(own.golden_dir):
         return
-    from .golden import unused_goldens
+    from .golden import goldens_without_file, unused_goldens
 
     files = {node_id.partition("::")[0] for node_id in own.node_ids}
-    for path in unused_goldens(own.golden_dir, files, own.node_ids):
-        own.unused.add(_relative(path, config))
+    gone = [*unused_goldens(own.golden_dir, files, own.node_ids), *goldens_without_file(own.golden_dir, own.root)]
+    own.unused |= {own.shown(path) for path in gone}
 
 
-def _relative(path: Path, config: pytest.Config) -> str:
-    return str(path.relative_to(config.rootpath)) if path.is_relative_to(config.rootpath) else str(path)
+def _is_dir(folder: Path) -> bool:
+    """Whether a folder is there and can be looked at: one that cannot is what its checks tell of."""
+    try:
+        return folder.is_dir()
+    except OSError:
+        return False
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -298,6 +319,8 @@ def _relative(path: Path, config: pytest.Config) -> str:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     __tracebackhide__ = True
+    item.stash[GREEN], item.stash[TALLIED] = False, comparisons_made()
+    item.stash[ASKED] = set()
     Records(item, item.stash.get(NODE_ID, item.nodeid)).drop()
     settings = item.stash.get(ITEM, None)
     if settings is not None and settings.error is not None:
@@ -315,15 +338,30 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, 
         raise
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """Once its fixtures have ended, too: a test that passes has compared something, and has swallowed no failure."""
+    __tracebackhide__ = True
+    result = yield
+    look_at_the_end(item, marked=any(mark.name == MARKER for mark in item.iter_markers()))
+    return result
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, object, object]:
-    """Leave the record of an error of ours that no check has told of."""
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Leave the record of an error of ours that no check has told of, and whether the test itself passed."""
     if call.excinfo is not None:
         error = call.excinfo.value
         origin = getattr(error, ORIGIN, "")
         if origin == RAISED or (not origin and isinstance(error, ParityError) and error.kind != ParityError.kind):
             Records(item, item.stash.get(NODE_ID, item.nodeid)).note_error(error)
-    return (yield)
+    report = yield
+    if call.when == "call":
+        item.stash[GREEN] = report.passed and not hasattr(report, "wasxfail")
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None and call.excinfo is not None and isinstance(call.excinfo.value, ParityError):
+        crash.message = one_line(call.excinfo.value)  # for the short summary, which would repeat the class and cut the rest
+    return report
 
 
 # -- what happened ----------------------------------------------------------------------------------------------------
@@ -345,7 +383,8 @@ class Outcomes:
             return
         records = [json.loads(str(value)) for name, value in report.user_properties if name == PROPERTY]
         for record in records:
-            if test not in self._failing and record["outcome"] not in _GOOD:  # under xfail, or in pytest.raises
+            bad = record["outcome"] not in (*_GOOD, "warned", SWALLOWED, UNCHECKED)
+            if bad and (record.get("expected") or test not in self._failing):  # it says so, or is an xfail
                 record["outcome"] = "expected"
         self._failing.discard(test)
         self._records[test] = records  # of a test that is run again the last attempt
@@ -357,63 +396,34 @@ class Outcomes:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        self._session.unused |= set(getattr(node, "workeroutput", {}).get("logprob_parity_unused", ()))
+        output = getattr(node, "workeroutput", {})
+        self._session.unused |= set(output.get("logprob_parity_unused", ()))
+        self._session.uncompared |= set(output.get("logprob_parity_uncompared", ()))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         records = [record for test in self._records.values() for record in test]
         folder = self._session.report
         if folder is not None:
             records += _cut_off(folder, records)
-        self._tell(terminalreporter, records)
+        own, verbosity = self._session, terminalreporter.config.getoption("verbose")
+        for line in summary(records, sorted(own.unused), sorted(own.uncompared), verbosity):
+            terminalreporter.write_line(line.text, **({line.colour: True} if line.colour else {}))
         if folder is not None:
             self._report(folder, records, terminalreporter)
 
     def _report(self, folder: Path, records: Sequence[Mapping[str, Any]], terminalreporter: pytest.TerminalReporter) -> None:
         from .report.run import report_run
 
-        parts = [record.get("part", "") for record in records]
+        parts = [record.get("part", "") for record in records if record["outcome"] != UNCHECKED]
         expected = {record.get("part", "") for record in records if record["outcome"] == "expected"}
         unused = sorted(self._session.unused)
         try:
             lines = report_run(folder, parts, terminalreporter.config.rootpath, unused, expected)
         except (UsageError, OSError) as error:
-            terminalreporter.write_line(f"logprob-parity: no report: {error}", red=True)
+            terminalreporter.write_line(f"logprob-parity: no report: {visible_line(error)}", red=True)
             return
         for line in lines:
             terminalreporter.write_line(line)
-
-    def _tell(self, terminalreporter: pytest.TerminalReporter, records: Sequence[dict[str, Any]]) -> None:
-        counts = Counter(record["outcome"] for record in records)
-        good = [record for record in records if record["outcome"] in _GOOD and "shows" in record]
-        checked = sum(counts.get(o, 0) for o in ("passed", "failed", "unverified", "warned", "expected"))
-        unused = sorted(self._session.unused)
-        parts = [f"{counts['recorded']} recorded"] if counts.get("recorded") else []
-        parts += [f"{checked} checked"] if checked else []
-        names = {
-            "failed": "failed", "unverified": "unverified", "golden": "without a usable golden",
-            "incomparable": "incomparable", "usage": "misused", "engine": "engine errors",
-        }  # fmt: skip
-        parts += [f"{counts[kind]} {text}" for kind, text in names.items() if counts.get(kind)]
-        parts += [f"{counts['warned']} unverified and only warned of"] if counts.get("warned") else []
-        parts += [f"{counts['expected']} failed as expected"] if counts.get("expected") else []
-        parts += [f"{len(unused)} unused goldens"] if unused else []
-        if not parts:
-            return
-        bad = any(counts.get(kind) for kind in names)
-        terminalreporter.write_line(
-            "logprob-parity: " + ", ".join(parts), red=bad, yellow=bool(unused or counts.get("warned")) and not bad
-        )
-        for record in records:
-            if record["outcome"] == "warned":
-                terminalreporter.write_line(f"  unverified {record['golden']}: {record['headline']}", yellow=True)
-        most = len(good) if terminalreporter.config.getoption("verbose") > 0 else _SHOWN
-        for record in good[:most]:
-            for line in _told(record):
-                terminalreporter.write_line(line)
-        if len(good) > most:
-            terminalreporter.write_line(f"  and {len(good) - most} more; -v shows all")
-        for path in unused:
-            terminalreporter.write_line(f"  unused, its test is gone: {path}", yellow=True)
 
 
 def _cut_off(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -424,19 +434,9 @@ def _cut_off(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[dict[st
     return [{"outcome": entry["outcome"], "part": name} for name, entry in parts.items()]
 
 
-def _told(record: dict[str, Any]) -> list[str]:
-    """What a check that passed, or a recording, has shown: a failure has its own message."""
-    name = record["golden"] + (f", check {record['name']!r}" if record.get("name") else "")
-    if record["outcome"] == "recorded":
-        about = [f"  recorded {name}", *(f"    {note['text']}" for note in record["notes"])]
-    else:
-        judged = f"{record['setup']} setup, level {record['level']}, objective {record['objective']}"
-        about = [f"  pass ({judged}) {name}: {record['headline']}"]
-        about.append(f"    different? {record['difference']['text']}")
-    return about + [f"    {line}" for line in [*record["shows"], *record.get("logged", {}).get("lines", ())]]
-
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["logprob_parity_unused"] = sorted(session.config.stash[SESSION].unused)
+        own = session.config.stash[SESSION]
+        output["logprob_parity_unused"] = sorted(own.unused)
+        output["logprob_parity_uncompared"] = sorted(own.uncompared)

@@ -48,8 +48,7 @@ class Records:
 
     def shown(self, path: Path) -> str:
         """A path as people see it: from the root, where it lies below."""
-        root = self._config.rootpath
-        return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+        return self._session.shown(path)
 
     def command(self, flag: str) -> str:
         """How to run this test alone, from where pytest was called, with a flag, this run's ini file and settings."""
@@ -108,10 +107,17 @@ class Records:
         comparison: Comparison | None = None,
         checked: Checked | None = None,
         kept: Kept | None = None,
+        *,
+        expected: bool = False,
     ) -> None:
-        """Leave the record of one check, for the summary and junitxml, and its part of the report where there is to be one."""
+        """Leave the record of one check, for the summary and junitxml, and its part of the report where there is to be one.
+
+        `expected` says that the test waits for this failure.
+        """
         headline = next(iter(message.splitlines()), "")
         record: dict[str, Any] = {"outcome": outcome, "golden": context.shown_path, "headline": headline}
+        if expected:
+            record["expected"] = True
         if context.name:
             record["name"] = context.name
         if comparison is not None:

@@ -16,7 +16,8 @@ from .server_settings import SERVER
 from .visible_text import visible_line
 
 if TYPE_CHECKING:
-    from .comparison.result import Level
+    from .comparison.result import Comparison, Level
+    from .golden import Claim
     from .pool import Pool
     from .spec import EngineSpec
 
@@ -43,8 +44,30 @@ class Session:
     objective: str = "token"
     reference: str = "auto"
     warn_unverified: bool = False
+    unchecked: str = ""
+    root: Path = Path()
     node_ids: dict[str, Path] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
+    uncompared: set[str] = field(default_factory=set)
+    claims: dict[Path, list[Claim]] = field(default_factory=dict)
+
+    def shown(self, path: Path) -> str:
+        """A path as people see it: from the root, where it lies below."""
+        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+
+    def goldens_of(self, node_id: str) -> list[Path]:
+        """The goldens that a test's checks have; the files of a folder are looked at once."""
+        try:
+            if not self.golden_dir.is_dir():
+                return []
+        except OSError:  # its checks will say so
+            return []
+        from .golden import claims_in, golden_path
+
+        folder = golden_path(self.golden_dir, node_id).parent
+        if folder not in self.claims:
+            self.claims[folder] = claims_in(folder)
+        return [c.path for c in self.claims[folder] if golden_path(self.golden_dir, node_id, c.name) == c.path]
 
     def point(self, settings: dict[str, Any]) -> dict[str, Any]:
         """A vLLM's settings as those of the server that --parity-server names, where it names one."""
@@ -68,6 +91,36 @@ SESSION: Final = pytest.StashKey[Session]()
 ITEM: Final = pytest.StashKey[ItemSettings]()
 NODE_ID: Final = pytest.StashKey[str]()
 POOL: Final = pytest.StashKey["Pool"]()
+#: Whether the test itself passed, which goldens it asked for, and how many comparisons had been made when it began.
+GREEN: Final = pytest.StashKey[bool]()
+ASKED: Final = pytest.StashKey[set[Path]]()
+TALLIED: Final = pytest.StashKey[int]()
+EXPECTS: Final = pytest.StashKey["Expected"]()
+
+
+class Expected:
+    """A failure that a test waits for; `error` is the one that came in its `with` block, `comparison` its numbers."""
+
+    def __init__(self) -> None:
+        self.failed = False
+        self.error: ParityError | None = None
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """What was measured; None where nothing was."""
+        return getattr(self.error, "comparison", None)
+
+    def __enter__(self) -> Expected:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        __tracebackhide__ = True
+        if isinstance(error, ParityError) and self.failed:
+            self.error = error
+            return True
+        if error is None and not self.failed:
+            raise ParityError("golden_trace.expect_failure(): no check failed in it")
+        return False
 
 
 def node_id_of(item: pytest.Item) -> str:

@@ -544,7 +544,7 @@ def test_stepwise_and_last_failed_find_their_test_again(pytester):
 def test_unused_goldens_are_named_when_everything_was_collected(pytester, run_inner, recorded):
     pytester.makepyfile(test_it=TEST.replace("test_rollouts", "test_renamed"))
     result = run_inner("--collect-only")
-    assert summary(result) == ["logprob-parity: 1 unused goldens"]
+    assert summary(result) == ["logprob-parity: 1 unused golden"]
     result.stdout.fnmatch_lines(["*unused, its test is gone: golden/test_it/test_rollouts-*"])
     assert not summary(run_inner("--collect-only", "test_it.py::test_renamed"))
     assert recorded.exists()
@@ -563,10 +563,10 @@ def test_two_workers_record_and_check_like_one(pytester, recorded):
     pytester.makepyfile(test_other=TEST, test_it=TEST.replace("test_rollouts", "test_renamed"))
     first = pytester.runpytest_subprocess("-n", "2", "--update-golden", timeout=400)
     first.assert_outcomes(passed=2)
-    assert summary(first) == ["logprob-parity: 2 recorded, 1 unused goldens"]
+    assert summary(first) == ["logprob-parity: 2 recorded, 1 unused golden"]
     second = pytester.runpytest_subprocess("-n", "2", "-p", "no:cacheprovider", timeout=400)
     second.assert_outcomes(passed=2)
-    assert summary(second) == ["logprob-parity: 2 checked, 1 unused goldens"]
+    assert summary(second) == ["logprob-parity: 2 checked, 1 unused golden"]
 
 
 def test_ctrl_c_during_an_update_leaves_the_golden_and_no_process(pytester, recorded):
@@ -605,7 +605,7 @@ def test_engine_errors_have_a_count_of_their_own(pytester, run_inner, recorded):
     errors = [line for line in result.outlines if line.startswith("E ")]
     assert len(errors) == 1
     assert "EngineError: vllm 0.32.0 did not start" in errors[0]
-    assert summary(result) == ["logprob-parity: 1 engine errors"]
+    assert summary(result) == ["logprob-parity: 1 engine error"]
 
 
 def test_twenty_checks_start_as_many_engines_as_there_are_specs(pytester, run_inner, pool):

@@ -225,7 +225,7 @@ def test_own(): raise AssertionError
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     result = run_inner("--parity-report=report")
     assert result.parseoutcomes() == {"failed": 3, "errors": 4, "xfailed": 1}
-    assert "logprob-parity: 1 checked, 4 misused, 1 engine errors, 1 failed as expected" in result.outlines
+    assert "logprob-parity: 1 checked, 4 misused, 1 engine error, 1 failed as expected" in result.outlines
     assert len([line for line in result.outlines if line.startswith("::error file=test_it.py")]) == 5
     told = {c["node_id"].rpartition("::")[2]: c for c in read_results(pytester.path / "report" / "results.json")["checks"]}
     assert {name: c["outcome"] for name, c in told.items()} == {
@@ -482,7 +482,7 @@ def test_what_a_test_expects_is_told_and_fails_nobodys_run(failing_as_expected, 
     for workers in ((), ("-n", "2")):
         result = failing_as_expected("--parity-report=report", *workers)
         assert result.parseoutcomes() == {"passed": 1, "xfailed": 1, "failed": 1}
-        assert "logprob-parity: 3 checked, 1 failed, 2 failed as expected, 1 unused goldens" in result.outlines
+        assert "logprob-parity: 3 checked, 1 failed, 2 failed as expected, 1 unused golden" in result.outlines
         assert [line[:35] for line in result.outlines if line.startswith("::")] == ["::error file=test_it.py,line=37,tit"]
         checks = read_results(pytester.path / "report" / "results.json")["checks"]
         assert [check["outcome"] for check in checks] == ["failed", "expected", "expected"]

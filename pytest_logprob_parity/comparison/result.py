@@ -89,6 +89,16 @@ NoteKey: TypeAlias = Literal[
     "floor", "floor_seconds", "reference", "cannot_tell_raw", "chance", "noise_hides",
 ]  # fmt: skip
 
+
+@dataclass
+class Tally:
+    """How many comparisons this process has `made`: a test that leaves the number as it was has compared nothing."""
+
+    made: int = 0
+
+
+TALLY: Final = Tally()
+
 #: What the two sides of a comparison are called, unless they are others: a rollout and a trainer, say.
 SIDES: Final = ("golden", "now")
 

@@ -27,6 +27,7 @@ from .record import examine, topk_judged
 from .result import (
     LEVELS,
     SIDES,
+    TALLY,
     Comparison,
     Difference,
     Finding,
@@ -126,6 +127,7 @@ def check_level(level: str) -> Level:
 
 def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evidence: Evidence) -> Comparison:
     """What `compare` does, with everything that a check knows."""
+    TALLY.made += 1
     rows = align(expected, actual)
     e, a = expected.logprobs[rows.expected], actual.logprobs[rows.actual]
     finite = np.isfinite(e) & np.isfinite(a)

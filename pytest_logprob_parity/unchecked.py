@@ -1,0 +1,124 @@
+"""Nothing is green that checked nothing: tests that end without a comparison, and failures that their tests swallow."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from .errors import ParityError, UsageError
+from .state import ASKED, EXPECTS, GREEN, NODE_ID, NOTED, ORIGIN, PROPERTY, SESSION, TALLIED, note_outcome
+
+#: Outcomes of checks that fail nobody's test.
+_MET: Final = ("passed", "recorded", "warned")
+#: What a test's own ending leaves, where its checks do not tell it.
+SWALLOWED: Final = "swallowed"
+UNCHECKED: Final = "unchecked"
+
+#: What `pytest.raises` gives: up to pytest 8.3, and since.
+_RAISES: Final = ("RaisesContext", "RaisesExc")
+_RESULT: Final = "pytest_logprob_parity.comparison.result"
+
+
+def comparisons_made() -> int:
+    """How many comparisons this process has made; it imports nothing to know."""
+    module = sys.modules.get(_RESULT)
+    return 0 if module is None else int(module.TALLY.made)
+
+
+def raises_is_open(error: ParityError) -> bool:
+    """Whether the test waits for this very error: in a `pytest.raises` that names an exception of ours.
+
+    One that names AssertionError or Exception would take anything. pytest does not tell which are open, so the living ones
+    are looked at: a few milliseconds, for a check that fails.
+    """
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if kind.__name__ in _RAISES and str(kind.__module__).startswith("_pytest."):
+            named = getattr(thing, "expected_exceptions", None) or getattr(thing, "expected_exception", ())
+            named = named if isinstance(named, tuple) else (named,)
+            fits = isinstance(error, named) and all(issubclass(one, ParityError) for one in named)
+            if fits and _waits(getattr(thing, "excinfo", None)):
+                return True
+    return False
+
+
+def _waits(excinfo: Any) -> bool:
+    try:
+        return excinfo is not None and excinfo.value is None
+    except AssertionError:  # nothing was raised in it yet
+        return True
+
+
+def look_at_the_end(item: pytest.Item, *, marked: bool) -> None:
+    """Raise ParityError for a test that passes although it compared nothing, or although a check of it failed.
+
+    Its records say so then. Fixtures have ended: they may check, too.
+    """
+    __tracebackhide__ = True
+    if not item.stash.get(GREEN, False):
+        return
+    records = [json.loads(str(value)) for name, value in item.user_properties if name == PROPERTY]
+    swallowed = [record for record in records if record["outcome"] not in _MET and not record.get("expected")]
+    if swallowed:
+        _mark(item, swallowed)
+        first = swallowed[0]
+        more = f", and {len(swallowed) - 1} more" if len(swallowed) > 1 else ""
+        raise _told(
+            ParityError(
+                f"swallowed: the test passes, and its check failed{more}: {first['headline']}\nLet it fail; where the failure "
+                "is what the test is about, say `with golden_trace.expect_failure():`"
+            )
+        )
+    expects = item.stash.get(EXPECTS, None)
+    if expects is not None and not expects.failed:
+        raise _told(ParityError("golden_trace.expect_failure(): the test passes, and no check of it failed"))
+    _look_for_unchecked(item, checked=bool(records), marked=marked)
+
+
+def _look_for_unchecked(item: pytest.Item, *, checked: bool, marked: bool) -> None:
+    __tracebackhide__ = True
+    session = item.config.stash[SESSION]
+    asked: set[Path] = item.stash.get(ASKED, set())
+    own = session.goldens_of(item.stash.get(NODE_ID, item.nodeid))
+    left = [path for path in own if path not in asked]
+    compared = comparisons_made() > item.stash.get(TALLIED, 0)
+    if checked or compared:
+        session.uncompared |= {session.shown(path) for path in left}
+        return
+    candidate = marked or bool(own) or "golden_trace" in getattr(item, "fixturenames", ())
+    if not candidate:
+        return
+    fails = session.unchecked == "error" or (not session.unchecked and bool(own))
+    names = ", ".join(session.shown(path) for path in own)
+    headline = f"nothing was compared, with {names}" if own else "nothing was compared, and there is no golden"
+    test = item.stash.get(NODE_ID, item.nodeid)
+    note_outcome(item, {"outcome": UNCHECKED, "test": test, "golden": names, "headline": headline, "fails": fails})
+    if fails:
+        raise _told(
+            UsageError(
+                f"unchecked: the test passes and has compared nothing{f': nobody looked at {names}' if own else ''}\nCall "
+                "golden_trace.check(...) in it; ini `parity_unchecked = warn` makes a warning of this"
+            )
+        )
+
+
+def _told(error: ParityError) -> ParityError:
+    """An error whose record is there already."""
+    setattr(error, ORIGIN, NOTED)
+    return error
+
+
+def _mark(item: pytest.Item, swallowed: list[dict[str, Any]]) -> None:
+    """Say in the test's records which failures it swallowed."""
+    kept = []
+    for name, value in item.user_properties:
+        record = json.loads(str(value)) if name == PROPERTY else None
+        if record in swallowed:
+            value = json.dumps({**record, "outcome": SWALLOWED, "was": record["outcome"]}, sort_keys=True)
+        kept.append((name, value))
+    item.user_properties[:] = kept

@@ -1,0 +1,244 @@
+"""Nothing is green that checked nothing: every way to compare nothing, or to swallow a failure, is told and ends in red."""
+
+import json
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from conftest import MODEL
+
+HEAD = f"""
+import contextlib, threading
+import numpy as np
+import pytest
+from pytest_logprob_parity import MismatchError, ParityError, Trace, assert_logprobs_close
+
+parity = pytest.mark.logprob_parity(model={MODEL!r})
+SHIFT = __SHIFT__
+
+def moved():
+    return rollouts(SHIFT)
+
+def rollouts(shift=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return Trace.from_arrays(
+        prompt_token_ids=np.arange(30), prompt_offsets=np.arange(31), token_ids=rng.integers(0, 50, 600),
+        sequence_offsets=20 * np.arange(31), logprobs=-1 - rng.exponential(0.5, 600) + shift, dtype="bfloat16",
+    )
+"""
+CHECKS = "def test_it(golden_trace):\n    golden_trace.check(moved())\n"
+
+#: What a test becomes after its golden was recorded, and compares nothing.
+NOTHING = {
+    "an empty body": "def test_it(golden_trace):\n    pass",
+    "without the fixture": "def test_it():\n    pass",
+    "with the marker": "@parity\ndef test_it(parity_engine, golden_trace):\n    pass",
+    "with the marker alone": "@parity\ndef test_it():\n    pass",
+    "a loop over nothing": "def test_it(golden_trace):\n    for trace in []:\n        golden_trace.check(trace)",
+    "an early return": "def test_it(golden_trace):\n    if SHIFT == SHIFT:\n        return\n    golden_trace.check(rollouts())",
+    "under a condition": "def test_it(golden_trace):\n    if SHIFT > 100:\n        golden_trace.check(rollouts())",
+    "the call without brackets": "def test_it(golden_trace):\n    golden_trace.check",
+    "the path alone": "def test_it(golden_trace):\n    assert golden_trace.path().exists()",
+    "a function that nobody calls": "def test_it(golden_trace):\n    lambda: golden_trace.check(rollouts())",
+    "a generator that nobody drains": "def test_it(golden_trace):\n    (golden_trace.check(t) for t in [rollouts()])",
+    "map that nobody drains": "def test_it(golden_trace):\n    map(golden_trace.check, [rollouts()])",
+    "another handle of it": "def test_it(golden_trace):\n    check = golden_trace.check\n    assert check",
+    "short circuit": "def test_it(golden_trace):\n    False and golden_trace.check(rollouts())",
+    "a class": "class TestIt:\n    pass\ndef test_it(golden_trace):\n    TestIt()",
+    "break before it": "def test_it(golden_trace):\n    while True:\n        break\n        golden_trace.check(rollouts())",
+    "an autouse fixture in its place": (
+        "@pytest.fixture(autouse=True)\ndef nothing(golden_trace):\n    yield\ndef test_it():\n    pass"
+    ),
+}
+#: What swallows a failure of a check; SHIFT makes it fail.
+SWALLOWED = {
+    "try": "def test_it(golden_trace):\n    try:\n        golden_trace.check(moved())\n    except Exception:\n        pass",
+    "try with our own": (
+        "def test_it(golden_trace):\n    try:\n        golden_trace.check(moved())\n    except ParityError:\n        pass"
+    ),
+    "finally and return": (
+        "def test_it(golden_trace):\n    try:\n        golden_trace.check(moved())\n    finally:\n        return"
+    ),
+    "suppress": (
+        "def test_it(golden_trace):\n    with contextlib.suppress(MismatchError):\n        golden_trace.check(moved())"
+    ),
+    "raises AssertionError": (
+        "def test_it(golden_trace):\n    with pytest.raises(AssertionError):\n        golden_trace.check(moved())"
+    ),
+    "raises Exception": ("def test_it(golden_trace):\n    with pytest.raises(Exception):\n        golden_trace.check(moved())"),
+    "raises ours or another": (
+        "def test_it(golden_trace):\n    with pytest.raises((MismatchError, ValueError)):\n        golden_trace.check(moved())"
+    ),
+    "raises another of ours within": (
+        "def test_it(golden_trace):\n    with pytest.raises(ZeroDivisionError):\n        try:\n"
+        "            golden_trace.check(moved())\n        except MismatchError:\n            1 / 0"
+    ),
+    "a thread": (
+        "@pytest.mark.filterwarnings('ignore')\ndef test_it(golden_trace):\n"
+        "    thread = threading.Thread(target=lambda: golden_trace.check(moved()))\n    thread.start()\n    thread.join()"
+    ),
+    "a bad argument": (
+        "def test_it(golden_trace):\n    with contextlib.suppress(Exception):\n"
+        "        golden_trace.check(rollouts(), replay='none')"
+    ),
+    "a fixture": (
+        "@pytest.fixture\ndef checked(golden_trace):\n    with contextlib.suppress(Exception):\n"
+        "        golden_trace.check(moved())\ndef test_it(checked):\n    pass"
+    ),
+    "an assertion on what is left": (
+        "def test_it(golden_trace):\n    try:\n        golden_trace.check(moved())\n    except MismatchError as error:\n"
+        "        assert error.comparison.verdict == 'fail'"
+    ),
+    "a golden that is gone": (
+        "def test_it(golden_trace):\n    with contextlib.suppress(Exception):\n"
+        "        golden_trace.check(rollouts(), name='none')"
+    ),
+    "one of two": (
+        "def test_it(golden_trace):\n    golden_trace.check(rollouts())\n    with contextlib.suppress(Exception):\n"
+        "        golden_trace.check(rollouts(), name='none')"
+    ),
+}
+
+
+@pytest.fixture
+def write(pytester, run_inner):
+    """`write(body, shift)`: a repo with this test, whose golden was recorded by one that checks."""
+    pytester.makepyfile(test_it=HEAD.replace("__SHIFT__", "0.0") + CHECKS)
+    run_inner("--update-golden").assert_outcomes(passed=1)
+
+    def make(body, shift=-0.3):
+        pytester.makepyfile(test_it=HEAD.replace("__SHIFT__", str(shift)) + body + "\n")
+
+    return make
+
+
+def records(pytester, run, *arguments):
+    """The outcomes of the records that a run leaves in junitxml, and the run's result."""
+    result = run(f"--junitxml={pytester.path}/junit.xml", *arguments)
+    found = ET.parse(pytester.path / "junit.xml").iter("property")
+    return [json.loads(e.get("value"))["outcome"] for e in found if e.get("name") == "logprob_parity"], result
+
+
+@pytest.mark.parametrize("way", NOTHING)
+def test_a_test_that_compares_nothing_is_an_error_where_its_golden_exists(pytester, run_inner, write, way):
+    write(NOTHING[way])
+    result = run_inner()
+    result.assert_outcomes(passed=1, errors=1)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        [
+            "E*UsageError: unchecked: the test passes and has compared nothing: nobody looked at golden/test_it/test_it-*",
+            "logprob-parity: 1 test that compared nothing",
+        ]
+    )
+
+
+@pytest.mark.parametrize("way", SWALLOWED)
+def test_a_failure_that_the_test_swallows_is_an_error(pytester, run_inner, write, way):
+    write(SWALLOWED[way])
+    result = run_inner()
+    result.assert_outcomes(passed=1, errors=1)
+    assert result.ret == 1
+    assert "swallowed by its test" in result.stdout.str()
+    assert "failed as expected" not in result.stdout.str()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    with golden_trace.expect_failure() as expected:\n        golden_trace.check(moved())\n"
+        "    assert expected.comparison.verdict == 'fail'",
+        "    golden_trace.expect_failure()\n    with contextlib.suppress(MismatchError):\n        golden_trace.check(moved())",
+        "    with pytest.raises(MismatchError):\n        golden_trace.check(moved())",
+        "    with pytest.raises(ParityError) as info:\n        golden_trace.check(moved())\n    assert info",
+        "    pytest.raises(MismatchError, golden_trace.check, rollouts(SHIFT))",
+    ],
+)
+def test_a_failure_that_the_test_says_it_waits_for_is_expected(pytester, run_inner, write, body):
+    write(f"def test_it(golden_trace):\n{body}")
+    outcomes, result = records(pytester, run_inner)
+    result.assert_outcomes(passed=1)
+    assert outcomes == ["failed"]
+    assert "logprob-parity: 1 checked, 1 failed as expected" in result.outlines
+    write(f"def test_it(golden_trace):\n{body}", shift=0.0)
+    assert run_inner().ret == 1  # and where the check passes, the test does not
+
+
+def test_an_xfail_is_expected(pytester, run_inner, write):
+    write("@pytest.mark.xfail\n" + CHECKS)
+    result = run_inner()
+    result.assert_outcomes(xfailed=1)
+    assert "logprob-parity: 1 checked, 1 failed as expected" in result.outlines
+
+
+def test_what_has_no_golden_is_warned_of(pytester, run_inner, write):
+    write(CHECKS + "def test_new(golden_trace):\n    pass\n@parity\ndef test_marked(parity_engine):\n    pass\n", 0.0)
+    outcomes, result = records(pytester, run_inner)
+    result.assert_outcomes(passed=3)
+    assert outcomes == ["passed", "unchecked", "unchecked"]
+    assert "logprob-parity: 1 checked, 2 tests that compared nothing" in result.outlines
+    assert "  test_it.py::test_marked: nothing was compared, and there is no golden" in result.outlines
+    pytester.makeini("[pytest]\nparity_unchecked = error")
+    run_inner().assert_outcomes(passed=3, errors=2)
+
+
+def test_what_has_a_golden_is_warned_of_where_the_ini_file_says_so(pytester, run_inner, write):
+    write(NOTHING["an empty body"])
+    pytester.makeini("[pytest]\nparity_unchecked = warn")
+    result = run_inner()
+    result.assert_outcomes(passed=1)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["  test_it.py::test_it: nothing was compared, with golden/test_it/test_it-*.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "@parity\ndef test_it(parity_engine):\n    assert_logprobs_close(actual=rollouts(), expected=rollouts())",
+        "@pytest.fixture\ndef checks(golden_trace):\n    yield\n    golden_trace.check(rollouts())\n"
+        "def test_it(checks):\n    pass",
+        "def test_it(golden_trace):\n    pytest.skip('not here')",
+        "def test_it(golden_trace):\n    assert False",
+    ],
+)
+def test_what_compares_in_another_way_or_does_not_pass_is_left_alone(pytester, run_inner, write, body):
+    write(body, 0.0)
+    assert "compared nothing" not in run_inner().stdout.str()
+
+
+def test_a_golden_that_no_check_of_its_test_asks_for_is_named(pytester, run_inner, write):
+    write(CHECKS + "    golden_trace.check(rollouts(seed=1), name='other')", 0.0)
+    run_inner("--parity-update=missing").assert_outcomes(passed=1)
+    write(CHECKS, 0.0)
+    for workers in ((), ("-p", "xdist", "-n", "1")):
+        result = run_inner(*workers)
+        assert result.ret == 0
+        assert "logprob-parity: 1 checked, 1 unused golden" in result.outlines
+        result.stdout.fnmatch_lines(["  unused, no check of its test asked for it: golden/test_it/test_it-other-*.safetensors"])
+
+
+def test_the_records_cross_workers(pytester, run_inner, write):
+    write(NOTHING["an empty body"] + "\n" + SWALLOWED["try"].replace("test_it", "test_other"))
+    pytester.makepyfile(test_more=HEAD.replace("__SHIFT__", "0.0") + NOTHING["an empty body"])
+    result = run_inner("-p", "xdist", "-n", "2")
+    result.assert_outcomes(passed=3, errors=2)
+    assert "logprob-parity: 1 checked, 1 failed and swallowed by its test, 2 tests that compared nothing" in result.outlines
+
+
+# -- updates ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("addopts", "given"), [("--parity-update=missing", "--update-golden"), ("--parity-update=failed", "--update-golden")]
+)
+def test_update_golden_records_all_whatever_addopts_says(pytester, run_inner, write, addopts, given):
+    write(CHECKS, -0.3)
+    pytester.makeini(f"[pytest]\naddopts = {addopts}")
+    assert "logprob-parity: 1 recorded" in run_inner(given).outlines
+    run_inner("--parity-update=missing").assert_outcomes(passed=1)
+
+
+def test_two_orders_to_record_that_contradict_each_other_are_refused(pytester, run_inner, write):
+    result = run_inner("--update-golden", "--parity-update=missing")
+    assert result.ret == 4
+    assert "--update-golden records all goldens and --parity-update=missing does not: give one of them" in result.stderr.str()
