@@ -353,7 +353,8 @@ def build(source, out):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    pytest.importorskip("sphinx", reason="`make docs` and `make test` install it (requirements/docs.txt)")
+    for name in ("sphinx", "sphinx_copybutton"):
+        pytest.importorskip(name, reason="`make docs` and `make test` install it (requirements/docs.txt)")
     out = tmp_path_factory.mktemp("site")
     done = build(DOCS, out)
     assert done.returncode == 0, done.stderr
