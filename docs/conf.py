@@ -16,9 +16,9 @@ import pytest_logprob_parity  # noqa: E402
 
 project = "pytest-logprob-parity"
 version = release = pytest_logprob_parity.__version__
-project_copyright = "its authors, Apache-2.0"
+project_copyright = "its maintainers, Apache-2.0"
 
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx_copybutton"]
 exclude_patterns = ["_static"]
 highlight_language = "none"
 nitpicky = True
@@ -26,8 +26,11 @@ nitpicky = True
 myst_heading_anchors = 3
 myst_enable_extensions = ["deflist"]
 
+copybutton_prompt_text = "$ "  # of a block with commands and what they print, the commands alone
+copybutton_line_continuation_character = "\\"
+
 html_theme = "furo"
-html_title = project
+html_title = f"{project} {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False

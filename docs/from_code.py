@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import pytest_logprob_parity
 from pytest_logprob_parity import plugin
-from pytest_logprob_parity.cli import make_parser
+from pytest_logprob_parity.cli import make_parser, verbs_of
 from pytest_logprob_parity.comparison import tolerance
 from pytest_logprob_parity.comparison.objectives import OBJECTIVES
 from pytest_logprob_parity.fixtures import GoldenTrace
@@ -96,42 +96,31 @@ def profiles() -> Iterator[str]:
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def verbs() -> dict[str, argparse.ArgumentParser]:
-    """The parser of each verb of the command line."""
-    (action,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(action.choices)
-
-
 def commands() -> Iterator[str]:
-    """Every verb with its arguments."""
-    (action,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    helps = {choice.dest: choice.help for choice in action._choices_actions}
-    for name, parser in action.choices.items():
-        yield from (f"### {name}", "", f"{(helps[name] or '').capitalize()}.", "")
-        yield from (
-            "```text",
-            *textwrap.dedent(f"       {parser.format_usage().removeprefix('usage: ')}").splitlines(),
-            "```",
-            "",
-        )
-        rows = [a for a in parser._actions if a.dest != "help"]
-        yield from ("| argument | |", "|---|---|")
-        for row in rows:
-            label = row.option_strings[-1] if row.option_strings else str(row.metavar or row.dest)
-            taken = row.metavar or (None if row.nargs == 0 else row.dest.upper())
-            label += f" {taken}" if row.option_strings and taken else ""
-            choices = f" ({', '.join(map(str, row.choices))})" if row.choices else ""
-            yield f"| `{label}` | {_cell(row.help % vars(row) if row.help else _PLAIN[row.dest])}{choices} |"
-        yield ""
+    """Every verb with its arguments and exit statuses."""
+    for name, parser in verbs_of(make_parser()).items():
+        usage = textwrap.dedent(f"       {parser.format_usage().removeprefix('usage: ')}").splitlines()
+        yield from (f"### {name}", "", parser.description or "", "", "```text", *usage, "```", "")
+        yield from _arguments(parser)
+        yield from ("", parser.epilog or "", "")
 
 
-#: What needs no help text of its own.
-_PLAIN: Final = {
-    "golden": "the golden's file",
-    "expected": "a trace or golden",
-    "actual": "the one that is held against it",
-    "executor": "where cells run",
-}
+def common() -> Iterator[str]:
+    """The arguments of the command line that belong to no verb."""
+    yield from _arguments(make_parser())
+
+
+def _arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """A table of a parser's arguments."""
+    yield from ("| argument | |", "|---|---|")
+    for row in parser._actions:
+        if row.dest == "help" or isinstance(row, argparse._SubParsersAction):
+            continue
+        label = row.option_strings[-1] if row.option_strings else str(row.metavar or row.dest)
+        taken = row.metavar or (None if row.nargs == 0 else row.dest.upper())
+        label += f" {taken}" if row.option_strings and taken else ""
+        choices = f" ({', '.join(map(str, row.choices))})" if row.choices else ""
+        yield f"| `{label}` | {_cell((row.help or '') % vars(row))}{choices} |"
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -273,5 +262,6 @@ def _cell(text: str) -> str:
 
 
 PARTS: Final[dict[str, Callable[..., Iterator[str]]]] = {
-    part.__name__: part for part in (options, ini_keys, fixtures, check, profiles, commands, name, objectives, limits, noise)
+    part.__name__: part
+    for part in (options, ini_keys, fixtures, check, profiles, commands, common, name, objectives, limits, noise)
 }

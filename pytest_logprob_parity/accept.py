@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from .golden import SUFFIX, Golden
 from .obtained import OBTAINED, Obtained, candidate_path, find, headline_of
 from .recording import check_recorded
 from .trace import Trace
-from .visible_text import visible_line
+from .visible_text import visible, visible_line
 
 #: Differences of fingerprints that are shown.
 _SHOWN: Final = 12
@@ -28,6 +29,10 @@ _SHOWN: Final = 12
 #: so many times as large.
 _FEW: Final = 0.5
 _NOISIER: Final = 3.0
+
+#: What one may answer, in full or by its first letters. `skip` is a no, `quit` one for all that follow.
+Answer: TypeAlias = Literal["yes", "no", "all", "skip", "view", "quit"]
+_ANSWERS: Final[tuple[Answer, ...]] = get_args(Answer)
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,17 @@ def accept(proposals: Sequence[Proposal]) -> None:
         ) from None
 
 
-def review(places: Sequence[Path], names: Sequence[str], root: Path, ask: Callable[[str], str] | None) -> int:
+def review(
+    places: Sequence[Path],
+    names: Sequence[str],
+    root: Path,
+    ask: Callable[[str], str] | None,
+    view: Callable[[Proposal], str] = lambda proposal: "",
+) -> int:
     """Show each difference, ask (or not), and write what was agreed to: all of it or nothing.
 
-    Gives 0 where nothing is left that could be accepted, 1 where something is: refused, or left by whoever was asked. Raises
+    `view` gives a proposal's difference token by token, for whoever wants to see it before answering. Gives
+    0 where nothing is left that could be accepted, 1 where something is: refused, or left by whoever was asked. Raises
     UsageError where nothing was found, GoldenError where nothing could be written.
     """
     found = {path: obtained for path, obtained in find(places or [root / OBTAINED]) if matches(obtained, names)}
@@ -110,12 +122,16 @@ def review(places: Sequence[Path], names: Sequence[str], root: Path, ask: Callab
         raise UsageError(f"no obtained trace fits --name {' '.join(names)}; without it all are shown")
     proposals = [propose(path, obtained, root) for path, obtained in found.items()]
     agreed: list[Proposal] = []
+    answer: Answer = "no" if ask else "all"
     for proposal in proposals:
         print("\n".join(proposal.lines))
         if ask is None and proposal.loosened:
             print("  left       --yes does not accept what loosens a golden: answer for it (without --yes), or record it again")
-        elif not proposal.refusal and not proposal.done and (ask is None or _agreed(ask)):
-            agreed.append(proposal)
+        elif not proposal.refusal and not proposal.done:
+            if ask and answer != "quit" and (answer != "all" or proposal.loosened):
+                answer = _answer(ask, functools.partial(view, proposal))
+            if answer in ("yes", "all"):
+                agreed.append(proposal)
         print()
     _check_once(agreed)
     if agreed:
@@ -128,11 +144,17 @@ def review(places: Sequence[Path], names: Sequence[str], root: Path, ask: Callab
     return 1 if refused or left else 0
 
 
-def _agreed(ask: Callable[[str], str]) -> bool:
-    try:
-        return ask("  accept? [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:  # nobody there to ask
-        return False
+def _answer(ask: Callable[[str], str], view: Callable[[], str]) -> Answer:
+    """What is to become of one proposal: `all` and `quit` answer for those behind it, too. Whatever is no answer is a no."""
+    while True:
+        try:
+            told = ask("  accept? [y/N/all/skip/view/quit] ").strip().lower()
+        except EOFError:  # nobody there to ask
+            return "no"
+        answer: Answer = next((known for known in _ANSWERS if told and known.startswith(told)), "no")
+        if answer != "view":
+            return "no" if answer == "skip" else answer
+        print(visible(view()))
 
 
 def _check_once(agreed: Sequence[Proposal]) -> None:

@@ -177,6 +177,8 @@ class Story:
             return self._main(words[1:])
         if words[:2] == ["pip", "install"]:
             return _installs(words[2:])
+        if words[:2] == ["pip", "uninstall"]:
+            return 0, []
         if words[0] == "python" and words[1].endswith(".py"):
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
@@ -196,7 +198,10 @@ class Story:
 
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            status = main(arguments)
+            try:
+                status = main(arguments)
+            except SystemExit as end:  # --version, --help
+                status = end.code
         return status, out.getvalue().splitlines()
 
 

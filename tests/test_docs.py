@@ -15,7 +15,7 @@ from docs_story import Story, blocks_of, masked
 import pytest_logprob_parity
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import EngineSpec, Golden, Tolerance, plugin
-from pytest_logprob_parity.cli import make_parser
+from pytest_logprob_parity.cli import make_parser, verbs_of
 from pytest_logprob_parity.comparison.objectives import OBJECTIVES
 from pytest_logprob_parity.comparison.result import CAUSES
 from pytest_logprob_parity.comparison.tolerance import LIMITS
@@ -208,7 +208,7 @@ def test_every_marker_keyword_fixture_and_profile_is_in_the_reference(reference)
 
 def test_every_command_and_flag_is_in_the_reference(reference):
     page = reference["commands"]
-    (verbs,) = (action.choices for action in make_parser()._actions if hasattr(action, "_name_parser_map"))
+    verbs = verbs_of(make_parser())
     assert {"show", "diff", "accept", "report", "diagnose", "bisect", "matrix", "selftest"} <= set(verbs)
     for name, verb in verbs.items():
         section = re.search(rf"^### {name}$(.*?)(^### |\Z)", page, re.MULTILINE | re.DOTALL)[1]
@@ -292,14 +292,17 @@ def test_pages_name_options_and_keys_that_exist(pytestconfig):
 
 def test_commands_that_are_not_run_are_spelt_right(capsys):
     """Every `logprob-parity VERB --flags` in a block that is not run has a verb and flags that exist."""
-    (verbs,) = (action.choices for action in make_parser()._actions if hasattr(action, "_name_parser_map"))
+    parser = make_parser()
+    verbs = verbs_of(parser)
     seen = 0
     for block in (block for page in PAGES for block in blocks_of(page) if block.how):
         for command in re.findall(r"^[$ ]*logprob-parity (.*(?:\\\n.*)*)", block.text, re.MULTILINE):
             verb, *words = command.split()
             flags = {word.partition("=")[0] for word in words if word.startswith("--")}
-            known = set(verbs[verb]._option_string_actions)
-            assert flags <= known or verb == "serve", f"{block}: {command}"  # serve hands what it does not know to vLLM
+            known = set((parser if verb.startswith("-") else verbs[verb])._option_string_actions)
+            assert flags | ({verb} if verb.startswith("-") else set()) <= known or verb == "serve", (
+                f"{block}: {command}"
+            )  # serve hands what it does not know to vLLM
             seen += 1
     assert seen > 5
 
@@ -350,7 +353,8 @@ def build(source, out):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    pytest.importorskip("sphinx", reason="`make docs` and `make test` install it (requirements/docs.txt)")
+    for name in ("sphinx", "sphinx_copybutton"):
+        pytest.importorskip(name, reason="`make docs` and `make test` install it (requirements/docs.txt)")
     out = tmp_path_factory.mktemp("site")
     done = build(DOCS, out)
     assert done.returncode == 0, done.stderr

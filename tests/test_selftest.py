@@ -332,7 +332,7 @@ def run_selftest(tmp_path, *arguments):
         text=True,
     )
     assert out.is_file(), done.stderr[-3000:]
-    return done.returncode, done.stdout, done.stderr, json.loads(out.read_text())
+    return done.returncode, done.stdout, done.stderr, json.loads(out.read_text())["rows"]
 
 
 def test_a_part_of_the_catalogue_on_the_real_engine(tmp_path):

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .command import main, make_parser
+from .command import main, make_parser, verbs_of
 
-__all__ = ["main", "make_parser"]
+__all__ = ["main", "make_parser", "verbs_of"]

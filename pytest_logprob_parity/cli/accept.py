@@ -5,12 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .verb import Verbs
+from .diff import text_of
+from .verb import Verbs, add_verb
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("accept", help="make goldens of what a failing run left; needs no engine")
+    verb = add_verb(
+        verbs,
+        "accept",
+        "make goldens of what a failing run left; needs no engine",
+        "Shows each difference and asks; `view` shows the tokens, `all` and `quit` answer for the rest. What was agreed to is "
+        "written: all of it or nothing.",
+        run=run,
+        status={0: "nothing is left to accept", 1: "something was refused, or not agreed to"},
+    )
     verb.add_argument("places", nargs="*", type=Path, metavar="DIR_OR_FILE", help="obtained traces (default: parity-obtained)")
     verb.add_argument(
         "--name", action="append", default=[], metavar="TEXT",
@@ -18,11 +27,14 @@ def add(verbs: Verbs) -> None:
     )  # fmt: skip
     verb.add_argument("--yes", action="store_true", help="accept all that may be, without asking for each")
     verb.add_argument("--root", type=Path, default=Path(), help="root of the repo whose goldens they are (default: here)")
-    verb.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
     """Show each difference and ask. Gives what `accept.review` gives."""
-    from ..accept import review
+    from ..accept import Proposal, review
+    from ..files import compare_files
 
-    return review(given.places, given.name, given.root, ask=None if given.yes else input)
+    def view(proposal: Proposal) -> str:
+        return text_of(compare_files(proposal.target, proposal.path), proposal.target, proposal.path)
+
+    return review(given.places, given.name, given.root, None if given.yes else input, view)

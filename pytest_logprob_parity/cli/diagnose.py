@@ -6,13 +6,20 @@ import argparse
 from pathlib import Path
 
 from ..errors import UsageError
-from .verb import Verbs, check_model, tell
+from .verb import Verbs, add_verb, check_model, say, tell
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("diagnose", help="which engine settings account for a mismatch with a golden")
-    verb.add_argument("golden", type=Path)
+    verb = add_verb(
+        verbs,
+        "diagnose",
+        "which engine settings account for a mismatch with a golden",
+        "Starts the failing engine, then the same engine with each setting that differs moved to the golden's value.",
+        run=run,
+        status={0: "the golden passes", 1: "it does not; the causes are printed"},
+    )
+    verb.add_argument("golden", type=Path, help="the golden's file")
     verb.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="the failing engine: EngineSpec fields, engine arguments"
     )
@@ -21,7 +28,6 @@ def add(verbs: Verbs) -> None:
     )
     verb.add_argument("--max-minutes", type=float, default=10, help="minutes to take at most (default: %(default)g)")
     verb.add_argument("--no-reading", action="store_true", help="no third opinion by transformers")
-    verb.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
@@ -47,11 +53,11 @@ def run(given: argparse.Namespace) -> int:
             comparison = check_golden(given.golden, pool.engine(spec), context=Context(accept="pytest --update-golden"))
         except MismatchError as error:
             comparison = error.comparison
-        print(f"{comparison.verdict}: {comparison.headline}")
+        say(f"{comparison.verdict}: {comparison.headline}")
         if comparison.verdict != "fail":
             if not comparison.passed:
-                print("no mismatch was shown, so there is none to diagnose")
+                say("no mismatch was shown, so there is none to diagnose")
             return 0 if comparison.passed else 1
         found = ablate(golden, spec, pool, budget, tell, read=not given.no_reading)
-        print("\n".join([*(f"  {finding}" for finding in found.weigh(comparison.findings)), *found.describe()]))
+        say("\n".join([*(f"  {finding}" for finding in found.weigh(comparison.findings)), *found.describe()]))
     return 1

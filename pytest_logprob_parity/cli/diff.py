@@ -3,40 +3,57 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .verb import Verbs
+from ..comparison.result import LEVELS
+from .json_output import to_text
+from .verb import Verbs, add_verb, say
+
+if TYPE_CHECKING:
+    from ..belonging import Checked
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("diff", help="compare two traces or goldens")
-    verb.add_argument("expected", type=Path)
-    verb.add_argument("actual", type=Path)
-    verb.add_argument(
-        "--level", choices=("bitwise", "rl"), help="what counts as a difference (default: as in the run that left it, or rl)"
+    verb = add_verb(
+        verbs,
+        "diff",
+        "compare two traces or goldens",
+        "Prints the verdict and the message that a check of EXPECTED gives for ACTUAL. Needs no engine.",
+        run=run,
+        status={0: "no difference beyond tolerance", 1: "a difference, or too little evidence to tell"},
     )
-    verb.add_argument("--json", action="store_true", help="print JSON")
-    verb.set_defaults(run=run)
+    verb.add_argument("expected", type=Path, help="a golden or a trace")
+    verb.add_argument("actual", type=Path, help="the trace or golden to compare with it")
+    verb.add_argument(
+        "--level", choices=LEVELS, help="what counts as a difference (default: that of the run that left ACTUAL, or rl)"
+    )
+    verb.add_argument("--json", action="store_true", help="print JSON (see docs/reference/json.md)")
 
 
 def run(given: argparse.Namespace) -> int:
     """Print the comparison. Gives 0 where it passes, 1 where it does not."""
     from ..files import compare_files
-    from ..golden import describe
-    from ..message import failure_message
-    from ..obtained import is_obtained
     from ..report.entry import differences_to_json
 
     checked = compare_files(given.expected, given.actual, given.level)
-    comparison, apart = checked.comparison, checked.differences
     if given.json:
-        told = {**comparison.to_json(), "fingerprint_differences": differences_to_json(apart)}
-        print(json.dumps(told, indent=1, sort_keys=True))
-    elif comparison.passed:
-        print("\n".join([f"pass: {comparison.headline}", *comparison.shows, *comparison.notes]))
+        apart = differences_to_json(checked.differences)
+        say(to_text("diff", {**checked.comparison.to_json(), "fingerprint_differences": apart}))
     else:
-        about, accept = describe(checked.golden), f"logprob-parity accept {given.actual}" if is_obtained(given.actual) else ""
-        print(failure_message(comparison, golden=str(given.expected), about=about, differences=apart, accept=accept))
-    return 0 if comparison.passed else 1
+        say(text_of(checked, given.expected, given.actual))
+    return 0 if checked.comparison.passed else 1
+
+
+def text_of(checked: Checked, expected: Path, actual: Path) -> str:
+    """The comparison of two files for people."""
+    from ..golden import describe
+    from ..message import failure_message
+    from ..obtained import is_obtained
+
+    comparison = checked.comparison
+    if comparison.passed:
+        return "\n".join([f"pass: {comparison.headline}", *comparison.shows, *comparison.notes])
+    about, accept = describe(checked.golden), f"logprob-parity accept {actual}" if is_obtained(actual) else ""
+    return failure_message(comparison, golden=str(expected), about=about, differences=checked.differences, accept=accept)

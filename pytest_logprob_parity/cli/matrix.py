@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from .verb import Verbs, tell
+from .json_output import to_text
+from .verb import Verbs, add_verb, say, tell
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("matrix", help="check goldens of one engine version in many others")
+    verb = add_verb(
+        verbs,
+        "matrix",
+        "check goldens of one engine version in many others",
+        "Each cell of the plan runs in an environment of its own, which is made when it is needed and kept. Cells that were "
+        "answered in an earlier run are not run again. Writes matrix.json and matrix.md.",
+        run=run,
+        status={0: "every cell passed", 1: "a cell failed, is unverified or did not run"},
+    )
     verb.add_argument("plan", type=Path, help="matrix.toml: cells, environments, samplings, prompts")
     verb.add_argument("--out", type=Path, default=Path("parity-matrix"), help="answers and reports (default: %(default)s)")
     verb.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
-    verb.add_argument("--executor", choices=("local", "ray"), default="local")
+    verb.add_argument("--executor", choices=("local", "ray"), default="local", help="where cells run (default: %(default)s)")
     verb.add_argument("--ray-address", help="of the Ray cluster (default: one of this machine)")
     verb.add_argument("--cores", type=_from_1, help="how many to share among cells (default: all)")
     verb.add_argument("--update-golden", action="store_true", help="record the reference's goldens anew")
-    verb.set_defaults(run=run)
 
 
 def _from_1(text: str) -> int:
@@ -41,7 +48,7 @@ def run(given: argparse.Namespace) -> int:
     home, out = given.environments or default_home(), given.out.absolute()
     rows = run_matrix(plan, executor, out, home.absolute(), tell, update=given.update_golden)
     text = "\n".join(page(rows, plan.reference))
-    (out / "matrix.json").write_text(json.dumps([row.to_json() for row in rows], indent=1), "utf-8")
+    (out / "matrix.json").write_text(to_text("matrix", {"rows": [row.to_json() for row in rows]}), "utf-8")
     (out / "matrix.md").write_text(text + "\n", "utf-8")
-    print(text)
+    say(text)
     return 0 if rows and all(row.verdict == "pass" for row in rows) else 1

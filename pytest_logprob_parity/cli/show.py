@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from .verb import Verbs
+from .json_output import to_text
+from .verb import Verbs, add_verb, say
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("show", help="what a golden holds and what it was recorded from")
-    verb.add_argument("golden", type=Path)
-    verb.add_argument("--json", action="store_true", help="print JSON")
-    verb.set_defaults(run=run)
+    verb = add_verb(
+        verbs,
+        "show",
+        "what a golden holds and what it was recorded from",
+        "Its engine, settings, sampling, noise floor and reference, and its first sequences. Needs no engine.",
+        run=run,
+        status={0: "shown"},
+    )
+    verb.add_argument("golden", type=Path, help="the golden's file")
+    verb.add_argument("--json", action="store_true", help="print JSON (see docs/reference/json.md)")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -34,14 +40,14 @@ def run(given: argparse.Namespace) -> int:
         }
         about: dict[str, Any] = {"node_id": golden.node_id, "name": golden.name, "prompts_digest": golden.prompts_digest}
         about |= {"tolerance": dict(golden.tolerance), "floor": None if golden.floor is None else golden.floor.to_json()}
-        print(json.dumps({**about, **counts, "trace": labels, "fingerprint": golden.fingerprint}, indent=1, sort_keys=True))
+        say(to_text("show", {**about, **counts, "trace": labels, "fingerprint": golden.fingerprint}))
         return 0
-    print("\n".join([str(given.golden), *(f"  {line}" for line in describe(golden))]))
+    say("\n".join([str(given.golden), *(f"  {line}" for line in describe(golden))]))
     for sequence in range(min(trace.num_sequences, 8)):
         start, stop = trace.bounds(sequence)
         text = "".join(trace.text(t) for t in trace.completion(sequence))
         total = float(trace.logprobs[start:stop][trace.mask[start:stop]].sum())
-        print(f"  [{sequence}] prompt {int(trace.group[sequence])}, {stop - start} tokens, logprob {total:.3f}: {text!r:.100}")
+        say(f"  [{sequence}] prompt {int(trace.group[sequence])}, {stop - start} tokens, logprob {total:.3f}: {text!r:.100}")
     if trace.num_sequences > 8:
-        print(f"  and {trace.num_sequences - 8} more sequences")
+        say(f"  and {trace.num_sequences - 8} more sequences")
     return 0

@@ -1,21 +1,42 @@
-"""What verbs share."""
+"""What the files of the verbs share."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 from ..errors import UsageError
+from ..visible_text import visible, visible_line
 
 #: What verbs are added to.
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
+def add_verb(
+    verbs: Verbs, name: str, help: str, about: str, *, run: Callable[[argparse.Namespace], int], status: Mapping[int, str]
+) -> argparse.ArgumentParser:
+    """Add a verb: `help` is its line in the list of verbs, `about` says more, `status` what its exit statuses mean.
+
+    Statuses 2 (trouble) and 130 (interrupted) mean the same for every verb and are added here.
+    """
+    told = {**status, 2: "trouble, which one line on stderr names", 130: "interrupted"}
+    verb = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {about}")
+    verb.epilog = f"Exit status: {'; '.join(f'{number} {meaning}' for number, meaning in told.items())}."
+    verb.set_defaults(run=run)
+    return verb
+
+
+def say(text: str) -> None:
+    """Print the output of a verb, or a part of it: what comes of goldens and servers is shown and not obeyed."""
+    print(visible(text), flush=True)
+
+
 def tell(text: str) -> None:
     """Print a line of progress to stderr."""
-    print(f"# {text}", file=sys.stderr, flush=True)
+    print(f"# {visible_line(text)}", file=sys.stderr, flush=True)
 
 
 def check_model(model: str, recorded: str | None) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..errors import EngineError
 from ..spec import PROFILES, Sampling
 from ..trace import FORCINGS, Forcing
+from .builds import mixed_builds
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class RemoteError(Exception):
 
 
 def reason_of(error: BaseException) -> str:
-    """The engine's own reason, in one line: the innermost cause's type and first telling line."""
+    """The engine's own reason, in one line: the innermost cause's type and first telling line, and a fix that is known."""
     if isinstance(error, RemoteError):
         return str(error)
     while error.__cause__ is not None:
@@ -121,7 +122,7 @@ def reason_of(error: BaseException) -> str:
     if type(error).__name__ == "ValidationError" and len(lines) > 1:  # pydantic: a count, then fields with their reasons below
         lines = [": ".join(lines[1:3])] if not lines[1].startswith(" ") and len(lines) > 2 else lines[1:]
     text = " ".join(lines[0].split(" [type=")[0].split()) if lines else "no message"
-    return f"{type(error).__name__}: {text}"[:_REASON_WIDTH]
+    return f"{type(error).__name__}: {text}"[:_REASON_WIDTH] + mixed_builds(text)
 
 
 def check_readback(asked: Mapping[str, Any], got: Mapping[str, Any], name: str) -> tuple[str, ...]:

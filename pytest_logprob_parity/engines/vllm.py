@@ -21,6 +21,7 @@ from ..weights.update import WeightUpdate
 from . import forced_decode, in_flight, lora
 from .applied_head import applied_head, measured_grid, probe_tokens
 from .base import Completion, Request, ResolvedConfig, check_readback, forcing_of, json_value, reason_of
+from .builds import mixed_builds
 from .sampling_parameters import sampling_parameters
 from .vllm_config import BY_NATURE, SHOWN, before_its_time, settings_of, why_not_forced
 
@@ -78,10 +79,9 @@ class VllmBackend:
             try:
                 import vllm
                 from vllm.platforms import current_platform
-            except ImportError as error:
-                raise EngineError(
-                    f"vLLM cannot be imported ({error}); install pytest-logprob-parity[vllm] for GPUs or [cpu]"
-                ) from None
+            except (ImportError, OSError, RuntimeError) as error:  # the last two: a library that it loads is for another torch
+                fix = mixed_builds(str(error)) or "; install pytest-logprob-parity[vllm] for GPUs or [cpu]"
+                raise EngineError(f"vLLM cannot be imported ({error}){fix}") from None
             asked = spec.pins(cpu=bool(current_platform.is_cpu()))
             if adapter is not None:
                 asked |= lora.arguments(adapter, asked)

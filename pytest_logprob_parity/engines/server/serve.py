@@ -16,6 +16,7 @@ from ...errors import EngineError, UsageError
 from ...settings import make_spec
 from ...spec import EngineSpec
 from ..base import reason_of
+from ..builds import mixed_builds
 from ..vllm_config import before_its_time
 from .middleware import ASKED_VARIABLE, ParityMiddleware
 from .readback import EXTENSION, MIDDLEWARE
@@ -50,7 +51,12 @@ def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str
     except ImportError as error:
         raise EngineError(f"vLLM cannot be imported ({error}); install pytest-logprob-parity[vllm] or [cpu]") from None
     cpu = bool(current_platform.is_cpu())
-    arguments, given = _parse(spec.model, flags)
+    try:
+        arguments, given = _parse(spec.model, flags)
+    except (OSError, RuntimeError) as error:  # of what vLLM's parser imports
+        if fix := mixed_builds(str(error)):
+            raise EngineError(f"vLLM cannot be imported ({error}){fix}") from None
+        raise
     asked = spec.pins(cpu=cpu) | given
     _pin(arguments, spec, {name: value for name, value in asked.items() if name not in before_its_time(asked)})
     arguments.host, arguments.port = host, port
