@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 
 import numpy as np
@@ -11,7 +12,7 @@ from reporting import MOVED, PROJECT, command, one_line
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import Trace, UsageError
 from pytest_logprob_parity.files import compare_files
-from pytest_logprob_parity.report.results import PLOTS, cause_of, excess, read_results
+from pytest_logprob_parity.report.results import LARGEST, PLOTS, cause_of, excess, from_the_top, read_results
 from pytest_logprob_parity.report.sequences import texts_of
 from pytest_logprob_parity.report.visible import visible, visible_token
 
@@ -599,14 +600,166 @@ BAD = {
     "1000000000000000000000000000000000000000 in place of a number": lambda c: c["checks"][0].update(line=10**400),
     "has columns of lengths": lambda c: c["checks"][0]["sequences"][0]["golden"].pop(),
     "NaN in place of a number": lambda c: c["checks"][0]["metrics"].update(rms_diff=float("nan")),
-    "plot 'histogram' is not as": lambda c: c["checks"][0]["plots"]["histogram"].update(edges=[]),
+    "plot 'histogram' of 'test_it.py::test_moves' has edges that do not rise": lambda c: plot_of(c, "histogram").update(
+        edges=[]
+    ),
+    "plot 'ratio' of 'test_it.py::test_moves' has columns of different": lambda c: plot_of(c, "ratio")["counts"].pop(),
+    "plots.scatter.edges has 16384 items (limit: 257)": lambda c: plot_of(c, "scatter").update(edges=list(range(16384))),
+    "plots.by_position.positions has 2000 items": lambda c: plot_of(c, "by_position").update(positions=list(range(2000))),
+    "cells that are not [x, y, count]": lambda c: plot_of(c, "scatter")["cells"].append([1, 1]),
+    "cells[0][2] is not from 0 to 9.0072e+15 but -5": lambda c: plot_of(c, "scatter").update(cells=[[0, 0, -5]]),
+    "sequences[0].ids has 9999 items": lambda c: c["checks"][0]["sequences"][0].update(ids=[1] * 9999),
+    "free_run.turns is not int but '9'": lambda c: c["checks"][0].update(free_run={"turns": "9", "first": []}),
+    "commands[0].for_all is not str": lambda c: c["checks"][0]["commands"][0].update(for_all=[]),
+    "its tokens have texts of": lambda c: c["checks"][0]["token_texts"].update(dict.fromkeys(map(str, range(50)), "x" * 10**6)),
+    "more than 32 lists and mappings inside one another": lambda c: c["checks"][0]["findings"][0]["values"].update(v=nest(50)),
 }
+
+
+def plot_of(content, name):
+    return content["checks"][0]["plots"][name]
+
+
+def nest(levels):
+    """A list in a list in a list ..."""
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 @pytest.mark.parametrize("told", BAD)
 def test_results_that_are_none_of_ours(report, capsys, told):
     edit(report, BAD[told])
     assert told in one_line(capsys, "report", report)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            '{"format":"logprob-parity results","format":"logprob-parity results"}',
+            "the key 'format' stands twice in one mapping",
+        ),
+        ("[" * 900 + "]" * 900, "more than 32 lists and mappings inside one another"),
+        ("[" * 10**6, "more than 32 lists and mappings inside one another"),
+        ('{"schema":Infinity}', "Infinity in place of a number"),
+        (b"\xff\xfe", "'utf-8' codec can't decode"),
+    ],
+    ids=["double", "deep", "deeper", "infinite", "bytes"],
+)
+def test_texts_that_are_no_json_of_ours(tmp_path, capsys, text, told):
+    (tmp_path / "results.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert told in one_line(capsys, "report", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device", "too large"])
+def test_files_that_are_no_files_or_too_large_are_refused_without_reading_them(tmp_path, capsys, kind):
+    place = tmp_path / "results.json"
+    if kind == "pipe":
+        os.mkfifo(place)  # a reader that opens it waits for ever
+    elif kind == "too large":
+        with place.open("wb") as file:
+            file.truncate(LARGEST + 1)
+    elif kind == "link to a device":
+        place.symlink_to("/dev/zero")
+    told = one_line(capsys, "report", "/dev/zero" if kind == "device" else place, "--out", tmp_path / "out")
+    assert ("larger than 64 MiB" if kind == "too large" else "not a regular file (a folder, a pipe or a device)") in told
+    if kind in ("pipe", "link to a device"):  # nor is it written over
+        assert "is there already, and is no report's" in one_line(capsys, "report", *_two_traces(tmp_path), "--out", tmp_path)
+
+
+def _two_traces(folder):
+    from made_up import make_trace
+
+    paths = [folder / "a.safetensors", folder / "b.safetensors"]
+    for path in paths:
+        make_trace(2, 2).save(path)
+    return paths
+
+
+#: What somebody may put in place of any value.
+WRONG = (None, True, -1, 10**99, "\ud800\x00\n", [], [[]], {}, [1] * 3000)
+
+
+def test_whatever_stands_in_results_they_are_rendered_or_refused_in_one_line(report, tmp_path):
+    """Each value of a check in turn is replaced by each kind of wrong one: there is a page, or one line; never a traceback."""
+    from pytest_logprob_parity.report.charts import charts_of
+    from pytest_logprob_parity.report.github import workflow_commands
+    from pytest_logprob_parity.report.markdown import render_markdown
+    from pytest_logprob_parity.report.page import render_page
+
+    content = json.loads((report / "results.json").read_text())
+    check = content["checks"][0]
+    check |= {"free_run": {"turns": 2, "diverged": 1, "stops_changed": 0, "first": ["a"]}}
+    check["sequences"] = [{name: v[:2] if isinstance(v, list) else v for name, v in check["sequences"][0].items()}]
+    plots, bare = check["plots"], {**check, "plots": None}
+    file, refused, rendered = tmp_path / "results.json", [], []
+
+    def attempt(changed, render):
+        file.write_text(json.dumps({**content, "checks": [changed]}))
+        try:
+            rendered.append(render(read_results(file)))
+        except UsageError as error:
+            refused.append(str(error))
+
+    def everything(read):
+        return render_page(read), render_markdown(read), list(workflow_commands(read)), from_the_top({**read, "prefix": "a/"})
+
+    for place in places_in(bare):
+        for wrong in WRONG:
+            attempt(replaced(bare, place, wrong), everything)
+    for place in places_in(plots):
+        for wrong in (None, -1, 0, 10**99, 1e-300, [], [1] * 3000):
+            attempt(
+                {**bare, "plots": replaced(plots, place, wrong)},
+                lambda read, name=place[0]: charts_of({**ONE_PLOT, name: read["checks"][0]["plots"][name]}, "x"),
+            )
+    assert len(refused) > len(rendered) > 100  # the negative control: both happen
+    assert not any("\n" in told for told in refused)
+
+
+ONE_PLOT = {**dict.fromkeys(PLOTS), "subtracted": True}
+
+
+def places_in(value, place=()):
+    """The place of each value in a JSON value: of a list its first item, of a column none (they are checked as one)."""
+    if place:
+        yield place
+    if isinstance(value, dict):
+        for key, item in (
+            list(value.items())[:3] if place and place[-1] in ("metrics", "policy_metrics", "token_texts") else value.items()
+        ):
+            yield from places_in(item, (*place, key))
+    elif isinstance(value, list) and value:
+        yield from places_in(value[0], (*place, 0))
+
+
+def replaced(value, place, new):
+    """A copy of a JSON value with another one at a place."""
+    copy = json.loads(json.dumps(value))
+    inner = copy
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = new
+    return copy
+
+
+def test_a_report_that_would_be_too_large_to_read_keeps_the_numbers_and_leaves_plots_of_the_best_out(report, monkeypatch):
+    from pytest_logprob_parity.report import results
+
+    content = read_results(report / "results.json")
+    assert results.fitting(content) == (content, 0)
+    failed, passed = content["checks"]
+    most = len(results.to_text(content)) + len(results.to_text({**failed, "plots": None}))
+    monkeypatch.setattr(results, "LARGEST", most)
+    fitted, bare = results.fitting({**content, "checks": [failed, passed, failed]})
+    assert len(results.to_text(fitted)) <= most
+    assert (bare, [check["plots"] is None for check in fitted["checks"]]) == (1, [False, True, True])
+    assert fitted["checks"][2]["metrics"] == failed["metrics"]
+    monkeypatch.setattr(results, "LARGEST", 1000)
+    with pytest.raises(UsageError, match="of 2 checks would be larger than"):
+        results.fitting(content)
 
 
 def test_a_number_that_is_too_large_for_any_is_none(report, capsys):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import UsageError
-from .results import FORMAT
+from .reading import parse_json, read_text
+from .results import FORMAT, LARGEST, NAME
 
 _PARTS: Final = ".parts"
 
@@ -42,8 +43,8 @@ def check_ours(folder: Path) -> None:
     if not there:
         return
     try:
-        ours = json.loads((folder / "results.json").read_text("utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = parse_json(read_text(folder / NAME, LARGEST))["format"] == FORMAT
+    except (OSError, UsageError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
         raise UsageError(f"{folder / there[0]} is there already, and is no report's: name another folder")

@@ -12,7 +12,7 @@ from ..errors import UsageError
 from .folder import check_libraries, check_ours, unwritable
 from .github import repository
 from .markdown import render_markdown
-from .results import NAME, make_results, merge, read_results, to_text
+from .results import NAME, fitting, make_results, merge, read_results, to_text
 
 PAGE: Final = "index.html"
 SUMMARY: Final = "summary.md"
@@ -31,6 +31,7 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> Path:
     """
     check_libraries()
     check_ours(folder)
+    content, _ = fitting(content)
     from .page import render_page
 
     texts = {NAME: to_text(content), PAGE: render_page(content), SUMMARY: render_markdown(content)}
