@@ -365,6 +365,21 @@ def test_candidates_are_never_shown_as_the_cause():
     assert cause_of({"findings": []}) == ""
 
 
+def test_bars_tell_a_little_beyond_a_limit_from_far_beyond_it():
+    from pytest_logprob_parity.report.page import _gate
+
+    def bar(value, limit=1.0):
+        gate = _gate({"value": value, "limit": limit, "errors": None, "outcome": "fail"})
+        return float(gate["width"]), gate["share_text"]
+
+    assert [bar(value) for value in (0, 0.5, 1)] == [(0, "0%"), (25, "50%"), (50, "100%")]  # the limit is at the half
+    assert [bar(value)[1] for value in (1.03, 4, 400)] == ["1.03 ×", "4 ×", "400 ×"]
+    near, far, further, beyond = (bar(value)[0] for value in (1.03, 4, 40, 400))
+    assert 50 < near < 51 < 60 < far < further < beyond == 100
+    assert bar(1, 0) == (100, "more than none")
+    assert bar(None) == bar(0, 0) == (0, "0%")
+
+
 def test_worst_first():
     def check(*gates, findings=()):
         of = [dict(zip(("value", "limit", "errors"), (*gate, None)[:3], strict=True)) for gate in gates]

@@ -103,9 +103,14 @@ def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
         value, limit = errors["actual"], errors["limit"]
     share = 0.0 if not value else value / limit if limit else math.inf
     tone = {"fail": "over", "unverified": "unsure"}.get(gate["outcome"], "")
-    text = "more than allowed" if math.isinf(share) else f"{share:.0%} of what is allowed"
+    text = "more than none" if math.isinf(share) else f"{share:.0%}" if share <= 1 else f"{share:.3g} ×"
     told = {"over": "exceeds", "unsure": "inconclusive"}.get(tone, "")
-    return {**gate, "tone": tone, "told": told, "share_text": text, "width": f"{100 * min(share, 1.0):.0f}"}
+    return {**gate, "tone": tone, "told": told, "share_text": text, "width": f"{_width(share):.4g}"}
+
+
+def _width(share: float) -> float:
+    """How long a bar is, in percent: half at the limit, then a quarter for each power of ten, up to 100 times the limit."""
+    return 50 * max(share, 0.0) if share <= 1 else min(50 + 25 * math.log10(share), 100.0)
 
 
 def _sequence(sequence: Mapping[str, Any], unit: float) -> dict[str, Any]:
