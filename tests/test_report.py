@@ -4,6 +4,9 @@ import html
 import json
 import os
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from pytest_logprob_parity.report.results import LARGEST, PLOTS, cause_of, exces
 from pytest_logprob_parity.report.sequences import texts_of
 from pytest_logprob_parity.report.visible import visible, visible_token
 
+FILES = {"index.html", "results.json", "summary.md", ".gitignore"}
 HOSTILE = (
     "<script>window.pwned = 1</script>", '"><img src=x onerror="window.pwned = 1">', "\u202egnp.exe", "\ud800", "\x00\x1b[31m",
     "</script><script>window.pwned = 1</script>", "{{ 7 * 7 }}", "<!--", "a\u2028b", "&lt;", "\u0301", "\nnew\tline", "\u200b",
@@ -88,7 +92,7 @@ def numbers_in(value):
 def test_a_run_leaves_a_page_its_numbers_and_a_summary(project, pytester):
     result = project("--parity-report=report")
     result.stdout.fnmatch_lines(["logprob-parity: 2 checked, 1 failed", "logprob-parity: report in report/index.html"])
-    assert {file.name for file in (pytester.path / "report").iterdir()} == {"index.html", "results.json", "summary.md"}
+    assert {file.name for file in (pytester.path / "report").iterdir()} == FILES
     content = read_results(pytester.path / "report" / "results.json")
     failed, passed = content["checks"]  # worst first
     assert (failed["node_id"], failed["outcome"], failed["verdict"]) == ("test_it.py::test_moves", "failed", "fail")
@@ -177,7 +181,7 @@ def test_workers_and_one_process_leave_the_same_report(report, pytester, argumen
     pytester.runpytest_subprocess("--parity-report=workers", *arguments).assert_outcomes(passed=1, failed=1)
     alone, workers = (read_results(folder / "results.json") for folder in (report, pytester.path / "workers"))
     assert workers["checks"] == alone["checks"]
-    assert not list((pytester.path / "workers").glob(".*"))
+    assert {file.name for file in (pytester.path / "workers").iterdir()} == FILES
 
 
 def test_a_check_without_numbers_is_in_it(project, pytester):
@@ -332,6 +336,173 @@ def test_nothing_of_the_environment_is_in_it(project, pytester, monkeypatch):
     for file in (pytester.path / "report").iterdir():
         assert "a_secret_of_the_environment" not in file.read_text(), file
         assert str(pytester.path) not in file.read_text(), file
+
+
+# -- who writes it, and when ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-p", "no:terminal"), ("-p", "no:terminal", "-n", "1"), ("-p", "no:terminal", "-p", "no:capture"), ("-q", "-q"),
+        ("--maxfail=1",), ("-p", "no:cacheprovider", "--junitxml=junit.xml"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_it_is_written_whoever_watches(project, pytester, arguments):
+    result = project("--parity-report=report", *arguments)
+    checks = read_results(pytester.path / "report" / "results.json")["checks"]
+    ran = ["failed"] if "--maxfail=1" in arguments else ["failed", "passed"]
+    assert [check["outcome"] for check in checks] == ran
+    assert {file.name for file in (pytester.path / "report").iterdir()} == FILES
+    assert ("logprob-parity: report in report/index.html" in result.outlines) is ("no:terminal" not in arguments)
+
+
+def test_without_a_terminal_trouble_is_told_and_github_has_its_annotations(project, pytester, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    result = project("--parity-report=report", "-p", "no:terminal")
+    assert [line[:31] for line in result.outlines] == ["::error file=test_it.py,line=25"]
+    monkeypatch.setattr("pytest_logprob_parity.report.run.write_report", lambda *_: (_ for _ in ()).throw(UsageError("full")))
+    result = project("--parity-report=report", "-p", "no:terminal")
+    assert [line for line in result.errlines if line.strip()] == ["logprob-parity: no report: full"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "last"),
+    [
+        ("def pytest_runtest_teardown(item): raise KeyboardInterrupt", "*KeyboardInterrupt*"),
+        ("def pytest_runtest_logfinish(nodeid): raise ValueError('a plugin of theirs')", "logprob-parity: report in *"),
+    ],
+    ids=["Ctrl-C", "an internal error"],
+)
+def test_it_is_written_of_a_run_that_ends_early(project, pytester, hook, last):
+    pytester.makeconftest(hook)
+    pytester.runpytest_subprocess("--parity-report=report").stdout.fnmatch_lines([last])
+    assert [c["outcome"] for c in read_results(pytester.path / "report" / "results.json")["checks"]] == ["failed"]
+
+
+def test_a_module_that_cannot_be_collected_costs_no_report(project, pytester):
+    pytester.makepyfile(test_broken="raise ValueError")
+    project("--parity-report=report", "--continue-on-collection-errors")
+    assert len(read_results(pytester.path / "report" / "results.json")["checks"]) == 2
+
+
+def test_a_run_that_never_begins_leaves_nothing_behind(project, pytester, report):
+    before = {file.name: file.read_bytes() for file in report.iterdir()}
+    pytester.makeconftest("import pytest\ndef pytest_sessionstart(): pytest.exit('not today')")
+    project("--parity-report=report")
+    assert {file.name: file.read_bytes() for file in report.iterdir()} == before
+
+
+# -- several runs -----------------------------------------------------------------------------------------------------
+
+#: Tests of a run that says that it is under way, and goes on when it may.
+SLOW = """
+import time
+from pathlib import Path
+from test_it import rollouts
+
+def test_slow(golden_trace):
+    Path("under-way").touch()
+    while not Path("go-on").exists(): time.sleep(0.05)
+    golden_trace.check(rollouts())
+"""
+
+
+@pytest.fixture
+def slow_run(project, pytester):
+    """A run into report/ that is under way; `slow_run.stdin` does nothing, a file `go-on` ends it."""
+    pytester.makepyfile(slow=SLOW)
+    (pytester.path / "go-on").touch()
+    project("--update-golden", "slow.py")
+    (pytester.path / "go-on").unlink()
+    (pytester.path / "under-way").unlink()
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--parity-report=report", "slow.py"]
+    process = subprocess.Popen(command, cwd=pytester.path, stdout=subprocess.PIPE, text=True)
+    while not (pytester.path / "under-way").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_runs_one_after_the_other_replace_each_others_report(project, pytester):
+    """The negative control: they are not merged."""
+    for name in ("moves", "stays"):
+        project("--parity-report=report", "-k", name)
+    assert names_in(pytester.path / "report") == {"test_it.py::test_stays"}
+
+
+def test_runs_at_the_same_time_share_a_report(project, pytester, slow_run):
+    """Whoever ends first and last, nobody's checks are lost; a third that comes between is in it, too."""
+    project("--parity-report=report", "-k", "stays").stdout.fnmatch_lines(["logprob-parity: report in report/index.html"])
+    assert names_in(pytester.path / "report") == {"test_it.py::test_stays"}
+    assert [path for path in (pytester.path / "report").rglob("results.json") if path.parent.name != "report"]
+    assert command_status("report", pytester.path / "report") == 0  # what runs left to each other is nobody else's
+    result = project("--parity-report=report", "-k", "moves", "-n", "1")
+    assert "logprob-parity: report in report/index.html, with that of 1 run at the same time" in result.outlines
+    (pytester.path / "go-on").touch()
+    out, _ = slow_run.communicate(timeout=60)
+    assert "logprob-parity: report in report/index.html, with that of 2 runs at the same time" in out
+    assert names_in(pytester.path / "report") == {"test_it.py::test_moves", "test_it.py::test_stays", "slow.py::test_slow"}
+    assert {file.name for file in (pytester.path / "report").iterdir()} == FILES  # the last one sweeps
+    project("--parity-report=report", "-k", "stays")
+    assert names_in(pytester.path / "report") == {"test_it.py::test_stays"}
+
+
+def test_a_run_that_was_killed_is_swept(project, pytester, slow_run):
+    slow_run.kill()
+    slow_run.wait()
+    assert (pytester.path / "report" / ".parts").exists()
+    project("--parity-report=report", "-k", "stays")
+    assert names_in(pytester.path / "report") == {"test_it.py::test_stays"}
+    assert {file.name for file in (pytester.path / "report").iterdir()} == FILES
+
+
+def test_a_run_that_is_killed_beside_another_one_is_told(project, pytester, rewrite, slow_run):
+    (part,) = (pytester.path / "report" / ".parts").iterdir()
+    rewrite(f"""
+def test_moves(golden_trace):
+    import json, os, signal
+    from pathlib import Path
+    (Path({str(part)!r}) / "a.json").write_text(json.dumps({{"node_id": "x"}}))  # a check that it had ended
+    os.kill({slow_run.pid}, signal.SIGKILL)
+    golden_trace.check(rollouts(SHIFT))
+""")
+    result = project("--parity-report=report", "-k", "moves")
+    assert any("1 run into the same folder ended without a report" in line for line in result.outlines)
+    assert names_in(pytester.path / "report") == {"test_it.py::test_moves"}
+
+
+def names_in(folder):
+    """The node ids in a report."""
+    return {check["node_id"] for check in read_results(folder / "results.json")["checks"]}
+
+
+def command_status(*arguments):
+    from pytest_logprob_parity.cli import main
+
+    return main([str(argument) for argument in arguments])
+
+
+def test_the_folder_ignores_itself_in_git_and_nobody_elses_does(project, pytester, report, capsys):
+    def ignored(*paths):
+        told = subprocess.run(["git", "check-ignore", *paths], cwd=pytester.path, capture_output=True, text=True, check=False)
+        return told.stdout.split()
+
+    subprocess.run(["git", "init", "-q"], cwd=pytester.path, check=True)
+    assert (report / ".gitignore").read_text() == "*\n"
+    assert ignored("report/index.html", "report/.gitignore", "test_it.py") == ["report/index.html", "report/.gitignore"]
+    command(capsys, "report", report, "--out", pytester.path / "again")
+    assert ignored("again/results.json") == ["again/results.json"]
+    project("--parity-report=.")  # the negative control: a folder that holds anything else
+    assert not (pytester.path / ".gitignore").exists()
+    (pytester.path / "own").mkdir()
+    (pytester.path / "own" / ".gitignore").write_text("summary.md\n")
+    project("--parity-report=own")
+    assert (pytester.path / "own" / ".gitignore").read_text() == "summary.md\n"
 
 
 # -- from results to results ------------------------------------------------------------------------------------------
