@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Generator, Mapping, Sequence
+import sys
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
@@ -20,6 +22,9 @@ from .summary import one_line, summary
 from .trainer.frameworks import FRAMEWORKS
 from .unchecked import SWALLOWED, UNCHECKED, comparisons_made, look_at_the_end
 from .visible_text import visible_line
+
+if TYPE_CHECKING:
+    from .report.folder import Run
 
 __all__ = [
     "golden_trace",
@@ -167,7 +172,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise UsageError(f"parity_golden_dir: {_OBTAINED} is where failing checks leave traces: name another folder")
         given = config.getoption("--parity-server")
         server = "" if given is None else check_url(given, "--parity-server")
-        report = _report_folder(config)
+        run = _prepare_report(config)
         if lines := config.getini("parity_tolerance"):
             from .comparison.tolerance import parse_tolerance
 
@@ -179,13 +184,13 @@ def pytest_configure(config: pytest.Config) -> None:
             f"parity_max_golden_mb: {config.getini('parity_max_golden_mb')!r} must be a number above 0"
         ) from None
     session = Session(
-        update, golden_dir, ini, override, level, int(repeats), report, obtained == "golden", server,
+        update, golden_dir, ini, override, level, int(repeats), _parts(config, run), obtained == "golden", server,
         objective=choices["parity_objective"], reference=choices["parity_reference"],
         warn_unverified=choices["parity_unverified"] == "warn", unchecked=choices["parity_unchecked"], root=config.rootpath,
     )  # fmt: skip
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Outcomes(session), "logprob_parity_outcomes")
+        config.pluginmanager.register(Outcomes(config, session, run), "logprob_parity_outcomes")
 
 
 def _update(config: pytest.Config) -> str:
@@ -208,20 +213,24 @@ def _choice(config: pytest.Config, name: str, known: Sequence[str]) -> str:
     return value
 
 
-def _report_folder(config: pytest.Config) -> Path | None:
-    """Where the report goes; made, and seen to be writable, before anything runs. Raises UsageError."""
-    if (handed := getattr(config, "workerinput", {}).get("logprob_parity_report")) is not None:
-        return Path(handed) if handed else None
+def _prepare_report(config: pytest.Config) -> Run | None:
+    """The run that is to report; its folder is made, and seen to be writable, before anything runs. Raises UsageError."""
     given = config.getoption("--parity-report")
-    if given is None or any(config.getoption(name, None) for name in _RUNS_NOTHING):
+    if given is None or hasattr(config, "workerinput") or any(config.getoption(name, None) for name in _RUNS_NOTHING):
         return None
     if not given.strip():
         raise UsageError("--parity-report: name a folder")
     from .report.folder import prepare
 
-    folder: Path = config.invocation_params.dir / given
-    prepare(folder)
-    return folder
+    run = prepare(config.invocation_params.dir / given)
+    config.add_cleanup(run.end)
+    return run
+
+
+def _parts(config: pytest.Config, run: Run | None) -> Path | None:
+    """Where this process's checks leave their parts of the report."""
+    handed = getattr(config, "workerinput", {}).get("logprob_parity_report")
+    return Path(handed) if handed else None if run is None else run.path
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -370,10 +379,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 class Outcomes:
     """Counts the records of all checks, wherever they ran, and says so at the end; lives where the terminal is."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, config: pytest.Config, session: Session, run: Run | None) -> None:
+        self._config = config
         self._session = session
+        self._run = run
         self._records: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         self._failing: set[tuple[Any, ...]] = set()
+        self._cut_off: list[dict[str, Any]] = []
+        self._lines: list[str] = []
+        self._problems: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         test = (getattr(report, "worker_id", ""), report.nodeid, *report.location)
@@ -400,37 +414,62 @@ class Outcomes:
         self._session.unused |= set(output.get("logprob_parity_unused", ()))
         self._session.uncompared |= set(output.get("logprob_parity_uncompared", ()))
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        records = [record for test in self._records.values() for record in test]
-        folder = self._session.report
-        if folder is not None:
-            records += _cut_off(folder, records)
-        own, verbosity = self._session, terminalreporter.config.getoption("verbose")
-        for line in summary(records, sorted(own.unused), sorted(own.uncompared), verbosity):
-            terminalreporter.write_line(line.text, **({line.colour: True} if line.colour else {}))
-        if folder is not None:
-            self._report(folder, records, terminalreporter)
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """Write the report, whether there is a terminal or not, when xdist's workers are down and before the summary."""
+        if self._run is None:
+            return
+        self._cut_off = _cut_off(self._run.path, [record for test in self._records.values() for record in test])
+        self._report(self._run, self._all_records())
 
-    def _report(self, folder: Path, records: Sequence[Mapping[str, Any]], terminalreporter: pytest.TerminalReporter) -> None:
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        own, verbosity = self._session, terminalreporter.config.getoption("verbose")
+        for line in summary(self._all_records(), sorted(own.unused), sorted(own.uncompared), verbosity):
+            terminalreporter.write_line(line.text, **({line.colour: True} if line.colour else {}))
+        self._say(terminalreporter)
+
+    def pytest_unconfigure(self) -> None:
+        """Say what no summary said: there was none (an internal error), or no terminal. GitHub Actions reads stdout anyway."""
+        if not self._lines and not self._problems:
+            return
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        capture = self._config.pluginmanager.get_plugin("capturemanager")
+        with contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled():
+            if terminal is not None:
+                self._say(terminal)
+                return
+            for line in self._lines:
+                if line.startswith("::"):
+                    print(line, flush=True)
+            for line in self._problems:
+                print(line, file=sys.stderr, flush=True)
+
+    def _all_records(self) -> list[dict[str, Any]]:
+        return [record for test in self._records.values() for record in test] + self._cut_off
+
+    def _say(self, terminal: pytest.TerminalReporter) -> None:
+        for line in self._lines:
+            terminal.write_line(line)
+        for line in self._problems:
+            terminal.write_line(line, red=True)
+        self._lines, self._problems = [], []
+
+    def _report(self, run: Run, records: Sequence[Mapping[str, Any]]) -> None:
         from .report.run import report_run
 
         parts = [record.get("part", "") for record in records if record["outcome"] != UNCHECKED]
         expected = {record.get("part", "") for record in records if record["outcome"] == "expected"}
-        unused = sorted(self._session.unused)
         try:
-            lines = report_run(folder, parts, terminalreporter.config.rootpath, unused, expected)
+            self._lines += report_run(run, parts, self._config.rootpath, sorted(self._session.unused), expected)
         except (UsageError, OSError) as error:
-            terminalreporter.write_line(f"logprob-parity: no report: {visible_line(error)}", red=True)
-            return
-        for line in lines:
-            terminalreporter.write_line(line)
+            self._problems.append(f"logprob-parity: no report: {visible_line(error)}")
 
 
-def _cut_off(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _cut_off(run: Path, records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Records of checks that ended before their worker died or the run was broken off: only their parts are there."""
     from .report.folder import unnamed_parts
 
-    parts = unnamed_parts(folder, {record.get("part", "") for record in records})
+    parts = unnamed_parts(run, {record.get("part", "") for record in records})
     return [{"outcome": entry["outcome"], "part": name} for name, entry in parts.items()]
 
 

@@ -171,12 +171,12 @@ class Records:
     ) -> str:
         """The name of this check's part of the report; "" where it could not be written, which the report then says."""
         from .report.entry import make_entry
-        from .report.folder import write_part
+        from .report.folder import report_of, write_part
 
         headline = record["headline"] if comparison is None else comparison.headline
         entry = make_entry(about, record["outcome"], headline, comparison, checked, self._config.rootpath)
         try:
             return write_part(report, entry)
         except OSError as error:
-            tell(self._config, f"{report}: not written: {error.strerror or error}")
+            tell(self._config, f"{report_of(report)}: not written: {error.strerror or error}")
             return ""

@@ -30,7 +30,10 @@ NOTED: Final = "noted"
 
 @dataclass
 class Session:
-    """What the plugin knows of this run: options as they were given, and what has happened so far."""
+    """What the plugin knows of this run: options as they were given, and what has happened so far.
+
+    `report` is where checks leave their parts of the report, below its folder.
+    """
 
     update: str
     golden_dir: Path

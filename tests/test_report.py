@@ -2,7 +2,11 @@
 
 import html
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,10 +15,11 @@ from reporting import MOVED, PROJECT, command, one_line
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import Trace, UsageError
 from pytest_logprob_parity.files import compare_files
-from pytest_logprob_parity.report.results import PLOTS, cause_of, excess, read_results
+from pytest_logprob_parity.report.results import LARGEST, PLOTS, cause_of, excess, from_the_top, read_results
 from pytest_logprob_parity.report.sequences import texts_of
 from pytest_logprob_parity.visible_text import visible, visible_token
 
+FILES = {"index.html", "results.json", "summary.md", ".gitignore"}
 HOSTILE = (
     "<script>window.pwned = 1</script>", '"><img src=x onerror="window.pwned = 1">', "\u202egnp.exe", "\ud800", "\x00\x1b[31m",
     "</script><script>window.pwned = 1</script>", "{{ 7 * 7 }}", "<!--", "a\u2028b", "&lt;", "\u0301", "\nnew\tline", "\u200b",
@@ -87,7 +92,7 @@ def numbers_in(value):
 def test_a_run_leaves_a_page_its_numbers_and_a_summary(project, pytester):
     result = project("--parity-report=report")
     result.stdout.fnmatch_lines(["logprob-parity: 2 checked, 1 failed", "logprob-parity: report in report/index.html"])
-    assert {file.name for file in (pytester.path / "report").iterdir()} == {"index.html", "results.json", "summary.md"}
+    assert {file.name for file in (pytester.path / "report").iterdir()} == FILES
     content = read_results(pytester.path / "report" / "results.json")
     failed, passed = content["checks"]  # worst first
     assert (failed["node_id"], failed["outcome"], failed["verdict"]) == ("test_it.py::test_moves", "failed", "fail")
@@ -176,7 +181,7 @@ def test_workers_and_one_process_leave_the_same_report(report, pytester, argumen
     pytester.runpytest_subprocess("--parity-report=workers", *arguments).assert_outcomes(passed=1, failed=1)
     alone, workers = (read_results(folder / "results.json") for folder in (report, pytester.path / "workers"))
     assert workers["checks"] == alone["checks"]
-    assert not list((pytester.path / "workers").glob(".*"))
+    assert {file.name for file in (pytester.path / "workers").iterdir()} == FILES
 
 
 def test_a_check_without_numbers_is_in_it(project, pytester):
@@ -333,6 +338,173 @@ def test_nothing_of_the_environment_is_in_it(project, pytester, monkeypatch):
         assert str(pytester.path) not in file.read_text(), file
 
 
+# -- who writes it, and when ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-p", "no:terminal"), ("-p", "no:terminal", "-n", "1"), ("-p", "no:terminal", "-p", "no:capture"), ("-q", "-q"),
+        ("--maxfail=1",), ("-p", "no:cacheprovider", "--junitxml=junit.xml"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_it_is_written_whoever_watches(project, pytester, arguments):
+    result = project("--parity-report=report", *arguments)
+    checks = read_results(pytester.path / "report" / "results.json")["checks"]
+    ran = ["failed"] if "--maxfail=1" in arguments else ["failed", "passed"]
+    assert [check["outcome"] for check in checks] == ran
+    assert {file.name for file in (pytester.path / "report").iterdir()} == FILES
+    assert ("logprob-parity: report in report/index.html" in result.outlines) is ("no:terminal" not in arguments)
+
+
+def test_without_a_terminal_trouble_is_told_and_github_has_its_annotations(project, pytester, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    result = project("--parity-report=report", "-p", "no:terminal")
+    assert [line[:31] for line in result.outlines] == ["::error file=test_it.py,line=25"]
+    monkeypatch.setattr("pytest_logprob_parity.report.run.write_report", lambda *_: (_ for _ in ()).throw(UsageError("full")))
+    result = project("--parity-report=report", "-p", "no:terminal")
+    assert [line for line in result.errlines if line.strip()] == ["logprob-parity: no report: full"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "last"),
+    [
+        ("def pytest_runtest_teardown(item): raise KeyboardInterrupt", "*KeyboardInterrupt*"),
+        ("def pytest_runtest_logfinish(nodeid): raise ValueError('a plugin of theirs')", "logprob-parity: report in *"),
+    ],
+    ids=["Ctrl-C", "an internal error"],
+)
+def test_it_is_written_of_a_run_that_ends_early(project, pytester, hook, last):
+    pytester.makeconftest(hook)
+    pytester.runpytest_subprocess("--parity-report=report").stdout.fnmatch_lines([last])
+    assert [c["outcome"] for c in read_results(pytester.path / "report" / "results.json")["checks"]] == ["failed"]
+
+
+def test_a_module_that_cannot_be_collected_costs_no_report(project, pytester):
+    pytester.makepyfile(test_broken="raise ValueError")
+    project("--parity-report=report", "--continue-on-collection-errors")
+    assert len(read_results(pytester.path / "report" / "results.json")["checks"]) == 2
+
+
+def test_a_run_that_never_begins_leaves_nothing_behind(project, pytester, report):
+    before = {file.name: file.read_bytes() for file in report.iterdir()}
+    pytester.makeconftest("import pytest\ndef pytest_sessionstart(): pytest.exit('not today')")
+    project("--parity-report=report")
+    assert {file.name: file.read_bytes() for file in report.iterdir()} == before
+
+
+# -- several runs -----------------------------------------------------------------------------------------------------
+
+#: Tests of a run that says that it is under way, and goes on when it may.
+SLOW = """
+import time
+from pathlib import Path
+from test_it import rollouts
+
+def test_slow(golden_trace):
+    Path("under-way").touch()
+    while not Path("go-on").exists(): time.sleep(0.05)
+    golden_trace.check(rollouts())
+"""
+
+
+@pytest.fixture
+def slow_run(project, pytester):
+    """A run into report/ that is under way; `slow_run.stdin` does nothing, a file `go-on` ends it."""
+    pytester.makepyfile(slow=SLOW)
+    (pytester.path / "go-on").touch()
+    project("--update-golden", "slow.py")
+    (pytester.path / "go-on").unlink()
+    (pytester.path / "under-way").unlink()
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--parity-report=report", "slow.py"]
+    process = subprocess.Popen(command, cwd=pytester.path, stdout=subprocess.PIPE, text=True)
+    while not (pytester.path / "under-way").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_runs_one_after_the_other_replace_each_others_report(project, pytester):
+    """The negative control: they are not merged."""
+    for name in ("moves", "stays"):
+        project("--parity-report=report", "-k", name)
+    assert names_in(pytester.path / "report") == {"test_it.py::test_stays"}
+
+
+def test_runs_at_the_same_time_share_a_report(project, pytester, slow_run):
+    """Whoever ends first and last, nobody's checks are lost; a third that comes between is in it, too."""
+    project("--parity-report=report", "-k", "stays").stdout.fnmatch_lines(["logprob-parity: report in report/index.html"])
+    assert names_in(pytester.path / "report") == {"test_it.py::test_stays"}
+    assert [path for path in (pytester.path / "report").rglob("results.json") if path.parent.name != "report"]
+    assert command_status("report", pytester.path / "report") == 0  # what runs left to each other is nobody else's
+    result = project("--parity-report=report", "-k", "moves", "-n", "1")
+    assert "logprob-parity: report in report/index.html, with that of 1 run at the same time" in result.outlines
+    (pytester.path / "go-on").touch()
+    out, _ = slow_run.communicate(timeout=60)
+    assert "logprob-parity: report in report/index.html, with that of 2 runs at the same time" in out
+    assert names_in(pytester.path / "report") == {"test_it.py::test_moves", "test_it.py::test_stays", "slow.py::test_slow"}
+    assert {file.name for file in (pytester.path / "report").iterdir()} == FILES  # the last one sweeps
+    project("--parity-report=report", "-k", "stays")
+    assert names_in(pytester.path / "report") == {"test_it.py::test_stays"}
+
+
+def test_a_run_that_was_killed_is_swept(project, pytester, slow_run):
+    slow_run.kill()
+    slow_run.wait()
+    assert (pytester.path / "report" / ".parts").exists()
+    project("--parity-report=report", "-k", "stays")
+    assert names_in(pytester.path / "report") == {"test_it.py::test_stays"}
+    assert {file.name for file in (pytester.path / "report").iterdir()} == FILES
+
+
+def test_a_run_that_is_killed_beside_another_one_is_told(project, pytester, rewrite, slow_run):
+    (part,) = (pytester.path / "report" / ".parts").iterdir()
+    rewrite(f"""
+def test_moves(golden_trace):
+    import json, os, signal
+    from pathlib import Path
+    (Path({str(part)!r}) / "a.json").write_text(json.dumps({{"node_id": "x"}}))  # a check that it had ended
+    os.kill({slow_run.pid}, signal.SIGKILL)
+    golden_trace.check(rollouts(SHIFT))
+""")
+    result = project("--parity-report=report", "-k", "moves")
+    assert any("1 run into the same folder ended without a report" in line for line in result.outlines)
+    assert names_in(pytester.path / "report") == {"test_it.py::test_moves"}
+
+
+def names_in(folder):
+    """The node ids in a report."""
+    return {check["node_id"] for check in read_results(folder / "results.json")["checks"]}
+
+
+def command_status(*arguments):
+    from pytest_logprob_parity.cli import main
+
+    return main([str(argument) for argument in arguments])
+
+
+def test_the_folder_ignores_itself_in_git_and_nobody_elses_does(project, pytester, report, capsys):
+    def ignored(*paths):
+        told = subprocess.run(["git", "check-ignore", *paths], cwd=pytester.path, capture_output=True, text=True, check=False)
+        return told.stdout.split()
+
+    subprocess.run(["git", "init", "-q"], cwd=pytester.path, check=True)
+    assert (report / ".gitignore").read_text() == "*\n"
+    assert ignored("report/index.html", "report/.gitignore", "test_it.py") == ["report/index.html", "report/.gitignore"]
+    command(capsys, "report", report, "--out", pytester.path / "again")
+    assert ignored("again/results.json") == ["again/results.json"]
+    project("--parity-report=.")  # the negative control: a folder that holds anything else
+    assert not (pytester.path / ".gitignore").exists()
+    (pytester.path / "own").mkdir()
+    (pytester.path / "own" / ".gitignore").write_text("summary.md\n")
+    project("--parity-report=own")
+    assert (pytester.path / "own" / ".gitignore").read_text() == "summary.md\n"
+
+
 # -- from results to results ------------------------------------------------------------------------------------------
 
 
@@ -362,6 +534,21 @@ def test_candidates_are_never_shown_as_the_cause():
     assert cause_of({"findings": several}) == "one of engine_build, weights_differ"
     assert cause_of({"findings": [*several, finding("semantic", "temperature")]}) == "semantic: temperature"
     assert cause_of({"findings": []}) == ""
+
+
+def test_bars_tell_a_little_beyond_a_limit_from_far_beyond_it():
+    from pytest_logprob_parity.report.page import _gate
+
+    def bar(value, limit=1.0):
+        gate = _gate({"value": value, "limit": limit, "errors": None, "outcome": "fail"})
+        return float(gate["width"]), gate["share_text"]
+
+    assert [bar(value) for value in (0, 0.5, 1)] == [(0, "0%"), (25, "50%"), (50, "100%")]  # the limit is at the half
+    assert [bar(value)[1] for value in (1.03, 4, 400)] == ["1.03 ×", "4 ×", "400 ×"]
+    near, far, further, beyond = (bar(value)[0] for value in (1.03, 4, 40, 400))
+    assert 50 < near < 51 < 60 < far < further < beyond == 100
+    assert bar(1, 0) == (100, "more than none")
+    assert bar(None) == bar(0, 0) == (0, "0%")
 
 
 def test_worst_first():
@@ -599,14 +786,166 @@ BAD = {
     "1000000000000000000000000000000000000000 in place of a number": lambda c: c["checks"][0].update(line=10**400),
     "has columns of lengths": lambda c: c["checks"][0]["sequences"][0]["golden"].pop(),
     "NaN in place of a number": lambda c: c["checks"][0]["metrics"].update(rms_diff=float("nan")),
-    "plot 'histogram' is not as": lambda c: c["checks"][0]["plots"]["histogram"].update(edges=[]),
+    "plot 'histogram' of 'test_it.py::test_moves' has edges that do not rise": lambda c: plot_of(c, "histogram").update(
+        edges=[]
+    ),
+    "plot 'ratio' of 'test_it.py::test_moves' has columns of different": lambda c: plot_of(c, "ratio")["counts"].pop(),
+    "plots.scatter.edges has 16384 items (limit: 257)": lambda c: plot_of(c, "scatter").update(edges=list(range(16384))),
+    "plots.by_position.positions has 2000 items": lambda c: plot_of(c, "by_position").update(positions=list(range(2000))),
+    "cells that are not [x, y, count]": lambda c: plot_of(c, "scatter")["cells"].append([1, 1]),
+    "cells[0][2] is not from 0 to 9.0072e+15 but -5": lambda c: plot_of(c, "scatter").update(cells=[[0, 0, -5]]),
+    "sequences[0].ids has 9999 items": lambda c: c["checks"][0]["sequences"][0].update(ids=[1] * 9999),
+    "free_run.turns is not int but '9'": lambda c: c["checks"][0].update(free_run={"turns": "9", "first": []}),
+    "commands[0].for_all is not str": lambda c: c["checks"][0]["commands"][0].update(for_all=[]),
+    "its tokens have texts of": lambda c: c["checks"][0]["token_texts"].update(dict.fromkeys(map(str, range(50)), "x" * 10**6)),
+    "more than 32 lists and mappings inside one another": lambda c: c["checks"][0]["findings"][0]["values"].update(v=nest(50)),
 }
+
+
+def plot_of(content, name):
+    return content["checks"][0]["plots"][name]
+
+
+def nest(levels):
+    """A list in a list in a list ..."""
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 @pytest.mark.parametrize("told", BAD)
 def test_results_that_are_none_of_ours(report, capsys, told):
     edit(report, BAD[told])
     assert told in one_line(capsys, "report", report)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            '{"format":"logprob-parity results","format":"logprob-parity results"}',
+            "the key 'format' stands twice in one mapping",
+        ),
+        ("[" * 900 + "]" * 900, "more than 32 lists and mappings inside one another"),
+        ("[" * 10**6, "more than 32 lists and mappings inside one another"),
+        ('{"schema":Infinity}', "Infinity in place of a number"),
+        (b"\xff\xfe", "'utf-8' codec can't decode"),
+    ],
+    ids=["double", "deep", "deeper", "infinite", "bytes"],
+)
+def test_texts_that_are_no_json_of_ours(tmp_path, capsys, text, told):
+    (tmp_path / "results.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert told in one_line(capsys, "report", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device", "too large"])
+def test_files_that_are_no_files_or_too_large_are_refused_without_reading_them(tmp_path, capsys, kind):
+    place = tmp_path / "results.json"
+    if kind == "pipe":
+        os.mkfifo(place)  # a reader that opens it waits for ever
+    elif kind == "too large":
+        with place.open("wb") as file:
+            file.truncate(LARGEST + 1)
+    elif kind == "link to a device":
+        place.symlink_to("/dev/zero")
+    told = one_line(capsys, "report", "/dev/zero" if kind == "device" else place, "--out", tmp_path / "out")
+    assert ("larger than 64 MiB" if kind == "too large" else "not a regular file (a folder, a pipe or a device)") in told
+    if kind in ("pipe", "link to a device"):  # nor is it written over
+        assert "is there already, and is no report's" in one_line(capsys, "report", *_two_traces(tmp_path), "--out", tmp_path)
+
+
+def _two_traces(folder):
+    from made_up import make_trace
+
+    paths = [folder / "a.safetensors", folder / "b.safetensors"]
+    for path in paths:
+        make_trace(2, 2).save(path)
+    return paths
+
+
+#: What somebody may put in place of any value.
+WRONG = (None, True, -1, 10**99, "\ud800\x00\n", [], [[]], {}, [1] * 3000)
+
+
+def test_whatever_stands_in_results_they_are_rendered_or_refused_in_one_line(report, tmp_path):
+    """Each value of a check in turn is replaced by each kind of wrong one: there is a page, or one line; never a traceback."""
+    from pytest_logprob_parity.report.charts import charts_of
+    from pytest_logprob_parity.report.github import workflow_commands
+    from pytest_logprob_parity.report.markdown import render_markdown
+    from pytest_logprob_parity.report.page import render_page
+
+    content = json.loads((report / "results.json").read_text())
+    check = content["checks"][0]
+    check |= {"free_run": {"turns": 2, "diverged": 1, "stops_changed": 0, "first": ["a"]}}
+    check["sequences"] = [{name: v[:2] if isinstance(v, list) else v for name, v in check["sequences"][0].items()}]
+    plots, bare = check["plots"], {**check, "plots": None}
+    file, refused, rendered = tmp_path / "results.json", [], []
+
+    def attempt(changed, render):
+        file.write_text(json.dumps({**content, "checks": [changed]}))
+        try:
+            rendered.append(render(read_results(file)))
+        except UsageError as error:
+            refused.append(str(error))
+
+    def everything(read):
+        return render_page(read), render_markdown(read), list(workflow_commands(read)), from_the_top({**read, "prefix": "a/"})
+
+    for place in places_in(bare):
+        for wrong in WRONG:
+            attempt(replaced(bare, place, wrong), everything)
+    for place in places_in(plots):
+        for wrong in (None, -1, 0, 10**99, 1e-300, [], [1] * 3000):
+            attempt(
+                {**bare, "plots": replaced(plots, place, wrong)},
+                lambda read, name=place[0]: charts_of({**ONE_PLOT, name: read["checks"][0]["plots"][name]}, "x"),
+            )
+    assert len(refused) > len(rendered) > 100  # the negative control: both happen
+    assert not any("\n" in told for told in refused)
+
+
+ONE_PLOT = {**dict.fromkeys(PLOTS), "subtracted": True}
+
+
+def places_in(value, place=()):
+    """The place of each value in a JSON value: of a list its first item, of a column none (they are checked as one)."""
+    if place:
+        yield place
+    if isinstance(value, dict):
+        for key, item in (
+            list(value.items())[:3] if place and place[-1] in ("metrics", "policy_metrics", "token_texts") else value.items()
+        ):
+            yield from places_in(item, (*place, key))
+    elif isinstance(value, list) and value:
+        yield from places_in(value[0], (*place, 0))
+
+
+def replaced(value, place, new):
+    """A copy of a JSON value with another one at a place."""
+    copy = json.loads(json.dumps(value))
+    inner = copy
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = new
+    return copy
+
+
+def test_a_report_that_would_be_too_large_to_read_keeps_the_numbers_and_leaves_plots_of_the_best_out(report, monkeypatch):
+    from pytest_logprob_parity.report import results
+
+    content = read_results(report / "results.json")
+    assert results.fitting(content) == (content, 0)
+    failed, passed = content["checks"]
+    most = len(results.to_text(content)) + len(results.to_text({**failed, "plots": None}))
+    monkeypatch.setattr(results, "LARGEST", most)
+    fitted, bare = results.fitting({**content, "checks": [failed, passed, failed]})
+    assert len(results.to_text(fitted)) <= most
+    assert (bare, [check["plots"] is None for check in fitted["checks"]]) == (1, [False, True, True])
+    assert fitted["checks"][2]["metrics"] == failed["metrics"]
+    monkeypatch.setattr(results, "LARGEST", 1000)
+    with pytest.raises(UsageError, match="of 2 checks would be larger than"):
+        results.fitting(content)
 
 
 def test_a_number_that_is_too_large_for_any_is_none(report, capsys):

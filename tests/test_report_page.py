@@ -153,10 +153,21 @@ def test_a_command_is_copied(page):
     assert page.run("document.querySelector('[data-copy]').textContent") == "copied"
 
 
-def test_a_narrow_window_does_not_scroll_sideways(page):
-    page.look(width=390)
+@pytest.mark.parametrize("width", [320, 390, 500, 900])
+def test_a_narrow_window_does_not_scroll_sideways_and_cuts_no_limit_off(page, width):
+    page.look(width=width)
     page.run("document.querySelector('#unfold').click()")
-    assert page.run("document.documentElement.scrollWidth") <= 390
+    assert page.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert page.run("[...document.querySelectorAll('.scroll:has(.gates)')].every(box => box.scrollWidth <= box.clientWidth)")
+    label = "getComputedStyle(document.querySelector('.gates td:nth-child(5)'), '::before').content"
+    assert page.run(label) == '"limit "'  # each number says what it is, where there is no head
+
+
+def test_a_wide_window_has_a_table_with_a_head(page):
+    """The negative control: the labels of a narrow window are not in a wide one."""
+    page.look(width=1200)
+    assert page.run("document.querySelector('.gates thead').checkVisibility()") is True
+    assert page.run("getComputedStyle(document.querySelector('.gates td:nth-child(5)'), '::before').content") == "none"
 
 
 def test_hostile_tokens_are_text(page):

@@ -104,18 +104,18 @@ def _axes(axes: Axes, x: str, y: str, ticks: int = 5) -> None:
 
 
 def _scatter(axes: Axes, data: Mapping[str, Any]) -> None:
-    edges = np.array(data["edges"])
+    edges = _numbers(data["edges"])
     size = len(edges) - 1
     image = np.zeros((size, size, 4))
     image[..., :3] = _CELL
     for x, y, count in data["cells"]:
         if 0 <= x < size and 0 <= y < size:
-            image[y, x, 3] = np.log1p(count)
+            image[y, x, 3] = np.log1p(float(count))
     image[..., 3] = np.where(image[..., 3] > 0, 0.25 + 0.75 * image[..., 3] / max(image[..., 3].max(), 1e-9), 0)
     extent = (edges[0], edges[-1], edges[0], edges[-1])
     axes.imshow(image, origin="lower", extent=extent, aspect="auto", interpolation="none")
     axes.plot(edges[[0, -1]], edges[[0, -1]], color=_INK, linewidth=0.7, linestyle=(0, (4, 3)))
-    points = np.array(data["points"]).reshape(-1, 2)
+    points = np.array(data["points"], np.float64).reshape(-1, 2)
     axes.plot(points[:, 0], points[:, 1], linestyle="", marker="o", markersize=2.4, color=_BAD, markeredgewidth=0)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(edges[0], edges[-1])
@@ -123,7 +123,7 @@ def _scatter(axes: Axes, data: Mapping[str, Any]) -> None:
 
 
 def _by_position(axes: Axes, data: Mapping[str, Any]) -> None:
-    places = data["positions"]
+    places = _numbers(data["positions"])
     floor = data["floor"]
     for name, style in (("max", _BAD), ("p95", _NOW), ("median", _INK)):
         axes.plot(places, _numbers(data[name]), color=style, linewidth=1.1, label={"p95": "95 %"}.get(name, name))
@@ -131,8 +131,8 @@ def _by_position(axes: Axes, data: Mapping[str, Any]) -> None:
     if floor:
         axes.axhline(floor, color=_NOISE, linewidth=1.2, linestyle=(0, (4, 3)), label="noise floor, RMS")
     if (positive := values[values > 0]).size:
-        smallest = max(float(np.quantile(positive, 0.05)), float(positive.max()) * 1e-5)
-        axes.set_yscale("symlog", linthresh=min(smallest, floor or smallest))
+        least, smallest = float(positive.max()) * 1e-5, float(np.quantile(positive, 0.05))
+        axes.set_yscale("symlog", linthresh=max(least, min(smallest, floor or smallest)))
         axes.set_ylim(bottom=0)
         _few_decades(axes)
     _axes(axes, "position in the completion", "|d|, nats")
@@ -140,7 +140,7 @@ def _by_position(axes: Axes, data: Mapping[str, Any]) -> None:
 
 
 def _histogram(axes: Axes, data: Mapping[str, Any]) -> None:
-    edges = data["edges"]
+    edges = _numbers(data["edges"])
     if data["floor"] is not None:
         axes.stairs(_numbers(data["floor"]), edges, fill=True, color=_NOISE, alpha=0.45, linewidth=0, label="noise floor")
     axes.stairs(_numbers(data["counts"]), edges, color=_NOW, linewidth=1.2, label="now - golden")
@@ -150,7 +150,7 @@ def _histogram(axes: Axes, data: Mapping[str, Any]) -> None:
 
 
 def _ratio(axes: Axes, data: Mapping[str, Any]) -> None:
-    edges, clip = data["edges"], data["clip"]
+    edges, clip = _numbers(data["edges"]), float(data["clip"])
     axes.stairs(_numbers(data["counts"]), edges, fill=True, color=_NOW, alpha=0.55, linewidth=0)
     for bound in (1 - clip, 1 + clip):
         axes.axvline(bound, color=_BAD, linewidth=1.1, linestyle=(0, (4, 3)))
@@ -160,7 +160,7 @@ def _ratio(axes: Axes, data: Mapping[str, Any]) -> None:
 
 
 def _divergence(axes: Axes, data: Mapping[str, Any]) -> None:
-    axes.stairs(_numbers(data["counts"]), data["edges"], fill=True, color=_NOW, alpha=0.55, linewidth=0)
+    axes.stairs(_numbers(data["counts"]), _numbers(data["edges"]), fill=True, color=_NOW, alpha=0.55, linewidth=0)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     _axes(axes, "position of the first other token", "completions")

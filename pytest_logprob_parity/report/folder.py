@@ -1,4 +1,12 @@
-"""The folder of a report: made before the run begins, filled by every process that checks, swept by the one that reports."""
+"""The folder of a report: made before the run begins, filled by every process that checks, swept by the one that reports.
+
+    DIR/index.html, results.json, summary.md     the report
+    DIR/.gitignore                               in a folder that holds nothing else: it ignores itself
+    DIR/.parts/<run>/                            while runs are under way: the checks of each, and a file that it has locked
+
+Runs one after the other replace each other's report. Runs at the same time share one: each merges its results with those of the
+runs that have ended beside it, and the last one sweeps. The lock goes with its process, so a killed run is known to be dead.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +15,69 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import UsageError
-from .results import FORMAT
+from .reading import parse_json, read_text
+from .results import FORMAT, LARGEST, NAME
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs at the same time are not told apart there
+    fcntl = None  # type: ignore[assignment]
 
 _PARTS: Final = ".parts"
+_LOCK: Final = "lock"
+_IGNORE: Final = ".gitignore"
+#: What a report's folder holds. One that holds anything else may be somebody's, and is not ignored.
+_OURS: Final = frozenset({"index.html", NAME, "summary.md", _PARTS, _IGNORE})
 
 
-def prepare(folder: Path) -> None:
+class Run:
+    """A run that is to report: `path` is where its checks leave their parts, below the report's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = report_of(path)
+        self._lock: int | None = _locked(path / _LOCK)
+
+    def end(self) -> None:
+        """Remove what is left of this run, where it did not report."""
+        if self._lock is not None:
+            with in_turn(self.folder):
+                self.leave(None)
+
+    def leave(self, results: str | None) -> None:
+        """Let the run be over, in its turn: the last one sweeps, an earlier one leaves `results` (a results.json) to those.
+
+        Raises OSError where these cannot be written.
+        """
+        if results is not None and _alive(self.folder, besides=self.path):
+            (self.path / f"{NAME}.part").write_text(results, "ascii")
+            os.replace(self.path / f"{NAME}.part", self.path / NAME)
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        if not _alive(self.folder):
+            shutil.rmtree(self.folder / _PARTS, ignore_errors=True)
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file is what a run that is under way has left."""
+    return _PARTS in path.parts
+
+
+def report_of(run: Path) -> Path:
+    """The report's folder, for that of a run."""
+    return run.parent.parent
+
+
+def prepare(folder: Path) -> Run:
     """Make the folder of a report, so that a run learns of a wrong one before it has spent its time.
 
     Raises UsageError where the report's libraries are missing or where nothing can be written there.
@@ -26,11 +85,86 @@ def prepare(folder: Path) -> None:
     check_libraries()
     check_ours(folder)
     try:
-        shutil.rmtree(folder / _PARTS, ignore_errors=True)
-        (folder / _PARTS).mkdir(parents=True)
-        remove_part(folder, write_part(folder, {}))
+        folder.mkdir(parents=True, exist_ok=True)
+        with in_turn(folder):
+            if not _alive(folder):  # what a killed run has left
+                shutil.rmtree(folder / _PARTS, ignore_errors=True)
+            path = folder / _PARTS / uuid.uuid4().hex
+            path.mkdir(parents=True)
+            run = Run(path)
+            ignore(folder)
+        remove_part(path, write_part(path, {}))
     except OSError as error:
         raise unwritable(folder, error) from None
+    return run
+
+
+def ended_beside(run: Path) -> tuple[list[Path], int]:
+    """The results of runs that have ended since `run` began or were under way then, and how many runs were killed meanwhile."""
+    found, killed = [], 0
+    for other in sorted((report_of(run) / _PARTS).iterdir()):
+        if other == run or _holds(other):
+            continue
+        if (other / NAME).is_file():
+            found.append(other / NAME)
+        else:
+            killed += any(other.glob("*.json"))
+    return found, killed
+
+
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows, or the folder is gone
+        yield
+        return
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(path: Path) -> int:
+    """A file that this process alone has locked until it ends; a child that it forks does not."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def _holds(run: Path) -> bool:
+    """Whether the process of a run, another one than this, is alive."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(run / _LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(handle)
+
+
+def _alive(folder: Path, besides: Path | None = None) -> bool:
+    parts = folder / _PARTS
+    return parts.is_dir() and any(_holds(run) for run in parts.iterdir() if run != besides)
+
+
+def ignore(folder: Path) -> None:
+    """Let a folder that holds a report and nothing else ignore itself in git. Raises OSError."""
+    if not {path.name for path in folder.iterdir()} - _OURS and not (folder / _IGNORE).exists():
+        (folder / _IGNORE).write_text("*\n", "utf-8")
 
 
 def check_ours(folder: Path) -> None:
@@ -42,8 +176,8 @@ def check_ours(folder: Path) -> None:
     if not there:
         return
     try:
-        ours = json.loads((folder / "results.json").read_text("utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = parse_json(read_text(folder / NAME, LARGEST))["format"] == FORMAT
+    except (OSError, UsageError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
         raise UsageError(f"{folder / there[0]} is there already, and is no report's: name another folder")
@@ -61,39 +195,33 @@ def unwritable(folder: Path, error: OSError) -> UsageError:
     return UsageError(f"the report's folder {folder} cannot be written: {error.strerror or error}; name another one")
 
 
-def write_part(folder: Path, entry: Mapping[str, Any]) -> str:
+def write_part(run: Path, entry: Mapping[str, Any]) -> str:
     """Leave the entry of one check for the process that reports; gives its name. Raises OSError."""
     name = f"{uuid.uuid4().hex}.json"
-    partial = folder / _PARTS / f"{name}.part"
-    partial.write_text(json.dumps(entry, allow_nan=False), "ascii")
-    os.replace(partial, folder / _PARTS / name)
+    (run / f"{name}.part").write_text(json.dumps(entry, allow_nan=False), "ascii")
+    os.replace(run / f"{name}.part", run / name)
     return name
 
 
-def read_part(folder: Path, name: str) -> dict[str, Any] | None:
+def read_part(run: Path, name: str) -> dict[str, Any] | None:
     """The entry of that name; None where it did not get here (a worker on another machine, a full disk)."""
     try:
-        return dict(json.loads((folder / _PARTS / name).read_text("ascii")))
+        return dict(json.loads((run / name).read_text("ascii")))
     except (OSError, ValueError):
         return None
 
 
-def remove_part(folder: Path, name: str) -> None:
+def remove_part(run: Path, name: str) -> None:
     """Remove the part of a check that does not count after all."""
     with contextlib.suppress(OSError):
-        (folder / _PARTS / name).unlink()
+        (run / name).unlink()
 
 
-def unnamed_parts(folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
+def unnamed_parts(run: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
     """The parts besides `names`, of tests that have none there: their checks ended, and then their worker or the run did."""
-    others = sorted({path.name for path in (folder / _PARTS).glob("*.json")} - set(names))
+    others = sorted({path.name for path in run.glob("*.json")} - set(names))
     if not others:
         return {}
-    told = {entry["node_id"] for name in names if (entry := read_part(folder, name)) is not None}
-    found = {name: entry for name in others if (entry := read_part(folder, name)) is not None}
+    told = {entry["node_id"] for name in names if (entry := read_part(run, name)) is not None}
+    found = {name: entry for name in others if (entry := read_part(run, name)) is not None}
     return {name: entry for name, entry in found.items() if entry["node_id"] not in told}
-
-
-def sweep(folder: Path) -> None:
-    """Remove what prepare() and the checks left beside the report."""
-    shutil.rmtree(folder / _PARTS, ignore_errors=True)

@@ -1,27 +1,33 @@
 """results.json: what a run found, in one versioned file from which everything else is rendered. Only the standard library.
 
-The file is ASCII, and every number in it is finite or null. `CHECK` is the schema of a check.
+The file is ASCII, and every number in it is finite or null. `CHECK` is the schema of a check. Whoever reads it is safe from
+what others made of it: the file has a largest size, and so has every list in it by which something is drawn or made room for.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import posixpath
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from .. import __version__
 from ..comparison.result import one_of
 from ..errors import Kind, UsageError
-from .shape import NUMBER, Maybe, check_shape
+from .reading import parse_json, read_text
+from .shape import COUNT, NUMBER, WHOLE, Maybe, Optional, UpTo, check_shape
+from .visible import visible_token
 
 FORMAT: Final = "logprob-parity results"
 #: Raised where a reader of the last one would go wrong.
 SCHEMA: Final = 2
 NAME: Final = "results.json"
+#: Bytes that are read, and written: 700 checks that fail with every plot, 30,000 that pass. Parsing takes ten times the memory.
+LARGEST: Final = 64 * 2**20
 
 #: How a check ended.
 Outcome: TypeAlias = Kind | Literal["unverified", "warned", "expected", "recorded", "passed"]
@@ -42,35 +48,43 @@ IN_WORDS: Final[Mapping[Outcome, str]] = {
     EXPECTED: "expected to fail", "recorded": "recorded", "passed": "pass",
 }  # fmt: skip
 
-_HISTOGRAM: Final = {"edges": [(int, float)], "counts": [NUMBER]}
-#: Logprobs in nats, d = now - golden; `edges` are one more than `counts`.
+#: Edges of a histogram, and of a side of the scatter, whose picture has as many cells as their square.
+_EDGES: Final = UpTo((int, float), 512)
+_SIDE: Final = UpTo((int, float), 257)
+_HISTOGRAM: Final = {"edges": _EDGES, "counts": UpTo(NUMBER, 511)}
+_PLACES: Final = UpTo(NUMBER, 1024)
+#: Logprobs in nats, d = now - golden; `edges` are one more than `counts`, and rise.
 PLOTS: Final = {
     "subtracted": bool,
-    "scatter": Maybe({"edges": [(int, float)], "cells": [[int]], "points": [[(int, float)]]}),
-    "by_position": Maybe({"positions": [int], "median": [NUMBER], "p95": [NUMBER], "max": [NUMBER], "floor": NUMBER}),
-    "histogram": Maybe({**_HISTOGRAM, "floor": Maybe([NUMBER])}),
+    "scatter": Maybe({"edges": _SIDE, "cells": UpTo(UpTo(COUNT, 3), 256**2), "points": UpTo(UpTo((int, float), 2), 1000)}),
+    "by_position": Maybe({"positions": UpTo(COUNT, 1024), "median": _PLACES, "p95": _PLACES, "max": _PLACES, "floor": NUMBER}),
+    "histogram": Maybe({**_HISTOGRAM, "floor": Maybe(UpTo(NUMBER, 511))}),
     "ratio": Maybe({**_HISTOGRAM, "clip": (int, float), "outside": NUMBER}),
-    "divergence": Maybe({**_HISTOGRAM, "turns": int, "diverged": int}),
+    "divergence": Maybe({**_HISTOGRAM, "turns": COUNT, "diverged": COUNT}),
 }
+_TOKENS: Final = 4096
+_TOP: Final = UpTo(UpTo(NUMBER, 128), _TOKENS)
 #: One sequence token by token, from its token `start` on: columns of one length, top-k as [id, logprob, id, logprob, ...].
 SEQUENCE: Final = {
-    "sequence": int, "group": int, "sample": int, "start": int, "length": int, "rms": NUMBER, "max": NUMBER, "prompt": [int],
-    "ids": [int], "golden": [NUMBER], "now": [NUMBER], "diff": [NUMBER], "golden_ranks": [int], "now_ranks": [int],
-    "golden_top": [[NUMBER]], "now_top": [[NUMBER]], "states": {str: str},
+    "sequence": COUNT, "group": WHOLE, "sample": WHOLE, "start": COUNT, "length": COUNT, "rms": NUMBER, "max": NUMBER,
+    "prompt": UpTo(WHOLE, _TOKENS), "ids": UpTo(WHOLE, _TOKENS), "golden": UpTo(NUMBER, _TOKENS), "now": UpTo(NUMBER, _TOKENS),
+    "diff": UpTo(NUMBER, _TOKENS), "golden_ranks": UpTo(WHOLE, _TOKENS), "now_ranks": UpTo(WHOLE, _TOKENS),
+    "golden_top": _TOP, "now_top": _TOP, "states": {str: str},
 }  # fmt: skip
-#: Far beyond any number of ours, and its square is finite still.
-_LARGEST: Final = 10**100
+#: Characters of token texts in a page, which shows each token of a sequence by its text; a check has about a thousand.
+_MOST_TEXT: Final = 2**24
 _COLUMNS: Final = ("ids", "golden", "now", "diff", "golden_ranks", "now_ranks", "golden_top", "now_top")
 #: One number that decides; `errors` is the same of the distances to the reference, where there is one.
 GATE: Final = {
     "key": str, "name": str, "value": NUMBER, "limit": NUMBER, "fail_limit": NUMBER, "unit": str, "outcome": str, "ok": bool,
-    "low": NUMBER, "bound": NUMBER, "threshold": NUMBER, "errors": Maybe({str: NUMBER}),
+    "low": NUMBER, "bound": NUMBER, "threshold": NUMBER,
+    "errors": Maybe({"golden": NUMBER, "actual": NUMBER, "limit": NUMBER, str: NUMBER}),
 }  # fmt: skip
 CHECK: Final = {
     "node_id": str,
     "name": str,
     "file": str,  # below the root of the run, with `line` from 1; "" and 0 where there is no test
-    "line": int,
+    "line": COUNT,
     "outcome": str,
     "headline": str,
     "message": str,  # the whole failure; "" for a pass
@@ -88,13 +102,13 @@ CHECK: Final = {
     "gates": [GATE],
     "shows": [str],
     "notes": [{"key": str, "text": str}],
-    "free_run": Maybe({str: object}),
+    "free_run": Maybe({**dict.fromkeys(("turns", "diverged", "stops_changed", "relabelled"), Optional(COUNT)), "first": [str]}),
     "logged": Maybe({"framework": str, "metrics": {str: NUMBER}, "lines": [str]}),
     "fingerprint_differences": [{"name": str, "expected": object, "actual": object}],
     "obtained": str,  # the trace's path below the root, "" where none was kept
     "refusal": str,  # why it cannot be accepted, "" where it can
-    # And `from`, the folder they are called from, below the root, and `for_all`: the same for all checks of the run.
-    "commands": [{"what": str, "command": str}],
+    # `from` is the folder they are called from, below the root, and `for_all` the same for all checks of the run.
+    "commands": [{"what": str, "command": str, "from": Optional(str), "for_all": Optional(str)}],
     "plots": Maybe(PLOTS),
     "sequences": [SEQUENCE],
     "token_texts": {str: str},
@@ -119,6 +133,28 @@ def make_results(
     about = {"format": FORMAT, "schema": SCHEMA, "version": __version__, "created": created, "project": project}
     content = {**about, "prefix": prefix, "checks": worst_first(checks), "unused": sorted(unused)}
     return dict(finite(content))
+
+
+def fitting(content: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """The content with as many checks without plots and tokens, the best ones, as make its file small enough to be read again.
+
+    Gives their number too. Raises UsageError where the file would be too large even so.
+    """
+    checks = list(content["checks"])
+    sizes = [len(to_text(check)) + 1 for check in checks]
+    spare = LARGEST - len(to_text({**content, "checks": []})) - sum(sizes)
+    bare = 0
+    for index in reversed(range(len(checks))):
+        if spare >= 0:
+            break
+        checks[index] = {**checks[index], "plots": None, "sequences": [], "token_texts": {}}
+        spare += sizes[index] - len(to_text(checks[index])) - 1
+        bare += 1
+    if spare < 0:
+        raise UsageError(
+            f"{NAME} of {len(checks)} checks would be larger than {LARGEST / 2**20:g} MiB: report fewer tests at once"
+        )
+    return {**content, "checks": checks}, bare
 
 
 def worst_first(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -162,15 +198,14 @@ def to_text(content: Any) -> str:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a results.json. Raises UsageError, in one line, for what is none."""
+    """Read a results.json. Raises UsageError, in one line, for what is none, is no regular file or is larger than `LARGEST`."""
     try:
-        text = path.read_text("utf-8")
-        content = json.loads(text, parse_constant=_no_number, parse_float=_number, parse_int=_whole)
+        content = parse_json(read_text(path, LARGEST))
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such file; pytest --parity-report=DIR writes it") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UsageError(
             f"{path}: cut short, or no results.json ({error}); write it again: pytest --parity-report=DIR"
         ) from None
@@ -188,6 +223,8 @@ def read_results(path: Path) -> dict[str, Any]:
                 raise UsageError(f"it.checks[{index}].outcome is not one of {', '.join(OUTCOMES)} but {check['outcome']!r:.40}")
             for sequence in check["sequences"]:
                 _check_columns(sequence, check["node_id"])
+            _check_plots(check["plots"] or {}, check["node_id"])
+        _check_texts(content["checks"])
     except UsageError as error:
         raise UsageError(f"{path}: not as pytest-logprob-parity writes it: {error}; write it again") from None
     return content
@@ -200,17 +237,33 @@ def _check_columns(sequence: Mapping[str, Any], test: str) -> None:
         raise UsageError(f"sequence {sequence['sequence']} of {test!r:.80} has columns of lengths {lengths}")
 
 
-def _number(text: str) -> float:
-    number = float(text)
-    return number if abs(number) <= _LARGEST else _no_number(text)
+def _check_plots(plots: Mapping[str, Any], test: str) -> None:
+    """Raise UsageError unless what belongs together in a plot has as many items, and edges rise."""
+    for name, plot in plots.items():
+        if not isinstance(plot, Mapping):
+            continue
+        edges = plot.get("edges")
+        if edges is not None and (len(edges) < 2 or any(low >= high for low, high in itertools.pairwise(edges))):
+            raise UsageError(f"plot {name!r} of {test!r:.80} has edges that do not rise")
+        columns = [plot.get(column) for column in ("counts", "floor", "positions", "median", "p95", "max")]
+        lengths = {len(column) for column in columns if isinstance(column, list)}
+        if len(lengths) > 1 or (name != "scatter" and edges is not None and lengths != {len(edges) - 1}):
+            raise UsageError(f"plot {name!r} of {test!r:.80} has columns of different lengths")
+        if name == "scatter" and any(len(cell) != 3 for cell in plot["cells"]):
+            raise UsageError(f"plot {name!r} of {test!r:.80} has cells that are not [x, y, count]")
+        if name == "scatter" and any(len(point) != 2 for point in plot["points"]):
+            raise UsageError(f"plot {name!r} of {test!r:.80} has points that are not [x, y]")
 
 
-def _whole(text: str) -> int:
-    return int(text) if len(text) < len(str(_LARGEST)) else _no_number(text)
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name:.40} in place of a number")
+def _check_texts(checks: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UsageError where the page would repeat long token texts until it is many times as large as the file."""
+    shown = 0
+    for check in checks:
+        lengths = {token: len(text) for token, text in check["token_texts"].items()}
+        tokens = (str(token) for s in check["sequences"] for column in ("prompt", "ids") for token in s[column])
+        shown += sum(lengths.get(token, 0) for token in tokens)
+    if shown > _MOST_TEXT:
+        raise UsageError(f"its tokens have texts of {shown:,} characters together (limit: {_MOST_TEXT:,})")
 
 
 def merge(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -232,11 +285,11 @@ def merge(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
             known, where = digests.setdefault(golden["path"], (golden["digest"], path))
             if golden["digest"] and known and golden["digest"] != known:
                 raise UsageError(
-                    f"{golden['path']} is one golden in {where} and another in {path}: two revisions; render them apart"
+                    f"{visible_token(golden['path'])} is one golden in {where} and another in {path}: two revisions; render "
+                    "them apart"
                 )
-    checks: list[Mapping[str, Any]] = []
-    for _, content in results:
-        checks += [check for check in content["checks"] if check not in checks]  # one file that was brought along twice
+    every = [check for _, content in results for check in content["checks"]]
+    checks = list({to_text(check): check for check in every}.values())  # one file that was brought along twice
     unused = {name for _, content in results for name in content["unused"]}
     newest = max(content["created"] for _, content in results)
     prefix = results[0][1]["prefix"]

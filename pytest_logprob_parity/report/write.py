@@ -9,10 +9,10 @@ from typing import Any, Final
 
 from .. import container
 from ..errors import UsageError
-from .folder import check_libraries, check_ours, unwritable
+from .folder import check_libraries, check_ours, ignore, is_part, unwritable
 from .github import repository
 from .markdown import render_markdown
-from .results import NAME, make_results, merge, read_results, to_text
+from .results import NAME, fitting, make_results, merge, read_results, to_text
 
 PAGE: Final = "index.html"
 SUMMARY: Final = "summary.md"
@@ -31,11 +31,13 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> Path:
     """
     check_libraries()
     check_ours(folder)
+    content, _ = fitting(content)
     from .page import render_page
 
     texts = {NAME: to_text(content), PAGE: render_page(content), SUMMARY: render_markdown(content)}
     try:
         container.replace_all({folder / name: text.encode("utf-8") for name, text in texts.items()})
+        ignore(folder)
     except OSError as error:
         raise unwritable(folder, error) from None
     return folder / PAGE
@@ -49,7 +51,11 @@ def find_results(places: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for place in places:
         if place.is_dir():
-            here = [place / NAME] if (place / NAME).is_file() else sorted(place.rglob(NAME))
+            here = (
+                [place / NAME]
+                if (place / NAME).is_file()
+                else sorted(file for file in place.rglob(NAME) if not is_part(file.relative_to(place)))
+            )
             if not here:
                 raise UsageError(f"{place}: no {NAME} in it; pytest --parity-report=DIR writes one")
             found += here
