@@ -18,9 +18,9 @@ from typing import Any, Final, Literal, TypeAlias
 from .. import __version__
 from ..comparison.result import one_of
 from ..errors import Kind, UsageError
+from ..visible_text import visible_token
 from .reading import parse_json, read_text
 from .shape import COUNT, NUMBER, WHOLE, Maybe, Optional, UpTo, check_shape
-from .visible import visible_token
 
 FORMAT: Final = "logprob-parity results"
 #: Raised where a reader of the last one would go wrong.
