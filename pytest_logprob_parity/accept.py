@@ -17,7 +17,7 @@ from .comparison.result import Comparison
 from .errors import GoldenError, ParityError, UsageError
 from .files import compare_goldens
 from .fingerprint import differences
-from .golden import SUFFIX, Golden
+from .golden import SUFFIX, Golden, is_place_of
 from .obtained import OBTAINED, Obtained, candidate_path, find, headline_of
 from .recording import check_recorded
 from .trace import Trace
@@ -67,7 +67,7 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
                 f"there is no {obtained.golden} below {root.absolute()}: --root names the repo, git brings goldens"
             )
         golden = Golden.load(target)
-        if (golden.node_id, golden.name) != (obtained.node_id, obtained.name):
+        if not _is_of(obtained.node_id, obtained.name, golden, target):
             raise GoldenError(f"incomparable: the golden belongs to {golden.node_id or 'no test'}")
         if golden.digest == obtained.candidate:
             return Proposal(path, obtained, (*block, "  accepted   the golden is this candidate already"), target, done=True)
@@ -80,6 +80,8 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
             raise GoldenError(f"{obtained.refusal}; record it where the engine is: pytest {obtained.node_id} --update-golden")
         candidate, data = _load_candidate(candidate_path(path), obtained)
         left = Golden.load(path)
+        if not _is_of(candidate.node_id, candidate.name, golden, target):
+            raise GoldenError(f"incomparable: the candidate belongs to {candidate.node_id or 'no test'}")
         _check_comparable(golden, candidate)
         comparison = compare_goldens(golden, left, obtained.level, obtained.limits).comparison
         if not comparison.metrics["n_tokens"]:
@@ -194,6 +196,11 @@ def _load_candidate(path: Path, obtained: Obtained) -> tuple[Golden, bytes]:
     return candidate, data
 
 
+def _is_of(node_id: str, name: str, golden: Golden, target: Path) -> bool:
+    """Whether a check has this golden: it says so, or lies where the check has it (after a `git mv`, say)."""
+    return (node_id, name) == (golden.node_id, golden.name) or is_place_of(target, node_id, name)
+
+
 def _check_comparable(golden: Golden, candidate: Golden) -> None:
     """Raise GoldenError where the candidate is about something else than the golden."""
     both = golden.fingerprint and candidate.fingerprint
@@ -201,8 +208,6 @@ def _check_comparable(golden: Golden, candidate: Golden) -> None:
         raise GoldenError(f"incomparable: the candidate is of another {part.replace('_', ' ')} than the golden")
     if golden.trace.sampling != candidate.trace.sampling:
         raise GoldenError("incomparable: the candidate was sampled in another way than the golden")
-    if (golden.node_id, golden.name) != (candidate.node_id, candidate.name):
-        raise GoldenError(f"incomparable: the candidate belongs to {candidate.node_id or 'no test'}")
     if not np.array_equal(golden.trace.prompt_token_ids, candidate.trace.prompt_token_ids):
         raise GoldenError("incomparable: the candidate is of other prompts than the golden")
     if golden.trace.num_sequences != candidate.trace.num_sequences:

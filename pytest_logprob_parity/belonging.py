@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from . import fingerprint
 from .comparison.result import Note
-from .errors import IncomparableError
+from .errors import IncomparableError, ParityError
 from .golden import Golden
 from .pool import Engine
 from .prompts import tokenize
@@ -23,7 +28,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a check is told by whoever runs it: where it belongs, what to show people, and standing settings."""
+    """What a check is told by whoever runs it: where it belongs, what to show people, and standing settings.
+
+    `orphans` gives goldens that no test asks for: a missing one may be among them. `beside` gives the command that records a
+    variant of this name.
+    """
 
     node_id: str = ""
     name: str = ""
@@ -35,6 +44,9 @@ class Context:
     objective: str = "token"
     reference: str = "auto"
     observe: Callable[[Checked], None] | None = None
+    orphans: Callable[[], Sequence[Path]] = tuple
+    beside: Callable[[str], str] | None = None
+    golden_dir: str = "golden"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +98,28 @@ def check_belongs(
                 f"{context.shown_path} was recorded with another {part.replace('_', ' ')}: {then}, now {now['name']} "
                 f"({now[part]}). {again}"
             )
+
+
+def renamed(engine: Engine | Trace, given: list[Any] | None, sampling: Sampling | None, context: Context) -> str:
+    """How to get a missing golden from one that no test asks for and that this check could have recorded; else ""."""
+    for path in context.orphans():
+        try:
+            golden = Golden.load(path)
+            check_belongs(golden, engine, given, sampling, context)
+        except ParityError:
+            continue
+        if isinstance(engine, Trace) and not _same_question(golden.trace, engine):
+            continue
+        shown = os.path.relpath(path)
+        command = f"logprob-parity move {shlex.quote(shown)} {shlex.quote(context.node_id)}"
+        command += f" --name {shlex.quote(context.name)}" if context.name != golden.name else ""
+        command += f" --golden-dir {shlex.quote(context.golden_dir)}" if context.golden_dir != "golden" else ""
+        return f". {shown} has its prompts, model and sampling, and no check asks for it; if this check had it: {command}"
+    return ""
+
+
+def _same_question(one: Trace, other: Trace) -> bool:
+    return one.sampling == other.sampling and np.array_equal(one.prompt_token_ids, other.prompt_token_ids)
 
 
 def with_temperature_note(comparison: Comparison, asked: Sampling | None) -> Comparison:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from . import fingerprint
 from .answers import Answers, ask
-from .belonging import Checked, Context, check_belongs, with_temperature_note
+from .belonging import Checked, Context, check_belongs, renamed, with_temperature_note
 from .comparison.free_run import compare_free_run
 from .comparison.gaps import with_gap
 from .comparison.objectives import DEFAULT_OBJECTIVE, objective_of
@@ -28,6 +28,7 @@ from .spec import Sampling
 from .suspects import adapter_finding, suspect_settings, suspects
 from .trace import ReplayPath, Trace, TracePath
 from .unforced import as_unforced, why_unforced, without_decode
+from .variants import name_of
 
 DEFAULT_REPLAY: Final[tuple[ReplayPath, ...]] = ("decode", "regenerate")
 
@@ -74,7 +75,12 @@ def check_golden(
     if update:
         recorded = record(path, engine, given, asked, replay, tolerance, repeats, context)
         return with_temperature_note(recorded, asked)
-    golden = _load(path, context)
+    if not path.exists():
+        instead = renamed(engine, given, asked, context)
+        error = GoldenError(f"no golden at {context.shown_path}; record it: {context.accept}{instead}")
+        error.replaceable = True
+        raise error
+    golden = Golden.load(path)
     check_belongs(golden, engine, given, asked, context)
     if isinstance(engine, Trace):
         limits = _limits(golden, engine.path, tolerance, context)
@@ -104,20 +110,19 @@ def check_golden(
             about=describe(golden),
             differences=differences,
             accept=context.accept,
+            beside=_beside(checked, context),
         )
         raise MismatchError(message, comparison)
     return comparison
 
 
+def _beside(checked: Checked, context: Context) -> str:
+    """The command that records a golden for another machine beside the one there is; "" on the golden's own."""
+    other = any(name == "hardware.device" for name, _, _ in checked.differences)
+    return context.beside(name_of(checked.fingerprint)) if other and context.beside is not None else ""
+
+
 # -- checking ---------------------------------------------------------------------------------------------------------
-
-
-def _load(path: Path, context: Context) -> Golden:
-    if not path.exists():
-        error = GoldenError(f"no golden at {context.shown_path}; record it: {context.accept}")
-        error.replaceable = True
-        raise error
-    return Golden.load(path)
 
 
 def _compare_engine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -177,11 +178,14 @@ class GoldenTrace:
             "repeats": self._session.repeats,
         }
         try:
+            path = self._file_of(path, engine_or_trace)
+            context = self._context(path, name, seen.append)
             comparison = self._check(path, engine_or_trace, context, **arguments)
         except MismatchError as error:
             found = self._diagnosed(error, path, engine_or_trace) if self._config.getoption("--parity-diagnose") else error
             checked = dataclasses.replace(seen[-1], comparison=found.comparison)
-            kept = self._records.keep(path, checked, lambda place: self._candidate(place, engine_or_trace, context, arguments))
+            record = functools.partial(self._candidate, engine=engine_or_trace, context=context, arguments=arguments)
+            kept = self._records.keep(path, context.name, checked, record)
             outcome: Outcome = "unverified" if found.comparison.verdict == "unverified" else found.kind
             if outcome == "unverified" and self._session.warn_unverified:
                 self._records.note(context, "warned", str(found), found.comparison, checked, kept)
@@ -235,7 +239,27 @@ class GoldenTrace:
             metrics=self._config.getoption("--parity-metrics") or "",
             reference=self._session.reference,
             observe=observe,
+            orphans=self._orphans,
+            beside=functools.partial(self._records.command, "--update-golden"),
+            golden_dir=self._records.shown(self._session.golden_dir),
         )
+
+    def _file_of(self, path: Path, engine: Engine | Trace) -> Path:
+        """The golden's file, or its variant for this machine, or of the name that the run was given."""
+        from .golden import variant_path
+        from .variants import to_compare, to_record
+
+        if self._session.variant:
+            return variant_path(path, self._session.variant)
+        return (to_record if self._session.update == "all" else to_compare)(path, engine)
+
+    def _orphans(self) -> list[Path]:
+        """Goldens that could be this test's by another name: what no test has, and what no check of this one has asked for."""
+        from .golden import variant_path
+
+        asked = self._item.stash.get(ASKED, set())
+        own = [path for path in self._session.goldens_of(self._node_id) if variant_path(path, "") not in asked]
+        return own + [self._session.root / path for path in sorted(self._session.unused)]
 
     def _check(self, path: Path, engine: Engine | Trace, context: Context, **arguments: Any) -> Comparison:
         from .check import check_golden

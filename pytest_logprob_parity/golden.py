@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ from .trace import Trace
 from .visible_text import visible_line
 
 SUFFIX: Final = ".safetensors"
+#: What stands before a variant in a file's name; no slug has one.
+_VARIANT: Final = "@"
 
 #: The column of the noise floor: float32 [repeats, tokens].
 _FLOOR: Final = "floor_logprobs"
@@ -160,6 +163,29 @@ def golden_path(root: Path, node_id: str, name: str = "") -> Path:
     return root.joinpath(*parts) / f"{slug}-{digest}{SUFFIX}"
 
 
+def variant_path(path: Path, variant: str) -> Path:
+    """The file of a variant of a golden: `slug-hash@VARIANT.safetensors`; of the golden itself for ""."""
+    stem = path.name.removesuffix(SUFFIX).partition(_VARIANT)[0]
+    return path.with_name(f"{stem}{_VARIANT}{variant}{SUFFIX}" if variant else f"{stem}{SUFFIX}")
+
+
+def variant_of(path: Path) -> str:
+    """The variant in a golden's file name, or ""."""
+    return path.name.removesuffix(SUFFIX).partition(_VARIANT)[2]
+
+
+def is_place_of(path: Path, node_id: str, name: str) -> bool:
+    """Whether a golden's file, or a variant's, is where a check has it, below whatever folder."""
+    wanted = golden_path(Path(), node_id, name).parts
+    return bool(node_id) and variant_path(path, "").parts[-len(wanted) :] == wanted
+
+
+def variants_at(path: Path) -> list[Path]:
+    """The golden at `path` and its variants, as far as they are there."""
+    stem = glob.escape(path.name.removesuffix(SUFFIX))
+    return [*([path] if path.exists() else []), *_files(path.parent, f"{stem}{_VARIANT}*{SUFFIX}")]
+
+
 @dataclass(frozen=True)
 class Claim:
     """A golden's file, and the check that it says it belongs to. What counts is the path: the check that asks for it has it."""
@@ -167,6 +193,10 @@ class Claim:
     path: Path
     node_id: str
     name: str
+
+    def is_of(self, root: Path, node_id: str) -> bool:
+        """Whether a check of this test, by this golden's name, asks for this file, or for one whose variant it is."""
+        return golden_path(root, node_id, self.name) == variant_path(self.path, "")
 
 
 def claims_in(folder: Path) -> list[Claim]:
@@ -193,7 +223,7 @@ def unused_goldens(root: Path, files: Iterable[str], node_ids: Iterable[str]) ->
         found = claims_in(golden_path(root, f"{file}::x").parent)
         names = {claim.name for claim in found}
         theirs = {golden_path(root, node_id, name) for node_id in collected[file] for name in names}
-        unused += [claim.path for claim in found if claim.node_id and claim.path not in theirs]
+        unused += [claim.path for claim in found if claim.node_id and variant_path(claim.path, "") not in theirs]
     return unused
 
 
@@ -207,9 +237,13 @@ def goldens_without_file(root: Path, tests: Path) -> list[Path]:
 
 
 def _goldens_in(folder: Path, below: str = "") -> list[Path]:
-    """The goldens of a folder, in order; none of one that is not there or cannot be read."""
+    return _files(folder, f"{below}*{SUFFIX}")
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that fit, in order; none of a folder that is not there or cannot be read."""
     try:
-        return sorted(folder.glob(f"{below}*{SUFFIX}"))
+        return sorted(folder.glob(pattern))
     except OSError:
         return []
 

@@ -46,11 +46,13 @@ def failure_message(
     about: Sequence[str],
     differences: Sequence[tuple[str, Any, Any]],
     accept: str,
+    beside: str = "",
 ) -> str:
     """The whole message, complete without -vv.
 
     `golden` names the file, `about` describes it, `differences` are those of the fingerprints, `accept` is the command
-    that makes the new numbers the golden; empty where there is none.
+    that makes the new numbers the golden, `beside` the one that makes them a golden beside it, for this machine; empty where
+    there is none.
     """
     sides = comparison.sides
     blocks = [
@@ -76,7 +78,7 @@ def failure_message(
             ("differs", _difference_lines(differences, sides) if differences or comparison.setup == "same" else []),
             ("note", [note for note in comparison.notes if note.key != "free_generation"]),
         ),
-        _fields(("to accept", [accept] if accept else [])),
+        _fields(("to accept", [accept] if accept else []), ("or beside it", [beside] if beside else [])),
     ]
     return "\n\n".join([f"{comparison.verdict}: {comparison.headline}", *filter(None, blocks)])
 

@@ -58,8 +58,12 @@ def candidate_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(SUFFIX) + _CANDIDATE)
 
 
-def keep(path: Path, checked: Checked, golden: str, record: Callable[[Path], object] | None) -> Obtained:
+def keep(
+    path: Path, checked: Checked, golden: str, check: tuple[str, str], record: Callable[[Path], object] | None
+) -> Obtained:
     """Write the obtained trace of a failing check to `path`, and beside it the candidate that `record` makes of it.
+
+    `golden` is the golden's path, `check` the node id and the name of the check that asked for it.
 
     Raises OSError and GoldenError where that cannot be written. What keeps `record` from making a golden does not.
     """
@@ -69,11 +73,11 @@ def keep(path: Path, checked: Checked, golden: str, record: Callable[[Path], obj
     if comparison.metrics["n_tokens"] or comparison.metrics["n_nan"]:
         candidate, refusal = _candidate(candidate_path(path), record)
     obtained = Obtained(
-        golden, told.digest, told.node_id, told.name, comparison.verdict, comparison.headline, comparison.level,
+        golden, told.digest, *check, comparison.verdict, comparison.headline, comparison.level,
         comparison.setup, candidate, refusal, checked.limits,
     )  # fmt: skip
     trace = comparison.actual.with_(untruncated_logprobs=checked.policy_logprobs)
-    kept = Golden(trace, checked.fingerprint, told.prompts_digest, told.node_id, told.name)
+    kept = Golden(trace, checked.fingerprint, told.prompts_digest, *check)
     limits = None if obtained.limits is None else obtained.limits.to_json()
     kept.save(path, also={_KEY: {**vars(obtained), "limits": limits}})
     return obtained

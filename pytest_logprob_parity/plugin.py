@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from .settings import make_spec, marker_settings, parse_settings
 from .state import ASKED, GREEN, ITEM, NODE_ID, ORIGIN, PROPERTY, RAISED, SESSION, TALLIED, ItemSettings, Session, node_id_of
 from .summary import one_line, summary
 from .trainer.frameworks import FRAMEWORKS
-from .unchecked import SWALLOWED, UNCHECKED, comparisons_made, look_at_the_end
+from .unchecked import SWALLOWED, UNCHECKED, comparisons_made, look_at_the_end, remember
 from .visible_text import visible_line
 
 if TYPE_CHECKING:
@@ -66,6 +67,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="override an engine setting in every test of this run, e.g. logprobs_mode=raw_logprobs",
+    )
+    group.addoption(
+        "--parity-variant",
+        default="",
+        metavar="NAME",
+        help="check against, or record, the goldens of this name beside the others: for another kind of machine",
     )
     group.addoption(
         "--parity-server",
@@ -143,6 +150,11 @@ def pytest_configure(config: pytest.Config) -> None:
     handed = getattr(config, "workerinput", {}).get("logprob_parity_update")
     try:
         update = handed or _update(config)
+        variant = config.getoption("--parity-variant")
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{0,60}", variant):
+            raise UsageError(
+                f"--parity-variant={variant!r}: letters, digits, `-`, `_` and `.` alone: it becomes part of a file name"
+            )
         ini, override = (
             parse_settings(config.getini("parity_engine"), "parity_engine"),
             parse_settings(config.getoption("--parity-set"), "--parity-set"),
@@ -187,6 +199,7 @@ def pytest_configure(config: pytest.Config) -> None:
         update, golden_dir, ini, override, level, int(repeats), _parts(config, run), obtained == "golden", server,
         objective=choices["parity_objective"], reference=choices["parity_reference"],
         warn_unverified=choices["parity_unverified"] == "warn", unchecked=choices["parity_unchecked"], root=config.rootpath,
+        variant=variant,
     )  # fmt: skip
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):
@@ -417,6 +430,9 @@ class Outcomes:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
         """Write the report, whether there is a terminal or not, when xdist's workers are down and before the summary."""
+        asked = [record["golden"] for test in self._records.values() for record in test if record.get("golden")]
+        if (cache := getattr(self._config, "cache", None)) is not None and (asked or self._session.uncompared):
+            remember(cache, asked, self._session.uncompared)
         if self._run is None:
             return
         self._cut_off = _cut_off(self._run.path, [record for test in self._records.values() for record in test])

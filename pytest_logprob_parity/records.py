@@ -50,13 +50,17 @@ class Records:
         """A path as people see it: from the root, where it lies below."""
         return self._session.shown(path)
 
-    def command(self, flag: str) -> str:
-        """How to run this test alone, from where pytest was called, with a flag, this run's ini file and settings."""
+    def command(self, flag: str, variant: str = "") -> str:
+        """How to run this test alone, from where pytest was called, with a flag, this run's ini file and settings; with the
+        goldens of `variant`, by default this run's.
+        """
         option = self._config.getoption
         settings = f" -c {shlex.quote(str(option('inifilename')))}" if option("inifilename") else ""
         settings += f" --rootdir {shlex.quote(str(option('rootdir')))}" if option("rootdir") else ""
         settings += "".join(f" --parity-set {shlex.quote(s)}" for s in option("--parity-set"))
         settings += f" --parity-server {shlex.quote(self._session.server)}" if self._session.server else ""
+        variant = variant or self._session.variant
+        settings += f" --parity-variant {variant}" if variant else ""
         file, colons, rest = self._node_id.partition("::")
         return f"pytest {shlex.quote(self._from_here(file) + colons + rest)} {flag}{settings}"
 
@@ -65,14 +69,16 @@ class Records:
         config = self._config
         return shown if Path(shown).is_absolute() else os.path.relpath(config.rootpath / shown, config.invocation_params.dir)
 
-    def keep(self, path: Path, checked: Checked, record: Callable[[Path], object]) -> Kept | None:
-        """What an engine said in place of the golden at `path`; a full disk is no reason to hide the failure."""
+    def keep(self, path: Path, name: str, checked: Checked, record: Callable[[Path], object]) -> Kept | None:
+        """What an engine said in place of the golden at `path`, which the check `name` asked for; a full disk is no reason to
+        hide the failure.
+        """
         from .obtained import folder_for, keep
 
         try:
             kept = folder_for(self._config.rootpath) / path.relative_to(self._session.golden_dir)
             keeps = record if self._session.keep_candidates else None
-            return Kept(self.shown(kept), keep(kept, checked, self.shown(path), keeps).refusal)
+            return Kept(self.shown(kept), keep(kept, checked, self.shown(path), (self._node_id, name), keeps).refusal)
         except (OSError, GoldenError):
             return None
 

@@ -48,6 +48,7 @@ class Session:
     reference: str = "auto"
     warn_unverified: bool = False
     unchecked: str = ""
+    variant: str = ""
     root: Path = Path()
     node_ids: dict[str, Path] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
@@ -70,7 +71,7 @@ class Session:
         folder = golden_path(self.golden_dir, node_id).parent
         if folder not in self.claims:
             self.claims[folder] = claims_in(folder)
-        return [c.path for c in self.claims[folder] if golden_path(self.golden_dir, node_id, c.name) == c.path]
+        return [claim.path for claim in self.claims[folder] if claim.is_of(self.golden_dir, node_id)]
 
     def point(self, settings: dict[str, Any]) -> dict[str, Any]:
         """A vLLM's settings as those of the server that --parity-server names, where it names one."""
@@ -98,6 +99,8 @@ POOL: Final = pytest.StashKey["Pool"]()
 GREEN: Final = pytest.StashKey[bool]()
 ASKED: Final = pytest.StashKey[set[Path]]()
 TALLIED: Final = pytest.StashKey[int]()
+#: In pytest's cache: goldens that no check of their test asked for, when it last passed here.
+UNCOMPARED: Final = "logprob-parity/uncompared"
 EXPECTS: Final = pytest.StashKey["Expected"]()
 
 

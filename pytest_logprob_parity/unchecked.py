@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from .errors import ParityError, UsageError
-from .state import ASKED, EXPECTS, GREEN, NODE_ID, NOTED, ORIGIN, PROPERTY, SESSION, TALLIED, note_outcome
+from .state import ASKED, EXPECTS, GREEN, NODE_ID, NOTED, ORIGIN, PROPERTY, SESSION, TALLIED, UNCOMPARED, note_outcome
 
 #: Outcomes of checks that fail nobody's test.
 _MET: Final = ("passed", "recorded", "warned")
@@ -85,7 +86,7 @@ def _look_for_unchecked(item: pytest.Item, *, checked: bool, marked: bool) -> No
     session = item.config.stash[SESSION]
     asked: set[Path] = item.stash.get(ASKED, set())
     own = session.goldens_of(item.stash.get(NODE_ID, item.nodeid))
-    left = [path for path in own if path not in asked]
+    left = [path for path in own if _without_variant(path) not in asked]
     compared = comparisons_made() > item.stash.get(TALLIED, 0)
     if checked or compared:
         session.uncompared |= {session.shown(path) for path in left}
@@ -107,10 +108,22 @@ def _look_for_unchecked(item: pytest.Item, *, checked: bool, marked: bool) -> No
         )
 
 
+def _without_variant(path: Path) -> Path:
+    from .golden import variant_path
+
+    return variant_path(path, "")
+
+
 def _told(error: ParityError) -> ParityError:
     """An error whose record is there already."""
     setattr(error, ORIGIN, NOTED)
     return error
+
+
+def remember(cache: Any, asked: Iterable[str], uncompared: Iterable[str]) -> None:
+    """Keep in pytest's cache, for `logprob-parity prune`, which goldens no check of a test that passed asked for."""
+    before = set(cache.get(UNCOMPARED, None) or ())
+    cache.set(UNCOMPARED, sorted((before - set(asked)) | set(uncompared)))
 
 
 def _mark(item: pytest.Item, swallowed: list[dict[str, Any]]) -> None:

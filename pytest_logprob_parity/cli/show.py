@@ -26,10 +26,11 @@ def add(verbs: Verbs) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Print what the golden holds. Gives 0."""
-    from ..golden import Golden, describe
+    from ..golden import Golden, describe, variant_of, variants_at
 
     golden = Golden.load(given.golden)
     trace = golden.trace
+    variants = [] if variant_of(given.golden) else [path.name for path in variants_at(given.golden) if path != given.golden]
     if given.json:
         labels = {k: v for k, v in trace.to_metadata().items() if k != "token_texts"}
         counts = {
@@ -40,9 +41,10 @@ def run(given: argparse.Namespace) -> int:
         }
         about: dict[str, Any] = {"node_id": golden.node_id, "name": golden.name, "prompts_digest": golden.prompts_digest}
         about |= {"tolerance": dict(golden.tolerance), "floor": None if golden.floor is None else golden.floor.to_json()}
-        say(to_text("show", {**about, **counts, "trace": labels, "fingerprint": golden.fingerprint}))
+        say(to_text("show", {**about, **counts, "variants": variants, "trace": labels, "fingerprint": golden.fingerprint}))
         return 0
-    say("\n".join([str(given.golden), *(f"  {line}" for line in describe(golden))]))
+    others = [f"  variant    {name}" for name in variants]
+    say("\n".join([str(given.golden), *(f"  {line}" for line in describe(golden)), *others]))
     for sequence in range(min(trace.num_sequences, 8)):
         start, stop = trace.bounds(sequence)
         text = "".join(trace.text(t) for t in trace.completion(sequence))
