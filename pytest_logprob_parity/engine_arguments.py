@@ -5,7 +5,17 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import re
 from pathlib import Path
+from typing import Final
+
+#: Names of settings whose values are secret: `hf_token`, `api_key`, `ssl_keyfile`, a password in an extra configuration.
+_SECRET: Final = re.compile(r"(token|key|keys|keyfile)$|ssl|passw|secret|credential|authorization|bearer", re.IGNORECASE)
+
+
+def is_secret(name: str) -> bool:
+    """Whether the value of a setting of this name is told to nobody."""
+    return _SECRET.search(name) is not None
 
 
 @functools.lru_cache(maxsize=1)

@@ -61,6 +61,9 @@ def generate(
     `tokenizer` gives the texts of the tokens, `run` answers requests in the backend's place. Raises EngineError.
     """
     _check_lengths(backend, [p.token_ids for p in prompts], sampling)
+    for index, prompt in enumerate(prompts):
+        for part, ids in enumerate((prompt.token_ids, *prompt.between)):
+            _check_ids(backend, ids, f"prompts[{index}]" + (f", before turn {part}," if part else ""))
     groups = [group for group in range(len(prompts)) for _ in range(sampling.n)]
     sequences = len(groups)
     seeds = [sampling.seed + index for index in range(sequences)]
@@ -178,6 +181,7 @@ def replay_all(backend: Backend, trace: Trace, paths: Sequence[ReplayPath], **op
     longest = int(np.max(np.diff(trace.prompt_offsets)[trace.group] + np.diff(trace.sequence_offsets), initial=0))
     if limit is not None and longest > limit:
         raise UsageError(f"the trace has a sequence of {longest:,} tokens with its prompt; max_model_len is {limit:,}")
+    _check_trace_ids(backend, trace)
     result: dict[ReplayPath, Trace] = {}
     for path in paths:
         if path not in makers:
@@ -366,6 +370,38 @@ def _check_lengths(backend: Backend, prompts: Sequence[Sequence[int]], sampling:
     most = backend.config.values.get("max_logprobs")
     if isinstance(most, int) and 0 <= most < sampling.logprobs:
         raise UsageError(f"Sampling(logprobs={sampling.logprobs}): the engine gives at most {most}; set max_logprobs")
+
+
+def _check_trace_ids(backend: Backend, trace: Trace) -> None:
+    """Raise UsageError for a trace with a token that the engine has no logits for: one such id can end the engine."""
+    size = _ids_of(backend)
+    for ids, offsets, what in (
+        (trace.token_ids, trace.sequence_offsets, "sequence"),
+        (trace.prompt_token_ids, trace.prompt_offsets, "prompt"),
+    ):
+        wrong = np.flatnonzero((ids < 0) | (ids >= size))
+        if len(wrong):
+            row = int(np.searchsorted(offsets, wrong[0], side="right")) - 1
+            raise _no_token(backend, f"{what} {row} of the trace", int(wrong[0] - offsets[row]), int(ids[wrong[0]]))
+
+
+def _check_ids(backend: Backend, ids: Sequence[int], where: str) -> None:
+    size = _ids_of(backend)
+    for position, token in enumerate(ids):
+        if not 0 <= token < size:
+            raise _no_token(backend, where, position, token)
+
+
+def _ids_of(backend: Backend) -> int:
+    """How many token ids there are: as many as the engine has logits for, or, where it does not tell, as a trace can hold."""
+    size = backend.config.vocabulary
+    return 2**31 if size is None else size
+
+
+def _no_token(backend: Backend, where: str, position: int, token: int) -> UsageError:
+    size = backend.config.vocabulary
+    known = f"ids are 0 to {2**31 - 1}" if size is None else f"the engine's vocabulary has {size:,} tokens, ids 0 to {size - 1}"
+    return UsageError(f"{where} has the token id {token!s:.40} at position {position}; {known}")
 
 
 def _finish_code(reason: str) -> int:

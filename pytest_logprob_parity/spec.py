@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from .engine_arguments import is_secret
 from .errors import UsageError
 from .server_settings import SERVER, SERVER_SETTINGS, server_settings
 
@@ -164,7 +165,7 @@ class EngineSpec:
     def __str__(self) -> str:
         parts = [self.engine, self.model, self.dtype, self.profile]
         parts += [f"adapter={self.adapter}"] if self.adapter else []
-        parts += [f"{k}={v}" for k, v in self.settings.items()]
+        parts += [f"{k}={'...' if is_secret(k) else v}" for k, v in self.settings.items()]
         return " ".join(parts)
 
 

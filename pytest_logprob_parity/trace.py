@@ -43,6 +43,9 @@ MINUS_INFINITY: Final = -9999.0
 #: Columns of logprobs, in which the number above is read as -inf.
 _LOGPROBS: Final = ("logprobs", "top_logprobs", "untruncated_logprobs", "trainer_logprobs")
 
+#: Columns of token ids, and the least that may stand there: -1 is a place of the top-k that is not used.
+_LEAST_IDS: Final = {"prompt_token_ids": 0, "token_ids": 0, "top_token_ids": -1}
+
 #: In the column `seeds`: the sequence cannot be sampled again, for nobody knows its seed.
 NO_SEED: Final = -1
 
@@ -169,6 +172,12 @@ class Trace:
                 raise UsageError(f"Trace column {name} is {column.dtype}, expected {dtype}")
             if name in _LOGPROBS and (excluded := column == MINUS_INFINITY).any():
                 object.__setattr__(self, name, np.where(excluded, np.float32(-np.inf), column))
+            least = _LEAST_IDS.get(name)
+            if least is not None and column.size and column.min() < least:
+                place = int(np.argmax((column if column.ndim == 1 else column.min(axis=1)) < least))
+                raise UsageError(
+                    f"Trace column {name} has the token id {column.min()} (row {place}): ids are {least} and above"
+                )
         if self.top_token_ids.ndim != 2 or self.top_token_ids.shape != self.top_logprobs.shape:
             raise UsageError("Trace columns top_token_ids and top_logprobs must have one shape, [tokens, k]")
         for name, last in (("prompt_offsets", len(self.prompt_token_ids)), ("sequence_offsets", tokens)):

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import socketserver
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,7 +53,7 @@ class Gateway:
         connection.close()
         return answer
 
-    def answer(self, method, path, body):
+    def answer(self, method, path, body, headers):
         plain = path.partition("?")[0]
         with self._lock:
             number = self._counts.get(plain, 0)
@@ -68,7 +69,7 @@ class Gateway:
             end = time.monotonic() + self.delay
             while plain == COMPLETIONS and self.delay and time.monotonic() < end:
                 time.sleep(0.01)
-            status, content, kind = self.forward(method, path, body, {})
+            status, content, kind = self.forward(method, path, body, headers)
             if status == 200 and plain == COMPLETIONS:
                 edited = json.loads(content)
                 self.after(edited)
@@ -84,7 +85,8 @@ class Gateway:
 
             def do_GET(self):
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
-                said = gateway.answer(self.command, self.path, body)
+                key = self.headers.get("authorization")
+                said = gateway.answer(self.command, self.path, body, {} if key is None else {"Authorization": key})
                 if said == "drop":
                     self.close_connection = True
                     return
@@ -105,3 +107,41 @@ class Gateway:
                     super().handle()
 
         return Handler
+
+
+class RawServer:
+    """A server that writes bytes: `answer(path, body)` gives the pieces of what it says to a request, before it hangs up."""
+
+    def __init__(self, answer):
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self):
+                with contextlib.suppress(OSError):  # a client that gave up
+                    path = self.rfile.readline().split()[1].decode()
+                    head = {}
+                    while line := self.rfile.readline().strip():
+                        name, _, value = line.decode().partition(":")
+                        head[name.lower()] = value.strip()
+                    body = self.rfile.read(int(head.get("content-length", 0)))
+                    for piece in answer(path, json.loads(body) if body else None):
+                        self.wfile.write(piece)
+
+        class Server(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def http_answer(content, status=200, **headers):
+    """An HTTP answer as bytes; `content` is JSON or bytes, a header's name is written with `_` for `-`, None leaves it out."""
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    named = {"Content-Type": "application/json", "Content-Length": len(body), "Connection": "close"}
+    named |= {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in named.items() if value is not None)]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

@@ -22,6 +22,7 @@ from pytest_logprob_parity import (
     compare,
     open_engine,
 )
+from pytest_logprob_parity.engines.base import Request
 from pytest_logprob_parity.engines.process import ProcessBackend
 from pytest_logprob_parity.prompts import _is_hole, check_prompts
 from pytest_logprob_parity.replay import replay
@@ -254,7 +255,7 @@ def test_a_request_that_is_refused_leaves_the_engine_alive(pool, engine, bad):
     with pytest.raises(UsageError, match=r"vllm 0\.32\.0 refuses a request: "):
         engine.generate(["1 + 1"], Sampling(**bad))
     with pytest.raises(UsageError, match=r"refuses a request: .*out of vocabulary"):
-        engine.generate([[10, 11], [999_999]])  # the first one was taken already
+        engine._backend().run([Request(prompt, Sampling()) for prompt in ([10, 11], [999_999])])  # the first was taken already
     assert engine.generate(["1 + 1"], Sampling(max_tokens=2)).num_sequences == 1
     assert len(pool.starts) == starts
 
@@ -301,7 +302,8 @@ def test_nothing_is_left_behind_after_a_crash():
         from pytest_logprob_parity import EngineSpec, Pool
         pool = Pool()
         spec = EngineSpec({MODEL!r}, engine="transformers", dtype="float32")
-        from pytest_logprob_parity.engines.process import ProcessBackend
+        from pytest_logprob_parity.engines.base import Request
+from pytest_logprob_parity.engines.process import ProcessBackend
         backend = ProcessBackend.start(spec, *pool.folders(spec))
         print(backend._process.pid, flush=True)
         os._exit(9)

@@ -6,6 +6,7 @@ import fnmatch
 import json
 import math
 import os
+import re
 import signal
 import socket
 import socketserver
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from typing import Literal
 
@@ -46,11 +48,20 @@ def test_rollouts(parity_engine, golden_trace):
 """
 
 
+KEY, SECRET = "key-of-this-server", "hf_token-of-this-server"
+CONFIG = "/logprob_parity/config"
+
+
 @pytest.fixture(scope="module")
 def server():
-    """The address of a real server in float32; in development mode, so that vLLM's own routes can tell of it too."""
+    """The address of a real server in float32, behind a key, which the tests have; in development mode, so that vLLM's own
+    routes can tell of it too.
+    """
     command = [sys.executable, "-m", "pytest_logprob_parity.cli", "serve", MODEL, "--dtype", "float32", "--port", "0"]
+    command += ["--api-key", KEY, "--hf-token", SECRET, "--root-path", "/behind"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_SERVER_DEV_MODE": "1"}
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VLLM_API_KEY", KEY)
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         url = next(line.split()[-1] for line in process.stdout if "it will listen at" in line)
@@ -66,6 +77,7 @@ def server():
                 time.sleep(0.2)
         yield url
     finally:
+        patch.undo()
         process.send_signal(signal.SIGTERM)
         process.wait(60)
 
@@ -257,6 +269,173 @@ def test_four_workers_share_a_server_and_nothing_is_lost(pytester, server):
     assert {c["outcome"] for c in checks} == {"passed"}
 
 
+# -- who may ask, and what --------------------------------------------------------------------------------------------
+
+
+def asked(server, path, body=None, key=KEY, headers=(), method=None):
+    """The status and text of an answer of the real server; `body` is JSON, or bytes as they are."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    named = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"}) | dict(headers)
+    try:
+        with urllib.request.urlopen(urllib.request.Request(server + path, data, named, method=method), timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_our_route_needs_the_key_that_vllm_needs(server):
+    for path, body in ((CONFIG, None), (CONFIG, {"asked": {"seed": 0}}), (f"/behind{CONFIG}", None), ("/v1/models", None)):
+        for key in (None, "", "wrong", KEY[:-1], KEY + "x"):
+            status, text = asked(server, path, body, key)
+            assert status == 401
+            assert "Unauthorized" in text
+            assert "float32" not in text
+        assert asked(server, path, body, KEY)[0] == 200
+    assert asked(server, CONFIG, key=None, headers={"Authorization": f"Basic {KEY}"})[0] == 401
+    assert asked(server, CONFIG, key=None, headers={"Authorization": f"bearer {KEY}"})[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/x/logprob_parity/config", "/logprob_parity/config/", "/v1/x/logprob_parity/config",
+                                  "//logprob_parity/config", "/behind/behind/logprob_parity/config"])  # fmt: skip
+def test_our_route_is_at_one_path(server, path):
+    assert asked(server, path)[0] == 404
+    assert asked(server, path, {"asked": {}})[0] in (404, 405)
+
+
+@pytest.mark.parametrize(
+    "name", ["hf_token", "api_key", "ssl_keyfile", "__dict__", "__class__", "model_config", "compute_hash", "no_such_thing", ""]
+)
+def test_what_is_no_engine_argument_or_secret_is_not_told(server, name):
+    for wanted in ({name: None}, {"seed": 0, name: 1}):
+        status, text = asked(server, CONFIG, {"asked": wanted})
+        assert status == 400
+        assert repr(name) in json.loads(text)["error"]["message"]
+        assert SECRET not in text
+        assert KEY not in text
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [{"hf_overrides": {"__dict__": 1, "to_dict": 2, "_name_or_path": 3, "rope_theta": 1}}, {"compilation_config": {"x": 1}},
+     {"model_loader_extra_config": 1}, {"seed": [[1]]}, {"dtype": None}, {"speculative_config": {"a": 1}}],
+)  # fmt: skip
+def test_what_is_told_of_an_argument_is_its_value_alone(server, wanted):
+    status, text = asked(server, CONFIG, {"asked": wanted})
+    assert status == 200
+    told = json.loads(text, parse_constant=pytest.fail)
+    assert SECRET not in text
+    assert "<bound method" not in text
+    assert len(text) < 100_000
+    assert told["vocabulary"] == 384
+    assert (told["values"].get("hf_overrides") or {}).get("__dict__") is None
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"", 400), (b"{", 400), (b"[" * 10_000, 400), (b"[]", 400), (b'{"asked": 1}', 400), (b'{"asked": {}, "name": 1}', 400),
+     (b"\xff", 400), (b'{"asked": {}}' + b" " * 1_000_000, 413), (b'{"asked": {}}', 200)],
+)  # fmt: skip
+def test_a_body_that_is_none_is_an_answer(server, body, status):
+    got, text = asked(server, CONFIG, body)
+    assert got == status
+    assert "\n" not in text
+    assert asked(server, CONFIG, body, method="PUT")[0] == 405
+
+
+def test_a_client_that_leaves_in_the_middle_is_no_error(server):
+    host, port = server.removeprefix("http://").split(":")
+    for path in (CONFIG, COMPLETIONS):
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+        for _ in range(3):
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+    assert asked(server, CONFIG)[0] == 200
+
+
+PLAIN = {"model": MODEL, "prompt": [9, 8, 7], "max_tokens": 2, "temperature": 0.7, "return_token_ids": True}
+#: What stands where forced token ids should, and what the line says of it.
+NO_IDS = [
+    ("abc", "is 'abc', no list of token ids"), (5, "is 5, no list"), ({"a": 1}, "is a dict of 1, no list"),
+    (True, "is True, no list"),
+    ([384], r"\[0\] is 384: token ids of this engine are whole numbers from 0 to 383"),
+    ([1, 2, 10**12], r"\[2\] is 1000000000000"), ([-1], r"\[0\] is -1"), ([1.5], r"\[0\] is 1.5"), ([6.0], r"\[0\] is 6.0"),
+    ([True], r"\[0\] is True"), (["7"], r"\[0\] is '7'"), ([[1]], r"\[0\] is a list of 1"), ([None], r"\[0\] is None"),
+    ([1] * 1025, "has 1,025 token ids; max_model_len is 1,024"), ([1] * 10_000_000, "has 10,000,000 token ids; max"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ids", "message"), NO_IDS)
+def test_forced_tokens_that_are_none_are_refused_and_the_engine_lives(server, ids, message):
+    """By every route that hands parameters on, before the engine sees them: one of these would end it for everybody."""
+    forced = {"logprob_parity_forced": ids}
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "1 + 1"}], "max_tokens": 2}
+    posts = [(COMPLETIONS, {**PLAIN, "vllm_xargs": forced})]
+    if not isinstance(ids, list) or len(ids) < 10_000:
+        generate = {"token_ids": [9, 8], "sampling_params": {"max_tokens": 2}}
+        posts += [
+            ("/v1/chat/completions", {**chat, "vllm_xargs": forced}),
+            ("/v1/chat/completions", {**chat, "vllm_xargs": forced, "stream": True}),
+            ("/v1/responses", {"model": MODEL, "input": "1 + 1", "vllm_xargs": forced}),
+            ("/v1/messages", {**chat, "vllm_xargs": forced}),
+            ("/invocations", {**PLAIN, "vllm_xargs": forced}),
+            ("/inference/v1/generate", {**generate, "sampling_params": {"max_tokens": 2, "extra_args": forced}}),
+            ("/inference/v1/generate", {**generate, "sampling_params": {"trace_decode_token_ids": ids}}),
+        ]
+    for path, body in posts:
+        status, text = asked(server, path, body)
+        assert status == 400, path
+        line = json.loads(text)["error"]["message"]
+        assert re.search(rf"(logprob_parity_forced|trace_decode_token_ids) ?{message}", line), line
+        assert "\n" not in line
+        assert len(line) < 300
+    status, text = asked(server, COMPLETIONS, {**PLAIN, "vllm_xargs": {"logprob_parity_forced": [5, 383]}})
+    assert status == 200
+    assert json.loads(text)["choices"][0]["token_ids"] == [5, 383]
+
+
+def test_forced_tokens_are_found_however_they_are_written(server):
+    plain = json.dumps({**PLAIN, "vllm_xargs": {"logprob_parity_forced": ["x"]}})
+    escaped = plain.replace("parity_forced", "parity\\u005fforced")
+    for body in (escaped.encode(), plain.encode("utf-16"), plain.encode("utf-8-sig")):
+        status, text = asked(server, COMPLETIONS, body)
+        assert status == 400
+        assert "logprob_parity_forced[0] is 'x'" in text
+    form = b"vllm_xargs=%7B%22logprob%5Fparity_forced%22%3A%5B%22x%22%5D%7D"
+    status, text = asked(
+        server, "/v1/audio/transcriptions", form, headers={"Content-Type": "application/x-www-form-urlencoded"}
+    )
+    assert (status, "forced tokens are taken in JSON bodies alone" in text) in ((400, True), (404, False))
+    assert asked(server, COMPLETIONS, PLAIN)[0] == 200
+
+
+def test_prompt_ids_of_a_forced_request_are_held_to_the_vocabulary(server):
+    forced = {"vllm_xargs": {"logprob_parity_forced": [5, 6]}}
+    for prompt, message in (
+        ([9, 384], "prompt[1] is 384"),
+        ([[9], [8, -1]], "prompt[1][1] is -1"),
+        ([9, True], "prompt[1] is True"),
+    ):
+        status, text = asked(server, COMPLETIONS, {**PLAIN, **forced, "prompt": prompt})
+        assert (status, message in text) == (400, True)
+    for prompt in ("1 + 1", ["1 + 1", "2 + 2"], [[9, 8], [7]]):
+        status, text = asked(server, COMPLETIONS, {**PLAIN, **forced, "prompt": prompt})
+        assert status == 200
+        assert all(choice["token_ids"] == [5, 6] for choice in json.loads(text)["choices"])
+
+
+def test_a_request_without_the_key_is_refused_by_vllm_before_it_is_read(server):
+    assert asked(server, COMPLETIONS, {**PLAIN, "vllm_xargs": {"logprob_parity_forced": ["x"]}}, key="wrong")[0] == 401
+
+
+def test_an_answer_is_still_streamed(server):
+    body = json.dumps({**PLAIN, "max_tokens": 30, "stream": True, "vllm_xargs": {"logprob_parity_forced": [5] * 30}}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    with urllib.request.urlopen(urllib.request.Request(server + COMPLETIONS, body, headers), timeout=60) as answer:
+        events = [line for line in answer if line.startswith(b"data: ")]
+    assert len(events) > 5
+    assert events[-1].strip() == b"data: [DONE]"
+
+
 # -- how it is asked --------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +463,7 @@ def test_a_server_that_fails_half_of_the_time_is_asked_again(gateway, clients, g
     for reason in ("for status 503", "for status 429", "for status 502", "for connection lost"):
         assert reason in told
     gateway.before = lambda number, path: (503, "busy") if path == COMPLETIONS else None
-    with pytest.raises(EngineError, match=r"failed at /v1/completions \(status 503\): busy$"):
+    with pytest.raises(EngineError, match=r"\(status 503\) after 2 tries in .* s, 0\.1 s of it waited: busy$"):
         check_golden(golden, clients(gateway.url, retries=1))
 
 
@@ -413,7 +592,7 @@ def test_native_trace_replay_goes_by_the_generate_route():
         return {**top[0], "top_logprobs": top}
 
     content = [at(5, -0.5, 1, (1, -1.5, 2)), at(6, -3.0, 9, (2, -0.25, 1)), at(7, -9999.0, None, (3, -9999.0, 2))]
-    choice = {"token_ids": [5, 6, 7], "finish_reason": "length", "logprobs": {"content": content}}
+    choice = {"index": 0, "token_ids": [5, 6, 7], "finish_reason": "length", "logprobs": {"content": content}}
     completion = completion_of(request, {"choices": [choice]}, 1024)
     np.testing.assert_array_equal(completion.logprobs, np.float32([-0.5, -3.0, np.nan]))
     np.testing.assert_array_equal(completion.ranks, [1, 9, 0])
@@ -498,15 +677,16 @@ def test_nan_fails_the_check(gateway, clients, golden, number):
     [
         (200, "<html><body>Welcome</body></html>", "answers /v1/completions with something that is no JSON: '<html><body>Wel"),
         (200, "", "answers /v1/completions with something that is no JSON: ''"),
-        (401, '{"error": "Unauthorized"}', r"wants another key \(status 401\): none is in VLLM_API_KEY"),
+        (401, '{"error": "Unauthorized"}', r"wants another key for /v1/completions \(status 401\): none is in VLLM_API_KEY"),
         (404, "nothing here", r"has no /v1/completions \(status 404: nothing here\)"),
-        (400, '{"error": {"message": "logprobs is too large"}}', "refuses a request: logprobs is too large"),
+        (400, '{"error": {"message": "logprobs is too large"}}', "refuses a request to /v1/completions: logprobs is too large"),
         (500, '{"error": {"message": "EngineCore died"}}', r"failed at /v1/completions \(status 500\): EngineCore died"),
     ],
 )
 def test_answers_that_are_none(gateway, clients, golden, status, text, message, monkeypatch):
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
     there = clients(gateway.url)
+    assert there.config.forces
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
     gateway.before = lambda number, path: (status, text) if path == COMPLETIONS else None
     with pytest.raises(ParityError, match=message) as caught:
         check_golden(golden, there)
@@ -565,10 +745,11 @@ def test_what_our_route_need_not_tell_is_not_told(told, clients):
 
 
 @pytest.mark.parametrize(
-    "name", ["version", "cpu", "served", "model", "values", "forcing", "unverified", "refused", "hardware", "libraries"]
-)
+    "name", ["version", "cpu", "served", "model", "values", "forcing", "unverified", "refused", "hardware", "libraries",
+             "vocabulary"],
+)  # fmt: skip
 def test_another_version_of_our_route_is_a_line_with_both_versions(told, clients, name):
-    optional = name in ("hardware", "libraries")
+    optional = name in ("hardware", "libraries", "vocabulary")
     for value, got in ((["x", 1], "not ['x', 1]"), *([] if optional else [("gone", "and is missing"), (None, "not None")])):
         url = told({name: value})
         with pytest.raises(EngineError) as caught:
@@ -718,7 +899,7 @@ def test_a_body_that_cannot_be_read_is_a_line(pieces):
     ):
         posted(url, 5)
     deep = b"[" * 100_000
-    with pytest.raises(EngineError, match="with something that is no JSON"):
+    with pytest.raises(EngineError, match="with JSON that is nested too deeply"):
         posted(pieces(HEAD + b"Content-Length: %d\r\n\r\n" % len(deep) + deep), 5)
 
 
@@ -727,10 +908,11 @@ def test_numbers_out_of_range_are_no_completion(told, clients):
     there = clients(told({}))
     backend, request = there._backend(), Request([9], Sampling(), forced_token_ids=[5])
     logprobs = {"token_logprobs": [-1.0], "top_logprobs": [{"token_id:5": -1.0}]}
-    choice = {"token_ids": [2**40], "finish_reason": "length", "logprobs": logprobs}
-    backend._client.post_all = lambda posts, read, settings: [read(0, {"choices": [choice]})]
+    choice = {"index": 0, "token_ids": [2**40], "finish_reason": "length", "logprobs": logprobs}
+    backend._client.post_all = lambda posts, read, settings, largest: [read(0, {"choices": [choice]})]
     with pytest.raises(
-        EngineError, match=r"^vllm 0.32.0 at .*: the server's answer is no completion as vLLM writes them: Over"
+        EngineError,
+        match=r"^vllm 0.32.0 at .*: the server's answer is no completion as vLLM writes them: token_ids\[0\] is 1099",
     ):
         backend.run([request])
     choice["token_ids"] = [5]

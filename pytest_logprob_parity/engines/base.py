@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..engine_arguments import is_secret
 from ..errors import EngineError
 from ..spec import PROFILES, Sampling
 from ..trace import FORCINGS, Forcing
@@ -50,7 +51,8 @@ class ResolvedConfig:
 
     `values` are JSON values under engine-argument names; `unverified` names settings that were asked for and that the
     engine does not tell; `forcing` is how decode replay forces tokens, None where it cannot, and then `unforced` says why.
-    `libraries` are the engine's, {} where it tells none, None where they are this process's.
+    `libraries` are the engine's, {} where it tells none, None where they are this process's. `vocabulary` is how many token
+    ids it has logits for, from 0 on; None where it does not tell.
     """
 
     engine: str
@@ -62,6 +64,7 @@ class ResolvedConfig:
     unforced: str = ""
     hardware: Mapping[str, Any] = field(default_factory=dict)
     libraries: Mapping[str, str] | None = None
+    vocabulary: int | None = None
 
     @property
     def forces(self) -> bool:
@@ -104,6 +107,8 @@ class Backend(Protocol):
         ...
 
 
+#: What stands for a secret among the values of a configuration.
+_SECRET: Final = "..."
 #: How many characters of an engine's own reason a message shows.
 _REASON_WIDTH: Final = 300
 
@@ -135,6 +140,8 @@ def check_readback(asked: Mapping[str, Any], got: Mapping[str, Any], name: str) 
         if setting not in got:
             unverified.append(setting)
         elif not _same_setting(value, got[setting]):
+            if is_secret(setting):
+                raise EngineError(f"{name} did not take {setting}: the started engine uses another value")
             uses = json_value(got[setting])
             if isinstance(value, Mapping) and isinstance(uses, Mapping):
                 uses = {key: uses.get(key) for key in value}
@@ -158,13 +165,13 @@ def _same_setting(asked: Any, got: Any) -> bool:
 
 
 def json_value(value: Any) -> Any:
-    """A configuration value as JSON: dtypes and enums by name, objects by their fields."""
+    """A configuration value as JSON: dtypes and enums by name, objects by their fields, secrets as `...`."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return getattr(value, "name", value)
     if isinstance(value, Mapping):
-        return {str(k): json_value(v) for k, v in value.items()}
+        return {str(k): _SECRET if v and is_secret(str(k)) else json_value(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [json_value(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: json_value(getattr(value, f.name, None)) for f in dataclasses.fields(value) if f.init}
+        return json_value({f.name: getattr(value, f.name, None) for f in dataclasses.fields(value) if f.init})
     return getattr(value, "name", str(value).removeprefix("torch."))

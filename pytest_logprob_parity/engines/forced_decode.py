@@ -1,7 +1,8 @@
 """Runs in vLLM's worker: makes the sampler take given tokens in place of the ones it drew.
 
 The logprobs are computed as ever; only then is the drawn token exchanged. A request says which tokens in
-`SamplingParams.extra_args[FORCED]`, so nothing is kept here that could go stale.
+`SamplingParams.extra_args[FORCED]`, so nothing is kept here that could go stale. An error in the sampler would end the engine
+for every request in it: what is no token id forces nothing, and whoever asked finds another token in its place.
 """
 
 from __future__ import annotations
@@ -15,6 +16,18 @@ from .applied_head import applied_head
 FORCED: Final = "logprob_parity_forced"
 
 _MARK: Final = "_logprob_parity_original_sample"
+
+
+def forced_token(parameters: Any, position: int, vocabulary: int) -> int | None:
+    """The token id that a request's SamplingParams force at `position` of its completion; None where they force none there, or
+    what they have there is no id below `vocabulary`, the width of the logits. Never raises.
+    """
+    extra = getattr(parameters, "extra_args", None)
+    forced = extra.get(FORCED) if isinstance(extra, dict) else None
+    if not isinstance(forced, (list, tuple)) or position >= len(forced):
+        return None
+    token = forced[position]
+    return token if type(token) is int and 0 <= token < vocabulary else None
 
 
 def install(worker: Any) -> str:
@@ -42,10 +55,10 @@ def install(worker: Any) -> str:
             tokens: list[int] = []
             for row, request_id in enumerate(runner.input_batch.req_ids):
                 request = runner.requests[request_id]
-                forced = (request.sampling_params.extra_args or {}).get(FORCED)
-                if forced is not None and (position := len(request.output_token_ids)) < len(forced):
+                token = forced_token(request.sampling_params, len(request.output_token_ids), logits.shape[-1])
+                if token is not None:
                     rows.append(row)
-                    tokens.append(forced[position])
+                    tokens.append(token)
             if len(rows) == len(sampled):
                 sampled = sampled.new_tensor(tokens)
             elif rows:
@@ -67,11 +80,11 @@ def _install_v0() -> str:
         def sample(probs: Any, logprobs: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
             drawn, tensor = original(probs, logprobs, metadata, *args, **kwargs)
             for place, group in enumerate(metadata.seq_groups):
-                forced = (group.sampling_params.extra_args or {}).get(FORCED)
-                if forced is not None and group.do_sample:
+                if group.do_sample:
                     position = group.seq_data[group.seq_ids[0]].get_output_len()
-                    if position < len(forced):
-                        drawn[place] = ([forced[position]], drawn[place][1])
+                    token = forced_token(group.sampling_params, position, probs.shape[-1])
+                    if token is not None:
+                        drawn[place] = ([token], drawn[place][1])
             return drawn, tensor
 
         module._sample = sample

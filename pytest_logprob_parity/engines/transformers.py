@@ -56,6 +56,7 @@ class TransformersBackend:
             values=values,
             unverified=check_readback(asked, values, f"transformers {version}"),
             hardware=fingerprint.hardware(),
+            vocabulary=int(model.config.get_text_config().vocab_size),
         )
 
     @classmethod

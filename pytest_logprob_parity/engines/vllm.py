@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from .. import fingerprint
-from ..engine_arguments import vllm_engine_arguments
+from ..engine_arguments import is_secret, vllm_engine_arguments
 from ..errors import EngineError, ParityError, UsageError
 from ..spec import EngineSpec, Sampling, nearest
 from ..weights.adapter import Adapter, is_adapter, read_adapter
@@ -23,7 +23,7 @@ from .applied_head import applied_head, measured_grid, probe_tokens
 from .base import Completion, Request, ResolvedConfig, check_readback, forcing_of, json_value, reason_of
 from .builds import mixed_builds
 from .sampling_parameters import sampling_parameters
-from .vllm_config import BY_NATURE, SHOWN, before_its_time, settings_of, why_not_forced
+from .vllm_config import BY_NATURE, SHOWN, before_its_time, settings_of, vocabulary_of, why_not_forced
 
 #: Environment variables that decide what a started engine is, and how they are set while it starts.
 _IN_PROCESS: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -57,11 +57,12 @@ class VllmBackend:
             engine="vllm",
             version=_version(),
             dtype=str(json_value(values["dtype"])),
-            values={k: json_value(v) for k, v in values.items() if k in SHOWN or k in asked},
+            values={k: json_value(v) for k, v in values.items() if k in SHOWN or (k in asked and not is_secret(k))},
             unverified=unverified,
             forcing=forcing,
             unforced=unforced,
             hardware=fingerprint.hardware(),
+            vocabulary=vocabulary_of(llm.llm_engine.vllm_config),
         )
 
     @classmethod

@@ -59,9 +59,21 @@ def read_config(config: Any, asked: Mapping[str, Any], head: str | None = None) 
         values["logprobs_mode"] = getattr(values["logprobs_mode"], "value", values["logprobs_mode"])
     if isinstance(overrides := asked.get("hf_overrides"), dict):
         values["hf_overrides"] = {
-            k: values[k] if k == "head_dtype" and k in values else getattr(model.hf_config, k, None) for k in overrides
+            k: values[k] if k == "head_dtype" and k in values else _field(model.hf_config, str(k)) for k in overrides
         }
     return values
+
+
+def _field(config: Any, name: str) -> Any:
+    """A value of a checkpoint's configuration; None for what is none, as its methods and what is private."""
+    value = None if name.startswith("_") else getattr(config, name, None)
+    return None if callable(value) else value
+
+
+def vocabulary_of(config: Any) -> int | None:
+    """How many token ids the sampler of a started engine can take: the width of its logits. None where it does not tell."""
+    size = getattr(config.model_config, "get_vocab_size", lambda: None)()
+    return None if size is None else int(size)
 
 
 def before_its_time(asked: Mapping[str, Any]) -> set[str]:

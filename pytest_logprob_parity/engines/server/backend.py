@@ -7,13 +7,14 @@ from pathlib import PurePath
 from typing import Any, Final
 
 from ...comparison.result import Note
+from ...engine_arguments import is_secret
 from ...errors import EngineError, IncomparableError
 from ...server_settings import SERVER, server_settings
 from ...spec import EngineSpec
-from ..base import Completion, Request, ResolvedConfig, reason_of
+from ..base import Completion, Request, ResolvedConfig
 from .client import Client, DownError
 from .readback import name_of, read_server
-from .wire import completion_of, post_of
+from .wire import completion_of, largest_answer, post_of
 
 #: Parts of the digests of a model that make two of them different models.
 _PARTS: Final = ("model", "tokenizer", "chat_template")
@@ -36,7 +37,7 @@ class ServerBackend:
             told = read_server(client, spec, self._settings)
         except DownError as error:
             raise EngineError(f"{error}; start one: {start_command(spec)}") from None
-        self._served = told.served
+        self._served, self._names = told.served, told.names | {told.served}
         self.digests = told.digests
         if digests is not None and told.digests:
             self._check_model(spec, digests)
@@ -47,7 +48,7 @@ class ServerBackend:
             )
         values = {**told.values, "concurrency": self._settings.concurrency}
         self._retried: list[str] = []
-        client.retried.clear()
+        client.take_retried()
         self.config = ResolvedConfig(
             engine=SERVER,
             version=told.version,
@@ -58,30 +59,28 @@ class ServerBackend:
             unforced=told.unforced,
             hardware=told.hardware,
             libraries=told.libraries,
+            vocabulary=told.vocabulary,
         )
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """See Backend.run; at most `concurrency` requests are under way at a time."""
         posts = [post_of(request, self.config.forcing, self._served) for request in requests]
         name = name_of(self._client, self.config.version)
+        largest = max((largest_answer(request) for request in requests), default=0)
 
         def read(number: int, content: Any) -> Completion:
             try:
-                return completion_of(requests[number], content, self.config.max_model_len)
+                return completion_of(requests[number], content, self.config.max_model_len, self.config.vocabulary, self._names)
             except EngineError as error:
-                raise EngineError(error.reason, name) from None
-            except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-                reason = f"the server's answer is no completion as vLLM writes them: {reason_of(error)}"
-                raise EngineError(reason, name) from None
+                raise EngineError(f"{error.reason} (request {number + 1} of {len(requests)})", name) from None
 
         try:
-            return self._client.post_all(posts, read, self._settings)
+            return self._client.post_all(posts, read, self._settings, largest)
         except DownError as error:
             raise EngineError(str(error)) from None
         finally:
-            if self._client.retried:
-                self._retried.append(", ".join(f"{count} for {reason}" for reason, count in self._client.retried.items()))
-                self._client.retried.clear()
+            if again := self._client.take_retried():
+                self._retried.append(again)
 
     def remarks(self) -> list[Note]:
         """What there was to say of its answers since it was last asked: requests that had to be sent again."""
@@ -106,7 +105,7 @@ def start_command(spec: EngineSpec) -> str:
     """The command that starts a server as `spec` asks for."""
     port = server_settings(spec.settings).url.rpartition(":")[2]
     parts = ["logprob-parity serve", spec.model]
-    parts += [f"{name}={value}" for name, value in spec.claims().items()]
+    parts += [f"{name}={'...' if is_secret(name) else value}" for name, value in spec.claims().items()]
     parts += [] if spec.profile in ("rl", "own") else [f"--profile {spec.profile}"]
     parts += [] if spec.dtype == "auto" else [f"--dtype {spec.dtype}"]
     parts += [f"--port {port}"] if port.isdecimal() else []

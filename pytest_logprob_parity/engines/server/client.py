@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import dataclasses
+import email.utils
 import json
 import os
+import re
+import reprlib
 import threading
 import time
+import zlib
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
@@ -33,6 +38,14 @@ _PROGRESS_SECONDS: Final = 10.0
 #: The variable whose value is sent as the key; vLLM's server reads its own from it.
 KEY_VARIABLE: Final = "VLLM_API_KEY"
 _SHOWN: Final = 200
+#: The largest answer that is read, in bytes, where the caller states no other bound.
+_LARGEST: Final = 16 * 2**20
+#: A server that says when to ask again (Retry-After) is waited for so long at most, in seconds.
+_MOST_WAITED: Final = 60.0
+
+
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 8, 8, 100, 60, 40
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,8 @@ class _Failure:
     kind: Literal["down", "slow", "lost", "refused", "status"]
     reason: str
     again: bool = True
+    #: Seconds after which the server wants to be asked again, where it says.
+    after: float | None = None
 
 
 class DownError(EngineError):
@@ -50,17 +65,24 @@ class DownError(EngineError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: the status, and its body as JSON; `text` is what it begins with, for messages."""
+    """What came back: the status, and its body as JSON; `text` is what it begins with, for messages.
+
+    `problem` says what a body is that is no JSON, `effort` how often it was tried and how long was waited, where that was more
+    than once.
+    """
 
     status: int
     content: Any
     text: str
+    problem: str = ""
+    effort: str = ""
 
 
 class Client:
     """Talks to one server. All its requests may be sent twice: none changes anything there.
 
-    `retried` counts what was sent again, by reason, since it was last taken. Not for several threads at a time.
+    `retried` counts what was sent again, by reason, and `waited` are the seconds before that, since they were last taken
+    (several requests wait at a time). Not for several threads at a time.
     """
 
     def __init__(self, url: str, notify: Callable[[str], None] | None = None) -> None:
@@ -72,6 +94,7 @@ class Client:
             ) from None
         self.url = url
         self.retried: collections.Counter[str] = collections.Counter()
+        self.waited = 0.0
         self._notify = notify
         self._httpx = httpx
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -82,13 +105,24 @@ class Client:
         settings = ServerSettings(self.url, timeout=timeout, retries=0)
         return self._drive(lambda: self._send(method, path, body, settings))
 
-    def post_all(self, posts: Sequence[tuple[str, Any]], read: Callable[[int, Any], _T], settings: ServerSettings) -> list[_T]:
+    def post_all(
+        self, posts: Sequence[tuple[str, Any]], read: Callable[[int, Any], _T], settings: ServerSettings,
+        largest: int = _LARGEST,
+    ) -> list[_T]:  # fmt: skip
         """Post (path, body) pairs in their order, at most `settings.concurrency` at a time: what `read` makes of each one's
-        number and JSON, in order. The first failure cancels the rest.
+        number and JSON, in order. The first failure cancels the rest; an answer has `largest` bytes at most.
 
         Raises EngineError for an answer that is no success, and what `read` raises.
         """
-        return self._drive(lambda: self._post_all(posts, read, settings))
+        return self._drive(lambda: self._post_all(posts, read, settings, largest))
+
+    def take_retried(self) -> str:
+        """What was sent again since this was last asked, in words; "" for nothing."""
+        told = ", ".join(f"{count} for {reason}" for reason, count in self.retried.items())
+        told += f"; {self.waited:.1f} s waited before them" if told else ""
+        self.retried.clear()
+        self.waited = 0.0
+        return told
 
     def close(self) -> None:
         """Close all connections; nothing of it is left, no thread either. The next request opens new ones."""
@@ -105,7 +139,7 @@ class Client:
     # -- requests
 
     async def _post_all(
-        self, posts: Sequence[tuple[str, Any]], read: Callable[[int, Any], _T], settings: ServerSettings
+        self, posts: Sequence[tuple[str, Any]], read: Callable[[int, Any], _T], settings: ServerSettings, largest: int
     ) -> list[_T]:
         results: dict[int, _T] = {}
         waiting = iter(range(len(posts)))
@@ -115,7 +149,7 @@ class Client:
             nonlocal told
             for number in waiting:
                 path, body = posts[number]
-                answer = await self._send("POST", path, body, settings)
+                answer = await self._send("POST", path, body, settings, largest)
                 results[number] = read(number, self.success(answer, path))
                 if self._notify is not None and time.monotonic() - told > _PROGRESS_SECONDS:
                     told = time.monotonic()
@@ -130,17 +164,17 @@ class Client:
             await asyncio.gather(*workers, return_exceptions=True)
         return [results[number] for number in range(len(posts))]
 
-    async def _send(self, method: str, path: str, body: Any, settings: ServerSettings) -> Answer:
+    async def _send(self, method: str, path: str, body: Any, settings: ServerSettings, largest: int = _LARGEST) -> Answer:
         """One request, sent again as often as `settings.retries` allows."""
-        began, timeouts, tries = time.monotonic(), 0, 0
+        began, timeouts, tries, waited = time.monotonic(), 0, 0, 0.0
         limits = self._httpx.Timeout(settings.timeout, connect=min(_CONNECT_SECONDS, settings.timeout))
         while True:
             tries += 1
             answer = None
             try:
-                request = self._session.request(method, path, json=body, timeout=limits)
-                answer = _answer(await asyncio.wait_for(request, settings.timeout + _GRACE))
-                failure = _Failure("status", f"status {answer.status}", answer.status in _PASSING)
+                request = self._session.build_request(method, path, json=body, timeout=limits)
+                answer, after = await asyncio.wait_for(self._receive(request, path, largest), settings.timeout + _GRACE)
+                failure = _Failure("status", f"status {answer.status}", answer.status in _PASSING, after)
             except self._httpx.ConnectError as error:
                 failure = _no_connection(str(error))
             except (self._httpx.TimeoutException, asyncio.TimeoutError) as error:
@@ -150,43 +184,73 @@ class Client:
                     failure = _Failure("down", f"no connection within {limits.connect:g} s", again)
                 else:
                     failure = _Failure("slow", f"no answer within {limits.read:g} s", again)
-            except self._httpx.DecodingError as error:
-                text = f"the server at {self.url} answers {path} with a body that cannot be read"
-                raise EngineError(f"{text} (Content-Encoding: {error}); is that a proxy's?") from None
             except self._httpx.TransportError as error:
-                failure = _Failure("lost", f"connection lost ({str(error) or type(error).__name__})")
-            if answer is not None and not failure.again:
-                return answer
+                failure = _Failure("lost", f"connection lost ({_line(str(error)) or type(error).__name__})")
             if not failure.again or tries > settings.retries:
-                if answer is not None:
-                    return answer
-                raise self._given_up(failure, tries, time.monotonic() - began)
+                effort = f" after {tries} tries in {time.monotonic() - began:.1f} s" if tries > 1 else ""
+                if answer is None:
+                    raise self._given_up(failure, path, effort)
+                return dataclasses.replace(answer, effort=effort and f"{effort}, {waited:.1f} s of it waited")
+            pause = min(_BACK_OFF[0] * 2 ** (tries - 1), _BACK_OFF[1])
+            if failure.after is not None:
+                pause = min(failure.after, settings.timeout)
             self.retried[failure.reason] += 1
-            await asyncio.sleep(min(_BACK_OFF[0] * 2 ** (tries - 1), _BACK_OFF[1]))
+            self.waited += pause
+            waited += pause
+            await asyncio.sleep(pause)
 
-    def _given_up(self, failure: _Failure, tries: int, seconds: float) -> EngineError:
-        after = f" after {tries} tries in {seconds:.1f} s" if tries > 1 else ""
+    async def _receive(self, request: Any, path: str, largest: int) -> tuple[Answer, float | None]:
+        """One answer, and the seconds after which the server wants to be asked again. Raises EngineError for a body of more
+        than `largest` bytes and for one that cannot be read.
+        """
+        response = await self._session.send(request, stream=True)
+        try:
+            coding = response.headers.get("content-encoding", "identity").strip().lower()
+            if coding not in ("", "identity", "gzip"):
+                raise self._unreadable(path, coding, "it was asked for as it is")
+            inflate = zlib.decompressobj(wbits=31) if coding == "gzip" else None
+            body = bytearray()
+            async for chunk in response.aiter_raw():
+                # Neither is a chunk unpacked beyond the bound: a few bytes can stand for very many.
+                body += inflate.decompress(chunk, largest + 1 - len(body)) if inflate else chunk
+                if len(body) > largest:
+                    raise EngineError(
+                        f"the server at {self.url} answers {path} with more than {largest:,} bytes: that is "
+                        "no answer to what was asked"
+                    )
+        except zlib.error as error:
+            raise self._unreadable(path, "gzip", str(error)) from None
+        finally:
+            await response.aclose()
+        return _answer(response.status_code, body), _retry_after(response.headers.get("retry-after"))
+
+    def _unreadable(self, path: str, coding: str, reason: str) -> EngineError:
+        text = f"the server at {self.url} answers {path} with a body that cannot be read"
+        return EngineError(f"{text} (Content-Encoding {coding[:40]!r}: {reason}); is that a proxy's?")
+
+    def _given_up(self, failure: _Failure, path: str, effort: str) -> EngineError:
         if failure.kind == "down":
-            return DownError(f"no server answers at {self.url}: {failure.reason}{after}")
+            return DownError(f"no server answers at {self.url}: {failure.reason}{effort}")
         hint = "; timeout=SECONDS allows more" if failure.kind == "slow" else ""
-        return EngineError(f"the server at {self.url}: {failure.reason}{after}{hint}")
+        at = "" if failure.kind == "refused" else f"{path}: "
+        return EngineError(f"the server at {self.url}: {at}{failure.reason}{effort}{hint}")
 
     def success(self, answer: Answer, path: str) -> Any:
         """The JSON of an answer that is a success. Raises EngineError, UsageError where the server refuses what was asked."""
         where = f"the server at {self.url}"
         if answer.status in (401, 403):
             given = "the one in" if os.environ.get(KEY_VARIABLE) else "none is in"
-            raise EngineError(f"{where} wants another key (status {answer.status}): {given} {KEY_VARIABLE}")
+            raise EngineError(f"{where} wants another key for {path} (status {answer.status}): {given} {KEY_VARIABLE}")
         if answer.status == 404:
             raise EngineError(
                 f"{where} has no {path} (status 404: {_reason(answer)}): is that an OpenAI-compatible vLLM server?"
             )
         if answer.status in (400, 422):
-            raise UsageError(f"{where} refuses a request: {_reason(answer)}")
+            raise UsageError(f"{where} refuses a request to {path}: {_reason(answer)}")
         if not 200 <= answer.status < 300:
-            raise EngineError(f"{where} failed at {path} (status {answer.status}): {_reason(answer)}")
-        if answer.content is None:
-            raise EngineError(f"{where} answers {path} with something that is no JSON: {answer.text!r}")
+            raise EngineError(f"{where} failed at {path} (status {answer.status}){answer.effort}: {_reason(answer)}")
+        if answer.problem:
+            raise EngineError(f"{where} answers {path} with {answer.problem}: {answer.text!r}")
         return answer.content
 
     # -- the loop
@@ -194,8 +258,8 @@ class Client:
     def _drive(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Run `work` on this client's loop; in a thread where the caller is inside of another one. Leaves nothing running."""
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()
             self._session = self._open()
+            self._loop = asyncio.new_event_loop()
         loop = self._loop
         try:
             asyncio.get_running_loop()
@@ -205,10 +269,12 @@ class Client:
 
     def _open(self) -> Any:
         key = os.environ.get(KEY_VARIABLE)
+        if key and not (key.isascii() and key.isprintable()):
+            raise UsageError(f"{KEY_VARIABLE} holds what cannot be sent as a key: a line break, or letters beyond ASCII")
         host = self._httpx.URL(self.url).host
         return self._httpx.AsyncClient(
             base_url=self.url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {}),
             limits=self._httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_SECONDS),
             trust_env=host not in ("localhost", "::1") and not host.startswith("127."),  # no proxy on the way to oneself
         )
@@ -261,12 +327,33 @@ def _no_connection(error: str) -> _Failure:
     return _Failure("down", "connection refused")
 
 
-def _answer(response: Any) -> Answer:
-    text = " ".join(response.text[:_SHOWN].split())
+def _answer(status: int, body: bytes | bytearray) -> Answer:
+    text = _line(body[: 4 * _SHOWN].decode("utf-8", "replace"))[:_SHOWN]
     try:
-        return Answer(response.status_code, json.loads(response.content), text)
-    except (ValueError, RecursionError):
-        return Answer(response.status_code, None, text)
+        return Answer(status, json.loads(body), text)
+    except RecursionError:
+        return Answer(status, None, text, "JSON that is nested too deeply")
+    except ValueError:
+        return Answer(status, None, text, "something that is no JSON")
+
+
+def _retry_after(told: str | None) -> float | None:
+    """The seconds of a Retry-After header, which are a number or a date, within bounds; None where it tells none."""
+    if told is None:
+        return None
+    try:
+        if re.fullmatch(r"\s*\d{1,12}(\.\d{1,9})?\s*", told):
+            seconds = float(told)
+        else:
+            seconds = email.utils.parsedate_to_datetime(told).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+    return min(max(seconds, _BACK_OFF[0]), _MOST_WAITED)
+
+
+def _line(text: str) -> str:
+    """A server's text in one line, without what a terminal would act on."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
 
 
 def _reason(answer: Answer) -> str:
@@ -275,4 +362,11 @@ def _reason(answer: Answer) -> str:
     for name in ("error", "message", "detail"):
         while isinstance(content, dict) and content.get(name):
             content = content[name]
-    return " ".join(str(content).split())[:_SHOWN] if content and content is not answer.content else answer.text or "no reason"
+    if not content or content is answer.content:
+        return answer.text or "no reason"
+    return _line(content[: 4 * _SHOWN] if isinstance(content, str) else shown(content))[:_SHOWN]
+
+
+def shown(value: Any) -> str:
+    """A value of an answer in words that stay short, however large it is and however deeply it is nested."""
+    return _line(_SHORT.repr(value))[:_SHOWN]

@@ -6,6 +6,7 @@ For `vllm serve --middleware`, beside `--worker-extension-cls`; `logprob-parity 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,14 +14,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from ... import fingerprint
+from ...engine_arguments import is_secret, vllm_engine_arguments
 from ...errors import EngineError, UsageError
+from ...spec import PROFILES
 from ..base import check_readback, json_value, reason_of
-from ..vllm_config import SHOWN, settings_of, why_not_forced
+from ..vllm_config import BY_NATURE, SHOWN, settings_of, vocabulary_of, why_not_forced
+from .client import KEY_VARIABLE
+from .guard import GoneError, Keys, RefusedError, check_request, path_of, read_body
 from .readback import EXTENSION, ROUTE
 
 #: What `logprob-parity serve` pinned, as JSON: the server ends at its start where a pin was not taken.
 ASKED_VARIABLE: Final = "LOGPROB_PARITY_ASKED"
+#: The largest body of a question about the configuration, in bytes.
 _LARGEST: Final = 1_000_000
+#: A longer value of the configuration, in characters of JSON, is told as a text of the second length.
+_LONGEST_VALUE: Final = 20_000
+_CUT: Final = 200
 
 
 class ParityMiddleware:
@@ -47,13 +56,24 @@ class ParityMiddleware:
                 return
         elif scope["type"] == "http":
             server = await self._started(scope["app"].state)
-            if scope["path"].endswith(ROUTE):
-                status, content = await _respond(server, scope["method"], receive)
-                body = json.dumps(content).encode()
-                headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-                await send({"type": "http.response.start", "status": status, "headers": headers})
-                await send({"type": "http.response.body", "body": body})
+            with contextlib.suppress(GoneError):
+                await self._request(server, scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    async def _request(self, server: StartedServer, scope: Any, receive: Any, send: Any) -> None:
+        """Answer what is asked of us, and hand on what the engine can take."""
+        try:
+            if path_of(scope) == ROUTE:
+                if not server.keys.allow(scope):
+                    raise RefusedError(401, "Unauthorized")
+                await _send(send, 200, await _tell(server, scope, receive))
                 return
+            receive = await check_request(scope, receive, server.keys, server.vocabulary, server.longest)
+        except RefusedError as error:
+            about = {"message": str(error), "type": "BadRequestError", "param": None, "code": error.status}
+            await _send(send, error.status, {"error": str(error) if error.status == 401 else about})  # as vLLM has both
+            return
         await self._app(scope, receive, send)
 
     async def _started(self, state: Any) -> StartedServer:
@@ -63,32 +83,63 @@ class ParityMiddleware:
             return self._server
 
 
-async def _respond(server: StartedServer, method: str, receive: Any) -> tuple[int, Any]:
-    if method == "GET":
-        return 200, await server.tell({})
-    if method != "POST":
-        return 405, {"error": f"{method} is not supported; GET, or POST what is asked for"}
-    body, more = b"", True
-    while more and len(body) < _LARGEST:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
+async def _send(send: Any, status: int, content: Any) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _tell(server: StartedServer, scope: Any, receive: Any) -> dict[str, Any]:
+    """What the route answers to a request that may ask it. Raises RefusedError, GoneError."""
+    if scope["method"] == "GET":
+        return await server.tell({})
+    if scope["method"] != "POST":
+        raise RefusedError(405, f"{scope['method']} is not supported; GET, or POST what is asked for")
     try:
-        told = json.loads(body)
+        told = json.loads(await read_body(receive, scope, _LARGEST))
         asked, name = told["asked"], told.get("name", "")
         if not isinstance(asked, Mapping) or not isinstance(name, str):
             raise TypeError
-    except (ValueError, TypeError, KeyError):
-        return 400, {"error": 'the body is JSON such as {"asked": {"seed": 0}}'}
-    return 200, await server.tell(asked, name=name)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise RefusedError(400, 'the body is JSON such as {"asked": {"seed": 0}}') from None
+    for setting in asked:
+        if setting not in tellable():
+            why = "is secret" if is_secret(setting) else "is no engine argument of this server's vLLM"
+            raise RefusedError(400, f"{setting[:80]!r} {why}: it is told to nobody")
+    return await server.tell(asked, name=name[:200])
+
+
+def tellable() -> frozenset[str]:
+    """The settings that the route tells: engine arguments, which a spec can pin, but for those whose values are secret."""
+    pinned = {name for pins in PROFILES.values() for name in pins}
+    known = {*vllm_engine_arguments(), *SHOWN, *BY_NATURE, *pinned}
+    return frozenset(name for name in known if not is_secret(name) and not name.startswith("_"))
+
+
+def _told_value(value: Any) -> Any:
+    """A value of the configuration as JSON that any reader takes; else as text, cut short."""
+    try:
+        plain = json_value(value)
+    except RecursionError:
+        return type(value).__name__
+    try:
+        text = json.dumps(plain, allow_nan=False)
+    except ValueError:  # NaN and infinities
+        return str(plain)[:_CUT]
+    return plain if len(text) <= _LONGEST_VALUE else text[:_CUT]
 
 
 class StartedServer:
     """What is known of a started server, once."""
 
     def __init__(
-        self, client: Any, forcing: str, head: str | None, hardware: Mapping[str, Any], about: Mapping[str, Any]
+        self, client: Any, forcing: str, head: str | None, hardware: Mapping[str, Any], about: Mapping[str, Any], keys: Keys
     ) -> None:
+        config = client.vllm_config
+        self.keys = keys
+        self.vocabulary = vocabulary_of(config)
+        self.longest: int | None = getattr(config.model_config, "max_model_len", None)
         self._client = client
         self._forcing = forcing
         self._head = head
@@ -108,7 +159,9 @@ class StartedServer:
             forcing = forcing or await _on_worker(client, "logprob_parity_install")
         forcing = forcing or f"the server was started without --worker-extension-cls {EXTENSION}"
         names = getattr(state.args, "served_model_name", None) or [config.model_config.model]
-        return cls(client, forcing, head, hardware, {"served": str(names[0]), "model": _model(config.model_config)})
+        given = getattr(state.args, "api_key", None) or os.environ.get(KEY_VARIABLE) or []
+        keys = Keys([given] if isinstance(given, str) else given)
+        return cls(client, forcing, head, hardware, {"served": str(names[0]), "model": _model(config.model_config)}, keys)
 
     async def tell(self, asked: Mapping[str, Any], *, name: str = "", strict: bool = False) -> dict[str, Any]:
         """What the route answers; `refused` says which pin among `asked` the engine did not take, if any, and calls it `name`.
@@ -121,6 +174,7 @@ class StartedServer:
         from ... import __version__
 
         config = self._client.vllm_config
+        asked = {name: value for name, value in asked.items() if not is_secret(name)}
         values = settings_of(self._client, config, asked, self._head)
         refused = ""
         unverified: tuple[str, ...] = ()
@@ -135,7 +189,8 @@ class StartedServer:
             "version": str(vllm.__version__),
             "cpu": bool(current_platform.is_cpu()),
             **self._about,
-            "values": {k: json_value(v) for k, v in values.items() if k in SHOWN or k in asked},
+            "vocabulary": self.vocabulary,
+            "values": {k: _told_value(v) for k, v in values.items() if k in SHOWN or k in asked},
             "forcing": self._forcing,
             "hardware": self._hardware,
             "libraries": fingerprint.libraries(),

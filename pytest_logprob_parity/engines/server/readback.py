@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from ... import __version__
+from ...engine_arguments import is_secret
 from ...errors import EngineError, UsageError
 from ...server_settings import ServerSettings
 from ...spec import EngineSpec
@@ -16,7 +17,7 @@ from ...trace import Forcing
 from .. import forced_decode
 from ..base import check_readback, forcing_of, json_value
 from ..vllm_config import SHOWN, settings_of, why_not_forced
-from .client import Answer, Client, DownError
+from .client import Answer, Client, DownError, shown
 
 #: Where the middleware answers.
 ROUTE: Final = "/logprob_parity/config"
@@ -41,6 +42,7 @@ _TOLD: Final[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
     "refused": ("a text", lambda v: isinstance(v, str)),
     "hardware": ("a table", lambda v: v is None or isinstance(v, Mapping)),
     "libraries": ("a table", lambda v: v is None or isinstance(v, Mapping)),
+    "vocabulary": ("a whole number above 0", lambda v: v is None or (_is_whole_or_null(v) and v > 0)),
 }
 #: Logprobs of one position at T=1 and T=2 that are further apart than this (nats) are processed ones.
 _MOVED: Final = 1e-3
@@ -48,8 +50,8 @@ _MOVED: Final = 1e-3
 
 @dataclass(frozen=True)
 class Told:
-    """What a server tells. `served` is what it calls its model, `model` what it was started with, `digests` are
-    that model's ({} where it tells none).
+    """What a server tells. `served` is what it calls its model, `names` are others that it may answer with, `model` is what it
+    was started with, `digests` are that model's ({} where it tells none), `vocabulary` is how many token ids it takes.
     """
 
     version: str
@@ -62,6 +64,8 @@ class Told:
     digests: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
     libraries: Mapping[str, str] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
+    vocabulary: int | None = None
 
 
 def read_server(client: Client, spec: EngineSpec, settings: ServerSettings) -> Told:
@@ -105,8 +109,9 @@ def _checked(client: Client, told: Any, names: Iterable[str]) -> Mapping[str, An
         words, fits = _TOLD[name]
         value = about.get(name)
         if not fits(value):
-            got = f"not {value!r:.80}" if name in about else "and is missing"
-            there = f"{about.get('logprob_parity', 'of unknown version')!s:.40}"
+            got = f"not {shown(value):.80}" if name in about else "and is missing"
+            version = about.get("logprob_parity", "of unknown version")
+            there = version[:40] if isinstance(version, str) else shown(version)[:40]
             raise EngineError(
                 f"the server at {client.url} tells something else at {ROUTE} than is read here: {name} must be {words}, {got}; "
                 f"pytest-logprob-parity is {there} there, {__version__} here: install the same version on both sides"
@@ -117,6 +122,8 @@ def _checked(client: Client, told: Any, names: Iterable[str]) -> Mapping[str, An
 def _by_our_route(client: Client, spec: EngineSpec, settings: ServerSettings, about: Mapping[str, Any]) -> Told:
     first = _checked(client, about, ("cpu", "version"))
     asked, name = _pins(spec, cpu=bool(first["cpu"])), name_of(client, str(first["version"]))
+    secret = sorted(filter(is_secret, asked))
+    asked = {setting: value for setting, value in asked.items() if setting not in secret}
     told = _checked(client, client.success(client.ask("POST", ROUTE, {"asked": asked, "name": name}), ROUTE), _TOLD)
     digests = told["model"].get("digests")
     if told["refused"]:
@@ -128,11 +135,13 @@ def _by_our_route(client: Client, spec: EngineSpec, settings: ServerSettings, ab
         values=told["values"],
         forcing=forcing,
         unforced=unforced,
-        unverified=tuple(told["unverified"]),
+        unverified=(*told["unverified"], *secret),
         model=str(told["model"]["name"]),
         digests=digests if isinstance(digests, Mapping) else {},
         hardware=told.get("hardware") or {},
         libraries=told.get("libraries") or {},
+        names=frozenset({str(told["served"])}),
+        vocabulary=told.get("vocabulary"),
     )
 
 
@@ -160,7 +169,9 @@ def _by_its_own(client: Client, spec: EngineSpec, settings: ServerSettings) -> T
         values["logprobs_mode"] = mode
     unverified = check_readback(asked, values, name_of(client, number))
     values = {name: json_value(value) for name, value in values.items()}
-    return Told(number, served, values, *forcing_of(how), ("the model's digest", *unverified))
+    return Told(
+        number, served, values, *forcing_of(how), ("the model's digest", *unverified), names=_aliases(models, served)
+    )  # fmt: skip
 
 
 def _of_development(config: Any, spec: EngineSpec) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -184,7 +195,7 @@ def _model(models: Any, client: Client) -> Mapping[str, Any]:
     """The first base model of a server's list."""
     found = [m for m in _entries(models) if m.get("id") and not m.get("parent")]
     if not found:
-        raise EngineError(f"the server at {client.url} names no model at /v1/models: {models!s:.200}")
+        raise EngineError(f"the server at {client.url} names no model at /v1/models: {shown(models)}")
     first: Mapping[str, Any] = found[0]
     return first
 
@@ -209,6 +220,12 @@ def _served(models: Any, model: Mapping[str, Any], spec: EngineSpec, settings: S
         f"the server at {client.url} serves {names[0]!r} (root {model.get('root')!r}), the test asks for {spec.model!r}; if "
         f"that is its name for the same model, say served_model={names[0]!r}"
     )
+
+
+def _aliases(models: Any, served: str) -> frozenset[str]:
+    """The names of what is served under `served`: vLLM answers with the first of them, whichever was asked for."""
+    roots = {m.get("root") for m in _entries(models) if str(m.get("id")) == served and isinstance(m.get("root"), str)}
+    return frozenset(str(m.get("id")) for m in _entries(models) if isinstance(m.get("root"), str) and m.get("root") in roots)
 
 
 def measured_logprobs_mode(client: Client, served: str) -> str | None:
@@ -237,7 +254,7 @@ def _first_top(answer: Answer) -> dict[str, float] | None:
     try:
         top = answer.content["choices"][0]["logprobs"]["top_logprobs"][0]
         return {str(name): float(value) for name, value in top.items()}
-    except (TypeError, KeyError, IndexError, ValueError, AttributeError):
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError):
         return None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ... import fingerprint
-from ...engine_arguments import vllm_engine_arguments
+from ...engine_arguments import is_secret, vllm_engine_arguments
 from ...errors import EngineError, UsageError
 from ...settings import make_spec
 from ...spec import EngineSpec
@@ -63,7 +63,7 @@ def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str
     arguments.worker_extension_cls = EXTENSION
     arguments.disable_uvicorn_access_log = True  # a line for each request, of which a check sends thousands
     arguments.middleware = [*arguments.middleware, MIDDLEWARE]
-    os.environ[ASKED_VARIABLE] = json.dumps(asked, default=str)
+    os.environ[ASKED_VARIABLE] = json.dumps({k: v for k, v in asked.items() if not is_secret(k)}, default=str)
     if cpu:
         _prepare_cpu()
     else:
