@@ -89,7 +89,7 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
         check_recorded(candidate, golden.tolerance, "the candidate")
         _check_same_engine(left, candidate)
     except ParityError as error:
-        text = error.reason_beside(target, path)
+        text = visible_line(error.reason_beside(target, path))
         return Proposal(path, obtained, (*block, f"  refused    {text}"), target, refusal=text)
     loosened = _loosened(golden, candidate)
     lines = [*_difference(comparison, golden, candidate), *_changes(golden, candidate, loosened)]
