@@ -18,7 +18,7 @@ from .comparison.tolerance import Tolerance, default_tolerance, make_tolerance, 
 from .comparison.verdict import Evidence, check_level, judge
 from .errors import GoldenError, UsageError
 from .floor import REPEATS
-from .golden import Golden, describe
+from .golden import Golden, describe, is_there
 from .message import failure_message
 from .pool import Engine
 from .prompts import check_prompts
@@ -75,7 +75,7 @@ def check_golden(
     if update:
         recorded = record(path, engine, given, asked, replay, tolerance, repeats, context)
         return with_temperature_note(recorded, asked)
-    if not path.exists():
+    if not is_there(path):
         instead = renamed(engine, given, asked, context)
         error = GoldenError(f"no golden at {context.shown_path}; record it: {context.accept}{instead}")
         error.replaceable = True

@@ -263,6 +263,7 @@ class GoldenTrace:
 
     def _check(self, path: Path, engine: Engine | Trace, context: Context, **arguments: Any) -> Comparison:
         from .check import check_golden
+        from .golden import ignore_parts, is_there
 
         __tracebackhide__ = True
         if context.name in self._names:
@@ -273,9 +274,12 @@ class GoldenTrace:
             )
         self._names.add(context.name)
         update = self._session.update
-        record = update == "all" or (update == "missing" and not path.exists())
+        record = update == "all" or (update == "missing" and not is_there(path))
         try:
-            return check_golden(path, engine, update=record, context=context, **arguments)
+            comparison = check_golden(path, engine, update=record, context=context, **arguments)
+            if record:
+                ignore_parts(self._session.golden_dir)
+            return comparison
         except ParityError as error:
             if update != "failed":
                 raise

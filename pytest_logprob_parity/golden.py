@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import re
@@ -180,10 +181,29 @@ def is_place_of(path: Path, node_id: str, name: str) -> bool:
     return bool(node_id) and variant_path(path, "").parts[-len(wanted) :] == wanted
 
 
+def is_there(path: Path) -> bool:
+    """Whether something stands at a path: also where nobody may look at it, which reading it will say."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def ignore_parts(folder: Path) -> None:
+    """Keep the unfinished files of killed runs out of git: a .gitignore in the folder of the goldens, where it has none."""
+    ignore = folder / ".gitignore"
+    with contextlib.suppress(OSError):  # the goldens are written, and that is what counts
+        if not ignore.exists():
+            ignore.write_text(f".*{container.PART}\n", "utf-8")
+
+
 def variants_at(path: Path) -> list[Path]:
     """The golden at `path` and its variants, as far as they are there."""
     stem = glob.escape(path.name.removesuffix(SUFFIX))
-    return [*([path] if path.exists() else []), *_files(path.parent, f"{stem}{_VARIANT}*{SUFFIX}")]
+    return [*([path] if is_there(path) else []), *_files(path.parent, f"{stem}{_VARIANT}*{SUFFIX}")]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -216,6 +217,19 @@ def _update(config: pytest.Config) -> str:
     if "--update-golden" in written and "--parity-update" in written and option != "all":
         raise UsageError(f"--update-golden records all goldens and --parity-update={option} does not: give one of them")
     return option if "--parity-update" in written else "all"
+
+
+class _WorthReading(logging.Filter):
+    """Keeps what engine libraries log below a warning out of a failing test's output: two thirds of it, and none of ours."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.name.partition(".")[0] not in ("vllm", "torch", "transformers")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    handler = getattr(session.config.pluginmanager.get_plugin("logging-plugin"), "report_handler", None)
+    if handler is not None:
+        handler.addFilter(_WorthReading())
 
 
 def _choice(config: pytest.Config, name: str, known: Sequence[str]) -> str:

@@ -255,3 +255,28 @@ def test_what_loosens_a_golden_is_accepted_by_who_answers_for_it(tree, monkeypat
     status, out, written = tree(candidate=make_golden(-0.3, tolerance={"k3": 1.0}))
     assert (status, written) == (0, True)
     assert "loosened   limit k3: 1 in place of that of its dtype and noise" in out
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_goldens_that_cannot_be_looked_at_is_an_error_of_its_checks(pytester, run_inner):
+    pytester.makeini(f"[pytest]\nparity_golden_dir = {'x' * 300}")
+    pytester.makepyfile(
+        test_it="from pytest_logprob_parity import Trace\ndef test_it(golden_trace):\n    golden_trace.check("
+        "Trace.from_sequences([dict(prompt_token_ids=[1], token_ids=[3], logprobs=[-0.1])]))\ndef test_other(): pass"
+    )
+    for option in ((), ("--parity-update=missing",)):
+        result = run_inner(*option)
+        result.assert_outcomes(passed=1, failed=1)
+        result.stdout.fnmatch_lines(["E*GoldenError: *: cannot be read: File name too long"])
+        result.stdout.no_fnmatch_line("*INTERNALERROR*")
+
+
+def test_unfinished_files_are_no_business_of_git(pytester, run_inner):
+    pytester.makepyfile(
+        test_it="from pytest_logprob_parity import Trace\ndef test_it(golden_trace):\n    golden_trace.check("
+        "Trace.from_sequences([dict(prompt_token_ids=[1], token_ids=[3], logprobs=[-0.1])]))"
+    )
+    run_inner("--update-golden").assert_outcomes(passed=1)
+    assert (pytester.path / "golden" / ".gitignore").read_text() == ".*.part\n"
