@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
+from .. import progress
 from ..errors import UsageError
 
 #: What verbs are added to.
@@ -30,7 +31,8 @@ def add_verb(
 
 def tell(text: str) -> None:
     """Print a line of progress to stderr."""
-    print(f"# {text}", file=sys.stderr, flush=True)
+    over = progress.ERASE if progress.is_wanted(sys.stderr) else ""  # threads write, too, and know of no line to be cleared
+    print(f"{over}# {text}", file=sys.stderr, flush=True)
 
 
 def check_model(model: str, recorded: str | None) -> None:
