@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from .comparison.result import MismatchError
 from .errors import IncomparableError, ParityError, UsageError
 from .records import Records, told_of
 from .settings import make_spec
-from .state import ASKED, EXPECTS, ITEM, NODE_ID, NOTED, ORIGIN, SESSION, Expected, pool_of, tell
+from .state import ASKED, EXPECTS, ITEM, NODE_ID, NOTED, ORIGIN, SESSION, Expected, pool_of, progress_shown, tell
 from .unchecked import raises_is_open
 
 if TYPE_CHECKING:
@@ -108,9 +108,10 @@ def _marked_model(session: pytest.Session) -> str | None:
 
 
 @pytest.fixture
-def golden_trace(request: pytest.FixtureRequest) -> GoldenTrace:
+def golden_trace(request: pytest.FixtureRequest) -> Iterator[GoldenTrace]:
     """The goldens of this test: `golden_trace.check(parity_engine, prompts=..., sampling=...)`."""
-    return GoldenTrace(request)
+    with progress_shown(request.config):
+        yield GoldenTrace(request)
 
 
 def _is_broken(text: str) -> bool:

@@ -23,6 +23,7 @@ from .errors import EngineError, GoldenError, UsageError
 from .floor import NoiseFloor, Shapes
 from .golden import Golden
 from .pool import Engine
+from .progress import doing, each
 from .reference_pass import reference_of
 from .spec import Sampling
 from .trace import FloatArray, ReplayPath, Trace
@@ -53,7 +54,8 @@ def record(
         raise UsageError(f"repeats={repeats!r}: a noise floor needs 2 repeats or more; 0 records none")
     if isinstance(engine, Engine):
         _check_size(prompts, sampling or Sampling(), context)
-        _ = engine.config  # starts it, which is no part of what generating takes
+        with doing(f"starting {engine.spec}"):
+            _ = engine.config  # starts it, which is no part of what generating takes
     began = time.monotonic()
     golden = Golden(engine) if isinstance(engine, Trace) else Golden(_generate(engine, prompts, sampling, replay))
     generating = time.monotonic() - began
@@ -74,7 +76,8 @@ def record(
         notes.append(Note("floor_seconds", f"the noise floor took {time.monotonic() - began:.1f} s beside the recording pass"))
         _check_agrees_with_itself(golden, own, explicit, context.shown_path)
     if isinstance(engine, Engine):
-        reference, told = reference_of(engine, golden.trace, generating, context.reference)
+        with doing("computing the reference"):
+            reference, told = reference_of(engine, golden.trace, generating, context.reference)
         notes.append(Note("reference", told))
         golden = dataclasses.replace(golden, reference=reference)
         _check_agrees_with_reference(golden, context.shown_path)
@@ -123,7 +126,8 @@ def measure_floor(engine: Engine, trace: Trace, repeats: int) -> tuple[FloatArra
     """Replay a trace on its own schedule (logprobs [N]), and `repeats` times with every block in a shape of its own."""
     own = engine.replay(trace).logprobs
     shapes = Shapes()
-    drawn = [engine.replay_in_drawn_shapes(trace, shapes, number) for number in range(repeats)]
+    numbers = each("noise floor, repeat", range(repeats), repeats)
+    drawn = [engine.replay_in_drawn_shapes(trace, shapes, number) for number in numbers]
     reproduces = bool(np.array_equal(own[trace.mask], trace.logprobs[trace.mask]))
     return own, NoiseFloor(np.stack(drawn), shapes, reproduces)
 
@@ -133,7 +137,8 @@ def _generate(engine: Engine, prompts: list[Any] | None, sampling: Sampling | No
         raise UsageError("recording needs prompts=")
     sampling = sampling or Sampling()
     _check_can_replay(engine, replay, sampling)
-    trace = engine.generate(prompts, sampling)
+    with doing(f"recording {len(prompts) * sampling.n:,} completions"):
+        trace = engine.generate(prompts, sampling)
     return with_untruncated(engine, trace) if "decode" in replay else trace
 
 

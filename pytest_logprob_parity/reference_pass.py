@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from .errors import EngineError, ParityError, UsageError
+from .progress import doing
 from .reference import Reference
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def _by_transformers(engine: Engine, trace: Trace, seconds: float) -> Reference:
                 break
             batch, started = order[covered : covered + size], time.monotonic()
             for alike in _alike(trace, [segment for sequence in batch for segment in segments[sequence]]):
-                _score(model, head, trace, alike, stop_ids, logprobs)
+                with doing(f"{covered:,} of {len(order):,} sequences"):
+                    _score(model, head, trace, alike, stop_ids, logprobs)
             slowest = max(slowest, (time.monotonic() - started) / len(batch))
             covered += len(batch)
     logprobs[~trace.mask] = np.nan

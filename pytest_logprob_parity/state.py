@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from . import progress
 from .errors import ParityError
 from .server_settings import SERVER
 from .visible_text import visible_line
@@ -161,11 +164,32 @@ def tell(config: pytest.Config, line: str) -> None:
     capture = config.pluginmanager.get_plugin("capturemanager")
     if terminal is None:
         return
+    progress.clear()
     with contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled():
         if capture is not None:
             terminal.ensure_newline()
         terminal.write_line(f"logprob-parity: {visible_line(line)}")
         terminal.flush()  # into a pipe, too: it is progress
+
+
+@contextlib.contextmanager
+def progress_shown(config: pytest.Config) -> Iterator[None]:
+    """Show progress below what pytest has written, past the capturing, where that is a terminal."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    released = contextlib.nullcontext if capture is None else capture.global_and_fixture_disabled
+
+    def write(text: str) -> None:
+        assert terminal is not None
+        with released():
+            terminal.ensure_newline()
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    with released():
+        wanted = terminal is not None and terminal.isatty and progress.is_wanted(sys.stderr)
+    with progress.shown_on(write if wanted else None):
+        yield
 
 
 def note_outcome(item: pytest.Item, record: dict[str, Any]) -> None:

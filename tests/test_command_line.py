@@ -1,9 +1,13 @@
 """The command line itself: help, slips, versions of what it prints as JSON, completion, exit statuses."""
 
 import builtins
+import contextlib
 import dataclasses
+import io
 import json
 import math
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -13,9 +17,10 @@ from reporting import MOVED, command
 
 import pytest_logprob_parity
 from conftest import ROOT
-from pytest_logprob_parity import Finding, Golden, compare
+from pytest_logprob_parity import Finding, Golden, compare, progress
 from pytest_logprob_parity.cli import main, make_parser, verbs_of
 from pytest_logprob_parity.cli.json_output import SCHEMAS, to_text
+from pytest_logprob_parity.cli.verb import tell
 from pytest_logprob_parity.comparison.result import LEVELS, Errors
 from pytest_logprob_parity.matrix import run as matrix
 from pytest_logprob_parity.selftest import table
@@ -245,3 +250,103 @@ def test_view_shows_what_diff_prints(project, pytester, capsys, monkeypatch):
     _, out, _ = command(capsys, "accept", "--root", pytester.path)
     _, shown, _ = command(capsys, "diff", golden, obtained)
     assert shown in out
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal, outside of CI."""
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    return Terminal()
+
+
+@pytest.fixture
+def at_work(monkeypatch):
+    """`at_work(stderr, "--json")`: `logprob-parity show` with work of three steps, and a message in the first."""
+
+    def run(given):
+        for number in progress.each("step", range(3), 3):
+            if number == 0:
+                tell("the first")
+        return 0
+
+    monkeypatch.setattr("pytest_logprob_parity.cli.show.run", run)
+
+    def show(stderr, *arguments):
+        with contextlib.redirect_stderr(stderr):
+            assert main(["show", "x", *arguments]) == 0
+        return stderr.getvalue()
+
+    return show
+
+
+def test_a_terminal_shows_what_is_being_done_until_it_is(terminal, at_work):
+    written = at_work(terminal)
+    assert [part.partition(" (")[0] for part in written.split(progress.ERASE) if part] == [
+        "step 1 of 3", "# the first\n", "step 2 of 3", "step 3 of 3",
+    ]  # fmt: skip
+    assert written.endswith(progress.ERASE)
+
+
+@pytest.mark.parametrize("quiet", [("CI", "true"), ("TERM", "dumb"), "--json", "pipe"])
+def test_ci_dumb_terminals_pipes_and_json_get_none_of_it(quiet, terminal, at_work, monkeypatch):
+    if isinstance(quiet, tuple):
+        monkeypatch.setenv(*quiet)
+    written = at_work(io.StringIO() if quiet == "pipe" else terminal, *([quiet] if quiet == "--json" else []))
+    assert "step" not in written
+    assert "# the first\n" in written
+
+
+def test_work_within_work_and_a_narrow_terminal(terminal):
+    with progress.shown_on(terminal.write), progress.doing("outer"):
+        with progress.doing("inner " + "x" * 40):
+            pass
+        assert next(progress.each("empty", [], 1), None) is None
+    shown = [part for part in terminal.getvalue().split(progress.ERASE) if part]
+    assert [len(part) < 40 for part in shown] == [True] * len(shown)
+    assert [part[:12] for part in shown] == ["outer (0 s)", "outer: inner", "outer (0 s)", "outer: empty", "outer (0 s)"]
+
+
+def test_an_error_takes_the_line_away(terminal):
+    with pytest.raises(ZeroDivisionError), progress.shown_on(terminal.write), progress.doing("work"):
+        _ = 1 / 0
+    assert terminal.getvalue().endswith(progress.ERASE)
+    with progress.doing("work without a terminal"):
+        assert terminal.getvalue().endswith(progress.ERASE)
+
+
+WORK = """
+from pytest_logprob_parity import progress
+
+def test_it(golden_trace):
+    with progress.doing("recording"):
+        print("captured")
+"""
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_pytest_shows_it_past_the_capturing_on_a_terminal_only(watched, pytester, monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    pytester.makepyfile(WORK)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    if watched:
+        output = []
+        assert pty.spawn(command, lambda file: output.append(os.read(file, 4096)) or output[-1], lambda file: b"") == 0
+        written = b"".join(output).decode()
+    else:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        written = done.stdout + done.stderr
+    assert (f"{progress.ERASE}recording (0 s){progress.ERASE}" in written) is watched
+    assert ("recording" in written) is watched
+    assert "captured" not in written
+    assert "1 passed" in written

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from .. import __version__
+from .. import __version__, progress
 from ..errors import ParityError
 from ..spec import nearest
 from ..visible_text import visible_line
@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hints = (nearest(slip, verb._option_string_actions, 0.7) for slip in slips)
         verb.error(f"unrecognized arguments: {' '.join(rest)}{next(filter(None, hints), '')}")
     try:
-        with _ended_as_by_ctrl_c():
+        quiet = getattr(given, "json", False) or not progress.is_wanted(sys.stderr)
+        with _ended_as_by_ctrl_c(), progress.shown_on(None if quiet else _write):
             return int(given.run(given))
     except ParityError as error:
         print(f"logprob-parity: {error}", file=sys.stderr)
@@ -81,6 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"logprob-parity: interrupted{kept}", file=sys.stderr)
         return 130
     return 2
+
+
+def _write(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 @contextlib.contextmanager

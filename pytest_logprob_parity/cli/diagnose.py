@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import UsageError
+from ..progress import doing
 from .verb import Verbs, add_verb, check_model, say, tell
 
 
@@ -50,7 +51,8 @@ def run(given: argparse.Namespace) -> int:
     check_model(spec.model, known["model"])
     with Pool(notify=tell) as pool:
         try:
-            comparison = check_golden(given.golden, pool.engine(spec), context=Context(accept="pytest --update-golden"))
+            with doing(f"checking {given.golden.name} on {spec}"):
+                comparison = check_golden(given.golden, pool.engine(spec), context=Context(accept="pytest --update-golden"))
         except MismatchError as error:
             comparison = error.comparison
         say(f"{comparison.verdict}: {comparison.headline}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
+from .. import progress
 from ..errors import UsageError
 from ..visible_text import visible, visible_line
 
@@ -36,7 +37,8 @@ def say(text: str) -> None:
 
 def tell(text: str) -> None:
     """Print a line of progress to stderr."""
-    print(f"# {visible_line(text)}", file=sys.stderr, flush=True)
+    over = progress.ERASE if progress.is_wanted(sys.stderr) else ""  # threads write, too, and know of no line to be cleared
+    print(f"{over}# {visible_line(text)}", file=sys.stderr, flush=True)
 
 
 def check_model(model: str, recorded: str | None) -> None:

@@ -16,6 +16,7 @@ from ..comparison.tolerance import default_tolerance, with_floor
 from ..errors import EngineError, ParityError, UsageError
 from ..golden import Golden
 from ..pool import Pool
+from ..progress import doing
 from ..server_settings import SERVER
 from ..spec import EngineSpec
 from ..suspects import SUSPECTS
@@ -174,7 +175,8 @@ def ablate(
     floor = golden.floor.rms if golden.floor is not None and np.isfinite(golden.floor.rms) else 0.0
     noise = max(_OTHER_BUILDS * floor, limits.fit_rms / 5)
     engine = pool.engine(spec)
-    now = engine.replay(trace)
+    with doing("diagnosing: replaying the golden as it fails"):
+        now = engine.replay(trace)
     steps = [Step((), _rms(trace, now))]
     replays: dict[tuple[str, ...], Trace] = {(): now}
     differs = _differences(
@@ -192,7 +194,8 @@ def ablate(
             return None
         started += 1
         try:
-            replayed = pool.engine(_moved(spec, moved, differs)).replay(trace)
+            with doing(f"diagnosing, engine {started} of {budget.engines} at most: {' + '.join(moved)}"):
+                replayed = pool.engine(_moved(spec, moved, differs)).replay(trace)
             step = Step(moved, _rms(trace, replayed))
             replays[moved] = replayed
         except ParityError as error:
@@ -289,7 +292,8 @@ def _reading(
         logprobs_mode=mode,
     )
     try:
-        reading = pool.engine(reader).replay(golden.trace)
+        with doing("reference evaluation by transformers in float32"):
+            reading = pool.engine(reader).replay(golden.trace)
     except EngineError as error:
         notify(f"no independent reading: {str(error).splitlines()[0]}")
         return None

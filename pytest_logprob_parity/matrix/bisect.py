@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from ..check import judge_answers
 from ..comparison.result import Comparison, Verdict
 from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden
+from ..progress import doing
 from .environments import DiskFullError, Environment
 from .executors import Job, answered, run_job, today
 from .worker import load_answers
@@ -161,7 +163,8 @@ def bisect(
     def ask(version: str) -> Tried:
         if version not in tried:
             try:
-                tried[version] = attempt(version)
+                with doing(f"release {version}, {len(tried) + 1} of about {2 + math.ceil(math.log2(len(versions)))}"):
+                    tried[version] = attempt(version)
             except DiskFullError as error:
                 raise EngineError(f"the search ends at {Tried(version, None, str(error))}") from None
             notify(str(tried[version]))

@@ -14,6 +14,7 @@ from ..comparison.result import Finding, Verdict
 from ..errors import EngineError, ParityError
 from ..fingerprint import digest_of, find_model, find_tokenizer
 from ..golden import Golden
+from ..progress import each
 from ..prompts import check_prompts, load_tokenizer, tokenize
 from .executors import Executor, Job, answered, today
 from .plan import Cell, Matrix, slug
@@ -126,7 +127,8 @@ def _ask(
             old.unlink()
         waiting.append(job)
     whys = {job.name: "" for job in jobs}
-    for job, why in executor.run(waiting, out, home, notify) if waiting else ():
+    answers = executor.run(waiting, out, home, notify) if waiting else iter(())
+    for job, why in each("job", answers, len(waiting)):
         whys[job.name] = why
         notify(f"{job.name}: {why or 'answered'}")
     return whys

@@ -25,6 +25,7 @@ from ..diagnosis.reading import read_against, weigh
 from ..errors import EngineError, UsageError
 from ..golden import Golden
 from ..pool import Engine, Pool
+from ..progress import doing
 from ..recording import measure_floor, with_untruncated
 from ..reference_pass import reference_of
 from ..replay import replay
@@ -187,12 +188,16 @@ class Selftest:
 
     def run(self, dtypes: Sequence[str], chosen: Callable[[Fault], bool]) -> Iterator[Row]:
         """Judge the chosen faults, a row each, in the order that starts the fewest engines."""
+        total, done = sum(dtype in f.dtypes and chosen(f) for f in self.faults for dtype in dtypes), 0
         for dtype in dtypes:
             faults = [f for f in self.faults if dtype in f.dtypes and chosen(f)]
             base = EngineSpec(self._model, dtype=dtype)
             goldens = {name: self._golden(base, name) for name in GOLDENS if any(f.golden == name for f in faults)}
             for fault in sorted(faults, key=lambda f: (bool(f.settings), str(sorted(f.settings.items())))):
-                yield self._judge(fault, base.replace(**fault.settings), goldens[fault.golden])
+                done += 1
+                with doing(f"fault {done} of {total}: {fault.name} {fault.size}, {dtype}"):
+                    row = self._judge(fault, base.replace(**fault.settings), goldens[fault.golden])
+                yield row
 
     def _golden(self, spec: EngineSpec, name: str) -> Golden:
         """The golden of this name; the plain one has the same tokens in every dtype, so that one reference serves them all."""
