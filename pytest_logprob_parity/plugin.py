@@ -23,6 +23,7 @@ from .trainer.frameworks import FRAMEWORKS
 
 if TYPE_CHECKING:
     from .report.folder import Run
+    from .report.history.drift import Series
 
 __all__ = [
     "golden_trace",
@@ -116,6 +117,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("parity_golden_dir", "folder of the goldens, relative to the root", default="golden")
     parser.addini("parity_engine", "engine settings for all tests, KEY=VALUE a line", type="linelist", default=[])
     parser.addini("parity_tolerance", "limits, [dtype.[path.]]limit = number a line", type="linelist", default=[])
+    parser.addini(
+        "parity_history", "a file that each run adds a line to: a few numbers of each check, to see them drift", default=""
+    )
     parser.addini("parity_max_golden_mb", "refuse to record a golden larger than this, in MB", default="20")
 
 
@@ -167,7 +171,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise UsageError(f"parity_golden_dir: {_OBTAINED} is where failing checks leave traces: name another folder")
         given = config.getoption("--parity-server")
         server = "" if given is None else check_url(given, "--parity-server")
-        run = _prepare_report(config)
+        run, history = _prepare_report(config), _history_file(config)
         if lines := config.getini("parity_tolerance"):
             from .comparison.tolerance import parse_tolerance
 
@@ -181,7 +185,7 @@ def pytest_configure(config: pytest.Config) -> None:
     session = Session(
         update, golden_dir, ini, override, level, int(repeats), _parts(config, run), obtained == "golden", server,
         objective=choices["parity_objective"], reference=choices["parity_reference"],
-        warn_unverified=choices["parity_unverified"] == "warn",
+        warn_unverified=choices["parity_unverified"] == "warn", history=history,
     )  # fmt: skip
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):
@@ -208,6 +212,19 @@ def _prepare_report(config: pytest.Config) -> Run | None:
     run = prepare(config.invocation_params.dir / given)
     config.add_cleanup(run.end)
     return run
+
+
+def _history_file(config: pytest.Config) -> Path | None:
+    """The file that this run is added to; seen to be one before anything runs. Raises UsageError."""
+    name = str(config.getini("parity_history")).strip()
+    if not name or any(config.getoption(option, None) for option in _RUNS_NOTHING):
+        return None
+    path: Path = config.rootpath / name
+    if not hasattr(config, "workerinput"):
+        from .report.history.file import check_place
+
+        check_place(path)
+    return path
 
 
 def _parts(config: pytest.Config, run: Run | None) -> Path | None:
@@ -349,6 +366,7 @@ class Outcomes:
         self._failing: set[tuple[Any, ...]] = set()
         self._cut_off: list[dict[str, Any]] = []
         self._lines: list[str] = []
+        self._warnings: list[str] = []
         self._problems: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -375,11 +393,18 @@ class Outcomes:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        """Write the report, whether there is a terminal or not, when xdist's workers are down and before the summary."""
-        if self._run is None:
+        """Write report and history, whether there is a terminal or not: when xdist's workers are down, before the summary."""
+        if self._run is None and self._session.history is None:
             return
-        self._cut_off = _cut_off(self._run.path, [record for test in self._records.values() for record in test])
-        self._report(self._run, self._all_records())
+        from .report.write import now
+
+        created = now()
+        if self._run is not None:
+            self._cut_off = _cut_off(self._run.path, self._all_records())
+        records = self._all_records()
+        series = self._keep_history(self._session.history, records, created)
+        if self._run is not None:
+            self._report(self._run, records, created, series)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         self._tell(terminalreporter, self._all_records())
@@ -387,7 +412,7 @@ class Outcomes:
 
     def pytest_unconfigure(self) -> None:
         """Say what no summary said: there was none (an internal error), or no terminal. GitHub Actions reads stdout anyway."""
-        if not self._lines and not self._problems:
+        if not (self._lines or self._warnings or self._problems):
             return
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         capture = self._config.pluginmanager.get_plugin("capturemanager")
@@ -407,17 +432,36 @@ class Outcomes:
     def _say(self, terminal: pytest.TerminalReporter) -> None:
         for line in self._lines:
             terminal.write_line(line)
+        for line in self._warnings:
+            terminal.write_line(line, yellow=True)
         for line in self._problems:
             terminal.write_line(line, red=True)
-        self._lines, self._problems = [], []
+        self._lines, self._warnings, self._problems = [], [], []
 
-    def _report(self, run: Run, records: Sequence[Mapping[str, Any]]) -> None:
+    def _keep_history(self, path: Path | None, records: Sequence[Mapping[str, Any]], created: str) -> Sequence[Series]:
+        readings = [{**record["history"], "outcome": record["outcome"]} for record in records if "history" in record]
+        if path is None or not readings:
+            return ()
+        from .report.history.run import keep_run
+        from .report.write import project_of
+
+        try:
+            series, lines, self._warnings = keep_run(path, readings, created, project_of(self._config.rootpath))
+        except (UsageError, OSError) as error:
+            self._problems.append(f"logprob-parity: not in the history: {error}")
+            return ()
+        self._lines += lines
+        return series
+
+    def _report(self, run: Run, records: Sequence[Mapping[str, Any]], created: str, series: Sequence[Series]) -> None:
         from .report.run import report_run
 
         parts = [record.get("part", "") for record in records]
         expected = {record.get("part", "") for record in records if record["outcome"] == "expected"}
         try:
-            self._lines += report_run(run, parts, self._config.rootpath, sorted(self._session.unused), expected)
+            self._lines += report_run(
+                run, parts, self._config.rootpath, sorted(self._session.unused), expected, created, series
+            )
         except (UsageError, OSError) as error:
             self._problems.append(f"logprob-parity: no report: {error}")
 
@@ -458,9 +502,10 @@ class Outcomes:
 def _cut_off(run: Path, records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Records of checks that ended before their worker died or the run was broken off: only their parts are there."""
     from .report.folder import unnamed_parts
+    from .report.history.line import reading_of_entry
 
     parts = unnamed_parts(run, {record.get("part", "") for record in records})
-    return [{"outcome": entry["outcome"], "part": name} for name, entry in parts.items()]
+    return [{"outcome": e["outcome"], "part": name, "history": reading_of_entry(e)} for name, e in parts.items()]
 
 
 def _told(record: dict[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ NOTED: Final = "noted"
 class Session:
     """What the plugin knows of this run: options as they were given, and what has happened so far.
 
-    `report` is where checks leave their parts of the report, below its folder.
+    `report` is where checks leave their parts of the report, below its folder, `history` the file that the run is added to.
     """
 
     update: str
@@ -44,6 +44,7 @@ class Session:
     objective: str = "token"
     reference: str = "auto"
     warn_unverified: bool = False
+    history: Path | None = None
     node_ids: dict[str, Path] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
 
