@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ParityError, UsageError
+from .report.history import command as history
 
 if TYPE_CHECKING:
     from .comparison.result import Level
@@ -40,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     report.add_argument("--out", type=Path, help="folder to write (default: the report given, or parity-report)")
     report.add_argument("--github", action="store_true", help="annotate, and append to $GITHUB_STEP_SUMMARY, as in a workflow")
+    history.add_arguments(verbs.add_parser("history", help=history.HELP))
     accept = verbs.add_parser("accept", help="make goldens of what a failing run left; needs no engine")
     accept.add_argument(
         "places", nargs="*", type=Path, metavar="DIR_OR_FILE", help="obtained traces (default: parity-obtained)"
@@ -171,6 +173,8 @@ def _run(given: argparse.Namespace) -> int:
         from .report.command import report
 
         return report(given.places, given.out, given.github)
+    if given.verb == "history":
+        return history.run(given)
     if given.verb == "accept":
         from .accept import review
 
