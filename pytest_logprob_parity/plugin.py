@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import re
-import sys
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,14 +13,14 @@ import pytest
 from .comparison.result import LEVELS
 from .errors import ParityError, UsageError
 from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity_engines, trainer_scorer
+from .outcomes import Outcomes
 from .records import Records
 from .server_settings import check_url
 from .settings import make_spec, marker_settings, parse_settings
-from .state import ASKED, GREEN, ITEM, NODE_ID, ORIGIN, PROPERTY, RAISED, SESSION, TALLIED, ItemSettings, Session, node_id_of
-from .summary import one_line, summary
+from .state import ASKED, GREEN, ITEM, NODE_ID, ORIGIN, RAISED, SESSION, TALLIED, ItemSettings, Session, node_id_of
+from .summary import one_line
 from .trainer.frameworks import FRAMEWORKS
-from .unchecked import SWALLOWED, UNCHECKED, comparisons_made, look_at_the_end, remember
-from .visible_text import visible_line
+from .unchecked import comparisons_made, look_at_the_end
 
 if TYPE_CHECKING:
     from .report.folder import Run
@@ -129,6 +126,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("parity_golden_dir", "folder of the goldens, relative to the root", default="golden")
     parser.addini("parity_engine", "engine settings for all tests, KEY=VALUE a line", type="linelist", default=[])
     parser.addini("parity_tolerance", "limits, [dtype.[path.]]limit = number a line", type="linelist", default=[])
+    parser.addini(
+        "parity_history", "a file that each run adds a line to: a few numbers of each check, to see them drift", default=""
+    )
     parser.addini("parity_max_golden_mb", "refuse to record a golden larger than this, in MB", default="20")
 
 
@@ -185,7 +185,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise UsageError(f"parity_golden_dir: {_OBTAINED} is where failing checks leave traces: name another folder")
         given = config.getoption("--parity-server")
         server = "" if given is None else check_url(given, "--parity-server")
-        run = _prepare_report(config)
+        run, history = _prepare_report(config), _history_file(config)
         if lines := config.getini("parity_tolerance"):
             from .comparison.tolerance import parse_tolerance
 
@@ -200,7 +200,7 @@ def pytest_configure(config: pytest.Config) -> None:
         update, golden_dir, ini, override, level, int(repeats), _parts(config, run), obtained == "golden", server,
         objective=choices["parity_objective"], reference=choices["parity_reference"],
         warn_unverified=choices["parity_unverified"] == "warn", unchecked=choices["parity_unchecked"], root=config.rootpath,
-        variant=variant,
+        variant=variant, history=history,
     )  # fmt: skip
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):
@@ -252,6 +252,19 @@ def _prepare_report(config: pytest.Config) -> Run | None:
     run = prepare(config.invocation_params.dir / given)
     config.add_cleanup(run.end)
     return run
+
+
+def _history_file(config: pytest.Config) -> Path | None:
+    """The file that this run is added to; seen to be one before anything runs. Raises UsageError."""
+    name = str(config.getini("parity_history")).strip()
+    if not name or any(config.getoption(option, None) for option in _RUNS_NOTHING):
+        return None
+    path: Path = config.rootpath / name
+    if not hasattr(config, "workerinput"):
+        from .report.history.file import check_place
+
+        check_place(path)
+    return path
 
 
 def _parts(config: pytest.Config, run: Run | None) -> Path | None:
@@ -398,109 +411,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if crash is not None and call.excinfo is not None and isinstance(call.excinfo.value, ParityError):
         crash.message = one_line(call.excinfo.value)  # for the short summary, which would repeat the class and cut the rest
     return report
-
-
-# -- what happened ----------------------------------------------------------------------------------------------------
-
-
-class Outcomes:
-    """Counts the records of all checks, wherever they ran, and says so at the end; lives where the terminal is."""
-
-    def __init__(self, config: pytest.Config, session: Session, run: Run | None) -> None:
-        self._config = config
-        self._session = session
-        self._run = run
-        self._records: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-        self._failing: set[tuple[Any, ...]] = set()
-        self._cut_off: list[dict[str, Any]] = []
-        self._lines: list[str] = []
-        self._problems: list[str] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        test = (getattr(report, "worker_id", ""), report.nodeid, *report.location)
-        if report.failed:
-            self._failing.add(test)
-        if report.when != "teardown":  # every phase carries all properties so far
-            return
-        records = [json.loads(str(value)) for name, value in report.user_properties if name == PROPERTY]
-        for record in records:
-            bad = record["outcome"] not in (*_GOOD, "warned", SWALLOWED, UNCHECKED)
-            if bad and (record.get("expected") or test not in self._failing):  # it says so, or is an xfail
-                record["outcome"] = "expected"
-        self._failing.discard(test)
-        self._records[test] = records  # of a test that is run again the last attempt
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_configure_node(self, node: Any) -> None:
-        node.workerinput["logprob_parity_update"] = self._session.update
-        node.workerinput["logprob_parity_report"] = str(self._session.report or "")
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any) -> None:
-        output = getattr(node, "workeroutput", {})
-        self._session.unused |= set(output.get("logprob_parity_unused", ()))
-        self._session.uncompared |= set(output.get("logprob_parity_uncompared", ()))
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self) -> None:
-        """Write the report, whether there is a terminal or not, when xdist's workers are down and before the summary."""
-        asked = [record["golden"] for test in self._records.values() for record in test if record.get("golden")]
-        if (cache := getattr(self._config, "cache", None)) is not None and (asked or self._session.uncompared):
-            remember(cache, asked, self._session.uncompared)
-        if self._run is None:
-            return
-        self._cut_off = _cut_off(self._run.path, [record for test in self._records.values() for record in test])
-        self._report(self._run, self._all_records())
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        own, verbosity = self._session, terminalreporter.config.getoption("verbose")
-        for line in summary(self._all_records(), sorted(own.unused), sorted(own.uncompared), verbosity):
-            terminalreporter.write_line(line.text, **({line.colour: True} if line.colour else {}))
-        self._say(terminalreporter)
-
-    def pytest_unconfigure(self) -> None:
-        """Say what no summary said: there was none (an internal error), or no terminal. GitHub Actions reads stdout anyway."""
-        if not self._lines and not self._problems:
-            return
-        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
-        capture = self._config.pluginmanager.get_plugin("capturemanager")
-        with contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled():
-            if terminal is not None:
-                self._say(terminal)
-                return
-            for line in self._lines:
-                if line.startswith("::"):
-                    print(line, flush=True)
-            for line in self._problems:
-                print(line, file=sys.stderr, flush=True)
-
-    def _all_records(self) -> list[dict[str, Any]]:
-        return [record for test in self._records.values() for record in test] + self._cut_off
-
-    def _say(self, terminal: pytest.TerminalReporter) -> None:
-        for line in self._lines:
-            terminal.write_line(line)
-        for line in self._problems:
-            terminal.write_line(line, red=True)
-        self._lines, self._problems = [], []
-
-    def _report(self, run: Run, records: Sequence[Mapping[str, Any]]) -> None:
-        from .report.run import report_run
-
-        parts = [record.get("part", "") for record in records if record["outcome"] != UNCHECKED]
-        expected = {record.get("part", "") for record in records if record["outcome"] == "expected"}
-        try:
-            self._lines += report_run(run, parts, self._config.rootpath, sorted(self._session.unused), expected)
-        except (UsageError, OSError) as error:
-            self._problems.append(f"logprob-parity: no report: {visible_line(error)}")
-
-
-def _cut_off(run: Path, records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Records of checks that ended before their worker died or the run was broken off: only their parts are there."""
-    from .report.folder import unnamed_parts
-
-    parts = unnamed_parts(run, {record.get("part", "") for record in records})
-    return [{"outcome": entry["outcome"], "part": name} for name, entry in parts.items()]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

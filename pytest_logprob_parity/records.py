@@ -132,6 +132,12 @@ class Records:
             if told["logged"] is not None:
                 record["logged"] = told["logged"]
             record["metrics"] = {k: v for k, v in told["metrics"].items() if v is not None}
+        if self._session.history is not None:
+            from .report.history.line import made_by, reading_of
+
+            digest = "" if checked is None else checked.golden.digest
+            place = {"node_id": self._node_id, "name": context.name, "golden": context.shown_path, "digest": digest}
+            record["history"] = reading_of(place, outcome, record, record.get("metrics", {}), made_by(comparison, checked))
         if self._session.report is not None:
             about = self._about(context, outcome, message, kept)
             record["part"] = self._write_part(self._session.report, about, record, comparison, checked)

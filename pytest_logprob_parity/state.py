@@ -35,7 +35,7 @@ NOTED: Final = "noted"
 class Session:
     """What the plugin knows of this run: options as they were given, and what has happened so far.
 
-    `report` is where checks leave their parts of the report, below its folder.
+    `report` is where checks leave their parts of the report, below its folder, `history` the file that the run is added to.
     """
 
     update: str
@@ -53,6 +53,7 @@ class Session:
     unchecked: str = ""
     variant: str = ""
     root: Path = Path()
+    history: Path | None = None
     node_ids: dict[str, Path] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
     uncompared: set[str] = field(default_factory=set)

@@ -879,6 +879,9 @@ def test_whatever_stands_in_results_they_are_rendered_or_refused_in_one_line(rep
     check = content["checks"][0]
     check |= {"free_run": {"turns": 2, "diverged": 1, "stops_changed": 0, "first": ["a"]}}
     check["sequences"] = [{name: v[:2] if isinstance(v, list) else v for name, v in check["sequences"][0].items()}]
+    columns = {name: ["2026-01-01T00:00:00Z", "x"] for name in ("created", "engine", "digest")}
+    bands = {"k3": {"runs": 8, "median": 0.1, "low": 0.0, "high": 0.2}}
+    check["history"] = {**columns, "values": {"k3": [0.1, 0.3]}, "bands": bands, "outside": ["k3"]}
     plots, bare = check["plots"], {**check, "plots": None}
     file, refused, rendered = tmp_path / "results.json", [], []
 

@@ -15,11 +15,11 @@ from .. import __version__, progress
 from ..errors import ParityError
 from ..spec import nearest
 from ..visible_text import visible_line
-from . import accept, bisect, diagnose, diff, matrix, move, prune, report, selftest, serve, show
+from . import accept, bisect, diagnose, diff, history, matrix, move, prune, report, selftest, serve, show
 from .completion import SHELLS, PrintCompletion
 
 #: In the order of the help. Each has `add(verbs)` and `run(given)`, which gives the exit status.
-VERBS: Final = (show, diff, report, accept, move, prune, selftest, matrix, diagnose, serve, bisect)
+VERBS: Final = (show, diff, report, history, accept, move, prune, selftest, matrix, diagnose, serve, bisect)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -68,6 +68,56 @@ def charts_of(plots: Mapping[str, Any] | None, salt: str) -> list[Chart]:
     return charts
 
 
+def history_chart(history: Mapping[str, Any] | None, salt: str) -> list[Chart]:
+    """One check over runs: the number that left its band, else the RMS; the runs of the newest run's golden are joined."""
+    if history is None or len(history["created"]) < 2:
+        return []
+    metric = next(iter(history["outside"]), "rms_diff")
+    if not any(value is not None for value in history["values"].get(metric, ())):
+        return []
+    title = f"{metric} over {len(history['created'])} runs"
+    text = _drift_told(history)
+    try:
+        return [
+            Chart(
+                title, _svg(lambda axes, data: _drift(axes, data, metric), history, f"{salt}-history", f"{title}. {text}"), text
+            )
+        ]
+    except (ValueError, IndexError, OverflowError) as error:
+        raise UsageError(f"plot of the history is not as pytest-logprob-parity writes it: {error}") from None
+
+
+def _drift_told(history: Mapping[str, Any]) -> str:
+    bands = history["bands"]
+    first, last = history["created"][0][:10], history["created"][-1][:10]
+    when = f"{first} to {last}, all runs in order; red: the newest one leaves its band."
+    if not bands:
+        return f"{when} No band: it takes 8 runs before on the same golden."
+    runs = max(band["runs"] for band in bands.values())
+    told = f" Grey: the band of {runs} runs before on the same golden."
+    left = [
+        f"{name} {value:.4g} ({bands[name]['low']:.4g} to {bands[name]['high']:.4g})"
+        for name in history["outside"]
+        if (value := history["values"][name][-1]) is not None
+    ]
+    told += f" Outside of its band, a warning and no verdict: {', '.join(left)}." if left else ""
+    return when + told
+
+
+def _drift(axes: Axes, data: Mapping[str, Any], metric: str) -> None:
+    values = _numbers(data["values"][metric])
+    places = np.arange(1, len(values) + 1)
+    same = np.array([digest == data["digest"][-1] for digest in data["digest"]])
+    if (band := data["bands"].get(metric)) is not None:
+        axes.axhspan(float(band["low"]), float(band["high"]), color=_NOISE, alpha=0.3, linewidth=0)
+    axes.plot(places[~same], values[~same], color=_FAINT, linestyle="", marker="o", markersize=2.4)
+    axes.plot(places[same], values[same], color=_NOW, linewidth=1.1, marker="o", markersize=2.4)
+    if metric in data["outside"]:
+        axes.plot(places[-1:], values[-1:], color=_BAD, linestyle="", marker="o", markersize=5)
+    _axes(axes, "run", "share" if metric == "share_outside_clip" else "nats")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
 def _svg(draw: Callable[[Axes, Mapping[str, Any]], None], data: Mapping[str, Any], salt: str, label: str) -> Markup:
     with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
         figure = Figure(figsize=(4.2, 2.7))
@@ -85,7 +135,8 @@ def _lean(svg: str, salt: str, label: str) -> str:
     """What matplotlib wrote, without its prologue, its unused ids and fonts, and with our colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', svg, count=1)
+    head = f'role="img" aria-label="{escape(label)}"'
+    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', lambda match: f'<svg viewBox="{match[1]}" {head}>', svg, count=1)
     used = set(re.findall(r"#([\w-]+)", svg))
     svg = re.sub(r' id="([\w-]+)"', lambda match: match[0] if match[1] in used else "", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)

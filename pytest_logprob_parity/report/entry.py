@@ -14,6 +14,7 @@ from ..errors import ParityError
 from ..fingerprint import find_model
 from ..golden import describe
 from ..message import side
+from .history.line import made_by
 from .plots import plots_of, short
 from .results import Outcome, finite
 from .sequences import texts_of, worst_sequences
@@ -50,6 +51,7 @@ def make_entry(
         "sequences": [],
         "token_texts": {},
         "outlier": None,
+        "made_by": made_by(comparison, checked),
     }
     if comparison is not None:
         told = comparison.to_json()

@@ -12,6 +12,8 @@ from .results import EXPECTED, GOOD, IN_WORDS, WARNED, cause_of, counts_of, titl
 #: Checks that are listed one by one; GitHub cuts a summary off at 1 MiB.
 _LISTED: Final = 60
 _LONGEST: Final = 300
+#: Checks that are named because they drift.
+_DRIFTS: Final = 5
 _MARKS: Final = {"passed": "✅", "recorded": "🆕", "unverified": "⚠️", WARNED: "⚠️", EXPECTED: "☑️"}
 #: The numbers of a row: name, metric.
 _COLUMNS: Final = (("tokens", "n_tokens"), ("mean d", "mean_diff"), ("RMS", "rms_diff"), ("max \\|d\\|", "max_abs_diff"))
@@ -34,6 +36,9 @@ def render_markdown(content: Mapping[str, Any]) -> str:
         name = "command" if len(accept) == 1 else "for_all"
         shown = list(dict.fromkeys(command.get(name, command["command"]) for command in accept))
         lines += ["", "To accept, with the artifact of this run unpacked in the repository:", "", *_code(shown)]
+    drifts = [f"{title_of(c)} ({', '.join(left)})" for c in content["checks"] if (left := c.get("history", {}).get("outside"))]
+    lines += ["", f"Drifts, a warning and no verdict: {escape(', '.join(drifts[:_DRIFTS]))}"] if drifts else []
+    lines += [f"and {len(drifts) - _DRIFTS} more: see the report"] if len(drifts) > _DRIFTS else []
     unused = [escape(path) for path in content["unused"]]
     lines += ["", f"{len(unused)} unused goldens: {', '.join(unused)}"] if unused else []
     return "\n".join(lines) + "\n"

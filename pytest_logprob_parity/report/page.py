@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from ..comparison.result import LAYERS
 from ..visible_text import visible, visible_token
-from .charts import charts_of
+from .charts import Chart, charts_of, history_chart
 from .results import IN_WORDS, OUTCOMES, cause_of, counts_of, title_of
 
 #: Steps of a token's colour, as shares of the |d| that counts as an outlier.
@@ -91,10 +91,15 @@ def _check(check: Mapping[str, Any], index: int) -> dict[str, Any]:
         "texts": texts,
         "sequences": [_sequence(sequence, unit) for sequence in check["sequences"]],
         "legend": _legend(check, unit),
-        "charts": charts_of(check["plots"], f"c{index}") if index < _DRAWN else [],
+        "charts": _charts(check, f"c{index}") if index < _DRAWN else [],
+        "drifts": bool(check.get("history", {}).get("outside")),
         "undrawn": index >= _DRAWN and check["plots"] is not None,
         "data": {"sequences": check["sequences"], "texts": texts},
     }
+
+
+def _charts(check: Mapping[str, Any], salt: str) -> list[Chart]:
+    return [*charts_of(check["plots"], salt), *history_chart(check.get("history"), salt)]
 
 
 def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:

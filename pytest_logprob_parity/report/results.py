@@ -80,6 +80,14 @@ GATE: Final = {
     "low": NUMBER, "bound": NUMBER, "threshold": NUMBER,
     "errors": Maybe({"golden": NUMBER, "actual": NUMBER, "limit": NUMBER, str: NUMBER}),
 }  # fmt: skip
+#: The numbers that drift over runs (nats; `share_outside_clip` from 0 to 1).
+DRIFTING: Final = ("mean_diff", "rms_diff", "max_abs_diff", "k3", "share_outside_clip")
+_RUNS: Final = 1000
+#: The newest runs of a check, oldest first, and the bands that the last one is held against, by metric: a warning, no verdict.
+HISTORY: Final = {
+    "created": UpTo(str, _RUNS), "engine": UpTo(str, _RUNS), "digest": UpTo(str, _RUNS), "values": {str: UpTo(NUMBER, _RUNS)},
+    "bands": {str: {"runs": COUNT, "median": (int, float), "low": (int, float), "high": (int, float)}}, "outside": [str],
+}  # fmt: skip
 CHECK: Final = {
     "node_id": str,
     "name": str,
@@ -113,6 +121,8 @@ CHECK: Final = {
     "sequences": [SEQUENCE],
     "token_texts": {str: str},
     "outlier": NUMBER,  # the |d| (nats) that the tokens' colours are scaled to
+    "made_by": Optional({str: str}),  # engine, dtype, torch and hardware of the numbers now
+    "history": Optional(HISTORY),  # of runs with `parity_history`
 }
 RESULTS: Final = {
     "format": str,
@@ -224,6 +234,7 @@ def read_results(path: Path) -> dict[str, Any]:
             for sequence in check["sequences"]:
                 _check_columns(sequence, check["node_id"])
             _check_plots(check["plots"] or {}, check["node_id"])
+            _check_history(check.get("history"), check["node_id"])
         _check_texts(content["checks"])
     except UsageError as error:
         raise UsageError(f"{path}: not as pytest-logprob-parity writes it: {error}; write it again") from None
@@ -253,6 +264,19 @@ def _check_plots(plots: Mapping[str, Any], test: str) -> None:
             raise UsageError(f"plot {name!r} of {test!r:.80} has cells that are not [x, y, count]")
         if name == "scatter" and any(len(point) != 2 for point in plot["points"]):
             raise UsageError(f"plot {name!r} of {test!r:.80} has points that are not [x, y]")
+
+
+def _check_history(history: Mapping[str, Any] | None, test: str) -> None:
+    """Raise UsageError unless the columns of a history have one length, and its bands are of them."""
+    if history is None:
+        return
+    columns = [history["created"], history["engine"], history["digest"], *history["values"].values()]
+    if len({len(column) for column in columns}) > 1 or not history["created"]:
+        raise UsageError(f"history of {test!r:.80} has no runs, or columns of different lengths")
+    names = {*history["values"]}
+    unknown = (names - {*DRIFTING}) | ({*history["bands"]} - names) | ({*history["outside"]} - {*history["bands"]})
+    if unknown:
+        raise UsageError(f"history of {test!r:.80} has {min(unknown)!r:.40}, which is no number that drifts or has no values")
 
 
 def _check_texts(checks: Sequence[Mapping[str, Any]]) -> None:

@@ -9,14 +9,24 @@ from pathlib import Path
 
 from .folder import Run, ended_beside, in_turn, read_part
 from .github import add_to_summary, no_summary, on_github, workflow_commands
+from .history.drift import Series
 from .results import EXPECTED, NAME, merge, read_results, to_text
 from .write import PAGE, results_of, write_report
 
 
-def report_run(run: Run, parts: Sequence[str], root: Path, unused: Sequence[str], expected: Collection[str] = ()) -> list[str]:
+def report_run(
+    run: Run,
+    parts: Sequence[str],
+    root: Path,
+    unused: Sequence[str],
+    expected: Collection[str] = (),
+    created: str = "",
+    series: Sequence[Series] = (),
+) -> list[str]:
     """Write the report, tell GitHub Actions where it runs there, and give the lines for people.
 
-    `parts` names the part of every check there was, `expected` those of checks that failed as their tests expect.
+    `parts` names the part of every check there was, `expected` those of checks that failed as their tests expect. `created` is
+    when the run ended (now, without), `series` what is known of its checks from earlier runs.
     Without any check an earlier report stays. Runs into the same folder at the same time are merged.
     Raises UsageError and OSError where something cannot be written.
     """
@@ -24,7 +34,11 @@ def report_run(run: Run, parts: Sequence[str], root: Path, unused: Sequence[str]
     for part, entry in zip(parts, entries, strict=True):
         if entry is not None and part in expected:
             entry["outcome"] = EXPECTED
-    content = results_of([entry for entry in entries if entry is not None], root, unused)
+    known = {(check.node_id, check.name): check.to_plot() for check in series}
+    for entry in entries:
+        if entry is not None and (history := known.get((entry["node_id"] or entry["golden"]["path"], entry["name"]))):
+            entry["history"] = history
+    content = results_of([entry for entry in entries if entry is not None], root, unused, created)
     with in_turn(run.folder):
         others, killed = ended_beside(run.path)
         if not parts and (others or (run.folder / NAME).is_file()):

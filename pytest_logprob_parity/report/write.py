@@ -18,10 +18,21 @@ PAGE: Final = "index.html"
 SUMMARY: Final = "summary.md"
 
 
-def results_of(checks: Sequence[Mapping[str, Any]], root: Path, unused: Sequence[str] = ()) -> dict[str, Any]:
-    """The content of results.json for the checks of a run whose root is `root`."""
-    created = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return make_results(checks, created=created, project=repository() or root.name, prefix=_prefix(root), unused=unused)
+def results_of(
+    checks: Sequence[Mapping[str, Any]], root: Path, unused: Sequence[str] = (), created: str = ""
+) -> dict[str, Any]:
+    """The content of results.json for the checks of a run whose root is `root`, which ended at `created` or now."""
+    return make_results(checks, created=created or now(), project=project_of(root), prefix=_prefix(root), unused=unused)
+
+
+def now() -> str:
+    """The time as results and histories have it: ISO 8601, UTC, whole seconds."""
+    return dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def project_of(root: Path) -> str:
+    """What the project is called: `owner/name` on GitHub, else the folder of its root."""
+    return repository() or root.name
 
 
 def write_report(folder: Path, content: Mapping[str, Any]) -> Path:
