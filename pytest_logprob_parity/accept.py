@@ -18,6 +18,7 @@ from .errors import GoldenError, ParityError, UsageError
 from .files import compare_goldens
 from .fingerprint import differences
 from .golden import SUFFIX, Golden, is_place_of
+from .grammar import counted, is_or_are
 from .obtained import OBTAINED, Obtained, candidate_path, find, headline_of
 from .recording import check_recorded
 from .trace import Trace
@@ -232,7 +233,7 @@ def _check_same_engine(left: Golden, candidate: Golden) -> None:
 
 def _difference(comparison: Comparison, golden: Golden, candidate: Golden) -> list[str]:
     numbers, found = comparison.metrics, [str(finding) for finding in comparison.findings] or ["none was found"]
-    tokens = f"{int(numbers['n_tokens']):,} tokens"
+    tokens = counted(int(numbers["n_tokens"]), "tokens")
     if np.isfinite(numbers["mean_diff"]):
         measured = f"{tokens}: {_numbers(comparison)}, {numbers['share_outside_clip']:.2%} of ratios outside 1 +- 0.2"
     else:
@@ -260,9 +261,9 @@ def _changes(golden: Golden, candidate: Golden, loosened: Sequence[str]) -> list
     if not (common := int(own.metrics["n_tokens"])):
         told = "it has no token in common with the golden: its own numbers cannot be compared"
     elif not np.isfinite(own.metrics["mean_diff"]):
-        told = f"{common:,} tokens in common with the golden; the two mean different things"
+        told = f"{counted(common, 'tokens')} in common with the golden; the two mean different things"
     else:
-        told = f"{common:,} tokens in common with the golden: {_numbers(own)}"
+        told = f"{counted(common, 'tokens')} in common with the golden: {_numbers(own)}"
     lines = [f"  candidate  {told}"]
     if golden.floor != candidate.floor and golden.floor is not None:
         lines.append(f"  floor was  {golden.floor.describe()}")
@@ -288,7 +289,7 @@ def _loosened(golden: Golden, candidate: Golden) -> tuple[str, ...]:
     then, now = int(golden.trace.mask.sum()), int(candidate.trace.mask.sum())
     masked = len(candidate.trace.mask) - now
     if now < _FEW * then:
-        found.append(f"compares {now:,} tokens in place of {then:,} ({masked:,} are masked)")
+        found.append(f"compares {counted(now, 'tokens')} in place of {then:,} ({masked:,} {is_or_are(masked)} masked)")
     elif masked and golden.trace.mask.all():
         found.append(f"masks {masked:,} of its tokens; the golden masks none")
     if golden.floor is not None and candidate.floor is None:

@@ -16,6 +16,7 @@ import numpy as np
 from . import container
 from .errors import GoldenError, UsageError
 from .floor import NoiseFloor, Shapes
+from .grammar import counted
 from .reference import Reference
 from .trace import Trace
 from .visible_text import visible_line
@@ -274,7 +275,8 @@ def describe(golden: Golden) -> Sequence[str]:
     engine, device = prints.get("engine", {}), prints.get("hardware", {}).get("device")
     version = f"{engine.get('kind', trace.engine)} {engine.get('version', trace.engine_version)}"
     lines = [
-        f"{trace.num_sequences} sequences of {trace.num_prompts} prompts, {trace.num_tokens:,} tokens"
+        f"{counted(trace.num_sequences, 'sequences')} of {counted(trace.num_prompts, 'prompts')}, "
+        f"{counted(trace.num_tokens, 'tokens')}"
         f" ({int(trace.mask.sum()):,} compared), top-{trace.top_k}",
         f"{trace.logprobs_mode.replace('_', ' ')} by {trace.path}; {trace.sampling.processing()}, seed {trace.sampling.seed}",
         ", ".join([version, trace.dtype, *([] if device is None else [str(device)])]),

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from .comparison.objectives import objective_of
 from .comparison.result import OUTLIERS, SIDES, Comparison, Level, MismatchError, Setup, TokenDiff, Verdict, in_words
+from .grammar import counted
 from .trace import Trace
 from .visible_text import visible_line
 
@@ -115,8 +116,9 @@ def _numbers(comparison: Comparison) -> list[str]:
     if not total:
         return []
     share = f"{numbers['coverage']:.1%} of the {sides[0]}"
-    lines = [f"compared     {total:,} tokens of {int(numbers['n_sequences'])} sequences ({share})"]
-    lines[0] += f", {int(numbers['n_changed']):,} of them differ"
+    changed = int(numbers["n_changed"])
+    lines = [f"compared     {counted(total, 'tokens')} of {counted(int(numbers['n_sequences']), 'sequences')} ({share})"]
+    lines[0] += f", {changed:,} of them differ{'s' * (changed == 1)}"
     if comparison.worst:
         lines.append(f"greatest     |d| {numbers['max_abs_diff']:.3g} nats {_place(comparison.worst[0])}")
     lines += _table(comparison)

@@ -22,6 +22,7 @@ from .comparison.verdict import Evidence, compare, judge
 from .errors import EngineError, GoldenError, UsageError
 from .floor import NoiseFloor, Shapes
 from .golden import Golden
+from .grammar import counted, is_or_are
 from .pool import Engine
 from .progress import doing, each
 from .reference_pass import reference_of
@@ -119,7 +120,8 @@ def check_numbers(trace: Trace, name: str) -> None:
     """Raise EngineError where an engine reported no number: such a golden would hide the next one."""
     broken = int(np.count_nonzero((np.isnan(trace.logprobs) | np.isposinf(trace.logprobs)) & trace.mask))
     if broken:
-        raise EngineError(f"{name}: not recorded: {broken} of {int(trace.mask.sum())} logprobs of this engine are NaN or +inf")
+        of = int(trace.mask.sum())
+        raise EngineError(f"{name}: not recorded: {broken} of {of} logprobs of this engine {is_or_are(broken)} NaN or +inf")
 
 
 def measure_floor(engine: Engine, trace: Trace, repeats: int) -> tuple[FloatArray, NoiseFloor]:
@@ -239,7 +241,7 @@ def _what_it_can_show(golden: Golden, limits: Tolerance) -> list[Note]:
         text = "cannot tell raw from processed logprobs: at T=1 without truncation and penalties they are the same"
         notes.append(Note("cannot_tell_raw", text))
     chance = chance_to_pass(golden, limits, _OTHER_BUILDS.get(golden.trace.dtype, _OTHER_BUILDS["bfloat16"]))
-    text = f"a clean engine of another build passes with a chance of {chance.share:.0%} at {prompts_of(chance.prompts)}"
+    text = f"a clean engine of another build passes with a chance of {chance.share:.0%} at {counted(chance.prompts, 'prompts')}"
     if chance.share < WANTED:
         text += (
             f"; {chance.needed} prompts like these would bring it to {WANTED:.0%}"
@@ -255,11 +257,6 @@ def _what_it_can_show(golden: Golden, limits: Tolerance) -> list[Note]:
     if chance.prompts == 1:
         notes.append(Note("one_prompt", "all sequences are of one prompt: the golden speaks for that prompt alone"))
     return notes
-
-
-def prompts_of(count: int) -> str:
-    """`1 prompt`, `12 prompts`."""
-    return f"{count} prompt{'' if count == 1 else 's'}"
 
 
 def _as_mapping(tolerance: Tolerance | Mapping[str, Any] | str | None) -> dict[str, float]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import UsageError
+from .grammar import counted
 from .trace import Trace
 
 
@@ -58,6 +59,6 @@ class Reference:
         if not len(known):
             return f"reference ({self.source}): no token in common"
         return (
-            f"reference ({self.source}, {self.sequences} sequences): the golden's distance to it is RMS "
+            f"reference ({self.source}, {counted(self.sequences, 'sequences')}): the golden's distance to it is RMS "
             f"{float(np.sqrt(np.mean(known**2))):.2g} nats, max {float(np.abs(known).max()):.2g}"
         )

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from .comparison.result import one_of
 from .errors import ParityError
+from .grammar import counted
 from .unchecked import SWALLOWED, UNCHECKED
 from .visible_text import visible_line
 
@@ -92,13 +93,13 @@ def _parts(counts: Mapping[str, int], unused: int, uncompared: int) -> Iterator[
         if count := counts.get(kind):
             yield f"{count} {one if count == 1 else several}"
     if count := counts.get(UNCHECKED, 0) + counts.get("unchecked, fails", 0):
-        yield f"{count} test{'' if count == 1 else 's'} that compared nothing"
+        yield f"{counted(count, 'tests')} that compared nothing"
     if count := counts.get("warned"):
         yield f"{count} unverified and only warned of"
     if count := counts.get("expected"):
         yield f"{count} failed as expected"
     if count := unused + uncompared:
-        yield f"{count} unused golden{'' if count == 1 else 's'}"
+        yield counted(count, "unused goldens")
 
 
 def _line(text: str, colour: str = "") -> Line:

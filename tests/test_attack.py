@@ -182,7 +182,7 @@ CANDIDATES = {
     "one NaN": ({"trace": MOVED.with_(logprobs=np.where(ONE, np.float32(np.nan), MOVED.logprobs))}, "1 of 2000 logprobs"),
     "+inf": ({"trace": MOVED.with_(logprobs=np.where(ONE, np.float32(np.inf), MOVED.logprobs))}, "1 of 2000 logprobs"),
     "all -inf": ({"trace": MOVED.with_(logprobs=np.full(2000, -np.inf, np.float32))}, "refused"),
-    "all masked but one": ({"trace": MOVED.with_(mask=ONE)}, "loosened   compares 1 tokens in place of 2,000"),
+    "all masked but one": ({"trace": MOVED.with_(mask=ONE)}, "loosened   compares 1 token in place of 2,000"),
     "some masked": ({"trace": MOVED.with_(mask=~ONE)}, "loosened   masks 1 of its tokens"),
     "all masked": ({"trace": MOVED.with_(mask=ONE & False)}, "refused"),
     "limits of 1e9": ({"tolerance": {"k3": 1e9, "mean_diff": 1e9}}, "loosened   limit k3: 1e+09"),

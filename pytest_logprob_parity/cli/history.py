@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import UsageError
+from ..grammar import counted
 from .json_output import to_text
 from .verb import Verbs, add_verb, say
 
@@ -45,6 +46,6 @@ def run(given: argparse.Namespace) -> int:
         return 0
     say("\n".join([line for check in series for line in table(check, given.last)] + skipped))
     outside = sum(bool(check.outside) for check in series)
-    counts = f"{len(lines)} run{'s' * (len(lines) != 1)}, {len(series)} check{'s' * (len(series) != 1)}"
+    counts = f"{counted(len(lines), 'runs')}, {counted(len(series), 'checks')}"
     say(f"{counts}, {outside} outside of its band" + ": a warning, no verdict" * bool(outside))
     return 0

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..grammar import counted
 from .json_output import to_text
 from .verb import Verbs, add_verb, say
 
@@ -49,7 +50,8 @@ def run(given: argparse.Namespace) -> int:
         start, stop = trace.bounds(sequence)
         text = "".join(trace.text(t) for t in trace.completion(sequence))
         total = float(trace.logprobs[start:stop][trace.mask[start:stop]].sum())
-        say(f"  [{sequence}] prompt {int(trace.group[sequence])}, {stop - start} tokens, logprob {total:.3f}: {text!r:.100}")
+        line = f"prompt {int(trace.group[sequence])}, {counted(stop - start, 'tokens')}, logprob {total:.3f}"
+        say(f"  [{sequence}] {line}: {text!r:.100}")
     if trace.num_sequences > 8:
-        say(f"  and {trace.num_sequences - 8} more sequences")
+        say(f"  and {counted(trace.num_sequences - 8, 'more sequences')}")
     return 0

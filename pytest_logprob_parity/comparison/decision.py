@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from ..grammar import counted
 from ..trace import Trace
 from .alignment import Alignment
 from .intervals import MIN_SEQUENCES
@@ -84,11 +85,12 @@ def decide(found: Found) -> tuple[Verdict, str]:
     if reason := _not_shown(found):
         return "unverified", reason
     count = int(found.numbers["n_tokens"])
+    things = "1 logprob agrees" if count == 1 else f"{count} logprobs agree"
     if found.exact:
-        return "pass", f"{count} logprobs agree bit for bit"
+        return "pass", f"{things} bit for bit"
     if found.has_floor:
-        return "pass", f"{count} logprobs agree within tolerance"
-    return "pass", f"{count} logprobs agree within tolerance (no noise floor)"
+        return "pass", f"{things} within tolerance"
+    return "pass", f"{things} within tolerance (no noise floor)"
 
 
 def _failure(found: Found) -> str:
@@ -136,7 +138,7 @@ def _not_shown(found: Found) -> str:
     if numbers["coverage"] < COVERAGE and found.actual.replay != "window":
         return (
             f"Only {numbers['coverage']:.1%} of the tokens could be compared ({COVERAGE:.0%} needed): "
-            f"{found.rows.diverged_sequences} sequences diverge, {found.rows.missing_sequences} are missing, "
+            f"{counted(found.rows.diverged_sequences, 'sequences')} diverge, {found.rows.missing_sequences} are missing, "
             f"{int(numbers['n_missing'])} tokens have no logprob in {found.names.expected}"
         )
     if found.level == "noise" and not found.exact and found.difference.different is None:
@@ -144,10 +146,8 @@ def _not_shown(found: Found) -> str:
     if found.exact and (found.setup != "compatible" or found.level == "bitwise"):
         return ""  # there is no effect whose size could be unsure; another engine has to show it on enough sequences
     if found.sequences < MIN_SEQUENCES:
-        return (
-            f"{NOT_SHOWN}: {found.sequences} distinct sequences are too few to generalise to other prompts, {MIN_SEQUENCES} "
-            "are needed: record more prompts"
-        )
+        few = "1 distinct sequence is" if found.sequences == 1 else f"{found.sequences} distinct sequences are"
+        return f"{NOT_SHOWN}: {few} too few to generalise to other prompts, {MIN_SEQUENCES} are needed: record more prompts"
     unsure = [g for g in found.gates if not g.sure]
     if unsure:
         worst = max(unsure, key=lambda g: (g.hidden, g.excess))

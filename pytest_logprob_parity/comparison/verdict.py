@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..floor import NoiseFloor
+from ..grammar import counted, is_or_are
 from ..reference import Reference
 from ..spec import nearest
 from ..trace import FloatArray, Trace
@@ -175,7 +176,10 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     notes += record.notes
     if numbers["n_nan"] and not record.accounts_for(int(numbers["n_nan"])):
         of = np.unique(m.sequence_numbers(expected, rows.expected)[_broken(e, a)])
-        evidence_of = f"{int(numbers['n_nan'])} logprobs are NaN or +inf, in {len(of)} of {expected.num_sequences} sequences"
+        broken = int(numbers["n_nan"])
+        evidence_of = (
+            f"{counted(broken, 'logprobs')} {is_or_are(broken)} NaN or +inf, in {len(of)} of {expected.num_sequences} sequences"
+        )
         if len(of) < expected.num_sequences:
             evidence_of += ": other weights would make them in all"
         findings.insert(0, Finding("path", None, evidence_of, ("engine_build", "kv_cache_dtype")))
@@ -305,13 +309,16 @@ def _uncompared(
     if rows.tokens < rows.wanted and actual.replay != "window":
         text = (
             f"{rows.wanted - rows.tokens:,} of {names.expected}'s {rows.wanted:,} tokens were not compared: "
-            f"{rows.missing_sequences} sequences are missing, {rows.diverged_sequences} go on with other tokens"
+            f"{counted(rows.missing_sequences, 'sequences')} are missing, {rows.diverged_sequences} go on with other tokens"
         )
         notes.append(Note("not_compared", text))
     if numbers["n_missing"]:
-        notes.append(Note("no_logprob", f"{int(numbers['n_missing']):,} tokens have no logprob in {names.expected}"))
+        count = int(numbers["n_missing"])
+        verb = "has" if count == 1 else "have"
+        notes.append(Note("no_logprob", f"{counted(count, 'tokens')} {verb} no logprob in {names.expected}"))
     if numbers["n_excluded"]:
-        text = f"{int(numbers['n_excluded']):,} tokens are excluded on both sides: equal, and no number to compare"
+        count = int(numbers["n_excluded"])
+        text = f"{counted(count, 'tokens')} {is_or_are(count)} excluded on both sides: equal, and no number to compare"
         notes.append(Note("excluded", text))
     return notes
 
@@ -319,7 +326,7 @@ def _uncompared(
 def _noise(numbers: Mapping[str, float], gates: Sequence[Gate]) -> Finding:
     """What passes and is not bit for bit the same: its size as the gates measure it, and the tokens that are far off."""
     off = next((g for g in gates if g.key == "outlier_tokens" and g.value), None)
-    beside = "" if off is None else f", beside {off.value:.0f} {off.unit} {off.name} nats (largest {off.worst:.3g})"
+    beside = "" if off is None else f", beside {counted(round(off.value), off.unit)} {off.name} nats (largest {off.worst:.3g})"
     text = f"RMS {numbers['rms_diff']:.2g} nats{beside}, within tolerance"
     return Finding("noise", "numerical_noise", text, values={"rms": numbers["rms_diff"]})
 

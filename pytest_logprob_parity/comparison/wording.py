@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..grammar import counted
 from .intervals import CONFIDENCE, POWER
 from .result import OUTLIERS, Gate, Names, Shown
 
@@ -15,11 +16,6 @@ BETWEEN = "it is more than passes, and noise of this dtype may be as large: more
 def number(value: float) -> str:
     """A number as people read it: three digits, `no bound` for infinity."""
     return f"{value:.3g}" if math.isfinite(value) else "no bound"
-
-
-def counted(count: int, things: str) -> str:
-    """`1 sequence`, `2 sequences`."""
-    return f"{count:,} {things.removesuffix('s') if count == 1 else things}"
 
 
 def in_unit(gate: Gate, value: float) -> str:
@@ -46,6 +42,8 @@ def failed_line(gate: Gate, names: Names) -> str:
             f"{gate.name} {measured(gate)}; from the reference it is {in_unit(gate, gate.errors.actual)}, {names.expected} "
             f"{in_unit(gate, gate.errors.golden)} (more than {in_unit(gate, gate.errors.fail_limit)} fails)"
         )
+    if gate.key == "nucleus_flips":
+        return f"{counted(int(gate.value), gate.name)} (more than {int(gate.fail_limit)} fail)"
     return f"{gate.name} {measured(gate)} (more than {in_unit(gate, gate.fail_limit)} fails)"
 
 
@@ -60,7 +58,7 @@ def unverified_line(gate: Gate, names: Names) -> str:
             "tie between experts can do that"
         )
     if gate.key in ("outlier_tokens", "outlier_sequences", "nucleus_flips"):
-        what = f"{int(gate.value)} {gate.name}"
+        what = counted(int(gate.value), gate.name)
         if gate.key in OUTLIERS:
             what = f"{counted(int(gate.value), gate.unit)} {gate.name} nats"
         return f"{what} (limit: {int(gate.limit)}; more than {int(gate.fail_limit)} would fail)"
@@ -84,8 +82,9 @@ def shown_lines(shown: Shown) -> tuple[str, ...]:
     caught = f"{counted(shown.tokens_allowed + 1, 'sequences')} with an outlier token, or {counted(sequences, 'sequences')}"
     if shown.reach < 1:
         caught += f", {off}; {POWER:.0%} sure where a fault does that to {shown.reach:.1%} of the prompts"
+    do = "does" if shown.bad_prompts == 1 else "do"
     return (
-        f"shown ({CONFIDENCE:.0%} sure, {shown.prompts} prompts): at most {shown.share:.1%} of prompts like these have a "
-        f"sequence {off} (its largest token left out); of these, {shown.bad_prompts} do",
+        f"shown ({CONFIDENCE:.0%} sure, {counted(shown.prompts, 'prompts')}): at most {shown.share:.1%} of prompts like these "
+        f"have a sequence {off} (its largest token left out); of these, {shown.bad_prompts} {do}",
         f"would not have passed: {caught}",
     )
