@@ -339,7 +339,7 @@ def test_a_body_that_is_none_is_an_answer(server, body, status):
     got, text = asked(server, CONFIG, body)
     assert got == status
     assert "\n" not in text
-    assert asked(server, CONFIG, body, method="PUT")[0] == 405
+    assert asked(server, CONFIG, b"{}", method="PUT")[0] == 405
 
 
 def test_a_client_that_leaves_in_the_middle_is_no_error(server):
