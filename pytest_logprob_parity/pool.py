@@ -286,6 +286,10 @@ class Pool:
 
     def engine(self, spec: EngineSpec) -> Engine:
         """The handle of a spec; nothing starts yet."""
+        if spec.engine != SERVER:
+            from .engines.wait_policy import let_threads_sleep
+
+            let_threads_sleep()  # now: before it starts, a tokenizer may import torch
         return Engine(spec, self)
 
     def adopt(self, llm: Any, asked: EngineSpec | None = None) -> Engine:

@@ -17,6 +17,7 @@ from ...settings import make_spec
 from ...spec import EngineSpec
 from ..base import reason_of
 from ..vllm_config import before_its_time
+from ..wait_policy import let_threads_sleep
 from .middleware import ASKED_VARIABLE, ParityMiddleware
 from .readback import EXTENSION, MIDDLEWARE
 
@@ -36,6 +37,7 @@ def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str
 
     for name, value in _ENV_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    let_threads_sleep()
     spec = make_spec(settings)
     assert spec is not None
     if spec.engine != "vllm" or spec.profile == "own":
