@@ -12,6 +12,7 @@ import pytest
 
 from .errors import ParityError
 from .server_settings import SERVER
+from .time_limits import TimeLimits
 
 if TYPE_CHECKING:
     from .comparison.result import Level
@@ -41,6 +42,7 @@ class Session:
     objective: str = "token"
     reference: str = "auto"
     warn_unverified: bool = False
+    limits: TimeLimits = field(default_factory=TimeLimits)
     node_ids: dict[str, Path] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
 
@@ -89,7 +91,8 @@ def pool_of(config: pytest.Config) -> Pool:
     if POOL not in config.stash:
         from .pool import Pool
 
-        config.stash[POOL] = pool = Pool(config.rootpath, lambda line: tell(config, line))
+        limits = config.stash[SESSION].limits
+        config.stash[POOL] = pool = Pool(config.rootpath, lambda line: tell(config, line), limits.start, limits.call)
         config.add_cleanup(pool.close)
     return config.stash[POOL]
 
