@@ -19,6 +19,7 @@ from .server_settings import check_url
 from .settings import make_spec, marker_settings, parse_settings
 from .state import ASKED, GREEN, ITEM, NODE_ID, ORIGIN, RAISED, SESSION, TALLIED, ItemSettings, Session, node_id_of
 from .summary import one_line
+from .time_limits import TimeLimits
 from .trainer.frameworks import FRAMEWORKS
 from .unchecked import comparisons_made, look_at_the_end
 
@@ -130,6 +131,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "parity_history", "a file that each run adds a line to: a few numbers of each check, to see them drift", default=""
     )
     parser.addini("parity_max_golden_mb", "refuse to record a golden larger than this, in MB", default="20")
+    parser.addini("parity_start_timeout", "how long an engine may take to start, in seconds; 0: no limit", default="1800")
+    parser.addini("parity_call_timeout", "how long one call of an engine may take, in seconds; 0: no limit", default="3600")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -177,6 +180,7 @@ def pytest_configure(config: pytest.Config) -> None:
         repeats = str(config.getini("parity_repeats"))
         if not repeats.isdecimal() or repeats == "1":
             raise UsageError(f"parity_repeats: {repeats!r} must be 2 or more, or 0 for no noise floor")
+        limits = TimeLimits.of(config.getini("parity_start_timeout"), config.getini("parity_call_timeout"), "parity_")
         obtained = str(config.getini("parity_obtained"))
         if obtained not in ("golden", "trace"):
             raise UsageError(f"parity_obtained: {obtained!r} is neither golden nor trace")
@@ -200,7 +204,7 @@ def pytest_configure(config: pytest.Config) -> None:
         update, golden_dir, ini, override, level, int(repeats), _parts(config, run), obtained == "golden", server,
         objective=choices["parity_objective"], reference=choices["parity_reference"],
         warn_unverified=choices["parity_unverified"] == "warn", unchecked=choices["parity_unchecked"], root=config.rootpath,
-        variant=variant, history=history,
+        variant=variant, history=history, limits=limits,
     )  # fmt: skip
     config.stash[SESSION] = session
     if not hasattr(config, "workerinput"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from .comparison.result import Note
 from .errors import EngineError, ParityError, UsageError
 from .server_settings import SERVER, SERVER_SETTINGS
 from .spec import EngineSpec, Sampling
+from .time_limits import TimeLimits
 
 if TYPE_CHECKING:
     from .engines.base import Backend, ResolvedConfig
@@ -231,7 +234,8 @@ class Engine:
             raise UsageError(f"{what}: not over a server ({self.spec.settings['url']}); take engine='vllm', in this process")
 
     def _backend(self) -> Backend:
-        return self._pool.backend(self.spec, self)
+        with self._pool.turn():
+            return self._pool.backend(self.spec, self)
 
     def _versioned(self, trace: Trace) -> Trace:
         """The trace with the version of the weights that are in the engine, once there have been others."""
@@ -243,35 +247,45 @@ class Engine:
         """Run `work` on the engine. One that breaks is shut down; the next use starts it anew."""
         from .engines.base import reason_of
 
-        backend = self._backend()
-        try:
-            return work(backend)
-        except ParityError as error:
-            if isinstance(error, EngineError):
-                self._pool.discard(self.spec)
-            raise
-        except BaseException as error:
-            self._pool.discard(self.spec)
-            if not isinstance(error, Exception):
+        with self._pool.turn():
+            backend = self._backend()
+            try:
+                return work(backend)
+            except ParityError as error:
+                if isinstance(error, EngineError):
+                    self._pool.discard(self.spec)
                 raise
-            config = backend.config
-            raise EngineError(f"{config.engine} {config.version} died at work ({self.spec}): {reason_of(error)}") from error
+            except BaseException as error:
+                self._pool.discard(self.spec)
+                if not isinstance(error, Exception):
+                    raise
+                config = backend.config
+                raise EngineError(f"{config.engine} {config.version} died at work ({self.spec}): {reason_of(error)}") from error
 
 
 class Pool:
     """Engines by spec. At most one of each kind lives in this process; a vLLM that comes back after its place was taken,
     or that does not start where others have lived, gets a process of its own. On a GPU each does, one at a time.
 
-    `root` is where relative model folders are looked for, `notify` gets a line for each start.
+    `root` is where relative model folders are looked for, `notify` gets a line for each start. An engine in another process
+    may take `start_timeout` seconds to start and `call_timeout` seconds for a call; 0: no limit.
     """
 
     #: How many engines in processes of their own are kept alive on a CPU.
     processes = 2
 
-    def __init__(self, root: Path | None = None, notify: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path | None = None,
+        notify: Callable[[str], None] | None = None,
+        start_timeout: float = TimeLimits.start,
+        call_timeout: float = TimeLimits.call,
+    ) -> None:
         self.root = Path.cwd() if root is None else root
         self.notify = notify
+        self.limits = TimeLimits.of(start_timeout, call_timeout)
         self.starts: list[Start] = []
+        self._lock = threading.RLock()
         self._alive: dict[EngineSpec, Backend] = {}
         self._apart: set[EngineSpec] = set()
         self._place_is_spoilt = False
@@ -286,35 +300,53 @@ class Pool:
 
     def engine(self, spec: EngineSpec) -> Engine:
         """The handle of a spec; nothing starts yet."""
+        if spec.engine != SERVER:
+            from .engines.wait_policy import let_threads_sleep
+
+            let_threads_sleep()  # now: before it starts, a tokenizer may import torch
         return Engine(spec, self)
 
     def adopt(self, llm: Any, asked: EngineSpec | None = None) -> Engine:
-        """A handle on a `vllm.LLM` that the caller built and keeps, or on the server at an address: nothing is pinned, its
-        configuration is read back. `asked` is the spec of the test, which names a server's model.
+        """A handle on a `vllm.LLM` or `AsyncLLM` that the caller built and keeps, or on the server at an address: nothing is
+        pinned, its configuration is read back. `asked` is the spec of the test, which names a server's model.
 
-        Raises UsageError for anything else.
+        An AsyncLLM is not asked before it is used: its event loop need not run yet. Raises UsageError for anything else.
         """
         if isinstance(llm, str):
             return self.engine(self._server_spec(llm, asked))
         if id(llm) in self._adopted:
             return self._adopted[id(llm)][1]
-        if not hasattr(llm, "llm_engine"):
-            given = f"{type(llm).__module__}.{type(llm).__qualname__}"
-            raise UsageError(f"parity_engine_factory must give a vllm.LLM or a server's address, not {given}")
-        from .engines.vllm import VllmBackend
+        from .engines.own_engine import is_async
 
-        backend = VllmBackend.adopt(llm)
-        model = llm.llm_engine.vllm_config.model_config
-        spec = EngineSpec(str(model.model), dtype=backend.config.dtype, profile="own")
-        if spec in self._alive:  # two of one model; the name tells them apart
+        if inspect.iscoroutine(llm):
+            llm.close()
+            raise UsageError(
+                "parity_engine_factory gave a coroutine: make it an async fixture, or build the AsyncLLM without await "
+                "(AsyncLLM.from_engine_args is no coroutine)"
+            )
+        if not hasattr(llm, "llm_engine") and not is_async(llm):
+            given = f"{type(llm).__module__}.{type(llm).__qualname__}"
+            raise UsageError(f"parity_engine_factory must give a vllm.LLM, an AsyncLLM or a server's address, not {given}")
+        from .engines.base import json_value
+
+        model = getattr(llm, "llm_engine", llm).vllm_config.model_config
+        spec = EngineSpec(str(model.model), dtype=str(json_value(model.dtype)), profile="own")
+        if spec in self._alive or spec in self._theirs():  # two of one model; the name tells them apart
             spec = spec.replace(revision=f"own engine {len(self._adopted) + 1}")
-        self._alive[spec] = backend
         find = fingerprint.find_model
         self._folders[spec] = (find(str(model.model), self.root), find(str(model.tokenizer), self.root))
         self._adopted[id(llm)] = (llm, Engine(spec, self))
+        if not is_async(llm):
+            self._open_adopted(spec)
+        return self._adopted[id(llm)][1]
+
+    def _open_adopted(self, spec: EngineSpec) -> None:
+        from .engines.vllm import VllmBackend
+
+        llm = next(llm for llm, engine in self._adopted.values() if engine.spec == spec)
+        self._alive[spec] = backend = VllmBackend.adopt(llm, self.limits.call)
         if self.notify is not None:
             self.notify(f"own engine, vllm {backend.config.version}: {_beside_rl(backend.config)}")
-        return self._adopted[id(llm)][1]
 
     def _server_spec(self, url: str, asked: EngineSpec | None) -> EngineSpec:
         from .engines.server.readback import served_root
@@ -375,6 +407,8 @@ class Pool:
         if spec in self._failed:
             raise self._failed[spec]
         self._check_weights(spec, asker)
+        if spec not in self._alive and spec in self._theirs():
+            self._open_adopted(spec)
         if spec not in self._alive:
             self.adapter(spec)  # files that are not whole yet are no failed start
             try:
@@ -384,6 +418,21 @@ class Pool:
                 raise
         self._alive[spec] = self._alive.pop(spec)  # the last one is the one used last
         return self._alive[spec]
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """One thread at a time asks the engines: checks that run beside an event loop are threads of one process.
+
+        Raises UsageError where an event loop would have to stop for that.
+        """
+        from .event_loop import runs_here
+
+        if not self._lock.acquire(blocking=not runs_here()):
+            raise UsageError("another check is under way beside this event loop: await that first, or `await` this one, too")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def beside(self, spec: EngineSpec) -> Engine:
         """A handle on the engine of a spec that takes nobody's place in this process."""
@@ -508,7 +557,7 @@ class Pool:
 
         rivals = self._rivals(spec)
         self._make_room(rivals if gpu else [s for s in rivals if s in self._apart], keep=0 if gpu else self.processes - 1)
-        backend = ProcessBackend.start(spec, *self.folders(spec), self._adapters.get(spec))
+        backend = ProcessBackend.start(spec, *self.folders(spec), self._adapters.get(spec), self.limits)
         self._apart.add(spec)
         return backend, True
 
@@ -554,7 +603,17 @@ def _has_gpu() -> bool:
 
 
 @contextlib.contextmanager
-def open_engine(spec: EngineSpec, *, root: Path | None = None, notify: Callable[[str], None] | None = None) -> Iterator[Engine]:
-    """An engine without pytest: `with open_engine(EngineSpec("models/tiny-arith")) as engine: ...`."""
-    with Pool(root, notify) as pool:
+def open_engine(
+    spec: EngineSpec,
+    *,
+    root: Path | None = None,
+    notify: Callable[[str], None] | None = None,
+    start_timeout: float = TimeLimits.start,
+    call_timeout: float = TimeLimits.call,
+) -> Iterator[Engine]:
+    """An engine without pytest: `with open_engine(EngineSpec("models/tiny-arith")) as engine: ...`.
+
+    See Pool for the time-outs.
+    """
+    with Pool(root, notify, start_timeout, call_timeout) as pool:
         yield pool.engine(spec)

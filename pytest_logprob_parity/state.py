@@ -16,6 +16,7 @@ import pytest
 from . import progress
 from .errors import ParityError
 from .server_settings import SERVER
+from .time_limits import TimeLimits
 from .visible_text import visible_line
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Session:
     variant: str = ""
     root: Path = Path()
     history: Path | None = None
+    limits: TimeLimits = field(default_factory=TimeLimits)
     node_ids: dict[str, Path] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
     uncompared: set[str] = field(default_factory=set)
@@ -113,6 +115,7 @@ class Expected:
 
     def __init__(self) -> None:
         self.failed = False
+        self.over = False
         self.error: ParityError | None = None
 
     @property
@@ -125,6 +128,7 @@ class Expected:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         __tracebackhide__ = True
+        self.over = True  # what fails after its block was not waited for
         if isinstance(error, ParityError) and self.failed:
             self.error = error
             return True
@@ -154,7 +158,8 @@ def pool_of(config: pytest.Config) -> Pool:
     if POOL not in config.stash:
         from .pool import Pool
 
-        config.stash[POOL] = pool = Pool(config.rootpath, lambda line: tell(config, line))
+        limits = config.stash[SESSION].limits
+        config.stash[POOL] = pool = Pool(config.rootpath, lambda line: tell(config, line), limits.start, limits.call)
         config.add_cleanup(pool.close)
     return config.stash[POOL]
 

@@ -1,10 +1,14 @@
 """Real engines: pinned and read back, replayed bit for bit, one start for each spec, and clear when they fail."""
 
+import os
 import random
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ from pytest_logprob_parity import (
     EngineError,
     EngineSpec,
     IncomparableError,
+    Pool,
     Sampling,
     Trace,
     UsageError,
@@ -22,7 +27,7 @@ from pytest_logprob_parity import (
     compare,
     open_engine,
 )
-from pytest_logprob_parity.engines.base import Request
+from pytest_logprob_parity.engines.base import Request, ResolvedConfig
 from pytest_logprob_parity.engines.process import ProcessBackend
 from pytest_logprob_parity.prompts import _is_hole, check_prompts
 from pytest_logprob_parity.replay import replay
@@ -302,7 +307,8 @@ def test_nothing_is_left_behind_after_a_crash():
         from pytest_logprob_parity import EngineSpec, Pool
         pool = Pool()
         spec = EngineSpec({MODEL!r}, engine="transformers", dtype="float32")
-        from pytest_logprob_parity.engines.process import ProcessBackend
+        from pytest_logprob_parity.engines.base import Request, ResolvedConfig
+from pytest_logprob_parity.engines.process import ProcessBackend
         backend = ProcessBackend.start(spec, *pool.folders(spec))
         print(backend._process.pid, flush=True)
         os._exit(9)
@@ -324,6 +330,101 @@ def test_an_engine_process_that_is_killed_says_so(pool):
     with pytest.raises(EngineError, match=r"the engine's process died \(exit status -9\)"):
         backend.run([])
     backend.close()
+
+
+def test_an_engine_process_that_does_not_answer_is_ended_and_the_next_use_starts_anew(child):
+    """It was stopped: a call has no end. The negative control: the next engine, without a call that hangs, is left alone."""
+    spec = EngineSpec(MODEL, engine="transformers", dtype="float32")
+    with Pool(call_timeout=60) as pool:
+        pool._alive[spec] = stopped = child(limit=0.5)
+        os.kill(stopped._process.pid, signal.SIGSTOP)
+        told = (
+            r"the engine: no answer to 'run' of 1 requests within 0\.5 s; its process was ended, whose last lines are: it left "
+            r"no message; ini parity_call_timeout \(without pytest: call_timeout=\) allows more, 0 sets no limit"
+        )
+        with pytest.raises(EngineError, match=told):
+            pool.engine(spec).generate([[5, 6]], Sampling(max_tokens=2))
+        assert stopped._process.returncode == -signal.SIGKILL
+        assert pool.engine(spec).generate([[5, 6]], Sampling(max_tokens=2)).num_sequences == 1
+        assert len(pool.starts) == 1
+
+
+def test_a_request_that_the_stopped_process_does_not_even_read(child):
+    """More than a pipe holds: it is the sending that hangs."""
+    stopped = child(limit=0.5)
+    os.kill(stopped._process.pid, signal.SIGSTOP)
+    with pytest.raises(EngineError, match="no answer to 'run' of 400 requests within"):
+        stopped.run([Request(list(range(5000)), Sampling())] * 400)
+
+
+def test_a_stopped_process_is_closed_in_order(child):
+    """It goes on, reads the end of the line and exits; nobody has to kill it."""
+    stopped = child()
+    os.kill(stopped._process.pid, signal.SIGSTOP)
+    stopped.close()
+    assert stopped._process.returncode == 0
+
+
+def test_a_start_that_takes_too_long_is_remembered_as_one_that_failed():
+    with Pool(start_timeout=0.05) as pool:
+        engine = pool.beside(EngineSpec(MODEL, dtype="bfloat16"))
+        with pytest.raises(EngineError, match=r"no answer to 'start' within 0\.05 s; .*; ini parity_start_timeout") as first:
+            engine.generate([[5, 6]])
+        with pytest.raises(EngineError) as second:
+            engine.generate([[5, 6]])
+    assert second.value is first.value
+
+
+@pytest.mark.parametrize("bad", [-1, "soon", float("nan"), float("inf"), True, None])
+def test_time_outs_that_are_none(bad):
+    with (
+        pytest.raises(UsageError, match=r"call_timeout: .* must be a number of seconds, or 0 for no limit"),
+        open_engine(EngineSpec(MODEL), call_timeout=bad),
+    ):
+        pass
+
+
+@pytest.fixture
+def child():
+    """`child(limit)`: the far end of an engine's process that nothing was started in yet."""
+    children = []
+
+    def make(limit=60):
+        ours, theirs = Pipe()
+        command = [sys.executable, "-m", "pytest_logprob_parity.engines.process", str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
+        theirs.close()
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - the backend closes it
+        children.append(ProcessBackend(process, ours, log, "the engine"))
+        children[-1].config = ResolvedConfig("transformers", "5", "float32", {})
+        children[-1]._seconds = limit
+        return children[-1]
+
+    yield make
+    for backend in children:
+        backend.close()
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given, used):
+    """OpenMP itself tells what it has read, when torch is loaded."""
+    code = textwrap.dedent(f"""
+        from pytest_logprob_parity import EngineSpec, Pool
+        Pool().engine(EngineSpec({MODEL!r}))
+        import torch
+    """)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, "OMP_DISPLAY_ENV": "true", **given},
+        capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+    assert f"OMP_WAIT_POLICY = '{used}'" in told
+
+
+# -- engines that somebody else built ---------------------------------------------------------------------------------
 
 
 def test_the_users_own_llm_is_used_as_it_is(questions):

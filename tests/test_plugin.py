@@ -402,6 +402,8 @@ def test_what_fails_is_said_by_the_call_the_option_and_the_ini_file_in_this_orde
     [
         ("parity_level = nose", "parity_level: 'nose' is not one of bitwise, noise, rl"),
         ("parity_repeats = 1", "parity_repeats: '1' must be 2 or more, or 0 for no noise floor"),
+        ("parity_call_timeout = -1", "parity_call_timeout: '-1' must be a number of seconds, or 0 for no limit"),
+        ("parity_start_timeout = soon", "parity_start_timeout: 'soon' must be a number of seconds, or 0 for no limit"),
         ("parity_repeats = many", "parity_repeats: 'many' must be 2 or more, or 0 for no noise floor"),
         ("parity_golden_dir = parity-obtained", "parity_golden_dir: parity-obtained is where failing checks leave traces: *"),
         ("parity_golden_dir = ./parity-obtained/x", "parity_golden_dir: parity-obtained is where failing checks *"),
@@ -458,7 +460,7 @@ def test_an_own_engine_that_is_none(pytester, run_inner):
     pytester.makeconftest("import pytest\n@pytest.fixture(scope='session')\ndef parity_engine_factory(): return object()")
     pytester.makepyfile(test_it=TEST)
     run_inner().stdout.fnmatch_lines(
-        ["E*UsageError: parity_engine_factory must give a vllm.LLM or a server's address, not builtins.object"]
+        ["E*UsageError: parity_engine_factory must give a vllm.LLM, an AsyncLLM or a server's address, not builtins.object"]
     )
 
 

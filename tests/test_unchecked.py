@@ -93,6 +93,10 @@ SWALLOWED = {
         "def test_it(golden_trace):\n    with contextlib.suppress(Exception):\n"
         "        golden_trace.check(rollouts(), name='none')"
     ),
+    "after the one that was expected": (
+        "def test_it(golden_trace):\n    with golden_trace.expect_failure():\n        golden_trace.check(moved())\n"
+        "    with contextlib.suppress(Exception):\n        golden_trace.check(rollouts(), name='none')"
+    ),
     "one of two": (
         "def test_it(golden_trace):\n    golden_trace.check(rollouts())\n    with contextlib.suppress(Exception):\n"
         "        golden_trace.check(rollouts(), name='none')"

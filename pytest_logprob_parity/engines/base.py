@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -128,6 +128,12 @@ def reason_of(error: BaseException) -> str:
         lines = [": ".join(lines[1:3])] if not lines[1].startswith(" ") and len(lines) > 2 else lines[1:]
     text = " ".join(lines[0].split(" [type=")[0].split()) if lines else "no message"
     return f"{type(error).__name__}: {text}"[:_REASON_WIDTH] + mixed_builds(text)
+
+
+def no_answer(engine: object, what: str, seconds: float, kind: Literal["start", "call"], told: str) -> EngineError:
+    """The error of an engine that did not answer in time: `told` is what is known of it and what became of it."""
+    more = f"ini parity_{kind}_timeout (without pytest: {kind}_timeout=) allows more, 0 sets no limit"
+    return EngineError(f"{engine}: no answer to {what} within {seconds:g} s; {told}; {more}")
 
 
 def check_readback(asked: Mapping[str, Any], got: Mapping[str, Any], name: str) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ def _check_lives_here(engine: Any) -> None:
     core = getattr(engine, "engine_core", None)
     if core is not None and not hasattr(core, "engine_core"):
         raise EngineError(
-            "weight updates in flight need an engine in this process: build it under VLLM_ENABLE_V1_MULTIPROCESSING=0"
+            "weight updates in flight need an engine in this process: an LLM built under VLLM_ENABLE_V1_MULTIPROCESSING=0"
         )
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -15,25 +16,39 @@ from typing import Any, Final
 
 from ..errors import EngineError, ParityError
 from ..spec import EngineSpec
+from ..time_limits import TimeLimits
 from ..weights.adapter import Adapter
 from ..weights.update import WeightUpdate
-from .base import Backend, Completion, RemoteError, Request, ResolvedConfig, reason_of
+from .base import Backend, Completion, RemoteError, Request, ResolvedConfig, no_answer, reason_of
 
+#: How long a child that was told to end may take to do so, and one that was killed, in seconds.
 _CLOSE_SECONDS: Final = 20
+_KILL_SECONDS: Final = 20
+#: How much of its log a message shows: lines, and characters of them.
+_LAST_LINES: Final = 3
+_LAST_CHARACTERS: Final = 300
 
 
 class ProcessBackend:
-    """The far end of an engine that lives in a child process. If either process dies, the other one learns of it."""
+    """The far end of an engine that lives in a child process. If either process dies, the other one learns of it; a child
+    that does not answer within the limits is ended.
+    """
 
-    def __init__(self, process: subprocess.Popen[bytes], connection: Connection[Any, Any], log: Any) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], connection: Connection[Any, Any], log: Any, name: str) -> None:
         self._process = process
         self._connection = connection
         self._log = log
+        self._name = name
+        self._seconds: float = 0
         self.config: ResolvedConfig
 
     @classmethod
-    def start(cls, spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None = None) -> ProcessBackend:
-        """Start the engine of `spec` in a child process. Raises what starting it there raised."""
+    def start(
+        cls, spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None = None, limits: TimeLimits | None = None
+    ) -> ProcessBackend:
+        """Start the engine of `spec` in a child process. Raises what starting it there raised, and EngineError where that
+        takes longer than its limit.
+        """
         ours, theirs = Pipe()
         log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process does
         process = subprocess.Popen(
@@ -45,12 +60,15 @@ class ProcessBackend:
             start_new_session=True,  # a Ctrl-C is ours to handle; close() ends the whole group
         )
         theirs.close()
-        backend = cls(process, ours, log)
+        backend = cls(process, ours, log, str(spec))
+        limits = limits or TimeLimits()
+        backend._seconds = limits.start
         try:
             backend.config = backend._ask("start", spec, model, tokenizer, adapter)
         except BaseException:
             backend.close()
             raise
+        backend._seconds = limits.call
         return backend
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
@@ -84,30 +102,55 @@ class ProcessBackend:
         return sums
 
     def close(self) -> None:
-        """See Backend.close."""
+        """See Backend.close. A child that was stopped goes on first: it would not learn that it is to end."""
         self._connection.close()  # the child reads the end of the line, shuts its engine down and exits
+        if self._process.poll() is None:
+            self._signal(signal.SIGCONT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_CLOSE_SECONDS)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._signal(signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may sit in a driver that does not let go
+            self._process.wait(_KILL_SECONDS)
         self._log.close()
 
     def _ask(self, *message: Any) -> Any:
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self._signal(signal.SIGKILL)  # the line breaks, whichever end of it waits
+
+        timer = threading.Timer(self._seconds, end)
+        timer.daemon = True
+        if self._seconds:
+            timer.start()
         try:
             self._connection.send(message)
             error, answer = self._connection.recv()
         except (EOFError, OSError):
-            code = self._process.wait()
-            raise EngineError(f"the engine's process died (exit status {code}): {self._last_words()}") from None
+            if not late.is_set():
+                code = self._process.wait()
+                raise EngineError(f"the engine's process died (exit status {code}): {self._last_words()}") from None
+        finally:
+            timer.cancel()
+        if late.is_set():
+            verb, *arguments = message
+            many = f" of {len(arguments[0])} requests" if verb.startswith("run") else ""
+            told = f"its process was ended, whose last lines are: {self._last_words()}"
+            raise no_answer(self._name, f"{verb!r}{many}", self._seconds, "start" if verb == "start" else "call", told)
         if error is not None:
             raise error
         return answer
 
+    def _signal(self, number: int) -> None:
+        """Send a signal to the whole group of the child; it begins with its own process, which nobody has waited for yet."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
     def _last_words(self) -> str:
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        return lines[-1][-300:] if lines else "it left no message"
+        return " / ".join(lines[-_LAST_LINES:])[-_LAST_CHARACTERS:] if lines else "it left no message"
 
 
 def main(descriptor: int) -> None:

@@ -22,6 +22,7 @@ from . import forced_decode, in_flight, lora
 from .applied_head import applied_head, measured_grid, probe_tokens
 from .base import Completion, Request, ResolvedConfig, check_readback, forcing_of, json_value, reason_of
 from .builds import mixed_builds
+from .own_engine import face_of
 from .sampling_parameters import sampling_parameters
 from .vllm_config import BY_NATURE, SHOWN, before_its_time, settings_of, vocabulary_of, why_not_forced
 
@@ -111,9 +112,12 @@ class VllmBackend:
                 raise EngineError(f"vllm {_version()} did not start ({spec}): {reason_of(error)}") from error
 
     @classmethod
-    def adopt(cls, llm: Any) -> VllmBackend:
-        """Use an `LLM` that someone else built, as it is: nothing is pinned, and closing it is left to them."""
-        return cls(llm, asked={}, owned=False)
+    def adopt(cls, llm: Any, seconds: float = 0) -> VllmBackend:
+        """Use an `LLM` or `AsyncLLM` that someone else built, as it is: nothing is pinned, and closing it is left to them.
+
+        One that computes in another process may take `seconds` for a call; 0: no limit.
+        """
+        return cls(face_of(llm, seconds), asked={}, owned=False)
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """See Backend.run."""

@@ -18,6 +18,7 @@ from ...spec import EngineSpec
 from ..base import reason_of
 from ..builds import mixed_builds
 from ..vllm_config import before_its_time
+from ..wait_policy import let_threads_sleep
 from .middleware import ASKED_VARIABLE, ParityMiddleware
 from .readback import EXTENSION, MIDDLEWARE
 
@@ -37,6 +38,7 @@ def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str
 
     for name, value in _ENV_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    let_threads_sleep()
     spec = make_spec(settings)
     assert spec is not None
     if spec.engine != "vllm" or spec.profile == "own":
