@@ -210,9 +210,7 @@ def test_a_run_that_leaves_its_band_is_warned_of_and_passes(repo, pytester, caps
     assert page.count(">drifts</span>") == 1
     assert page.count('aria-label="mean_diff over 9 runs. ') == page.count('aria-label="rms_diff over 9 runs. ') == 1
     summary = (pytester.path / "report" / "summary.md").read_text()
-    assert (
-        "\nDrifts, a warning and no verdict: test&#95;it.py&#58;&#58;test&#95;moves &#40;mean&#95;diff, " in summary
-    )
+    assert "\nDrifts, a warning and no verdict: test&#95;it.py&#58;&#58;test&#95;moves &#40;mean&#95;diff, " in summary
     before = {file.name: file.read_bytes() for file in (pytester.path / "report").iterdir()}
     assert command(capsys, "report", pytester.path / "report")[0] == 0
     assert {file.name: file.read_bytes() for file in (pytester.path / "report").iterdir()} == before
