@@ -41,7 +41,7 @@ def summary(
     """The lines for the records of all checks; nothing where there is nothing to say.
 
     `unused` are goldens whose test is gone, `uncompared` those that no check of their test asked for. With a `verbosity`
-    below 0 what is green has one line in all.
+    below 0 (`-q`) all checks that pass have one line in all; below -1 what was recorded has, too.
     """
     counts = Counter(_kind(record) for record in records)
     parts = list(_parts(counts, len(unused), len(uncompared)))
@@ -58,11 +58,12 @@ def summary(
             yield _line(f"  swallowed by its test: {record['golden']}: {record['headline']}", "red")
         elif kind in (UNCHECKED, "unchecked, fails"):
             yield _line(f"  {record['test']}: {record['headline']}", "red" if kind != UNCHECKED else "yellow")
-    good = [record for record in records if record["outcome"] in _GOOD and "shows" in record]
-    most = len(good) if verbosity > 0 else _SHOWN if verbosity == 0 else 0
+    shown = _GOOD if verbosity >= 0 else ("recorded",) if verbosity == -1 else ()
+    good = [record for record in records if record["outcome"] in shown and "shows" in record]
+    most = len(good) if verbosity > 0 else _SHOWN
     for record in good[:most]:
         yield from map(_line, _told(record))
-    if len(good) > most > 0:
+    if len(good) > most:
         yield Line(f"  and {len(good) - most} more; -v shows all")
     for path in unused:
         yield _line(f"  unused, its test is gone: {path}", "yellow")

@@ -14,6 +14,7 @@ import sys
 
 import pytest
 from reporting import MOVED, command
+from test_history import reading, run_of
 
 import pytest_logprob_parity
 from conftest import ROOT
@@ -23,6 +24,7 @@ from pytest_logprob_parity.cli.json_output import SCHEMAS, to_text
 from pytest_logprob_parity.cli.verb import tell
 from pytest_logprob_parity.comparison.result import LEVELS, Errors
 from pytest_logprob_parity.matrix import run as matrix
+from pytest_logprob_parity.report.history.drift import series_of
 from pytest_logprob_parity.selftest import table
 from pytest_logprob_parity.selftest.fault import Case
 from pytest_logprob_parity.selftest.run import Row
@@ -93,7 +95,7 @@ def test_diff_judges_at_each_level(level, capsys):
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 #: Objects whose keys are names: of metrics and limits, settings, parts of a fingerprint. Other pages and tests have them.
-BY_NAME = {"metrics", "policy_metrics", "tolerance", "trace", "fingerprint", "values", "quantities"}
+BY_NAME = {"metrics", "policy_metrics", "tolerance", "trace", "fingerprint", "values", "quantities", "bands"}
 GOLDENS = ROOT / "examples" / "v0-to-v1" / "golden"
 
 
@@ -140,6 +142,12 @@ def selftest_json(capsys):
     return [json.loads(to_text("selftest", {"rows": table.to_json([row])}))]
 
 
+def history_json(capsys):
+    runs = [run_of(reading(0.001 + 0.0001 * (day % 3)), day=day) for day in range(1, 11)]
+    checks = [series.to_json() for series in series_of(runs)]
+    return [json.loads(to_text("history", {"checks": checks, "skipped": ["a line"]}))]
+
+
 def documented(verb):
     """The keys in the section of a verb."""
     page = (ROOT / "docs" / "reference" / "json.md").read_text()
@@ -148,7 +156,14 @@ def documented(verb):
 
 
 @pytest.mark.parametrize(
-    ("verb", "make"), [("show", show_json), ("diff", diff_json), ("matrix", matrix_json), ("selftest", selftest_json)]
+    ("verb", "make"),
+    [
+        ("show", show_json),
+        ("diff", diff_json),
+        ("matrix", matrix_json),
+        ("selftest", selftest_json),
+        ("history", history_json),
+    ],
 )
 def test_json_names_its_schema_and_the_reference_has_every_key(verb, make, capsys):
     contents = make(capsys)
