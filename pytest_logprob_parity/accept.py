@@ -99,6 +99,10 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
 
 def accept(proposals: Sequence[Proposal]) -> None:
     """Write the goldens of these proposals, all of them or none. Raises GoldenError; old goldens then stay."""
+    for proposal in proposals:  # somebody took time to answer
+        now = container.read_metadata(proposal.target)["digest"]
+        if now != proposal.obtained.golden_digest or proposal.target.resolve() != proposal.target:
+            raise GoldenError("changed since it was shown; nothing was written: accept again", proposal.target)
     try:
         container.replace_all({proposal.target: proposal.data for proposal in proposals})
     except OSError as error:

@@ -250,6 +250,20 @@ def test_a_folder_of_goldens_that_is_a_link_out_of_the_repo(tree, tmp_path_facto
     assert "not inside this folder" in out
 
 
+def test_a_golden_that_changes_while_somebody_thinks_is_not_overwritten(tree, monkeypatch):
+    other = make_golden(0.1)
+
+    def think(text):
+        other.save(tree.root / PLACE)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", think)
+    status, out, _ = tree()
+    assert status == 2
+    assert "changed since it was shown; nothing was written" in out
+    assert Golden.load(tree.root / PLACE).trace.logprobs[0] == other.trace.logprobs[0]
+
+
 def test_what_loosens_a_golden_is_accepted_by_who_answers_for_it(tree, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda text: "y")
     status, out, written = tree(candidate=make_golden(-0.3, tolerance={"k3": 1.0}))
