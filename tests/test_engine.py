@@ -451,6 +451,48 @@ def test_the_users_own_llm_is_used_as_it_is(questions):
     assert lines[-2:] == ["raw_logprobs", "1"]
 
 
+def test_the_users_own_llm_in_another_process_has_a_limit_and_ends_in_order(pytester):
+    """Its engine core is a process: it can be stopped. Nobody ends it, and nothing is printed after pytest's last line, for
+    vLLM's own exit handlers log to a stream that pytest has closed.
+    """
+    pytester.makeini("[pytest]\nparity_repeats = 0\nparity_reference = none\nparity_call_timeout = 300")
+    pytester.makeconftest(
+        f"""
+        import os
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def parity_engine_factory():
+            os.environ |= {{"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}}
+            from vllm import LLM
+            extension = "pytest_logprob_parity.engines.forced_decode.WorkerExtension"
+            return LLM({MODEL!r}, dtype="bfloat16", enforce_eager=True, worker_extension_cls=extension)
+        """
+    )
+    pytester.makepyfile(
+        test_it="""
+        import os
+        import signal
+
+        def test_it_answers(parity_engine, golden_trace):
+            golden_trace.check(parity_engine, prompts=[[9, 8, 7]], sampling=dict(max_tokens=8))
+
+        def test_it_is_stopped(parity_engine, parity_engine_factory):
+            face = parity_engine._backend()._llm
+            assert face._seconds == 300
+            face._seconds = 1
+            core = parity_engine_factory.llm_engine.engine_core.resources.engine_manager.processes[0]
+            os.kill(core.pid, signal.SIGSTOP)
+            parity_engine.generate([[9, 8, 7]])  # pytest shows the arguments of this test, and an LLM asks its engine for that
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--update-golden", timeout=300)
+    result.assert_outcomes(passed=1, failed=1)
+    told = "E *EngineError: own engine (LLM): no answer to 'generate' within 1 s; its engine core was ended, *"
+    result.stdout.fnmatch_lines([told])
+    assert result.errlines == []
+
+
 def test_open_engine_needs_no_pytest():
     with open_engine(EngineSpec(MODEL, engine="transformers", dtype="float32")) as engine:
         assert engine.generate([[5, 6]], Sampling(max_tokens=4)).num_tokens <= 4

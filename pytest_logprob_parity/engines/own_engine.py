@@ -22,6 +22,8 @@ from ..event_loop import ask_in_loop
 from .base import no_answer
 
 _NUMBERS: Final = itertools.count()
+#: How long vLLM may take to end an engine core, in seconds; it kills one that does not end within 5.
+_END_SECONDS: Final = 30
 
 
 def is_async(llm: Any) -> bool:
@@ -47,7 +49,8 @@ def face_of(llm: Any, seconds: float) -> Any:
 class Face:
     """An `LLM` whose methods, and those of its engine, are called in a thread that is waited for.
 
-    Raises EngineError for a call that takes longer than `seconds`, and for every one after it.
+    Raises EngineError for a call that takes longer than `seconds`, and for every one after it: the engine core is ended then,
+    for whatever else asks it would hang, be it pytest that shows the `LLM` in a failure.
     """
 
     def __init__(self, target: Any, seconds: float) -> None:
@@ -70,7 +73,11 @@ class Face:
         try:
             return self._ask(functools.partial(method, *args, **kwargs))
         except _LateError:
-            told = "its engine core did not answer, and is left to whoever built the engine"
+            engine = getattr(self._target, "llm_engine", self._target)
+            end = threading.Thread(target=_shut_down, args=(engine,), daemon=True)
+            end.start()
+            end.join(_END_SECONDS)
+            told = "its engine core was ended, for every other call would hang, too: build another"
             self._silent = no_answer(f"own engine ({type(self._target).__name__})", repr(name), self._seconds, "call", told)
             raise self._silent from None
 
@@ -186,5 +193,9 @@ def _end(llm: Any) -> None:
         if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
             handler.stream = sys.stderr  # setStream would flush the closed one
             logger.setLevel(max(logger.level, logging.WARNING))
+    _shut_down(getattr(llm, "llm_engine", llm))
+
+
+def _shut_down(engine: Any) -> None:
     with contextlib.suppress(Exception):  # it may be shut down, or dead
-        getattr(llm, "llm_engine", llm).engine_core.shutdown()
+        engine.engine_core.shutdown()
