@@ -192,7 +192,7 @@ def _end(llm: Any) -> None:
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
             handler.stream = sys.stderr  # setStream would flush the closed one
-            logger.setLevel(max(logger.level, logging.WARNING))
+            logger.setLevel(logging.ERROR)  # on a busy machine it warns that it waits no longer
     _shut_down(getattr(llm, "llm_engine", llm))
 
 
