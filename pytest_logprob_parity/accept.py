@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Sequence
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from . import container
 from .belonging import another_part
 from .comparison.result import Comparison
+from .comparison.tolerance import default_tolerance, make_tolerance
 from .errors import GoldenError, ParityError, UsageError
-from .files import compare_goldens
+from .files import compare_goldens, limits_of
 from .fingerprint import differences
-from .golden import SUFFIX, Golden, is_place_of
+from .golden import SUFFIX, Golden, is_place_of, variant_path
 from .grammar import counted, is_or_are
 from .obtained import OBTAINED, Obtained, candidate_path, find, headline_of
 from .recording import check_recorded
-from .trace import Trace
+from .replay import can_regenerate
+from .trace import FloatArray, Trace
+from .variants import name_of, of_other_kinds
 from .visible_text import visible, visible_line
 
-#: Differences of fingerprints that are shown.
+#: Differences of fingerprints that are shown, the parts that a fingerprint of ours has, and how wide a value may be.
 _SHOWN: Final = 12
-#: A golden that compares less than this share of the tokens that it compared is a looser one; so is one whose noise floor is
-#: so many times as large.
-_FEW: Final = 0.5
-_NOISIER: Final = 3.0
+_FINGERPRINT: Final = ("engine", "hardware", "dtype", "name", "adapter", "experts", "end_tokens", "libraries", "config")
+_WIDE: Final = 60
+_HEADLINE: Final = 300
+#: A golden is a looser one where it compares, or has a reference for, less than this share of the tokens that it did; where
+#: it masks so much more of them (0 to 1); and where its noise is so many times as large, beyond the last digits (nats).
+_FEW: Final = 0.8
+_MORE_MASKED: Final = 0.02
+_NOISIER: Final = 2.0
+_DIGITS: Final = 1e-5
 
 #: What one may answer, in full or by its first letters. `skip` is a no, `quit` one for all that follow.
 Answer: TypeAlias = Literal["yes", "no", "all", "skip", "view", "quit"]
@@ -42,7 +52,7 @@ class Proposal:
 
     `refusal` says why it cannot be accepted, "" where it can; `done` that it has been. `target` is the golden's path, `data`
     the bytes that would be written there (those that were compared), `lines` the difference in a short block. `loosened` says
-    what the new golden would let pass or leave out that today's does not.
+    what the new golden would let pass or leave out that today's does not; `before` is the digest of what stands at `target`.
     """
 
     path: Path
@@ -53,14 +63,15 @@ class Proposal:
     refusal: str = ""
     done: bool = False
     loosened: tuple[str, ...] = ()
+    before: str = ""
 
 
 def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
     """What accepting an obtained trace would mean in the repo at `root`; nothing is written."""
     head = headline_of(obtained)
     target = root / obtained.golden
-    block = [head, f"  golden     {obtained.golden}", f"  {obtained.verdict:<10} {obtained.headline}"]
-    block = [visible_line(line) for line in block]
+    told = " ".join(obtained.headline.split())[:_HEADLINE]
+    block = [visible_line(line) for line in (head, f"  golden     {obtained.golden}", f"  {obtained.verdict:<10} {told}")]
     try:
         target = _inside(root, obtained.golden)
         if not target.exists():
@@ -78,7 +89,8 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
                 f"{golden.digest[:12]} now): run the test again, or fetch the artifact of this commit"
             )
         if not obtained.candidate:
-            raise GoldenError(f"{obtained.refusal}; record it where the engine is: pytest {obtained.node_id} --update-golden")
+            told = f"pytest {shlex.quote(obtained.node_id)} --update-golden"
+            raise GoldenError(f"{obtained.refusal}; record it where the engine is: {told}")
         candidate, data = _load_candidate(candidate_path(path), obtained)
         left = Golden.load(path)
         if not _is_of(candidate.node_id, candidate.name, golden, target):
@@ -87,21 +99,27 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
         comparison = compare_goldens(golden, left, obtained.level, obtained.limits).comparison
         if not comparison.metrics["n_tokens"]:
             raise GoldenError("nothing was compared, so nothing is known of what would be accepted")
+        if of_other_kinds(golden.fingerprint, candidate.fingerprint):  # as --update-golden would have done there
+            target = variant_path(target, name_of(candidate.fingerprint))
+            block[1] = visible_line(f"  golden     {target.relative_to(root.resolve())}, beside {obtained.golden}")
+            if target.exists():
+                raise GoldenError("a golden of that machine is there already: run the check again")
+        make_tolerance(default_tolerance(candidate.trace.dtype), candidate.tolerance)
         check_recorded(candidate, golden.tolerance, "the candidate")
         _check_same_engine(left, candidate)
     except ParityError as error:
         text = visible_line(error.reason_beside(target, path))
         return Proposal(path, obtained, (*block, f"  refused    {text}"), target, refusal=text)
-    loosened = _loosened(golden, candidate)
+    loosened, before = _loosened(golden, candidate), golden.digest if target.exists() else ""
     lines = [*_difference(comparison, golden, candidate), *_changes(golden, candidate, loosened)]
-    return Proposal(path, obtained, (*block, *map(visible_line, lines)), target, data, loosened=loosened)
+    return Proposal(path, obtained, (*block, *map(visible_line, lines)), target, data, loosened=loosened, before=before)
 
 
 def accept(proposals: Sequence[Proposal]) -> None:
     """Write the goldens of these proposals, all of them or none. Raises GoldenError; old goldens then stay."""
     for proposal in proposals:  # somebody took time to answer
-        now = container.read_metadata(proposal.target)["digest"]
-        if now != proposal.obtained.golden_digest or proposal.target.resolve() != proposal.target:
+        now = container.read_metadata(proposal.target)["digest"] if proposal.target.exists() else ""
+        if now != proposal.before or proposal.target.resolve() != proposal.target:
             raise GoldenError("changed since it was shown; nothing was written: accept again", proposal.target)
     try:
         container.replace_all({proposal.target: proposal.data for proposal in proposals})
@@ -124,8 +142,11 @@ def review(
     0 where nothing is left that could be accepted, 1 where something is: refused, or left by whoever was asked. Raises
     UsageError where nothing was found, GoldenError where nothing could be written.
     """
-    found = {path: obtained for path, obtained in find(places or [root / OBTAINED]) if matches(obtained, names)}
-    if not found:
+    junk: list[GoldenError] = []
+    found = {path: obtained for path, obtained in find(places or [root / OBTAINED], junk) if matches(obtained, names)}
+    for error in junk:
+        print(f"refused    {visible_line(error)}\n")
+    if not found and not junk:
         raise UsageError(f"no obtained trace fits --name {' '.join(names)}; without it all are shown")
     proposals = [propose(path, obtained, root) for path, obtained in found.items()]
     agreed: list[Proposal] = []
@@ -145,6 +166,7 @@ def review(
         accept(agreed)
     done, refused = sum(p.done for p in proposals), sum(bool(p.refusal) for p in proposals)
     left = len(proposals) - len(agreed) - done - refused
+    refused += len(junk)
     counts = {"before": done, "refused": refused, "left": left}
     told = [f"{len(agreed)} accepted", *(f"{count} {what}" for what, count in counts.items() if count)]
     print(f"{', '.join(told)}; commit the goldens" if agreed else ", ".join(told))
@@ -183,7 +205,10 @@ def matches(obtained: Obtained, patterns: Sequence[str]) -> bool:
 def _inside(root: Path, golden: str) -> Path:
     """Where a golden lies below `root`. Its path comes out of a file that may have been downloaded. Raises GoldenError."""
     parts = PurePosixPath(golden).parts
-    place = (root / golden).resolve() if "\0" not in golden else root  # a link of the repo may lead out of it
+    try:
+        place = (root / golden).resolve()  # a link of the repo may lead out of it
+    except (OSError, RuntimeError, ValueError):  # a NUL, a lone surrogate, a ring of links
+        place = root
     outside = not golden or golden.startswith("/") or "\\" in golden or not place.is_relative_to(root.resolve())
     if outside or {"..", ".git"} & set(parts) or not golden.endswith(SUFFIX) or place.suffix != SUFFIX:
         raise GoldenError(f"its golden {golden!r} is not inside this folder; copy the candidate there by hand")
@@ -213,7 +238,10 @@ def _check_comparable(golden: Golden, candidate: Golden) -> None:
         raise GoldenError(f"incomparable: the candidate is of another {part.replace('_', ' ')} than the golden")
     if golden.trace.sampling != candidate.trace.sampling:
         raise GoldenError("incomparable: the candidate was sampled in another way than the golden")
-    if not np.array_equal(golden.trace.prompt_token_ids, candidate.trace.prompt_token_ids):
+    if any(
+        not np.array_equal(getattr(golden.trace, name), getattr(candidate.trace, name))
+        for name in ("prompt_token_ids", "prompt_offsets", "group")
+    ):
         raise GoldenError("incomparable: the candidate is of other prompts than the golden")
     if golden.trace.num_sequences != candidate.trace.num_sequences:
         then, now = golden.trace.num_sequences, candidate.trace.num_sequences
@@ -269,40 +297,97 @@ def _changes(golden: Golden, candidate: Golden, loosened: Sequence[str]) -> list
     else:
         told = f"{counted(common, 'tokens')} in common with the golden: {_numbers(own)}"
     lines = [f"  candidate  {told}"]
-    if golden.floor != candidate.floor and golden.floor is not None:
+    then, now = (f"{int(trace.mask.sum()):,} of {trace.num_tokens:,}" for trace in (golden.trace, candidate.trace))
+    lines += (
+        [f"  compares   {now} tokens, {then} in the golden"] if golden.trace.num_tokens != candidate.trace.num_tokens else []
+    )
+    if golden.floor is not None:
         lines.append(f"  floor was  {golden.floor.describe()}")
-    apart = differences(golden.fingerprint, candidate.fingerprint)
-    apart += [
+    before, after = (None if g.reference is None else g.reference.describe(g.trace.logprobs) for g in (golden, candidate))
+    lines += [f"  reference  {after or 'none'}; in the golden: {before or 'none'}"] if before != after else []
+    apart = sorted(differences(golden.fingerprint, candidate.fingerprint), key=_importance)
+    labels = [
         (name, getattr(golden.trace, name), getattr(candidate.trace, name))
         for name in ("logprobs_mode", "path", "engine", "engine_version", "dtype")
-        if not golden.fingerprint and getattr(golden.trace, name) != getattr(candidate.trace, name)
+        if getattr(golden.trace, name) != getattr(candidate.trace, name)
     ]
-    for number, (name, then, now) in enumerate(apart[:_SHOWN]):
-        lines.append(f"  {'' if number else 'differs':<10} {name}: {then!r:.60} in the golden, {now!r:.60} in the candidate")
+    for number, (name, then, now) in enumerate([*labels, *apart][:_SHOWN]):
+        lines.append(f"  {'' if number else 'differs':<10} {name}: {_cut(then)} in the golden, {_cut(now)} in the candidate")
     lines += [f"  {'':<10} and {len(apart) - _SHOWN} more"] if len(apart) > _SHOWN else []
     return lines + [f"  {'' if number else 'loosened':<10} {text}" for number, text in enumerate(loosened)]
 
 
+def _importance(difference: tuple[str, Any, Any]) -> tuple[int, str]:
+    """What a fingerprint of ours has comes first: what somebody made up would push it out of sight."""
+    part = difference[0].partition(".")[0]
+    return _FINGERPRINT.index(part) if part in _FINGERPRINT else len(_FINGERPRINT), difference[0]
+
+
+def _cut(value: Any) -> str:
+    """A value in a line: both of its ends, without runs of blanks, behind which it could hide."""
+    text = re.sub(r"\s{2,}", lambda blanks: f"\u27e8{len(blanks[0])} blanks\u27e9", repr(value))
+    return text if len(text) <= _WIDE else f"{text[: _WIDE // 2]}...{text[-_WIDE // 2 :]}"
+
+
 def _loosened(golden: Golden, candidate: Golden) -> tuple[str, ...]:
     """What the candidate would let pass, or leave out, that the golden does not."""
-    found = []
-    for name, limit in candidate.tolerance.items():
-        if not golden.tolerance.get(name, 0.0) >= limit:
-            before = f"{golden.tolerance[name]:g}" if name in golden.tolerance else "that of its dtype and noise"
-            found.append(f"limit {name}: {limit:g} in place of {before}")
-    then, now = int(golden.trace.mask.sum()), int(candidate.trace.mask.sum())
-    masked = len(candidate.trace.mask) - now
+    return (*_wider_limits(golden, candidate), *_less_compared(golden.trace, candidate.trace), *_less_known(golden, candidate))
+
+
+def _wider_limits(golden: Golden, candidate: Golden) -> Iterator[str]:
+    """Limits in force: those that a test asked for may not be wider at all, those that noise makes not much."""
+    then, now = (limits_of(side, side).limits() for side in (golden, candidate))
+    asked = {*golden.tolerance, *candidate.tolerance}
+    for name in then:
+        if not now[name] <= then[name] * (1.001 if name in asked else _NOISIER):
+            yield f"limit {name}: {now[name]:g} in place of {then[name]:g}"
+
+
+def _less_compared(golden: Trace, candidate: Trace) -> Iterator[str]:
+    then, now = int(golden.mask.sum()), int(candidate.mask.sum())
+    masked, masked_then = len(candidate.mask) - now, len(golden.mask) - then
     if now < _FEW * then:
-        found.append(f"compares {counted(now, 'tokens')} in place of {then:,} ({masked:,} {is_or_are(masked)} masked)")
-    elif masked and golden.trace.mask.all():
-        found.append(f"masks {masked:,} of its tokens; the golden masks none")
-    if golden.floor is not None and candidate.floor is None:
-        found.append("it has no noise floor, and the golden has one")
-    elif golden.floor is not None and candidate.floor is not None and candidate.floor.rms > _NOISIER * golden.floor.rms > 0:
-        found.append(f"its noise floor is {candidate.floor.rms / golden.floor.rms:.1f} times the golden's")
-    if golden.reference is not None and candidate.reference is None:
-        found.append("it has no reference, and the golden has one")
-    return tuple(found)
+        yield f"compares {counted(now, 'tokens')} in place of {then:,} ({masked:,} {is_or_are(masked)} masked)"
+    elif masked / len(candidate.mask) > masked_then / len(golden.mask) + _MORE_MASKED or (masked and not masked_then):
+        yield f"masks {masked:,} of its {len(candidate.mask):,} tokens; the golden {masked_then:,} of {len(golden.mask):,}"
+    if candidate.top_k < golden.top_k:
+        yield f"top-{candidate.top_k} in place of top-{golden.top_k}: causes are read off it"
+    if golden.ranks.any() and not candidate.ranks.any():
+        yield "it has no ranks, and the golden has them"
+    if can_regenerate(golden) and not can_regenerate(candidate):
+        yield "it does not know its seeds: free generation would no longer be checked"
+    if golden.untruncated_logprobs is not None and candidate.untruncated_logprobs is None:
+        yield "it has no logprobs without truncation, and the golden has them"
+    for name in ("dtype", "path"):
+        if getattr(golden, name) != getattr(candidate, name):
+            yield f"{name} {_cut(getattr(candidate, name))} in place of {_cut(getattr(golden, name))}: limits go by it"
+
+
+def _less_known(golden: Golden, candidate: Golden) -> Iterator[str]:
+    """Noise floor and reference: less of them, or a larger error that they would excuse."""
+    floor, new = golden.floor, candidate.floor
+    if floor is not None and new is None:
+        yield "it has no noise floor, and the golden has one"
+    if floor is not None and new is not None:
+        if new.rms > _NOISIER * floor.rms + _DIGITS:
+            yield f"its noise floor has an RMS of {new.rms:.2g} nats, the golden's of {floor.rms:.2g}"
+        if floor.reproduces and not new.reproduces:
+            yield "its own schedule does not reproduce bit for bit, as the golden's does"
+    if candidate.routed and not golden.routed:
+        yield "its model routes tokens to experts, and the golden's does not: limits go by it"
+    if golden.reference is None:
+        return
+    then = np.abs(golden.reference.errors(golden.trace.logprobs))
+    now = then[:0] if candidate.reference is None else np.abs(candidate.reference.errors(candidate.trace.logprobs))
+    then, now = then[np.isfinite(then)], now[np.isfinite(now)]
+    if len(now) < _FEW * len(then):
+        yield f"it has a reference for {counted(len(now), 'tokens')}, the golden for {len(then):,}"
+    elif len(then) and _rms(now) > _NOISIER * _rms(then) + _DIGITS:
+        yield f"its distance to its reference has an RMS of {_rms(now):.2g} nats, the golden's of {_rms(then):.2g}"
+
+
+def _rms(values: FloatArray) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if len(values) else 0.0
 
 
 def _other_completions(golden: Trace, candidate: Trace) -> int:

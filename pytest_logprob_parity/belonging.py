@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import os
 import shlex
@@ -101,21 +102,38 @@ def check_belongs(
 
 
 def renamed(engine: Engine | Trace, given: list[Any] | None, sampling: Sampling | None, context: Context) -> str:
-    """How to get a missing golden from one that no test asks for and that this check could have recorded; else ""."""
+    """How to get a missing golden from one that no test asks for and that this check could have recorded; else "".
+
+    Of several it is the one whose test is called most like this one: tests of a file share prompts and sampling.
+    """
+    fitting: list[tuple[Path, Golden]] = []
     for path in context.orphans():
         try:
             golden = Golden.load(path)
             check_belongs(golden, engine, given, sampling, context)
         except ParityError:
             continue
-        if isinstance(engine, Trace) and not _same_question(golden.trace, engine):
-            continue
-        shown = os.path.relpath(path)
-        command = f"logprob-parity move {shlex.quote(shown)} {shlex.quote(context.node_id)}"
-        command += f" --name {shlex.quote(context.name)}" if context.name != golden.name else ""
-        command += f" --golden-dir {shlex.quote(context.golden_dir)}" if context.golden_dir != "golden" else ""
-        return f". {shown} has its prompts, model and sampling, and no check asks for it; if this check had it: {command}"
-    return ""
+        if not isinstance(engine, Trace) or _same_question(golden.trace, engine):
+            fitting.append((path, golden))
+    if not fitting:
+        return ""
+    path, golden = max(fitting, key=lambda found: _alike(found[1], context))
+    shown = os.path.relpath(path)
+    command = f"logprob-parity move {shlex.quote(shown)} {shlex.quote(context.node_id)}"
+    command += f" --name {shlex.quote(context.name)}" if context.name != golden.name else ""
+    command += f" --golden-dir {shlex.quote(context.golden_dir)}" if context.golden_dir != "golden" else ""
+    others = f"; {len(fitting) - 1} more fit as well" if len(fitting) > 1 else ""
+    return (
+        f". {shown}, of {golden.node_id}, has its prompts, model and sampling, and no check asks for it{others}; if this check "
+        f"had it: {command}"
+    )
+
+
+def _alike(golden: Golden, context: Context) -> tuple[bool, bool, float]:
+    """How much a golden's check is called like this one: what stands behind the file, the check's name, all of it."""
+    (_, _, then), (_, _, now) = (node_id.partition("::") for node_id in (golden.node_id, context.node_id))
+    likeness = difflib.SequenceMatcher(None, golden.node_id, context.node_id).ratio()
+    return then == now, golden.name == context.name, likeness
 
 
 def _same_question(one: Trace, other: Trace) -> bool:

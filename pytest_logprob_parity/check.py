@@ -28,7 +28,7 @@ from .spec import Sampling
 from .suspects import adapter_finding, suspect_settings, suspects
 from .trace import ReplayPath, Trace, TracePath
 from .unforced import as_unforced, why_unforced, without_decode
-from .variants import name_of
+from .variants import name_of, of_other_kinds
 
 DEFAULT_REPLAY: Final[tuple[ReplayPath, ...]] = ("decode", "regenerate")
 
@@ -119,7 +119,9 @@ def check_golden(
 def _beside(checked: Checked, context: Context) -> str:
     """The command that records a golden for another machine beside the one there is; "" on the golden's own."""
     other = any(name == "hardware.device" for name, _, _ in checked.differences)
-    return context.beside(name_of(checked.fingerprint)) if other and context.beside is not None else ""
+    if not other or context.beside is None or of_other_kinds(checked.golden.fingerprint, checked.fingerprint):
+        return ""  # --update-golden records beside it by itself
+    return context.beside(name_of(checked.fingerprint))
 
 
 # -- checking ---------------------------------------------------------------------------------------------------------

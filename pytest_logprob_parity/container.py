@@ -8,13 +8,15 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
+from .bounded import check_depth, parse_json, whole
 from .errors import GoldenError
 
 if TYPE_CHECKING:
@@ -149,6 +151,8 @@ def read_bytes(path: Path, *, head_only: bool = False) -> bytes:
             length = int.from_bytes(head, "little")
             if head_only:
                 return head + file.read(min(length, _MOST_HEADER))
+            head += file.read(min(length, _MOST_HEADER))
+            _check_size(path, head, about.st_size)  # a file that is mostly hole is not read
             file.seek(0)
             return file.read(about.st_size)
     except FileNotFoundError:
@@ -157,6 +161,14 @@ def read_bytes(path: Path, *, head_only: bool = False) -> bytes:
         raise GoldenError("a directory stands where the golden should be; move it away", path) from None
     except (OSError, ValueError) as error:  # ValueError: a path with NUL in it
         raise GoldenError(f"cannot be read: {getattr(error, 'strerror', None) or error}", path) from None
+
+
+def _check_size(path: Path, head: bytes, size: int) -> None:
+    """Raise GoldenError for a file whose header asks for another size."""
+    header, _ = _header(path, head)
+    stops = [_whole_numbers(entry.get("data_offsets")) for entry in header.values() if isinstance(entry, dict)]
+    if size - len(head) != max((offsets[-1] for offsets in stops if offsets), default=0):
+        raise damaged(path, f"its header does not fit its content ({size:,} bytes)")
 
 
 def _at_once(path: str, flags: int) -> int:
@@ -172,11 +184,12 @@ def _header(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     if len(data) < 8 or length > min(len(data) - 8, _MOST_HEADER):
         raise damaged(path, f"cut short, or no safetensors file ({len(data):,} bytes)")
     try:
-        header = json.loads(data[8 : 8 + length].decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
+        header = parse_json(data[8 : 8 + length].decode("utf-8"))
         texts = header[_METADATA]
         if data[8:9] != b"{" or not all(isinstance(text, str) for text in texts.values()):
             raise TypeError
-        metadata = json.loads(texts[_KEY], object_pairs_hook=_once)
+        metadata = json.loads(texts[_KEY], object_pairs_hook=_once, parse_int=whole)  # limits may be infinite
+        check_depth(metadata)
         schema = metadata["schema"]
         if type(schema) is not int or schema < 1:
             raise TypeError
@@ -199,10 +212,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
-
-
 def _digest_place(data: bytes | bytearray) -> int:
     """Where the 64 digits of the digest stand: behind its key in the header (quotes are escaped in there)."""
     length = int.from_bytes(data[:8], "little")
@@ -214,12 +223,13 @@ def _digest_place(data: bytes | bytearray) -> int:
 def replace_all(files: Mapping[Path, bytes | bytearray]) -> None:
     """Write several files: each whole or not at all, and none of them before all are on the disk.
 
-    What killed runs have left in the same folders is removed. Raises OSError where a file cannot be written; old files then
-    stay.
+    What killed runs have left in the same folders is removed. Raises OSError where a file cannot be written; all old files
+    then stay, or are put back.
     """
     umask = os.umask(0)
     os.umask(umask)
     staged: dict[Path, str] = {}
+    before: dict[Path, str | None] = {}
     with contextlib.ExitStack() as open_files:  # open, and so locked, until all have their places
         try:
             for folder in dict.fromkeys(path.parent for path in files):
@@ -234,12 +244,39 @@ def replace_all(files: Mapping[Path, bytes | bytearray]) -> None:
                 os.fsync(file.fileno())
                 os.chmod(staged[path], 0o666 & ~umask)  # mkstemp makes files that only their owner may read
             for path, name in staged.items():
+                before[path] = _kept(path, name) if len(staged) > 1 else None
                 os.replace(name, path)
         except BaseException:
-            for name in staged.values():
+            for path, name in staged.items():
                 with contextlib.suppress(OSError):
-                    os.unlink(name)
+                    if path in before and not Path(name).exists():  # it has its place already
+                        _put_back(path, before[path])
+                    else:
+                        os.unlink(name)
             raise
+        finally:
+            for old in filter(None, before.values()):
+                with contextlib.suppress(OSError):
+                    os.unlink(old)
+
+
+def _kept(path: Path, name: str) -> str | None:
+    """Another name of the file that is replaced, to put it back; None where there is none."""
+    old = f"{name.removesuffix(PART)}.old{PART}"
+    try:
+        os.link(path, old)
+    except FileNotFoundError:
+        return None
+    except OSError:  # no links here
+        shutil.copy2(path, old)
+    return old
+
+
+def _put_back(path: Path, old: str | None) -> None:
+    if old is None:
+        path.unlink()
+    else:
+        os.replace(old, path)
 
 
 def _clear_parts(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, TypeAlias
 
-from .visible_text import visible
+from .visible_text import visible, visible_line
 
 #: What kind of check was not met, as records and reports have it.
 Kind: TypeAlias = Literal["failed", "usage", "golden", "incomparable", "engine"]
@@ -20,7 +20,7 @@ class ParityError(AssertionError):
 
         Both may hold the text of a golden or a server: it is made visible here, whoever prints the message later.
         """
-        super().__init__(visible(reason if place is None else f"{place}: {reason}"))
+        super().__init__(visible(reason) if place is None else f"{visible_line(place)}: {visible(reason)}")
         self.reason, self.place = visible(reason), place
 
     def reason_beside(self, *places: object) -> str:

@@ -30,7 +30,7 @@ def compare_files(expected_path: Path, actual_path: Path, level: Level | None = 
     if told is None or told.golden_digest != expected.digest:
         return compare_goldens(expected, actual, level or "rl")
     checked = compare_goldens(expected, actual, level or told.level, told.limits)
-    if not (changed := _changed(_limits(expected, actual), told, level)):
+    if not (changed := _changed(limits_of(expected, actual), told, level)):
         return checked
     note = Note("as_in_its_run", f"as in the run that left it: {', '.join(changed)}")
     comparison = dataclasses.replace(checked.comparison, notes=(*checked.comparison.notes, note))
@@ -54,13 +54,14 @@ def compare_goldens(expected: Golden, actual: Golden, level: Level = "rl", limit
     policy = actual.trace.untruncated_logprobs
     setup = setup_class(expected.fingerprint if both else {}, apart)
     evidence = Evidence(expected.floor, expected.reference, expected.routed, setup=setup, policy_logprobs=policy)
-    comparison = judge(expected.trace, actual.trace, limits or _limits(expected, actual), level, evidence)
+    comparison = judge(expected.trace, actual.trace, limits or limits_of(expected, actual), level, evidence)
     if both and comparison.verdict == "fail" and not comparison.findings:  # as a check of an engine says it
         comparison = dataclasses.replace(comparison, findings=tuple(suspects(apart)))
     return Checked(expected, comparison, apart, actual.fingerprint, policy)
 
 
-def _limits(expected: Golden, actual: Golden) -> Tolerance:
+def limits_of(expected: Golden, actual: Golden) -> Tolerance:
+    """The limits of a golden against another: of its dtype, its noise floor and reference, and those it was recorded with."""
     defaults = default_tolerance(expected.trace.dtype, (expected.trace.path, actual.trace.path))
     known = with_reference(with_floor(defaults, expected.floor), expected.trace.logprobs, expected.reference)
     return make_tolerance(known, expected.tolerance)

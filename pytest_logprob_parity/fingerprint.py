@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .bounded import check_depth, read_text
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ def find_tokenizer(folder: Path) -> Path:
     return folder
 
 
+#: Bytes of a JSON file of a model folder, at most: the index of a large model has a few MB.
+_MOST_JSON: Final = 64 * 2**20
+
+
 @functools.lru_cache(maxsize=32)
 def model_digests(model: Path, tokenizer: Path) -> Mapping[str, str]:
     """Digests of what a model folder holds: `model`, `tokenizer`, `chat_template`, and `end_tokens`.
@@ -84,13 +89,15 @@ def model_digests(model: Path, tokenizer: Path) -> Mapping[str, str]:
     tensors), not the weights. In a hub cache the files are links named by their content: those names count too.
     """
     parts: dict[str, Any] = {}
-    config = json.loads((model / "config.json").read_text("utf-8"))
+    config = _table(model / "config.json")
     parts["config.json"] = {k: v for k, v in config.items() if k not in _VOLATILE}
     for file in sorted(model.glob("*.safetensors*")):
         if file.is_symlink():
             parts[file.name] = file.resolve().name
         elif file.suffix == ".json":
-            parts[file.name] = json.loads(file.read_text("utf-8"))
+            parts[file.name] = _table(file)
+        elif not file.is_file():
+            raise UsageError(f"{file}: no regular file, so this is no model folder")
         else:
             with file.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
@@ -106,6 +113,18 @@ def model_digests(model: Path, tokenizer: Path) -> Mapping[str, str]:
     }
 
 
+def _table(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder. Raises UsageError, in one line, for anything else."""
+    try:
+        found = json.loads(read_text(file, _MOST_JSON))
+        check_depth(found)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{file}: cannot be read as JSON: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{file}: holds {type(found).__name__}, a JSON object is expected")
+    return found
+
+
 def _experts(config: Mapping[str, Any]) -> int:
     """How many experts a layer of this config.json routes tokens to; 0 where none."""
     text = config.get("text_config")
@@ -116,7 +135,7 @@ def _experts(config: Mapping[str, Any]) -> int:
 def _end_tokens(model: Path, config: Mapping[str, Any]) -> Any:
     """The ids that end a completion; engines take them from generation_config.json, whatever else they take from it."""
     file = model / "generation_config.json"
-    generation = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    generation = _table(file) if file.is_file() else {}
     return generation.get("eos_token_id", config.get("eos_token_id"))
 
 

@@ -16,7 +16,7 @@ from .errors import IncomparableError, ParityError, UsageError
 from .records import Records, told_of
 from .settings import make_spec
 from .state import ASKED, EXPECTS, ITEM, NODE_ID, NOTED, ORIGIN, SESSION, Expected, pool_of, progress_shown, tell
-from .unchecked import raises_is_open
+from .unchecked import compared_something, raises_is_open
 
 if TYPE_CHECKING:
     from .belonging import Checked, Context
@@ -141,7 +141,9 @@ class GoldenTrace:
         """Where the golden of the check `name` lives."""
         from .golden import golden_path
 
-        return golden_path(self._session.golden_dir, self._node_id, name or "")
+        path = golden_path(self._session.golden_dir, self._node_id, name or "")
+        self._item.stash.setdefault(ASKED, set()).add(path)  # whoever has the path may compare with it
+        return path
 
     def check(
         self,
@@ -168,7 +170,6 @@ class GoldenTrace:
         if name is not None and (not isinstance(name, str) or _is_broken(name)):
             raise UsageError(f"check(name={name!r}): must be a string, without lone surrogates")
         path = self.path(name)
-        self._item.stash.setdefault(ASKED, set()).add(path)
         seen: list[Checked] = []
         context = self._context(path, name, seen.append)
         arguments: dict[str, Any] = {
@@ -190,7 +191,7 @@ class GoldenTrace:
             record = functools.partial(self._candidate, engine=engine_or_trace, context=context, arguments=arguments)
             kept = self._records.keep(path, context.name, checked, record)
             outcome: Outcome = "unverified" if found.comparison.verdict == "unverified" else found.kind
-            if outcome == "unverified" and self._session.warn_unverified:
+            if outcome == "unverified" and self._session.warn_unverified and compared_something(found):
                 self._records.note(context, "warned", str(found), found.comparison, checked, kept)
                 return found.comparison
             expected = self._is_expected(found)
@@ -218,17 +219,25 @@ class GoldenTrace:
 
         `with golden_trace.expect_failure() as expected:` takes the failure of a check in it, which is `expected.error` then,
         its comparison `expected.comparison`; a check that passes there is the test's failure. The call alone is for a test that
-        takes the exception itself. Without either a test that swallows a failure ends in an error.
+        takes the exception itself. Without either a test that swallows a failure ends in an error. What is waited for is a
+        comparison that fails: never a missing golden, a slip or an engine that does not start. Nothing is recorded meanwhile:
+        a check before it, of the same name, has the golden.
         """
         self._item.stash[EXPECTS] = expected = Expected()
         return expected
 
     def _is_expected(self, error: Exception) -> bool:
+        if not isinstance(error, ParityError):
+            return False
+        if (expects := self._expects()) is not None:
+            expects.failed = compared_something(error)
+            return expects.failed
+        return raises_is_open(error)
+
+    def _expects(self) -> Expected | None:
+        """The failure that is waited for now."""
         expects = self._item.stash.get(EXPECTS, None)
-        if expects is not None and not expects.over:
-            expects.failed = True
-            return True
-        return isinstance(error, ParityError) and raises_is_open(error)
+        return None if expects is None or expects.over else expects
 
     async def check_async(
         self,
@@ -289,7 +298,8 @@ class GoldenTrace:
 
         if self._session.variant:
             return variant_path(path, self._session.variant)
-        return (to_record if self._session.update == "all" else to_compare)(path, engine)
+        records = self._session.update == "all" and self._expects() is None
+        return (to_record if records else to_compare)(path, engine)
 
     def _orphans(self) -> list[Path]:
         """Goldens that could be this test's by another name: what no test has, and what no check of this one has asked for."""
@@ -304,14 +314,15 @@ class GoldenTrace:
         from .golden import ignore_parts, is_there
 
         __tracebackhide__ = True
-        if context.name in self._names:
+        waiting = self._expects() is not None
+        if context.name in self._names and not waiting:
             raise UsageError(
                 f"two checks named {context.name!r} in one test"
                 if context.name
                 else "a second check in one test needs a name: check(..., name='...')"
             )
         self._names.add(context.name)
-        update = self._session.update
+        update = "" if waiting else self._session.update
         record = update == "all" or (update == "missing" and not is_there(path))
         try:
             comparison = check_golden(path, engine, update=record, context=context, **arguments)

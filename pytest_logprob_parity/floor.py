@@ -16,6 +16,8 @@ from .errors import UsageError
 
 #: How often recording replays its tokens, unless told otherwise.
 REPEATS: Final = 5
+#: No batch is larger, and no trace is cut into more blocks.
+_MOST: Final = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,11 @@ class Shapes:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for number in (*self.batch_sizes, self.fillers, self.blocks, self.seed):
+            if type(number) is not int or not 0 <= number <= _MOST:
+                raise UsageError(
+                    f"Shapes: sizes, fillers, blocks and seed are whole numbers up to {_MOST:,}, not {number!r:.30}"
+                )
         if len(self.batch_sizes) != len(self.weights) or min(self.batch_sizes, default=0) < 1:
             raise UsageError("Shapes: batch_sizes are 1 or more, each with its weight")
         if min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-9 or self.fillers < 1 or self.blocks < 1:

@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from . import container
+from .bounded import write_new
 from .errors import GoldenError, UsageError
 from .floor import NoiseFloor, Shapes
 from .grammar import counted
@@ -111,7 +112,7 @@ class Golden:
         texts = {name: about.pop(name) for name in ("prompts_digest", "node_id", "name")}
         prints, tolerance, drawn = about.pop("fingerprint"), about.pop("tolerance", {}), about.pop("floor", None)
         told = about.pop("reference", None)
-        parts = [prints, tolerance, *(prints.get(part, {}) for part in ("engine", "hardware", "config"))]
+        parts = [prints, tolerance, *(prints.get(part, {}) for part in ("engine", "hardware", "config", "libraries"))]
         if about or not all(isinstance(text, str) for text in texts.values()):
             raise ValueError(f"unknown: {', '.join(about)}" if about else "texts that are none")
         if (
@@ -120,6 +121,9 @@ class Golden:
             or ((told is None) != (column is None))
         ):
             raise ValueError("parts are missing")
+        if any(type(limit) not in (int, float) or not limit >= 0 for limit in tolerance.values()):
+            raise ValueError(f"limits are numbers, 0 or more, not {list(tolerance.values())!r:.60}")
+        tolerance = {name: float(limit) for name, limit in tolerance.items()}
         floor = None
         if drawn is not None:
             if repeats.shape[1:] != (trace.num_tokens,):
@@ -188,7 +192,7 @@ def is_there(path: Path) -> bool:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL, or what no file system can name
         return True
     return True
 
@@ -197,8 +201,7 @@ def ignore_parts(folder: Path) -> None:
     """Keep the unfinished files of killed runs out of git: a .gitignore in the folder of the goldens, where it has none."""
     ignore = folder / ".gitignore"
     with contextlib.suppress(OSError):  # the goldens are written, and that is what counts
-        if not ignore.exists():
-            ignore.write_text(f".*{container.PART}\n", "utf-8")
+        write_new(ignore, f".*{container.PART}\n")
 
 
 def variants_at(path: Path) -> list[Path]:
@@ -209,11 +212,15 @@ def variants_at(path: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Claim:
-    """A golden's file, and the check that it says it belongs to. What counts is the path: the check that asks for it has it."""
+    """A golden's file, and the check that it says it belongs to. What counts is the path: the check that asks for it has it.
+
+    `golden` is false for a trace that stands there.
+    """
 
     path: Path
     node_id: str
     name: str
+    golden: bool = True
 
     def is_of(self, root: Path, node_id: str) -> bool:
         """Whether a check of this test, by this golden's name, asks for this file, or for one whose variant it is."""
@@ -226,11 +233,11 @@ def claims_in(folder: Path) -> list[Claim]:
     for path in _goldens_in(folder):
         try:
             about = container.read_metadata(path).get("golden", {})
-            texts = [about.get("node_id", ""), about.get("name", "")]
+            node_id, name = about.get("node_id", ""), about.get("name", "")
         except (GoldenError, AttributeError):
             continue
-        if all(isinstance(text, str) for text in texts):
-            found.append(Claim(path, *texts))
+        if isinstance(node_id, str) and isinstance(name, str):
+            found.append(Claim(path, node_id, name, golden=bool(about)))
     return found
 
 
@@ -252,8 +259,8 @@ def goldens_without_file(root: Path, tests: Path) -> list[Path]:
     """Goldens below `root` whose test file is gone from below `tests`: the one that their folder is of, and their own."""
     gone: list[Path] = []
     for folder in sorted({path.parent for path in _goldens_in(root, "**/")}):
-        if not (tests / folder.relative_to(root)).with_suffix(".py").exists():
-            gone += [c.path for c in claims_in(folder) if c.node_id and not (tests / c.node_id.partition("::")[0]).exists()]
+        if not is_there((tests / folder.relative_to(root)).with_suffix(".py")):
+            gone += [c.path for c in claims_in(folder) if c.node_id and not is_there(tests / c.node_id.partition("::")[0])]
     return gone
 
 

@@ -41,13 +41,13 @@ def moves(old: str, new: str, name: str | None, root: Path, golden_dir: Path) ->
     """
     if old.endswith(SUFFIX):
         path = variant_path(root / old, "")
-        found = [claim for claim in claims_in(path.parent) if variant_path(claim.path, "") == path]
+        found = [claim for claim in claims_in(path.parent) if variant_path(claim.path, "") == path and claim.golden]
         if not found:
             raise UsageError(f"move: {old} is no golden that can be read")
     else:
         found = _claims_of(old, root / golden_dir)
         if not found:
-            raise UsageError(f"move: no golden below {golden_dir} belongs to {old}")
+            raise UsageError(f"move: no golden below {golden_dir} belongs to {old}; --golden-dir names another folder")
     if _COLONS not in new and (old.endswith(SUFFIX) or _COLONS in old):
         raise UsageError(f"move: {new!r} is no test; give it as pytest names it: tests/test_it.py::test_it")
     if name is not None and len({claim.name for claim in found}) > 1:
@@ -116,9 +116,16 @@ class _Collector:
         own, cache = session.config.stash[SESSION], getattr(session.config, "cache", None)
         remembered = None if cache is None else cache.get(UNCOMPARED, None)
         self.root = own.root
-        unasked = None if remembered is None else tuple(path for path in remembered if (own.root / path).is_file())
+        goldens = {claim.path.resolve() for folder in _folders(own.golden_dir) for claim in claims_in(folder)}
+        unasked = None  # the cache is a file that anybody may have written: goldens are what is removed, and nothing else
+        if isinstance(remembered, list):
+            unasked = tuple(p for p in remembered if isinstance(p, str) and (own.root / p).resolve() in goldens)
         if not session.testsfailed:
             self.found = Unused(tuple(sorted(own.unused)), unasked)
+
+
+def _folders(golden_dir: Path) -> list[Path]:
+    return sorted({path.parent for path in golden_dir.rglob(f"*{SUFFIX}")})
 
 
 def find_unused(root: Path) -> tuple[Unused, Path]:

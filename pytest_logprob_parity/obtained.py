@@ -17,6 +17,7 @@ from typing import Final, get_args
 
 from . import container
 from .belonging import Checked
+from .bounded import write_new
 from .comparison.result import LEVELS, Level, Setup, Verdict
 from .comparison.tolerance import Tolerance
 from .errors import GoldenError, ParityError, UsageError
@@ -114,14 +115,14 @@ def read(path: Path) -> Obtained:
         if any(texts[name] not in known for name, known in _KNOWN.items()):
             raise ValueError
         return Obtained(**texts, limits=None if limits is None else Tolerance.from_json(limits))
-    except (KeyError, TypeError, ValueError, AttributeError, UsageError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, UsageError):
         raise GoldenError(
             "another version of pytest-logprob-parity left it; accept it with that one, or run again", path
         ) from None
 
 
-def find(places: Sequence[Path]) -> Iterator[tuple[Path, Obtained]]:
-    """The obtained traces in folders (at any depth) and files, in order.
+def find(places: Sequence[Path], junk: list[GoldenError]) -> Iterator[tuple[Path, Obtained]]:
+    """The obtained traces in folders (at any depth) and files, in order; `junk` gets what is wrong with files in folders.
 
     Raises UsageError for a place that does not exist or a folder without any, GoldenError for a file that is none.
     """
@@ -129,8 +130,16 @@ def find(places: Sequence[Path]) -> Iterator[tuple[Path, Obtained]]:
         if not place.exists():
             raise UsageError(f"{place}: there is no such folder; failing checks leave {OBTAINED}/ in the root of their run")
         files = sorted(place.rglob(f"*{SUFFIX}")) if place.is_dir() else [place]
-        found = [(file, read(file)) for file in files if not file.name.endswith(_CANDIDATE)]
-        if not found:
+        found = []
+        for file in files:
+            if not file.name.endswith(_CANDIDATE):
+                try:
+                    found.append((file, read(file)))
+                except GoldenError as error:
+                    if not place.is_dir():
+                        raise
+                    junk.append(error)
+        if not found and not junk:
             raise UsageError(f"{place}: no obtained traces in it; failing checks leave them in {OBTAINED}/")
         yield from found
 
@@ -144,7 +153,7 @@ def folder_for(root: Path) -> Path:
     """The folder below `root`, which carries its own .gitignore. Raises OSError."""
     folder = root / OBTAINED
     folder.mkdir(exist_ok=True)
-    (folder / ".gitignore").write_text("*\n", "utf-8")
+    write_new(folder / ".gitignore", "*\n")
     return folder
 
 

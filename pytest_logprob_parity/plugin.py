@@ -17,11 +17,11 @@ from .outcomes import Outcomes
 from .records import Records
 from .server_settings import check_url
 from .settings import make_spec, marker_settings, parse_settings
-from .state import ASKED, GREEN, ITEM, NODE_ID, ORIGIN, RAISED, SESSION, TALLIED, ItemSettings, Session, node_id_of
+from .state import ASKED, ENDED, ITEM, NODE_ID, ORIGIN, RAISED, SESSION, TALLIED, ItemSettings, Session, node_id_of
 from .summary import one_line
 from .time_limits import TimeLimits
 from .trainer.frameworks import FRAMEWORKS
-from .unchecked import comparisons_made, look_at_the_end
+from .unchecked import Subtests, comparisons_made, look_at_the_end
 
 if TYPE_CHECKING:
     from .report.folder import Run
@@ -207,6 +207,7 @@ def pytest_configure(config: pytest.Config) -> None:
         variant=variant, history=history, limits=limits,
     )  # fmt: skip
     config.stash[SESSION] = session
+    config.pluginmanager.register(Subtests(session.subtests), "logprob_parity_subtests")
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(config, session, run), "logprob_parity_outcomes")
 
@@ -372,7 +373,7 @@ def _is_dir(folder: Path) -> bool:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     __tracebackhide__ = True
-    item.stash[GREEN], item.stash[TALLIED] = False, comparisons_made()
+    item.stash[ENDED], item.stash[TALLIED] = "", comparisons_made()
     item.stash[ASKED] = set()
     Records(item, item.stash.get(NODE_ID, item.nodeid)).drop()
     settings = item.stash.get(ITEM, None)
@@ -409,8 +410,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if origin == RAISED or (not origin and isinstance(error, ParityError) and error.kind != ParityError.kind):
             Records(item, item.stash.get(NODE_ID, item.nodeid)).note_error(error)
     report = yield
-    if call.when == "call":
-        item.stash[GREEN] = report.passed and not hasattr(report, "wasxfail")
+    xfailed = report.skipped and hasattr(report, "wasxfail")
+    if call.when == "call" or (call.when == "setup" and report.skipped):
+        item.stash[ENDED] = "passed" if report.passed else "skipped" if report.skipped and not xfailed else ""
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is not None and call.excinfo is not None and isinstance(call.excinfo.value, ParityError):
         crash.message = one_line(call.excinfo.value)  # for the short summary, which would repeat the class and cut the rest

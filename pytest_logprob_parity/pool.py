@@ -19,6 +19,7 @@ from .errors import EngineError, ParityError, UsageError
 from .server_settings import SERVER, SERVER_SETTINGS
 from .spec import EngineSpec, Sampling
 from .time_limits import TimeLimits
+from .visible_text import visible_line
 
 if TYPE_CHECKING:
     from .engines.base import Backend, ResolvedConfig
@@ -52,7 +53,7 @@ class Engine:
         self.weight_version = 0
 
     def __repr__(self) -> str:
-        return f"<Engine {self.spec}>"
+        return f"<Engine {visible_line(self.spec)}>"
 
     @property
     def config(self) -> ResolvedConfig:

@@ -143,6 +143,16 @@ class Records:
             record["part"] = self._write_part(self._session.report, about, record, comparison, checked)
         note_outcome(self._item, record)
 
+    def write_part_of(self, error: ParityError, golden: str) -> str:
+        """The part of the report of an error that no check told of; "" where there is no report."""
+        from .belonging import Context
+
+        if self._session.report is None:
+            return ""
+        context = Context(node_id=self._node_id, shown_path=golden)
+        record = {"outcome": error.kind, "headline": str(error).splitlines()[0]}
+        return self._write_part(self._session.report, self._about(context, "usage", str(error), None), record, None, None)
+
     def _about(self, context: Context, outcome: Outcome, message: str, kept: Kept | None) -> dict[str, Any]:
         file, line, _ = self._item.location
         bad = outcome not in ("passed", "recorded")

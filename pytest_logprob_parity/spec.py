@@ -252,6 +252,7 @@ class Sampling:
             (0 <= self.min_tokens <= self.max_tokens, f"min_tokens={self.min_tokens}: must be from 0 to max_tokens"),
             (self.n >= 1, f"n={self.n}: must be 1 or more"),
             (self.logprobs >= 1, f"logprobs={self.logprobs}: must be 1 or more; they are what is compared"),
+            (max(self.top_k, self.max_tokens, self.n, self.logprobs) < 2**31, "no number of tokens or samples is 2^31 or more"),
         ):
             if not ok:
                 raise UsageError(f"Sampling({what})")

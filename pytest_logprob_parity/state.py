@@ -59,6 +59,7 @@ class Session:
     node_ids: dict[str, Path] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
     uncompared: set[str] = field(default_factory=set)
+    subtests: set[str] = field(default_factory=set)
     claims: dict[Path, list[Claim]] = field(default_factory=dict)
 
     def shown(self, path: Path) -> str:
@@ -101,8 +102,9 @@ SESSION: Final = pytest.StashKey[Session]()
 ITEM: Final = pytest.StashKey[ItemSettings]()
 NODE_ID: Final = pytest.StashKey[str]()
 POOL: Final = pytest.StashKey["Pool"]()
-#: Whether the test itself passed, which goldens it asked for, and how many comparisons had been made when it began.
-GREEN: Final = pytest.StashKey[bool]()
+#: How the test itself ended (`passed`, `skipped`, "" for anything else), which goldens it asked for, and how many comparisons
+#: had been made when it began.
+ENDED: Final = pytest.StashKey[str]()
 ASKED: Final = pytest.StashKey[set[Path]]()
 TALLIED: Final = pytest.StashKey[int]()
 #: In pytest's cache: goldens that no check of their test asked for, when it last passed here.

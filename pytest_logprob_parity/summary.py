@@ -69,6 +69,8 @@ def summary(
         yield _line(f"  unused, its test is gone: {path}", "yellow")
     for path in uncompared:
         yield _line(f"  unused, no check of its test asked for it: {path}", "yellow")
+    if (unused or uncompared) and verbosity >= 0:
+        yield Line("  renamed? `logprob-parity move`; to be removed: `logprob-parity prune`")
 
 
 def one_line(error: ParityError) -> str:

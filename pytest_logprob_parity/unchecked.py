@@ -7,12 +7,14 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import MethodType
 from typing import Any, Final
 
 import pytest
 
 from .errors import ParityError, UsageError
-from .state import ASKED, EXPECTS, GREEN, NODE_ID, NOTED, ORIGIN, PROPERTY, SESSION, TALLIED, UNCOMPARED, note_outcome
+from .records import Records
+from .state import ASKED, ENDED, EXPECTS, NODE_ID, NOTED, ORIGIN, PROPERTY, SESSION, TALLIED, UNCOMPARED, note_outcome
 
 #: Outcomes of checks that fail nobody's test.
 _MET: Final = ("passed", "recorded", "warned")
@@ -34,25 +36,36 @@ def comparisons_made() -> int:
 def raises_is_open(error: ParityError) -> bool:
     """Whether the test waits for this very error: in a `pytest.raises` that names an exception of ours.
 
-    One that names AssertionError or Exception would take anything. pytest does not tell which are open, so the living ones
-    are looked at: a few milliseconds, for a check that fails.
+    One that names AssertionError or Exception would take anything. pytest does not tell which are open; but for as long as a
+    `with` block runs, the interpreter holds the `__exit__` that is bound to its object. So the living ones are looked at: a
+    few milliseconds, for a check that fails.
     """
     for thing in gc.get_objects():
-        kind = type(thing)
-        if kind.__name__ in _RAISES and str(kind.__module__).startswith("_pytest."):
-            named = getattr(thing, "expected_exceptions", None) or getattr(thing, "expected_exception", ())
-            named = named if isinstance(named, tuple) else (named,)
-            fits = isinstance(error, named) and all(issubclass(one, ParityError) for one in named)
-            if fits and _waits(getattr(thing, "excinfo", None)):
-                return True
+        if type(thing) is MethodType and getattr(thing.__func__, "__name__", "") == "__exit__":
+            raises = thing.__self__
+            if type(raises).__name__ in _RAISES and str(type(raises).__module__).startswith("_pytest."):
+                named = getattr(raises, "expected_exceptions", None) or getattr(raises, "expected_exception", ())
+                named = named if isinstance(named, tuple) else (named,)
+                if isinstance(error, named) and all(issubclass(one, ParityError) for one in named):
+                    return compared_something(error) if ParityError in named or error.kind == ParityError.kind else True
     return False
 
 
-def _waits(excinfo: Any) -> bool:
-    try:
-        return excinfo is not None and excinfo.value is None
-    except AssertionError:  # nothing was raised in it yet
-        return True
+class Subtests:
+    """Collects the tests with a subtest that failed: its own report tells of it, though the test may pass."""
+
+    def __init__(self, failed: set[str]) -> None:
+        self._failed = failed
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and getattr(report, "context", None) is not None:
+            self._failed.add(report.nodeid)
+
+
+def compared_something(error: ParityError) -> bool:
+    """Whether a failure is that of a comparison: not of a golden that is missing, of a slip, or of nothing in common."""
+    comparison = getattr(error, "comparison", None)
+    return comparison is not None and bool(comparison.metrics["n_tokens"] or comparison.metrics["n_nan"])
 
 
 def look_at_the_end(item: pytest.Item, *, marked: bool) -> None:
@@ -61,20 +74,23 @@ def look_at_the_end(item: pytest.Item, *, marked: bool) -> None:
     Its records say so then. Fixtures have ended: they may check, too.
     """
     __tracebackhide__ = True
-    if not item.stash.get(GREEN, False):
+    ended = item.stash.get(ENDED, "")
+    if not ended:
         return
     records = [json.loads(str(value)) for name, value in item.user_properties if name == PROPERTY]
     swallowed = [record for record in records if record["outcome"] not in _MET and not record.get("expected")]
-    if swallowed:
+    if swallowed and item.nodeid not in item.config.stash[SESSION].subtests:
         _mark(item, swallowed)
         first = swallowed[0]
         more = f", and {len(swallowed) - 1} more" if len(swallowed) > 1 else ""
         raise _told(
             ParityError(
-                f"swallowed: the test passes, and its check failed{more}: {first['headline']}\nLet it fail; where the failure "
-                "is what the test is about, say `with golden_trace.expect_failure():`"
+                f"swallowed: the test is {ended}, and its check failed{more}: {first['headline']}\nLet it fail; where the "
+                "failure is what the test is about, say `with golden_trace.expect_failure():`"
             )
         )
+    if ended == "skipped":
+        return
     expects = item.stash.get(EXPECTS, None)
     if expects is not None and not expects.failed:
         raise _told(ParityError("golden_trace.expect_failure(): the test passes, and no check of it failed"))
@@ -98,14 +114,15 @@ def _look_for_unchecked(item: pytest.Item, *, checked: bool, marked: bool) -> No
     names = ", ".join(session.shown(path) for path in own)
     headline = f"nothing was compared, with {names}" if own else "nothing was compared, and there is no golden"
     test = item.stash.get(NODE_ID, item.nodeid)
-    note_outcome(item, {"outcome": UNCHECKED, "test": test, "golden": names, "headline": headline, "fails": fails})
+    error = UsageError(
+        f"unchecked: the test passes and has compared nothing{f': nobody looked at {names}' if own else ''}\nCall "
+        "golden_trace.check(...) in it; ini `parity_unchecked = warn` makes a warning of this"
+    )
+    part = Records(item, test).write_part_of(error, names) if fails else ""
+    about = {"outcome": UNCHECKED, "test": test, "golden": names, "headline": headline, "fails": fails}
+    note_outcome(item, {**about, "part": part} if part else about)
     if fails:
-        raise _told(
-            UsageError(
-                f"unchecked: the test passes and has compared nothing{f': nobody looked at {names}' if own else ''}\nCall "
-                "golden_trace.check(...) in it; ini `parity_unchecked = warn` makes a warning of this"
-            )
-        )
+        raise _told(error)
 
 
 def _without_variant(path: Path) -> Path:
@@ -122,7 +139,8 @@ def _told(error: ParityError) -> ParityError:
 
 def remember(cache: Any, asked: Iterable[str], uncompared: Iterable[str]) -> None:
     """Keep in pytest's cache, for `logprob-parity prune`, which goldens no check of a test that passed asked for."""
-    before = set(cache.get(UNCOMPARED, None) or ())
+    kept = cache.get(UNCOMPARED, None)
+    before = {path for path in kept if isinstance(path, str)} if isinstance(kept, list) else set()
     cache.set(UNCOMPARED, sorted((before - set(asked)) | set(uncompared)))
 
 

@@ -39,8 +39,13 @@ def to_record(path: Path, engine: Engine | Trace) -> Path:
         return path
     known = _known_of(engine)
     nearest = _nearest(there, known)
-    then, now = _kind_of(_about(nearest)), _kind_of(known)
-    return variant_path(path, name_of(known)) if then and now and then != now else nearest
+    return variant_path(path, name_of(known)) if of_other_kinds(_about(nearest), known) else nearest
+
+
+def of_other_kinds(golden: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of machines of other kinds: another GPU, or a GPU and a CPU."""
+    kinds = {_kind_of(golden), _kind_of(now)}
+    return len(kinds) == 2 and "" not in kinds
 
 
 def name_of(known: Mapping[str, Any]) -> str:

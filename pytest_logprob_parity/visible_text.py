@@ -13,6 +13,8 @@ from typing import Any, Final
 _LONGEST: Final = 400
 _PICTURES: Final = 0x2400  # U+2400 to U+2421 draw the control characters
 _OBEYED: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+#: Drawn as nothing, whatever their category says: Unicode's Default_Ignorable_Code_Point, and blanks that are no spaces.
+_UNSEEN: Final = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 #: What a CI's log obeys: GitHub's `::error::` at the beginning of a line, `##[error]` and Azure's `##vso[...]` anywhere.
 _COMMAND: Final = re.compile(r"^(\s*)::|##(?=\w*\[)", re.MULTILINE)
 #: One character that is not plain ASCII: what has none is shown as it is.
@@ -51,7 +53,7 @@ def _bracketed(match: re.Match[str]) -> str:
 
 
 def _symbol(char: str) -> str:
-    if unicodedata.category(char) not in _OBEYED:
+    if unicodedata.category(char) not in _OBEYED and not _UNSEEN.match(char):
         return char
     code = ord(char)
     if code < 0x20:

@@ -118,6 +118,35 @@ def test_accept_is_harmless(tmp_path, capsys):
         assert_harmless(out + err)
 
 
+def test_a_file_name_forges_no_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "x\nFORGED\n1 accepted; commit the goldens\n.safetensors"
+    (tmp_path / name).write_bytes(b"junk")
+    golden_of().save(tmp_path / f"golden{name}")
+    for arguments in (
+        ["accept", name],
+        ["show", name],
+        ["show", f"golden{name}"],
+        ["diff", name, name],
+        ["report", name, name],
+    ):
+        _, out, err = command(capsys, *arguments)
+        assert_harmless(out + err)
+        assert "\n1 accepted" not in out + err
+
+
+def test_an_engine_among_a_tests_arguments_is_harmless():
+    from pytest_logprob_parity import EngineSpec
+    from pytest_logprob_parity.pool import Pool
+
+    assert_harmless(repr(Pool().engine(EngineSpec(HOSTILE))))
+
+
+@pytest.mark.parametrize("code", [0x34F, 0x115F, 0x17B4, 0x180B, 0x2800, 0x3164, 0xFE0F, 0xFFA0, 0xE0100])
+def test_what_is_drawn_as_nothing_is_shown_by_its_code(code):
+    assert visible(f"a{chr(code)}b") == f"a⟨U+{code:04X}⟩b"
+
+
 TEST = """
 import os
 from pytest_logprob_parity import Golden, Trace

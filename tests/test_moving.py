@@ -1,5 +1,6 @@
 """A rename, a test that is gone, a second machine: what the messages say to do is enough."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ from reporting import command
 
 from pytest_logprob_parity import Golden, container
 from pytest_logprob_parity.golden import golden_path, variant_path
+from pytest_logprob_parity.obtained import Obtained, candidate_path
 from pytest_logprob_parity.variants import name_of, to_compare, to_record
 
 SOURCE = """
@@ -69,11 +71,28 @@ def test_a_renamed_test_is_told_the_command_that_gives_it_its_golden(repo, pytes
     assert golden == golden_path(pytester.path / "golden", loaded.node_id, loaded.name)
 
 
+def test_of_several_the_golden_of_the_same_name_is_offered(pytester, run_inner, capsys):
+    body = SOURCE + "\n".join(
+        f"def test_{name}(golden_trace):\n    golden_trace.check(rollouts({number}))" for number, name in enumerate("abc")
+    ).replace("rollouts(", "rollouts(-0.1 * ")  # fmt: skip
+    pytester.makepyfile(test_it=body)
+    run_inner("--update-golden").assert_outcomes(passed=3)
+    (pytester.path / "test_it.py").rename(pytester.path / "test_new.py")
+    result = run_inner()
+    result.assert_outcomes(failed=3)
+    told = [
+        shlex.split(line.partition("logprob-parity ")[2]) for line in result.outlines if "logprob-parity move golden" in line
+    ]
+    for arguments in {tuple(a) for a in told if a[-1].count("::")}:
+        assert command(capsys, *arguments)[0] == 0
+    run_inner().assert_outcomes(passed=3)  # each has its own
+
+
 def test_a_golden_of_other_prompts_is_not_offered(repo, pytester, run_inner):
     pytester.makepyfile(test_it=ONE.replace("test_one", "test_other").replace("rollouts())", "rollouts(seed=1))"))
     result = run_inner()
     result.assert_outcomes(failed=1)
-    assert "logprob-parity move" not in result.stdout.str()
+    assert "logprob-parity move golden" not in result.stdout.str()
 
 
 def test_a_golden_that_git_moved_with_its_test_is_its_own(repo, pytester, run_inner, capsys, monkeypatch):
@@ -202,6 +221,27 @@ def test_another_kind_of_machine_records_a_golden_of_its_own(recorded):
     path = recorded(CPU, GPU)
     assert to_record(path, Machine(GPU)) == variant_path(path, "nvidia-h200")
     assert to_record(path, Machine(CPU)) == path
+
+
+def test_accepting_on_another_kind_of_machine_writes_beside_the_golden(pytester, run_inner, capsys, recorded):
+    """As --update-golden would have done there."""
+    path = recorded({**CPU, "model": "m"})
+    before = path.read_bytes()
+    left = pytester.path / "parity-obtained" / "test_it" / path.name
+    golden = Golden.load(path)
+    there = {**GPU, "model": "m"}
+    candidate = dataclasses.replace(golden, fingerprint=there)
+    candidate.save(candidate_path(left))
+    told = Obtained(
+        str(path.relative_to(pytester.path)), golden.digest, golden.node_id, "", "unverified", "too few", "rl", "compatible",
+        Golden.load(candidate_path(left)).digest,
+    )  # fmt: skip
+    candidate.save(left, also={"obtained": vars(told)})
+    status, out, _ = command(capsys, "accept", "--yes")
+    assert status == 0
+    assert "@nvidia-h200.safetensors, beside golden/" in out
+    assert path.read_bytes() == before
+    assert variant_path(path, "nvidia-h200").read_bytes() == candidate_path(left).read_bytes()
 
 
 def test_a_variant_by_name_is_recorded_checked_listed_and_differs(repo, pytester, run_inner, capsys):

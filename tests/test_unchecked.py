@@ -174,6 +174,73 @@ def test_what_fails_after_the_failure_that_was_waited_for_is_swallowed(pytester,
     assert "logprob-parity: 2 checked, 1 failed and swallowed by its test, 1 failed as expected" in result.outlines
 
 
+SKIPS = {
+    "in the test": "def test_it(golden_trace):\n    try:\n        golden_trace.check(moved())\n"
+    "    except AssertionError:\n        pytest.skip('flaky')",
+    "in a fixture": "@pytest.fixture\ndef checked(golden_trace):\n    try:\n        golden_trace.check(moved())\n"
+    "    except Exception as error:\n        pytest.skip(f'engine: {error}')\ndef test_it(checked):\n    pass",
+}
+
+
+@pytest.mark.parametrize("way", SKIPS)
+def test_a_failure_that_becomes_a_skip_is_swallowed(pytester, run_inner, write, way):
+    write(SKIPS[way])
+    result = run_inner()
+    result.assert_outcomes(skipped=1, errors=1)
+    assert "logprob-parity: 1 checked, 1 failed and swallowed by its test" in result.outlines
+
+
+NO_FAILURES = {
+    "no golden": "golden_trace.check(rollouts(), name='none')",
+    "a slip": "golden_trace.check(rollouts(), level='nois')",
+    "nothing in common": "golden_trace.check(Trace.from_sequences([dict(prompt_token_ids=[99], token_ids=[3], "
+    "logprobs=[-1.0])]))",
+}
+
+
+@pytest.mark.parametrize("wait", ["golden_trace.expect_failure()", "pytest.raises(ParityError)"])
+@pytest.mark.parametrize("what", NO_FAILURES)
+def test_what_compared_nothing_is_not_the_failure_that_is_waited_for(pytester, run_inner, write, wait, what):
+    write(f"def test_it(golden_trace):\n    golden_trace.path()\n    with {wait}:\n        {NO_FAILURES[what]}", 0.0)
+    result = run_inner()
+    assert result.ret == 1
+    assert "failed as expected" not in result.stdout.str()
+
+
+def test_nothing_is_recorded_while_a_failure_is_waited_for(pytester, run_inner):
+    body = "def test_it(golden_trace):\n    golden_trace.check(rollouts())\n" \
+           "    with golden_trace.expect_failure() as expected:\n        golden_trace.check(moved())\n    assert expected.comparison.verdict == 'fail'\n"  # fmt: skip
+    pytester.makepyfile(test_it=HEAD.replace("__SHIFT__", "-0.3") + body)
+    run_inner("--update-golden").assert_outcomes(passed=1)
+    run_inner().assert_outcomes(passed=1)
+
+
+def test_an_open_raises_of_another_test_waits_for_nothing(pytester, run_inner, write):
+    write("OPEN = pytest.raises(ParityError)\nOPEN.__enter__()\n" + SWALLOWED["suppress"])
+    assert "swallowed by its test" in run_inner().stdout.str()
+
+
+def test_a_failing_subtest_tells_of_itself(pytester, run_inner, write):
+    write("def test_it(golden_trace, subtests):\n    with subtests.test('one'):\n        golden_trace.check(moved())")
+    if "fixture 'subtests' not found" in (result := run_inner()).stdout.str():
+        pytest.skip("pytest 9 has subtests")
+    assert "swallowed" not in result.stdout.str()
+    assert result.ret == 1
+
+
+def test_nothing_compared_is_red_where_what_is_unverified_only_warns(pytester, run_inner, write):
+    write(f"def test_it(golden_trace):\n    {NO_FAILURES['nothing in common']}")
+    pytester.makeini("[pytest]\nparity_unverified = warn")
+    run_inner().assert_outcomes(failed=1)
+
+
+def test_an_unchecked_test_is_in_the_report(pytester, run_inner, write):
+    write(NOTHING["an empty body"])
+    run_inner("--parity-report=report")
+    (check,) = json.loads((pytester.path / "report" / "results.json").read_text())["checks"]
+    assert (check["outcome"], check["node_id"]) == ("usage", "test_it.py::test_it")
+
+
 def test_an_xfail_is_expected(pytester, run_inner, write):
     write("@pytest.mark.xfail\n" + CHECKS)
     result = run_inner()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from .. import __version__, progress
-from ..errors import ParityError
+from ..errors import EngineError, ParityError
 from ..spec import nearest
 from ..visible_text import visible_line
 from . import accept, bisect, diagnose, diff, history, matrix, move, prune, report, selftest, serve, show
@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _ended_as_by_ctrl_c(), progress.shown_on(None if quiet else _write):
             return int(given.run(given))
     except ParityError as error:
-        print(f"logprob-parity: {error}", file=sys.stderr)
+        told = str(error) if isinstance(error, EngineError) else visible_line(error)  # an engine's own words may have lines
+        print(f"logprob-parity: {told}", file=sys.stderr)
     except BrokenPipeError:
         pass
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,5 +56,6 @@ def text_of(checked: Checked, expected: Path, actual: Path) -> str:
     comparison = checked.comparison
     if comparison.passed:
         return "\n".join([f"pass: {comparison.headline}", *comparison.shows, *comparison.notes])
-    about, accept = describe(checked.golden), f"logprob-parity accept {actual}" if is_obtained(actual) else ""
+    about = describe(checked.golden)
+    accept = f"logprob-parity accept {shlex.quote(str(actual))}" if is_obtained(actual) else ""
     return failure_message(comparison, golden=str(expected), about=about, differences=checked.differences, accept=accept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .verb import Verbs, add_verb, say
+from .verb import Verbs, add_verb, say, say_line
 
 
 def add(verbs: Verbs) -> None:
@@ -33,6 +33,6 @@ def run(given: argparse.Namespace) -> int:
     made = moves(given.old, given.new, given.name, given.root, given.golden_dir)
     move(made)
     for step in made:
-        say(f"{step.old} -> {step.new}")
+        say_line(f"{step.old} -> {step.new}")
     say(f"{len(made)} moved; commit both folders")
     return 0

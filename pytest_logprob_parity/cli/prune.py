@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .verb import Verbs, add_verb, say
+from .verb import Verbs, add_verb, say, say_line
 
 
 def add(verbs: Verbs) -> None:
@@ -30,9 +30,9 @@ def run(given: argparse.Namespace) -> int:
 
     unused, root = find_unused(given.root)
     for path in unused.gone:
-        say(f"its test is gone: {path}")
+        say_line(f"its test is gone: {path}")
     for path in unused.unasked or ():
-        say(f"no check of its test asked for it: {path}")
+        say_line(f"no check of its test asked for it: {path}")
     if unused.unasked is None:
         say("which names tests ask for is not known: pytest's cache remembers no run here")
     if given.yes:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..grammar import counted
+from ..visible_text import visible_line
 from .json_output import to_text
 from .verb import Verbs, add_verb, say
 
@@ -27,11 +28,11 @@ def add(verbs: Verbs) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Print what the golden holds. Gives 0."""
-    from ..golden import Golden, describe, variant_of, variants_at
+    from ..golden import Golden, describe, variant_path, variants_at
 
     golden = Golden.load(given.golden)
     trace = golden.trace
-    variants = [] if variant_of(given.golden) else [path.name for path in variants_at(given.golden) if path != given.golden]
+    variants = [path.name for path in variants_at(variant_path(given.golden, "")) if path.name != given.golden.name]
     if given.json:
         labels = {k: v for k, v in trace.to_metadata().items() if k != "token_texts"}
         counts = {
@@ -45,7 +46,7 @@ def run(given: argparse.Namespace) -> int:
         say(to_text("show", {**about, **counts, "variants": variants, "trace": labels, "fingerprint": golden.fingerprint}))
         return 0
     others = [f"  variant    {name}" for name in variants]
-    say("\n".join([str(given.golden), *(f"  {line}" for line in describe(golden)), *others]))
+    say("\n".join([visible_line(given.golden), *(f"  {line}" for line in describe(golden)), *others]))
     for sequence in range(min(trace.num_sequences, 8)):
         start, stop = trace.bounds(sequence)
         text = "".join(trace.text(t) for t in trace.completion(sequence))

@@ -35,6 +35,11 @@ def say(text: str) -> None:
     print(visible(text), flush=True)
 
 
+def say_line(text: str) -> None:
+    """`say` for a line with a path in it, which may hold anything."""
+    print(visible_line(text), flush=True)
+
+
 def tell(text: str) -> None:
     """Print a line of progress to stderr."""
     over = progress.ERASE if progress.is_wanted(sys.stderr) else ""  # threads write, too, and know of no line to be cleared

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from ..bounded import read_text
 from ..errors import UsageError
 from ..prompts import check_prompts
 from ..settings import check_slips
@@ -70,6 +71,10 @@ _CELL_KEYS: Final[Mapping[str, _Kind]] = {
 }
 
 
+#: Bytes of a plan, at most.
+_MOST: Final = 2**20
+
+
 @dataclass(frozen=True)
 class Cell:
     """One engine version with its settings. `cpus` and `gpus` are what it needs, `minutes` how long it may take."""
@@ -104,7 +109,7 @@ class Matrix:
 def load_plan(path: Path) -> Matrix:
     """Read a matrix.toml; paths in it are relative to its folder. Raises UsageError naming the key that does not fit."""
     try:
-        data = tomllib.loads(path.read_text("utf-8"))
+        data = tomllib.loads(read_text(path, _MOST))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:

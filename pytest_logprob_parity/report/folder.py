@@ -20,8 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from ..bounded import parse_json, read_text
 from ..errors import UsageError
-from .reading import parse_json, read_text
 from .results import FORMAT, LARGEST, NAME
 
 try:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from .. import __version__
+from ..bounded import parse_json, read_text
 from ..comparison.result import one_of
 from ..errors import Kind, UsageError
 from ..visible_text import visible_token
-from .reading import parse_json, read_text
 from .shape import COUNT, NUMBER, WHOLE, Maybe, Optional, UpTo, check_shape
 
 FORMAT: Final = "logprob-parity results"

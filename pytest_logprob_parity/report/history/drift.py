@@ -121,7 +121,7 @@ def band_of(values: Sequence[float]) -> Band | None:
 
 def changes(before: Mapping[str, Any] | None, run: Mapping[str, Any]) -> list[str]:
     """What is not as in the run before: golden, engine, libraries, machine, plugin, what was judged."""
-    if before is None:
+    if before is None or before["outcome"] == "recorded":
         return []
     names = ("digest", *MADE_BY, "version", "level", "objective")
     told = {"digest": "golden", "version": "plugin"}

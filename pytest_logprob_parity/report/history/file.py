@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ... import container
+from ...bounded import parse_json, read_bytes
 from ...errors import UsageError
-from ..reading import parse_json, read_bytes
 from ..results import LARGEST, to_text
 from ..shape import check_shape
 from .line import FORMAT, LINE, SCHEMA

@@ -1,4 +1,4 @@
-"""Read JSON that others wrote, and may have cut, edited or made up: within bounds, and never from what is no regular file."""
+"""Read what others wrote, and may have cut, edited or made up: within bounds, and never from what is no regular file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from ..errors import UsageError
+from .errors import UsageError
 
 #: Far beyond any number of ours, and its square is finite still.
 _LARGEST: Final = 10**100
@@ -38,6 +38,14 @@ def read_bytes(path: Path, most: int) -> bytes:
     return data
 
 
+def write_new(path: Path, text: str) -> None:
+    """Write a small file where nothing stands, not even a link that leads elsewhere. Raises OSError."""
+    if not os.path.lexists(path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text. Raises ValueError for what is none, and for what no file of ours holds.
 
@@ -45,15 +53,16 @@ def parse_json(text: str) -> Any:
     """
     try:
         value = json.loads(
-            text, parse_constant=_no_number, parse_float=_number, parse_int=_whole, object_pairs_hook=_without_doubles
+            text, parse_constant=_no_number, parse_float=_number, parse_int=whole, object_pairs_hook=_without_doubles
         )
     except RecursionError:
         raise _too_deep() from None
-    _check_depth(value)
+    check_depth(value)
     return value
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """Raise ValueError for JSON of more than 32 levels: what walks it would run out of stack."""
     level = [value]
     for _ in range(_DEEPEST + 1):
         inside = [outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, (dict, list))]
@@ -81,7 +90,8 @@ def _number(text: str) -> float:
     return number if abs(number) <= _LARGEST else _no_number(text)
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
+    """A whole number of JSON. Raises ValueError for one beyond 1e100, which no float can hold its square of."""
     return int(text) if len(text) < len(str(_LARGEST)) else _no_number(text)
 
 
