@@ -208,8 +208,10 @@ def test_what_compared_nothing_is_not_the_failure_that_is_waited_for(pytester, r
 
 
 def test_nothing_is_recorded_while_a_failure_is_waited_for(pytester, run_inner):
-    body = "def test_it(golden_trace):\n    golden_trace.check(rollouts())\n" \
-           "    with golden_trace.expect_failure() as expected:\n        golden_trace.check(moved())\n    assert expected.comparison.verdict == 'fail'\n"  # fmt: skip
+    body = (
+        "def test_it(golden_trace):\n    golden_trace.check(rollouts())\n    with golden_trace.expect_failure() as expected:\n"
+        "        golden_trace.check(moved())\n    assert expected.comparison.verdict == 'fail'\n"
+    )
     pytester.makepyfile(test_it=HEAD.replace("__SHIFT__", "-0.3") + body)
     run_inner("--update-golden").assert_outcomes(passed=1)
     run_inner().assert_outcomes(passed=1)
