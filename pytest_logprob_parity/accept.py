@@ -40,6 +40,8 @@ _FEW: Final = 0.8
 _MORE_MASKED: Final = 0.02
 _NOISIER: Final = 2.0
 _DIGITS: Final = 1e-5
+#: Rounding puts the logprob of a sure token so far above 0 (nats), at most.
+_ABOVE: Final = 1e-2
 
 #: What one may answer, in full or by its first letters. `skip` is a no, `quit` one for all that follow.
 Answer: TypeAlias = Literal["yes", "no", "all", "skip", "view", "quit"]
@@ -257,6 +259,8 @@ def _check_same_engine(left: Golden, candidate: Golden) -> None:
             f"the candidate is of another engine than the trace that was compared: {apart[0][0]} is {apart[0][2]!r:.60}, "
             f"not {apart[0][1]!r:.60}"
         )
+    if np.any(candidate.trace.logprobs[candidate.trace.mask] > _ABOVE) and not np.any(left.trace.logprobs > _ABOVE):
+        raise GoldenError("the candidate has logprobs above 0, and the trace that was compared has none")
     if left.trace.means_as(candidate.trace):
         comparison = compare_goldens(left, candidate).comparison
         if comparison.verdict == "fail":
