@@ -44,7 +44,7 @@ _MOMENT: Final = 60.0
 
 def damaged(path: Path, why: str) -> GoldenError:
     """The one line for a file that cannot be trusted."""
-    error = GoldenError(f"damaged: {why}. Restore it (git checkout), or record it again with --update-golden", path)
+    error = GoldenError(f"damaged: {why:.400}. Restore it (git checkout), or record it again with --update-golden", path)
     error.replaceable = True
     return error
 

@@ -176,7 +176,8 @@ class Trace:
             if least is not None and column.size and column.min() < least:
                 place = int(np.argmax((column if column.ndim == 1 else column.min(axis=1)) < least))
                 raise UsageError(
-                    f"Trace column {name} has the token id {column.min()} (row {place}): ids are {least} and above"
+                    f"Trace column {name}, row {place}: token id {column.min()} is no token: a label or a filler among the ids"
+                    f"; ids are {least} and above"
                 )
         if self.top_token_ids.ndim != 2 or self.top_token_ids.shape != self.top_logprobs.shape:
             raise UsageError("Trace columns top_token_ids and top_logprobs must have one shape, [tokens, k]")

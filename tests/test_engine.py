@@ -308,9 +308,7 @@ def test_nothing_is_left_behind_after_a_crash():
         from pytest_logprob_parity import EngineSpec, Pool
         pool = Pool()
         spec = EngineSpec({MODEL!r}, engine="transformers", dtype="float32")
-        from pytest_logprob_parity.engines.base import Request, ResolvedConfig
-from pytest_logprob_parity.engines.own_engine import Face
-from pytest_logprob_parity.engines.process import ProcessBackend
+        from pytest_logprob_parity.engines.process import ProcessBackend
         backend = ProcessBackend.start(spec, *pool.folders(spec))
         print(backend._process.pid, flush=True)
         os._exit(9)

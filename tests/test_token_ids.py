@@ -128,11 +128,11 @@ def test_a_file_with_ids_below_zero_is_damaged(tmp_path, column, id_):
     columns = {name: np.array(values) for name, values in trace.to_columns().items()}
     columns[column].flat[-1] = id_
     container.write(tmp_path / "bad.safetensors", columns, {"trace": trace.to_metadata()})
-    with pytest.raises(GoldenError, match=rf"damaged: .* column {column} has the token id {id_} \(row \d\)") as caught:
+    with pytest.raises(GoldenError, match=rf"damaged: .* column {column}, row \d: token id {id_} is no token") as caught:
         Trace.load(tmp_path / "bad.safetensors")
     assert caught.value.replaceable
     assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match=f"Trace column {column} has the token id {id_}"):
+    with pytest.raises(UsageError, match=rf"Trace column {column}, row \d+: token id {id_} is no token"):
         trace.with_(**{column: columns[column]})
 
 
