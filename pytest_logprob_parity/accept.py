@@ -15,6 +15,7 @@ import numpy as np
 
 from . import container
 from .belonging import another_part
+from .comparison.alignment import align
 from .comparison.result import Comparison
 from .comparison.tolerance import default_tolerance, make_tolerance
 from .errors import GoldenError, ParityError, UsageError
@@ -335,7 +336,13 @@ def _cut(value: Any) -> str:
 
 def _loosened(golden: Golden, candidate: Golden) -> tuple[str, ...]:
     """What the candidate would let pass, or leave out, that the golden does not."""
-    return (*_wider_limits(golden, candidate), *_less_compared(golden.trace, candidate.trace), *_less_known(golden, candidate))
+    unseen = (
+        () if align(golden.trace, candidate.trace).tokens else ("none of its own numbers could be compared with the golden's",)
+    )
+    return (
+        *unseen, *_wider_limits(golden, candidate), *_less_compared(golden.trace, candidate.trace),
+        *_less_known(golden, candidate),
+    )  # fmt: skip
 
 
 def _wider_limits(golden: Golden, candidate: Golden) -> Iterator[str]:
@@ -360,6 +367,8 @@ def _less_compared(golden: Trace, candidate: Trace) -> Iterator[str]:
         yield "it has no ranks, and the golden has them"
     if can_regenerate(golden) and not can_regenerate(candidate):
         yield "it does not know its seeds: free generation would no longer be checked"
+    if golden.finish_reasons.any() and not candidate.finish_reasons.any():
+        yield "it does not know why its completions ended: where they stop would no longer be checked"
     if golden.untruncated_logprobs is not None and candidate.untruncated_logprobs is None:
         yield "it has no logprobs without truncation, and the golden has them"
     for name in ("dtype", "path"):

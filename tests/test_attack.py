@@ -247,6 +247,8 @@ HELD = {
     "a floor that does not reproduce": (
         {}, {"floor": dataclasses.replace(_floor(0.002), reproduces=False)}, "does not reproduce bit for bit",
     ),
+    "other tokens": ({}, {"trace": MOVED.with_(token_ids=MOVED.token_ids + 1), "reference": None}, "none of its own numbers"),
+    "no reason to end": ({"trace": TRACE.with_(finish_reasons=np.ones(50, np.uint8))}, {}, "why its completions ended"),
     "another dtype": ({}, {"trace": MOVED.with_(dtype="float16")}, "dtype 'float16' in place of 'bfloat16'"),
     "no seeds": ({"trace": TRACE.with_(seeds=np.arange(50))}, {}, "it does not know its seeds"),
     "no ranks": ({"trace": TRACE.with_(ranks=np.ones(2000, np.int32))}, {}, "it has no ranks"),
