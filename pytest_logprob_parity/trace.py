@@ -113,6 +113,7 @@ class Trace:
     What the numbers mean: `logprobs_mode`, `path`, `sampling` (as the engine ran it: vLLM's least temperature above 0 is
     0.01), `engine`, `engine_version`, `dtype`; `replay` says how another trace's tokens were asked about ("" where these are
     its own), `forcing` what forced them. `token_texts` maps ids to text, for reports on machines without the tokenizer.
+    `source` is the digest of the file that a trace was read from, "" for any other.
     """
 
     prompt_token_ids: IntArray
@@ -145,6 +146,7 @@ class Trace:
     forcing: Forcing | None = None
     token_texts: Mapping[int, str] = field(default_factory=dict)
     newest_version: int | None = None
+    source: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -507,7 +509,8 @@ class Trace:
         try:
             labels = _with_forcing(metadata["trace"])
             texts = _unpack_texts(**labels.pop("token_texts"))
-            return cls(**columns, **{**labels, "sampling": Sampling.of(labels["sampling"]), "token_texts": texts})  # type: ignore[arg-type]
+            told = {**labels, "sampling": Sampling.of(labels["sampling"]), "token_texts": texts, "source": metadata["digest"]}
+            return cls(**columns, **told)  # type: ignore[arg-type]
         except (UsageError, TypeError, ValueError, OverflowError, KeyError, AttributeError) as error:
             raise container.damaged(path, f"its parts do not fit together: {error}") from None
 

@@ -230,6 +230,16 @@ def test_a_failing_subtest_tells_of_itself(pytester, run_inner, write):
     assert result.ret == 1
 
 
+def test_a_golden_held_against_itself_is_refused(pytester, run_inner, write):
+    write("def test_it(golden_trace):\n    golden_trace.check(Trace.load(golden_trace.path()).with_(engine='other'))", 0.0)
+    result = run_inner()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E*UsageError: the trace was read from the golden's own file: nothing would be compared*"])
+    write("def test_it(golden_trace):\n    t = Trace.load(golden_trace.path())\n"
+          "    golden_trace.check(t.with_(logprobs=t.logprobs - np.float32(1e-6)))", 0.0)  # fmt: skip
+    run_inner().assert_outcomes(passed=1)
+
+
 def test_nothing_compared_is_red_where_what_is_unverified_only_warns(pytester, run_inner, write):
     write(f"def test_it(golden_trace):\n    {NO_FAILURES['nothing in common']}")
     pytester.makeini("[pytest]\nparity_unverified = warn")
