@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any, Final
@@ -24,6 +24,7 @@ UNCHECKED: Final = "unchecked"
 
 #: What `pytest.raises` gives: up to pytest 8.3, and since.
 _RAISES: Final = ("RaisesContext", "RaisesExc")
+_HOLDS_BOUND: Final = sys.version_info < (3, 14)
 _RESULT: Final = "pytest_logprob_parity.comparison.result"
 
 
@@ -36,19 +37,37 @@ def comparisons_made() -> int:
 def raises_is_open(error: ParityError) -> bool:
     """Whether the test waits for this very error: in a `pytest.raises` that names an exception of ours.
 
-    One that names AssertionError or Exception would take anything. pytest does not tell which are open; but for as long as a
-    `with` block runs, the interpreter holds the `__exit__` that is bound to its object. So the living ones are looked at: a
-    few milliseconds, for a check that fails.
+    One that names AssertionError or Exception would take anything. pytest does not tell which are open, so the living ones are
+    looked at: a few milliseconds, for a check that fails.
+    """
+    for raises in _open_raises():
+        named = getattr(raises, "expected_exceptions", None) or getattr(raises, "expected_exception", ())
+        named = named if isinstance(named, tuple) else (named,)
+        if isinstance(error, named) and all(issubclass(one, ParityError) for one in named):
+            return compared_something(error) if ParityError in named or error.kind == ParityError.kind else True
+    return False
+
+
+def _open_raises() -> Iterator[Any]:
+    """What `pytest.raises` gave, of those whose `with` block runs.
+
+    For as long as it does, the interpreter holds the `__exit__` that is bound to its object. From Python 3.14 on it holds the
+    two apart: there it is those that have seen no exception yet.
     """
     for thing in gc.get_objects():
-        if type(thing) is MethodType and getattr(thing.__func__, "__name__", "") == "__exit__":
-            raises = thing.__self__
-            if type(raises).__name__ in _RAISES and str(type(raises).__module__).startswith("_pytest."):
-                named = getattr(raises, "expected_exceptions", None) or getattr(raises, "expected_exception", ())
-                named = named if isinstance(named, tuple) else (named,)
-                if isinstance(error, named) and all(issubclass(one, ParityError) for one in named):
-                    return compared_something(error) if ParityError in named or error.kind == ParityError.kind else True
-    return False
+        held = _HOLDS_BOUND and type(thing) is MethodType and getattr(thing.__func__, "__name__", "") == "__exit__"
+        raises = thing.__self__ if held else thing
+        if type(raises).__name__ not in _RAISES or not str(type(raises).__module__).startswith("_pytest."):
+            continue
+        if held or (not _HOLDS_BOUND and _waits(getattr(raises, "excinfo", None))):
+            yield raises
+
+
+def _waits(excinfo: Any) -> bool:
+    try:
+        return excinfo is not None and excinfo.value is None
+    except AssertionError:  # nothing was raised in it yet
+        return True
 
 
 class Subtests:

@@ -1,5 +1,6 @@
 """Nothing is green that checked nothing: every way to compare nothing, or to swallow a failure, is told and ends in red."""
 
+import gc
 import json
 from xml.etree import ElementTree as ET
 
@@ -215,6 +216,16 @@ def test_nothing_is_recorded_while_a_failure_is_waited_for(pytester, run_inner):
     pytester.makepyfile(test_it=HEAD.replace("__SHIFT__", "-0.3") + body)
     run_inner("--update-golden").assert_outcomes(passed=1)
     run_inner().assert_outcomes(passed=1)
+
+
+def test_a_raises_is_found_where_no_bound_exit_is_held(pytester, run_inner, write, monkeypatch):
+    """As from Python 3.14 on."""
+    from pytest_logprob_parity import unchecked
+
+    monkeypatch.setattr(unchecked, "_HOLDS_BOUND", False)
+    gc.collect()  # of those of other tests
+    write("def test_it(golden_trace):\n    with pytest.raises(MismatchError):\n        golden_trace.check(moved())")
+    assert "logprob-parity: 1 checked, 1 failed as expected" in run_inner().outlines
 
 
 def test_an_open_raises_of_another_test_waits_for_nothing(pytester, run_inner, write):
