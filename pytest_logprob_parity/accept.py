@@ -36,9 +36,11 @@ _FINGERPRINT: Final = ("engine", "hardware", "dtype", "name", "adapter", "expert
 _WIDE: Final = 60
 _HEADLINE: Final = 300
 #: A golden is a looser one where it compares, or has a reference for, less than this share of the tokens that it did; where
-#: it masks so much more of them (0 to 1); and where its noise is so many times as large, beyond the last digits (nats).
+#: it masks so much more of them (0 to 1), or knows less than this share of what was known; and where its noise is so many times
+#: as large, beyond the last digits (nats).
 _FEW: Final = 0.8
-_MORE_MASKED: Final = 0.02
+_MORE_MASKED: Final = 0.1
+_MOST: Final = 0.95
 _NOISIER: Final = 2.0
 _DIGITS: Final = 1e-5
 #: Rounding puts the logprob of a sure token so far above 0 (nats), at most.
@@ -350,30 +352,50 @@ def _wider_limits(golden: Golden, candidate: Golden) -> Iterator[str]:
     then, now = (limits_of(side, side).limits() for side in (golden, candidate))
     asked = {*golden.tolerance, *candidate.tolerance}
     for name in then:
-        if not now[name] <= then[name] * (1.001 if name in asked else _NOISIER):
+        if name in golden.tolerance and name not in candidate.tolerance:
+            yield f"limit {name}: what noise explains is allowed beside it; the golden asks for {then[name]:g} as it is"
+        elif not now[name] <= then[name] * (1.001 if name in asked else _NOISIER) and (name in asked or name != "near_tie"):
             yield f"limit {name}: {now[name]:g} in place of {then[name]:g}"
 
 
 def _less_compared(golden: Trace, candidate: Trace) -> Iterator[str]:
     then, now = int(golden.mask.sum()), int(candidate.mask.sum())
     masked, masked_then = len(candidate.mask) - now, len(golden.mask) - then
+    newly = sum(_newly_masked(golden, candidate, sequence) for sequence in range(golden.num_sequences))
     if now < _FEW * then:
         yield f"compares {counted(now, 'tokens')} in place of {then:,} ({masked:,} {is_or_are(masked)} masked)"
-    elif masked / len(candidate.mask) > masked_then / len(golden.mask) + _MORE_MASKED or (masked and not masked_then):
+    elif newly or masked / len(candidate.mask) > masked_then / len(golden.mask) + _MORE_MASKED or (masked and not masked_then):
         yield f"masks {masked:,} of its {len(candidate.mask):,} tokens; the golden {masked_then:,} of {len(golden.mask):,}"
+    known, known_then = _known(candidate), _known(golden)
+    for name, share in known_then.items():
+        if known[name] < _MOST * share:
+            yield f"{name}: known of {known[name]:.1%} of them, in the golden of {share:.1%}"
     if candidate.top_k < golden.top_k:
         yield f"top-{candidate.top_k} in place of top-{golden.top_k}: causes are read off it"
-    if golden.ranks.any() and not candidate.ranks.any():
-        yield "it has no ranks, and the golden has them"
     if can_regenerate(golden) and not can_regenerate(candidate):
         yield "it does not know its seeds: free generation would no longer be checked"
-    if golden.finish_reasons.any() and not candidate.finish_reasons.any():
-        yield "it does not know why its completions ended: where they stop would no longer be checked"
-    if golden.untruncated_logprobs is not None and candidate.untruncated_logprobs is None:
-        yield "it has no logprobs without truncation, and the golden has them"
-    for name in ("dtype", "path"):
+    for name in ("dtype", "path", "logprobs_mode"):
         if getattr(golden, name) != getattr(candidate, name):
             yield f"{name} {_cut(getattr(candidate, name))} in place of {_cut(getattr(golden, name))}: limits go by it"
+
+
+def _newly_masked(golden: Trace, candidate: Trace, sequence: int) -> int:
+    """How many tokens of a sequence that is the same on both sides are masked now."""
+    (start, stop), (other, end) = golden.bounds(sequence), candidate.bounds(sequence)
+    if not np.array_equal(golden.token_ids[start:stop], candidate.token_ids[other:end]):
+        return 0
+    return int(np.count_nonzero(golden.mask[start:stop] & ~candidate.mask[other:end]))
+
+
+def _known(trace: Trace) -> dict[str, float]:
+    """Of which share (0 to 1) of its tokens, or sequences, a trace knows what is not always known."""
+    untruncated = trace.untruncated_logprobs
+    return {
+        "reasons to end": float(np.mean(trace.finish_reasons != 0)),
+        "ranks": float(np.mean(trace.ranks[trace.mask] > 0)) if trace.mask.any() else 0.0,
+        "top-k": float(np.mean(trace.top_token_ids[:, 0] >= 0)) if trace.top_k else 0.0,
+        "logprobs without truncation": 0.0 if untruncated is None else float(np.mean(~np.isnan(untruncated[trace.mask]))),
+    }
 
 
 def _less_known(golden: Golden, candidate: Golden) -> Iterator[str]:
@@ -388,15 +410,23 @@ def _less_known(golden: Golden, candidate: Golden) -> Iterator[str]:
             yield "its own schedule does not reproduce bit for bit, as the golden's does"
     if candidate.routed and not golden.routed:
         yield "its model routes tokens to experts, and the golden's does not: limits go by it"
+    now, then = (_reference_errors(side) for side in (candidate, golden))
     if golden.reference is None:
-        return
-    then = np.abs(golden.reference.errors(golden.trace.logprobs))
-    now = then[:0] if candidate.reference is None else np.abs(candidate.reference.errors(candidate.trace.logprobs))
-    then, now = then[np.isfinite(then)], now[np.isfinite(now)]
-    if len(now) < _FEW * len(then):
+        if candidate.reference is not None:
+            yield f"it has a reference, whose errors are excused (RMS {_rms(now):.2g} nats), and the golden has none"
+    elif len(now) < _FEW * len(then):
         yield f"it has a reference for {counted(len(now), 'tokens')}, the golden for {len(then):,}"
     elif len(then) and _rms(now) > _NOISIER * _rms(then) + _DIGITS:
         yield f"its distance to its reference has an RMS of {_rms(now):.2g} nats, the golden's of {_rms(then):.2g}"
+
+
+def _reference_errors(golden: Golden) -> FloatArray:
+    """The distances (nats) to the reference, of the tokens that it has; none where there is no reference."""
+    if golden.reference is None:
+        return np.empty(0, np.float32)
+    errors: FloatArray = np.abs(golden.reference.errors(golden.trace.logprobs))
+    known: FloatArray = errors[np.isfinite(errors)]
+    return known
 
 
 def _rms(values: FloatArray) -> float:

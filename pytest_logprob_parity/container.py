@@ -54,6 +54,11 @@ def write(path: Path, columns: Mapping[str, npt.NDArray[Any]], metadata: Mapping
 
     Equal content gives equal bytes. Raises OSError where the file cannot be written; an old file then stays.
     """
+    replace_all({path: packed(columns, metadata)})
+
+
+def packed(columns: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any]) -> bytearray:
+    """The bytes of a file with these columns and metadata (JSON values), its digest in it."""
     import numpy as np
     from safetensors.numpy import save
 
@@ -62,7 +67,7 @@ def write(path: Path, columns: Mapping[str, npt.NDArray[Any]], metadata: Mapping
     data = bytearray(save({n: np.ascontiguousarray(c) for n, c in columns.items()}, {_KEY: text}))
     place = _digest_place(data)
     data[place : place + 64] = hashlib.sha256(data).hexdigest().encode()
-    replace_all({path: data})
+    return data
 
 
 def read(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:

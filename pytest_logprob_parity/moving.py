@@ -74,14 +74,19 @@ def _claims_of(old: str, folder: Path) -> list[Claim]:
 
 
 def move(made: Sequence[Move]) -> None:
-    """Write each golden at its new place, with its test's name in it, and remove the old files. Raises GoldenError."""
+    """Write all goldens at their new places, each with its test's name in it, and then remove the old files.
+
+    Raises GoldenError where one cannot be read or written: nothing has been moved then.
+    """
+    files = {}
     for step in made:
         columns, metadata = container.read(step.old)
         about = {**metadata["golden"], "node_id": step.node_id, "name": step.name}
-        try:
-            container.write(step.new, columns, {**metadata, "golden": about})
-        except OSError as error:
-            raise GoldenError(f"not written ({error.strerror or error}); {step.old} is as it was", step.new) from None
+        files[step.new] = container.packed(columns, {**metadata, "golden": about})
+    try:
+        container.replace_all(files)
+    except OSError as error:
+        raise GoldenError(f"not written ({error.strerror or error}); nothing was moved", error.filename) from None
     for step in made:
         step.old.unlink()
         with contextlib.suppress(OSError):  # other goldens are in it
@@ -135,7 +140,10 @@ def find_unused(root: Path) -> tuple[Unused, Path]:
     """
     collector, out = _Collector(), io.StringIO()
     with _inside(root), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = pytest.main(["--collect-only", "-q", "-p", "no:randomly"], plugins=[collector])
+        try:
+            status = pytest.main(["--collect-only", "-q", "-p", "no:randomly"], plugins=[collector])
+        except SystemExit:  # a conftest's
+            status = pytest.ExitCode.INTERNAL_ERROR
     if collector.found is None or status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         lines = [line for line in out.getvalue().splitlines() if line.startswith(("ERROR", "E "))]
         why = f": {lines[0]}" if lines else ""

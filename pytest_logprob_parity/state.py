@@ -73,12 +73,14 @@ class Session:
                 return []
         except OSError:  # its checks will say so
             return []
-        from .golden import claims_in, golden_path
+        from .golden import claims_in, golden_path, is_there
 
-        folder = golden_path(self.golden_dir, node_id).parent
+        place = golden_path(self.golden_dir, node_id)
+        folder = place.parent
         if folder not in self.claims:
             self.claims[folder] = claims_in(folder)
-        return [claim.path for claim in self.claims[folder] if claim.is_of(self.golden_dir, node_id)]
+        own = [claim.path for claim in self.claims[folder] if claim.is_of(self.golden_dir, node_id)]
+        return own if place in own or not is_there(place) else [place, *own]  # one that cannot be read is its, too
 
     def point(self, settings: dict[str, Any]) -> dict[str, Any]:
         """A vLLM's settings as those of the server that --parity-server names, where it names one."""

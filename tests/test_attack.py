@@ -233,7 +233,7 @@ def test_a_malicious_candidate_is_not_written_unseen(tree, name):
 HALF = np.arange(2000) % 40 < 36
 #: A golden that is not like the others, what somebody puts in its place, and the line that keeps --yes from it.
 HELD = {
-    "strict limits are dropped": ({"tolerance": {"k3": 1e-4}}, {}, "limit k3: 0.0005 in place of 0.0001"),
+    "strict limits are dropped": ({"tolerance": {"k3": 1e-4}}, {}, "the golden asks for 0.0001 as it is"),
     "half of what is left is masked": (
         {"trace": TRACE.with_(mask=HALF)}, {"trace": MOVED.with_(mask=HALF & (np.arange(2000) % 40 < 20))},
         "compares 1,000 tokens in place of 1,800",
@@ -248,10 +248,16 @@ HELD = {
         {}, {"floor": dataclasses.replace(_floor(0.002), reproduces=False)}, "does not reproduce bit for bit",
     ),
     "other tokens": ({}, {"trace": MOVED.with_(token_ids=MOVED.token_ids + 1), "reference": None}, "none of its own numbers"),
-    "no reason to end": ({"trace": TRACE.with_(finish_reasons=np.ones(50, np.uint8))}, {}, "why its completions ended"),
+    "no reason to end": ({"trace": TRACE.with_(finish_reasons=np.ones(50, np.uint8))}, {}, "reasons to end: known of 0.0%"),
     "another dtype": ({}, {"trace": MOVED.with_(dtype="float16")}, "dtype 'float16' in place of 'bfloat16'"),
     "no seeds": ({"trace": TRACE.with_(seeds=np.arange(50))}, {}, "it does not know its seeds"),
-    "no ranks": ({"trace": TRACE.with_(ranks=np.ones(2000, np.int32))}, {}, "it has no ranks"),
+    "no ranks": ({"trace": TRACE.with_(ranks=np.ones(2000, np.int32))}, {}, "ranks: known of 0.0% of them"),
+    "an asked limit is the default now": ({"tolerance": {"outlier": 0.5}}, {}, "limit outlier: what noise explains is allowed"),
+    "forty more are masked": (
+        {"trace": TRACE.with_(mask=~ONE)}, {"trace": MOVED.with_(mask=~ONE & (np.arange(2000) > 40))}, "masks 41 of its 2,000",
+    ),
+    "a reference where none was": ({"reference": None}, {}, "it has a reference, whose errors are excused"),
+    "another mode": ({}, {"trace": MOVED.with_(logprobs_mode="raw_logprobs")}, "logprobs_mode 'raw_logprobs' in place of"),
     "other offsets of the prompts": ({}, {"trace": MOVED.with_(group=MOVED.group[::-1].copy())}, "incomparable"),
     "limits below 0": ({}, {"tolerance": {"k3": -1.0}}, "limits are numbers"),
     "limits of another name": ({}, {"tolerance": {"zzz": 1.0}}, "zzz"),
@@ -274,6 +280,17 @@ def test_what_somebody_made_up_does_not_push_the_machine_out_of_sight(tree):
     assert "'m⟨3000 blanks⟩x' in the candidate" in out
     _, out, _ = tree(told={"headline": "off" + " " * 150 + "  measured   0" + "x" * 10_000})
     assert max(map(len, out.splitlines())) < 500
+
+
+def test_an_honest_candidate_of_another_build_is_accepted(tree):
+    """Other noise of the same size, and a reference as far away: nothing is looser."""
+    for seed in range(20, 26):
+        trace = moved(TRACE, -0.3)
+        rows = np.stack([trace.logprobs + noise(trace, 0.0025, seed + n) for n in range(5)]).astype(np.float32)
+        made = make_golden(
+            -0.3, floor=NoiseFloor(rows, Shapes(), True), reference=reference_of(trace, noise(trace, 0.006, seed))
+        )
+        assert tree("--yes", candidate=made)[::2] == (0, True)
 
 
 def test_one_file_that_is_junk_does_not_end_the_review_of_the_others(tree):

@@ -126,6 +126,15 @@ def test_what_cannot_be_moved(repo, pytester, capsys):
     assert repo.read_bytes() == before
 
 
+def test_of_several_that_cannot_all_be_read_none_is_moved(repo, pytester, capsys):
+    damaged = variant_path(repo, "b200")
+    damaged.write_bytes(repo.read_bytes()[:-1] + b"x")
+    for _ in range(2):
+        status, _, err = command(capsys, "move", "test_it.py::test_one", "test_it.py::test_two")
+        assert (status, err.count("\n")) == (2, 1)
+        assert sorted(pytester.path.glob("golden/*/*.safetensors")) == sorted([repo, damaged])
+
+
 def test_a_whole_file_is_moved(pytester, run_inner, capsys):
     pytester.makepyfile(test_it=ONE + "    golden_trace.check(rollouts(), name='b')\ndef test_two(golden_trace):\n"
                         "    golden_trace.check(rollouts())\n")  # fmt: skip

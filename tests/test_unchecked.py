@@ -7,6 +7,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from conftest import MODEL
+from pytest_logprob_parity.golden import golden_path
 
 HEAD = f"""
 import contextlib, threading
@@ -216,6 +217,33 @@ def test_nothing_is_recorded_while_a_failure_is_waited_for(pytester, run_inner):
     pytester.makepyfile(test_it=HEAD.replace("__SHIFT__", "-0.3") + body)
     run_inner("--update-golden").assert_outcomes(passed=1)
     run_inner().assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize("names", ["b", "a"])
+def test_a_raises_that_is_over_waits_for_nothing(pytester, run_inner, write, names):
+    """Whatever the garbage collector has not collected yet, and whatever somebody froze."""
+    freeze = "gc.freeze(); " if names == "a" else ""
+    write(
+        "import gc\ngc.disable()\ndef test_it(golden_trace):\n    with pytest.raises(MismatchError):\n"
+        f"        {freeze}golden_trace.check(moved())\n"
+        "def test_other(golden_trace):\n    with contextlib.suppress(MismatchError):\n        golden_trace.check(moved())"
+    )
+    golden = golden_path(pytester.path / "golden", "test_it.py::test_it")
+    golden_path(pytester.path / "golden", "test_it.py::test_other").write_bytes(golden.read_bytes())
+    try:
+        result = run_inner()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    result.assert_outcomes(passed=2, errors=1)
+    assert "logprob-parity: 2 checked, 1 failed and swallowed by its test, 1 failed as expected" in result.outlines
+
+
+def test_a_golden_that_cannot_be_read_is_its_tests_all_the_same(pytester, run_inner, write):
+    write(NOTHING["an empty body"])
+    (golden,) = pytester.path.glob("golden/test_it/*.safetensors")
+    golden.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n")
+    run_inner().assert_outcomes(passed=1, errors=1)
 
 
 def test_a_raises_is_found_where_no_bound_exit_is_held(pytester, run_inner, write, monkeypatch):
