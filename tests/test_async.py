@@ -100,7 +100,6 @@ def test_an_async_llm_is_held_against_the_golden_of_another_engine(pytester, run
     """Recorded in this process, checked on an AsyncLLM with vLLM's raw logprobs: the same bits where raw is processed, and a
     failure where it is not. A run that leaves the AsyncLLM to the interpreter's end prints nothing after it.
     """
-    pytest.importorskip(plugin.replace("-", "_"))
     pytester.makeini("[pytest]\nparity_repeats = 0\nparity_reference = none\nasyncio_default_fixture_loop_scope = session")
     if plugin == "anyio":
         pytester.makeini("[pytest]\nparity_repeats = 0\nparity_reference = none")

