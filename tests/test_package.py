@@ -19,7 +19,7 @@ from pytest_logprob_parity.engines import builds
 from pytest_logprob_parity.engines.backend import reason_of
 from pytest_logprob_parity.matrix.plan import tomllib
 
-HEAVY = ("torch", "vllm", "transformers", "numpy", "safetensors", "jinja2", "matplotlib")
+HEAVY = ("torch", "vllm", "transformers", "numpy", "safetensors", "jinja2")
 
 
 def test_the_plugin_loads_nothing_heavy():
