@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..comparison.result import Comparison, Level
     from ..comparison.tolerance import Tolerance
     from ..engines.pool import Engine, Pool
-    from ..report.results import Outcome
+    from ..report.outcomes import Outcome
     from ..spec import EngineSpec
     from ..trace import ReplayPath, Trace
     from ..trainer.transformers_scorer import TransformersScorer
