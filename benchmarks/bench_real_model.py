@@ -25,7 +25,8 @@ from pytest_logprob_parity import EngineSpec, Sampling
 from pytest_logprob_parity.check.ask import Answers, ask
 from pytest_logprob_parity.check.check import check_golden, judge_answers
 from pytest_logprob_parity.check.compatibility import Context
-from pytest_logprob_parity.engines.pool import Engine, Pool
+from pytest_logprob_parity.engines.engine import Engine
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.matrix.worker import load_answers, save_answers
 from pytest_logprob_parity.trace import Trace

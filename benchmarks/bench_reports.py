@@ -26,7 +26,8 @@ from pytest_logprob_parity.check.check import check_golden, judge_answers
 from pytest_logprob_parity.check.compatibility import Context
 from pytest_logprob_parity.comparison.result import Comparison, Finding
 from pytest_logprob_parity.diagnosis.reference_evaluation import read_against, weigh
-from pytest_logprob_parity.engines.pool import Engine, Pool
+from pytest_logprob_parity.engines.engine import Engine
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.errors import UsageError
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.selftest.anatomy import Anatomy, load_checkpoint

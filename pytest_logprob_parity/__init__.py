@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .comparison.result import Comparison, Finding, MismatchError
     from .comparison.tolerance import Tolerance
     from .comparison.verdict import compare
-    from .engines.pool import Engine, Pool, open_engine
+    from .engines.engine import Engine
+    from .engines.pool import Pool, open_engine
     from .errors import EngineError, GoldenError, IncomparableError, ParityError, UsageError
     from .golden import Golden
     from .spec import EngineSpec, Sampling
@@ -72,7 +73,8 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
         "comparison.verdict": ("compare",),
         "errors": ("EngineError", "GoldenError", "IncomparableError", "ParityError", "UsageError"),
         "golden": ("Golden",),
-        "engines.pool": ("Engine", "Pool", "open_engine"),
+        "engines.engine": ("Engine",),
+        "engines.pool": ("Pool", "open_engine"),
         "spec": ("EngineSpec", "Sampling"),
         "trace": ("Trace",),
         "trainer.chain": ("assert_trainer_chain", "trainer_chain"),

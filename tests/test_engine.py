@@ -261,7 +261,9 @@ def test_a_request_that_is_refused_leaves_the_engine_alive(pool, engine, bad):
     with pytest.raises(UsageError, match=r"vllm 0\.32\.0 refuses a request: "):
         engine.generate(["1 + 1"], Sampling(**bad))
     with pytest.raises(UsageError, match=r"refuses a request: .*out of vocabulary"):
-        engine._backend().run([Request(prompt, Sampling()) for prompt in ([10, 11], [999_999])])  # the first was taken already
+        engine._backend().run(
+            [Request(prompt_token_ids=prompt, sampling=Sampling()) for prompt in ([10, 11], [999_999])]
+        )  # the first was taken already
     assert engine.generate(["1 + 1"], Sampling(max_tokens=2)).num_sequences == 1
     assert len(pool.starts) == starts
 
@@ -354,7 +356,7 @@ def test_a_request_that_the_stopped_process_does_not_even_read(child):
     stopped = child(limit=0.5)
     os.kill(stopped._process.pid, signal.SIGSTOP)
     with pytest.raises(EngineError, match="no answer to 'run' of 400 requests within"):
-        stopped.run([Request(list(range(5000)), Sampling())] * 400)
+        stopped.run([Request(prompt_token_ids=list(range(5000)), sampling=Sampling())] * 400)
 
 
 def test_a_stopped_process_is_closed_in_order(child):
@@ -396,7 +398,7 @@ def child():
         theirs.close()
         log = tempfile.TemporaryFile()  # noqa: SIM115 - the backend closes it
         children.append(ProcessBackend(process, ours, log, "the engine"))
-        children[-1].config = ResolvedConfig("transformers", "5", "float32", {})
+        children[-1].config = ResolvedConfig(engine="transformers", version="5", dtype="float32", values={})
         children[-1]._seconds = limit
         return children[-1]
 

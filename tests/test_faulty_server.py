@@ -24,8 +24,8 @@ from pytest_logprob_parity.errors import EngineError
 from pytest_logprob_parity.spec.server_settings import ServerSettings
 
 SAMPLING = Sampling(temperature=0.7, max_tokens=3, logprobs=2)
-FORCED = Request([9, 8], SAMPLING, forced_token_ids=[5, 6, 7])
-SCORED = Request([9, 8], SAMPLING, scored_token_ids=[5, 6])
+FORCED = Request(prompt_token_ids=[9, 8], sampling=SAMPLING, forced_token_ids=[5, 6, 7])
+SCORED = Request(prompt_token_ids=[9, 8], sampling=SAMPLING, scored_token_ids=[5, 6])
 ABOUT = {
     "logprob_parity": "0.1.0", "version": "0.32.0", "cpu": True, "served": MODEL, "refused": "", "unverified": [],
     "model": {"name": MODEL, "digests": {}}, "values": {"dtype": "float32", "max_model_len": 1024}, "vocabulary": 384,
@@ -414,7 +414,7 @@ def test_the_bound_of_an_answer_is_by_what_was_asked(backends):
     padded = edited(lambda content: content.update(text="x" * 3 * 2**20))
     with pytest.raises(EngineError, match="with more than 1,"):
         backends("decode", padded).run([FORCED])
-    many = Request([9, 8], Sampling(max_tokens=1000, logprobs=5))
+    many = Request(prompt_token_ids=[9, 8], sampling=Sampling(max_tokens=1000, logprobs=5))
     stopped = edited(lambda content: (content.update(text="x" * 3 * 2**20), put("choices/0/finish_reason", "stop")(content)))
     assert len(backends("decode", stopped).run([many])[0].token_ids) == 3
 

@@ -16,9 +16,9 @@ import pytest
 
 from conftest import ROOT
 from pytest_logprob_parity import EngineError, Golden, UsageError
+from pytest_logprob_parity.checkpoint.digests import model_digests
 from pytest_logprob_parity.cli import main
 from pytest_logprob_parity.errors import IncomparableError
-from pytest_logprob_parity.golden.fingerprint import model_digests
 from pytest_logprob_parity.matrix import environments
 from pytest_logprob_parity.matrix.environments import Environment, python_of
 from pytest_logprob_parity.matrix.executors import LocalExecutor, RayExecutor, today

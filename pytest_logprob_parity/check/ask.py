@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..comparison.result import Note
 from ..engines.replay import can_regenerate
 from ..trace import FloatArray, ReplayPath, Trace
 
 if TYPE_CHECKING:
-    from ..comparison.result import Note
-    from ..engines.pool import Engine
+    from ..engines.engine import Engine
     from ..golden import Golden
 
 
@@ -40,7 +40,7 @@ def ask(engine: Engine, golden: Golden, paths: Sequence[ReplayPath]) -> Answers:
         engine.fingerprint(),
         _policy_replay(golden.trace, engine) if decoded else None,
         _drawn(golden, engine) if decoded else None,
-        engine.remarks(),
+        [Note(remark.key, remark.text) for remark in engine.remarks()],
     )
 
 

@@ -18,7 +18,7 @@ from ..comparison.result import Comparison, Level, MismatchError, Note, Verdict
 from ..comparison.suspected_causes import adapter_finding, suspect_settings, suspects
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor, with_reference
 from ..comparison.verdict import Evidence, check_level, judge
-from ..engines.pool import Engine
+from ..engines.engine import Engine
 from ..engines.replay import REPLAYS, can_regenerate
 from ..errors import GoldenError, UsageError
 from ..golden import Golden, describe, fingerprint, is_there

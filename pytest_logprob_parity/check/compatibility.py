@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from ..checkpoint.digests import digest_of
 from ..checkpoint.prompts import tokenize
 from ..comparison.result import Note
-from ..engines.pool import Engine
+from ..engines.engine import Engine
 from ..errors import IncomparableError, ParityError
-from ..golden import Golden, fingerprint
+from ..golden import Golden
 from ..spec import Sampling
 from ..trace import Trace
 
@@ -88,7 +89,7 @@ def check_belongs(
             f"{context.shown_path} was recorded with {name}={getattr(recorded, name)!r}, the test now samples with "
             f"{name}={getattr(sampling, name)!r}. {again}"
         )
-    if given is not None and fingerprint.digest_of(given) != golden.prompts_digest:
+    if given is not None and digest_of(given) != golden.prompts_digest:
         _check_prompt_tokens(golden.trace, engine, given, context, again)
     if isinstance(engine, Engine) and golden.fingerprint:
         now = engine.model_fingerprint()

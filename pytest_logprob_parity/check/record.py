@@ -10,15 +10,16 @@ from typing import Any, Final
 
 import numpy as np
 
+from ..checkpoint.digests import digest_of
 from ..comparison.alignment import align
 from ..comparison.differences import setting_of
 from ..comparison.result import Comparison, Note
 from ..comparison.signatures.semantics import semantic_findings
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
 from ..comparison.verdict import Evidence, compare, judge
-from ..engines.pool import Engine
+from ..engines.engine import Engine
 from ..errors import EngineError, GoldenError, UsageError
-from ..golden import Golden, fingerprint
+from ..golden import Golden
 from ..golden.noise_floor import NoiseFloor, Shapes
 from ..grammar import counted, is_or_are
 from ..progress import doing, each
@@ -65,7 +66,7 @@ def record(
     if isinstance(engine, Trace):
         check_belongs(golden, engine, prompts, sampling, context)
     else:
-        digest = fingerprint.digest_of(prompts)
+        digest = digest_of(prompts)
         golden = dataclasses.replace(golden, fingerprint=engine.fingerprint(), prompts_digest=digest)
         check_numbers(golden.trace, context.shown_path)
     _check_passes_itself(golden.trace, context.shown_path)

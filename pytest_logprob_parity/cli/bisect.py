@@ -37,7 +37,7 @@ def run(given: argparse.Namespace) -> int:
     """Exit status 0 where the switch was found."""
     from ..comparison.result import CAUSES
     from ..golden import Golden
-    from ..golden.fingerprint import installed_version
+    from ..machine import installed_version
     from ..matrix.bisect import Tried, bisect, environment_of, known_releases, releases_between, try_release
     from ..matrix.environments import default_home
     from ..spec import EngineSpec, nearest

@@ -17,9 +17,10 @@ from typing import Any, Final
 from ..checkpoint.adapter import Adapter
 from ..checkpoint.weight_update import WeightUpdate
 from ..errors import EngineError, ParityError
+from ..reasons import RemoteError, reason_of
 from ..spec import EngineSpec
-from .backend import Backend, Completion, RemoteError, Request, ResolvedConfig, no_answer, reason_of
-from .time_limits import TimeLimits
+from .backend import Backend, Completion, Request, ResolvedConfig
+from .time_limits import TimeLimits, no_answer
 
 #: How long a child that was told to end may take to do so, and one that was killed, in seconds.
 _CLOSE_SECONDS: Final = 20

@@ -72,7 +72,9 @@ def generate(
     finish = ["unknown"] * sequences
     for turn in range(max(len(p.between) for p in prompts) + 1):
         alive = [i for i, group in enumerate(groups) if turn <= len(prompts[group].between)]
-        requests = [Request(histories[i], sampling, turn_seed(seeds[i], turn, sequences)) for i in alive]
+        requests = [
+            Request(prompt_token_ids=histories[i], sampling=sampling, seed=turn_seed(seeds[i], turn, sequences)) for i in alive
+        ]
         for i, completion in zip(alive, (run or backend.run)(requests), strict=True):
             tokens = completion.token_ids.tolist()
             after: Sequence[int] = prompts[groups[i]].between[turn] if turn < len(prompts[groups[i]].between) else ()
@@ -250,13 +252,17 @@ def forced_request(trace: Trace, segment: Segment, before: int = 0) -> Request:
     if sampling.min_tokens and before:
         sampling = dataclasses.replace(sampling, min_tokens=max(sampling.min_tokens - before, 0))
     forced = trace.token_ids[segment.start : segment.stop].tolist()
-    return Request(_history(trace, segment), sampling, forced_token_ids=forced)
+    return Request(prompt_token_ids=_history(trace, segment), sampling=sampling, forced_token_ids=forced)
 
 
 def _plan_prefill(backend: Backend, trace: Trace) -> _Plan:
     segments = [Segment(i, 0, *trace.bounds(i)) for i in range(trace.num_sequences)]
     requests = [
-        Request(_history(trace, s), trace.sampling, scored_token_ids=trace.token_ids[s.start : s.stop].tolist())
+        Request(
+            prompt_token_ids=_history(trace, s),
+            sampling=trace.sampling,
+            scored_token_ids=trace.token_ids[s.start : s.stop].tolist(),
+        )
         for s in segments
     ]
 
@@ -276,7 +282,14 @@ def _plan_regenerate(backend: Backend, trace: Trace) -> _Plan:
     turns = by_turn(list(trace.segments()))
     seeds = trace.seeds.tolist()
     requests = [
-        [Request(_history(trace, s), trace.sampling, turn_seed(seeds[s.sequence], s.turn, trace.num_sequences)) for s in turn]
+        [
+            Request(
+                prompt_token_ids=_history(trace, s),
+                sampling=trace.sampling,
+                seed=turn_seed(seeds[s.sequence], s.turn, trace.num_sequences),
+            )
+            for s in turn
+        ]
         for turn in turns
     ]
 

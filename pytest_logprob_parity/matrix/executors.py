@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from ..checkpoint.digests import find_model
 from ..errors import EngineError, GoldenError, ParityError, UsageError
 from ..golden import Golden
-from ..golden.fingerprint import find_model
 from .environments import FULL, DiskFullError, Environment, installed_in, python_of
 from .worker import load_answers
 

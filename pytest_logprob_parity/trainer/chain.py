@@ -10,7 +10,7 @@ from typing import Any, Final
 from ..comparison.result import Comparison, MismatchError
 from ..comparison.tolerance import Tolerance, make_tolerance
 from ..comparison.verdict import Evidence, judge
-from ..engines.pool import Engine
+from ..engines.engine import Engine
 from ..errors import UsageError
 from ..trace import Trace
 from .parity import trainer_tolerance, without_top_k

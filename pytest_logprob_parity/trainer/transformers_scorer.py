@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from ..checkpoint import digests
 from ..checkpoint.adapter import Adapter, apply_adapter, read_adapter
 from ..errors import EngineError, UsageError
-from ..golden import fingerprint
 from ..spec import DTYPES, nearest
 from .scoring import DIVISIONS
 
@@ -274,7 +274,7 @@ def entropy_of(logits: Any, total: Any) -> Any:
 
 def _other_factors(model: Path, adapter: Path) -> Iterator[tuple[str, float]]:
     """Factors that an adapter is wrongly multiplied by besides its own: words, and the factor."""
-    read = read_adapter(adapter, fingerprint.find_model(str(model), Path.cwd()))
+    read = read_adapter(adapter, digests.find_model(str(model), Path.cwd()))
     scales, rank = sorted(set(read.modules.values())), read.rank
     yield "no adapter at all", 0.0
     if len(scales) == 1 and scales[0] != 1:
@@ -291,7 +291,7 @@ def _load(
 ) -> tuple[Any, Any, Adapter | None]:  # fmt: skip
     from ..checkpoint.loading import load_whole
 
-    found = fingerprint.find_model(str(folder), Path.cwd())
+    found = digests.find_model(str(folder), Path.cwd())
     try:
         import torch
         import transformers  # noqa: F401
@@ -304,7 +304,7 @@ def _load(
     from ..checkpoint.prompts import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(fingerprint.find_tokenizer(found))
+        tokenizer = load_tokenizer(digests.find_tokenizer(found))
     except UsageError:
         tokenizer = None
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, read

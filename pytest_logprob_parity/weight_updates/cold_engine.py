@@ -15,7 +15,7 @@ from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..engines.pool import Engine
+    from ..engines.engine import Engine
 
 
 def assert_updated_equals_cold(

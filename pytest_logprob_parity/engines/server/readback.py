@@ -14,7 +14,7 @@ from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret
 from ...spec.server_settings import ServerSettings
 from ...trace import Forcing
-from ..backend import check_readback, forcing_of, json_value
+from ..readback import check_readback, forcing_of, json_value
 from ..vllm import forced_decode
 from ..vllm.config import SHOWN, settings_of, why_not_forced
 from .client import Answer, Client, DownError, shown

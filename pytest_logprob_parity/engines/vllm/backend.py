@@ -12,14 +12,15 @@ from typing import Any, Final
 
 import numpy as np
 
+from ... import machine
 from ...checkpoint.adapter import Adapter, is_adapter, read_adapter
 from ...checkpoint.weight_update import WeightUpdate
 from ...errors import EngineError, ParityError, UsageError
-from ...golden import fingerprint
+from ...reasons import mixed_builds, reason_of
 from ...spec import EngineSpec, Sampling, nearest
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
-from ..backend import Completion, Request, ResolvedConfig, check_readback, forcing_of, json_value, reason_of
-from ..builds import mixed_builds
+from ..backend import Completion, Request, ResolvedConfig
+from ..readback import check_readback, forcing_of, json_value
 from . import forced_decode, in_flight, lora
 from .config import BY_NATURE, SHOWN, before_its_time, settings_of, vocabulary_of, why_not_forced
 from .lm_head import applied_head, measured_grid, probe_tokens
@@ -62,7 +63,7 @@ class VllmBackend:
             unverified=unverified,
             forcing=forcing,
             unforced=unforced,
-            hardware=fingerprint.hardware(),
+            hardware=machine.hardware(),
             vocabulary=vocabulary_of(llm.llm_engine.vllm_config),
         )
 
@@ -203,7 +204,9 @@ class VllmBackend:
         """The two likeliest raw logprobs at some positions, by a prefill."""
         model = self._llm.llm_engine.vllm_config.model_config
         first, *rest = probe_tokens(model.get_vocab_size(), self.config.max_model_len)
-        return self._run([Request([first], Sampling(logprobs=2), scored_token_ids=rest)], lora_request)[0]
+        return self._run(
+            [Request(prompt_token_ids=[first], sampling=Sampling(logprobs=2), scored_token_ids=rest)], lora_request
+        )[0]
 
     def _check_steps_alone(self) -> None:
         if self.config.values.get("async_scheduling"):
@@ -258,7 +261,9 @@ def _completion(request: Request, output: Any) -> Completion:
         tokens = np.asarray(written.token_ids, np.int32)
         logprobs, reason = written.logprobs, str(written.finish_reason)
     chosen, ranks, top_ids, top_logprobs = _columns(tokens, logprobs, request.sampling.logprobs)
-    return Completion(tokens, chosen, ranks, top_ids, top_logprobs, reason)
+    return Completion(
+        token_ids=tokens, logprobs=chosen, ranks=ranks, top_token_ids=top_ids, top_logprobs=top_logprobs, finish_reason=reason
+    )
 
 
 def _columns(tokens: Any, logprobs: Any, k: int) -> tuple[Any, Any, Any, Any]:
