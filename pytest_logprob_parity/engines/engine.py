@@ -112,7 +112,7 @@ class Engine:
         the environment's answer. Raises UsageError and EngineError.
         """
         from ..checkpoint.prompts import check_prompts, tokenize
-        from .replay import generate
+        from .generate import generate
 
         sampling = Sampling.of(sampling)
         tokenized = tokenize(check_prompts(prompts), self.tokenizer)
@@ -143,7 +143,7 @@ class Engine:
         from ..checkpoint.adapter import is_adapter, read_adapter
         from ..checkpoint.prompts import check_prompts, tokenize
         from ..checkpoint.weight_update import WeightUpdate, check_finite, check_fits
-        from .replay import generate_through
+        from .generate import generate_through
 
         self._check_here("weight updates")
         if not isinstance(weights, (str, Path, Mapping)):

@@ -27,7 +27,7 @@ class ServerBackend:
 
         Raises EngineError for one that is down and for a pin that is not the server's, IncomparableError for another model.
         """
-        from ..vllm.backend import check_settings
+        from ..vllm.start import check_settings
 
         check_settings(spec)
         self._client = client

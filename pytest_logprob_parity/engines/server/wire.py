@@ -13,7 +13,7 @@ from ...errors import EngineError
 from ...trace import MINUS_INFINITY, Forcing
 from ..backend import Completion, Request
 from ..vllm.sampling_parameters import sampling_parameters
-from .client import shown
+from .answer import shown
 
 COMPLETIONS: Final = "/v1/completions"
 GENERATE: Final = "/inference/v1/generate"
