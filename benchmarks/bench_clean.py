@@ -23,7 +23,7 @@ from common import report_number
 
 from pytest_logprob_parity.check.ask import Answers
 from pytest_logprob_parity.check.check import judge_answers
-from pytest_logprob_parity.check.compatibility import Context
+from pytest_logprob_parity.check.context import Context
 from pytest_logprob_parity.check.reference_pass import by_turns
 from pytest_logprob_parity.checkpoint.digests import model_digests
 from pytest_logprob_parity.comparison.result import Comparison

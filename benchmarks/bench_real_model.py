@@ -24,7 +24,7 @@ from common import REPO, share_the_machine
 from pytest_logprob_parity import EngineSpec, Sampling
 from pytest_logprob_parity.check.ask import Answers, ask
 from pytest_logprob_parity.check.check import check_golden, judge_answers
-from pytest_logprob_parity.check.compatibility import Context
+from pytest_logprob_parity.check.context import Context
 from pytest_logprob_parity.engines.engine import Engine
 from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.golden import Golden

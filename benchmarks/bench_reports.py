@@ -23,7 +23,7 @@ from common import REPO, report_number, share_the_machine
 from pytest_logprob_parity import EngineSpec, Sampling
 from pytest_logprob_parity.check.ask import Answers
 from pytest_logprob_parity.check.check import check_golden, judge_answers
-from pytest_logprob_parity.check.compatibility import Context
+from pytest_logprob_parity.check.context import Context
 from pytest_logprob_parity.comparison.result import Comparison, Finding
 from pytest_logprob_parity.diagnosis.reference_evaluation import read_against, weigh
 from pytest_logprob_parity.engines.engine import Engine

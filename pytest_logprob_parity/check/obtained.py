@@ -22,7 +22,7 @@ from ..errors import GoldenError, ParityError, UsageError
 from ..golden import SUFFIX, Golden
 from ..trace import container
 from ..visible_text import visible_line
-from .compatibility import Checked
+from .context import Checked
 
 #: The folder, below the root.
 OBTAINED: Final = "parity-obtained"

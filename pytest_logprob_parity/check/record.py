@@ -26,7 +26,8 @@ from ..progress import doing, each
 from ..spec import Sampling
 from ..trace import FloatArray, ReplayPath, Trace
 from .chance_to_pass import WANTED, chance_to_pass
-from .compatibility import Context, check_belongs
+from .compatibility import check_belongs
+from .context import Context
 from .reference_pass import reference_of
 
 #: RMS (nats) between clean builds of vLLM 0.8.5 to 0.32.0 on the same tokens (docs/how-to/diagnosis.md, the migration), where a

@@ -11,7 +11,7 @@ from ..checkpoint.prompts import Prompt
 from ..checkpoint.weight_update import WeightUpdate
 from ..errors import UsageError
 from ..spec import Sampling
-from ..trace import NO_SEED, Trace, offsets_of
+from ..trace import NO_SEED, BoolArray, Trace, offsets_of
 from .backend import Backend, Completion, Request, TakesWeights
 from .columns import Rows, finish_code, labels
 from .refusals import check_ids, check_lengths
@@ -52,15 +52,7 @@ def generate(
     first = np.cumsum([0, *(len(p.token_ids) for p in prompts)])
     completions = [histories[i][len(prompts[g].token_ids) :] for i, g in enumerate(groups)]
     offsets = offsets_of(completions)
-    rows = Rows.empty(int(offsets[-1]), sampling.logprobs)
-    mask = np.ones(int(offsets[-1]), bool)
-    for i, turns in enumerate(written):
-        position = int(offsets[i])
-        for completion, environment in turns:
-            rows.fill(position, completion)
-            position += len(completion.token_ids)
-            mask[position : position + environment] = False
-            position += environment
+    rows, mask = _filled(written, offsets.tolist(), sampling.logprobs)
     trace = Trace.from_arrays(
         prompt_token_ids=np.concatenate([p.token_ids for p in prompts]),
         prompt_offsets=first,
@@ -79,6 +71,19 @@ def generate(
         **labels(backend),
     )
     return trace.with_(token_texts=_texts(trace, tokenizer)) if tokenizer is not None else trace
+
+
+def _filled(written: list[list[tuple[Completion, int]]], offsets: list[int], k: int) -> tuple[Rows, BoolArray]:
+    """The columns of sequences that begin at `offsets`, and the mask: False where the environment wrote the token."""
+    rows = Rows.empty(offsets[-1], k)
+    mask = np.ones(offsets[-1], bool)
+    for position, turns in zip(offsets, written, strict=False):
+        for completion, environment in turns:
+            rows.fill(position, completion)
+            position += len(completion.token_ids)
+            mask[position : position + environment] = False
+            position += environment
+    return rows, mask
 
 
 def generate_through(

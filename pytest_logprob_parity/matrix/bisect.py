@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from ..check.check import judge_answers
-from ..check.compatibility import Context
+from ..check.context import Context
 from ..comparison.result import Comparison, Verdict
 from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden

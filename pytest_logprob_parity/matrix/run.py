@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..check.check import judge_answers
-from ..check.compatibility import Context
+from ..check.context import Context
 from ..checkpoint.digests import digest_of, find_model, find_tokenizer
 from ..checkpoint.prompts import check_prompts, load_tokenizer, tokenize
 from ..comparison.result import Finding, Verdict

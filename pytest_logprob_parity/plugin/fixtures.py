@@ -19,7 +19,7 @@ from .stash import ASKED, EXPECTS, ITEM, NODE_ID, NOTED, ORIGIN, SESSION, Expect
 from .unchecked import compared_something, raises_is_open
 
 if TYPE_CHECKING:
-    from ..check.compatibility import Checked, Context
+    from ..check.context import Checked, Context
     from ..comparison.result import Comparison, Level
     from ..comparison.tolerance import Tolerance
     from ..engines.engine import Engine
@@ -275,7 +275,7 @@ class GoldenTrace:
         return await beside_the_loop(check, "check_async")
 
     def _context(self, path: Path, name: str | None, observe: Callable[[Checked], None]) -> Context:
-        from ..check.compatibility import Context
+        from ..check.context import Context
 
         return Context(
             node_id=self._node_id,

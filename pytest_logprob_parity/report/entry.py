@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..check.compatibility import Checked
+from ..check.context import Checked
 from ..checkpoint.digests import find_model
 from ..comparison.message import side
 from ..comparison.result import Comparison
