@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from _pytest.pytester import SysModulesSnapshot
 
-from pytest_logprob_parity.state import POOL, pool_of
+from pytest_logprob_parity.plugin.stash import POOL, pool_of
 
 ROOT = Path(__file__).resolve().parent
 MODEL = str(ROOT / "models" / "tiny-arith")

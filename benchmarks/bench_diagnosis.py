@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from common import REPO, SPEC, long_prompts, report_number, share_the_machine, synthetic_trace, time_in_turns
 
-from pytest_logprob_parity.check import check_golden
+from pytest_logprob_parity.check.check import check_golden
 from pytest_logprob_parity.comparison.alignment import align
 from pytest_logprob_parity.comparison.signatures.semantics import semantic_findings
 from pytest_logprob_parity.diagnosis.ablation import Budget, ablate
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.pool import Pool
 from pytest_logprob_parity.spec import Sampling
 
 #: Two that matter, six that do not.

@@ -22,12 +22,12 @@ from bench_models import make_smollm2
 from common import REPO, share_the_machine
 
 from pytest_logprob_parity import EngineSpec, Sampling
-from pytest_logprob_parity.answers import Answers, ask
-from pytest_logprob_parity.belonging import Context
-from pytest_logprob_parity.check import check_golden, judge_answers
+from pytest_logprob_parity.check.ask import Answers, ask
+from pytest_logprob_parity.check.check import check_golden, judge_answers
+from pytest_logprob_parity.check.compatibility import Context
+from pytest_logprob_parity.engines.pool import Engine, Pool
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.matrix.worker import load_answers, save_answers
-from pytest_logprob_parity.pool import Engine, Pool
 from pytest_logprob_parity.trace import Trace
 
 QUESTIONS = (

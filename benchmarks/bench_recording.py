@@ -13,9 +13,9 @@ from typing import Any
 
 from common import REPO, SAMPLING, SPEC, arith_prompts, report_ratio, time_in_turns
 
-from pytest_logprob_parity.check import check_golden
+from pytest_logprob_parity.check.check import check_golden
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.pool import Pool
 from pytest_logprob_parity.spec import Sampling
 from pytest_logprob_parity.trace import Trace
 

@@ -20,11 +20,11 @@ sys.path.insert(0, str(REPO / "tests"))
 
 from chromium import Chromium, find
 
-from pytest_logprob_parity.belonging import Checked
-from pytest_logprob_parity.check import check_golden
+from pytest_logprob_parity.check.check import check_golden
+from pytest_logprob_parity.check.compatibility import Checked
+from pytest_logprob_parity.comparison.message import failure_message
 from pytest_logprob_parity.comparison.result import MismatchError
-from pytest_logprob_parity.message import failure_message
-from pytest_logprob_parity.pool import Pool
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.report.entry import make_entry
 from pytest_logprob_parity.report.write import results_of, write_report
 from pytest_logprob_parity.spec import Sampling
@@ -45,7 +45,7 @@ def real_checks(folder: Path) -> list[Checked]:
 
 
 def _checks(pool: Pool, path: Path, changes: dict[str, object]) -> Iterator[Checked]:
-    from pytest_logprob_parity.belonging import Context
+    from pytest_logprob_parity.check.compatibility import Context
 
     seen: list[Checked] = []
     try:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from common import REPO, SAMPLING, SPEC, arith_prompts, report_number, synthetic_trace
 
-from pytest_logprob_parity.check import check_golden
+from pytest_logprob_parity.check.check import check_golden
+from pytest_logprob_parity.engines.pool import open_engine
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.pool import open_engine
 
 
 def report_size(name: str, path: Path) -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from common import REPO, SPEC, long_prompts, moved, report_number, share_the_machine, synthetic_trace, time_in_turns
 
-from pytest_logprob_parity.check import check_golden
+from pytest_logprob_parity.check.check import check_golden
 from pytest_logprob_parity.comparison.tolerance import default_tolerance, with_floor
 from pytest_logprob_parity.comparison.verdict import Evidence, judge
-from pytest_logprob_parity.floor import REPEATS, NoiseFloor, Shapes
+from pytest_logprob_parity.engines.pool import Engine, Pool
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.pool import Engine, Pool
+from pytest_logprob_parity.golden.noise_floor import REPEATS, NoiseFloor, Shapes
 from pytest_logprob_parity.spec import Sampling
 
 SEQUENCES, TOKENS, GROUP, PROMPT_LENGTH = 200, 64, 8, 160

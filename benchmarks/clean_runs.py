@@ -35,10 +35,10 @@ from typing import Any
 import numpy as np
 from bench_models import KINDS, make_model
 
-from pytest_logprob_parity.answers import Answers, ask
+from pytest_logprob_parity.check.ask import Answers, ask
+from pytest_logprob_parity.engines.pool import Engine, Pool
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.matrix.worker import record, save_answers
-from pytest_logprob_parity.pool import Engine, Pool
 from pytest_logprob_parity.spec import EngineSpec, Sampling
 from pytest_logprob_parity.trace import Trace, offsets_of
 

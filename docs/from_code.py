@@ -16,7 +16,7 @@ from pytest_logprob_parity import plugin
 from pytest_logprob_parity.cli import make_parser, verbs_of
 from pytest_logprob_parity.comparison import tolerance
 from pytest_logprob_parity.comparison.objectives import OBJECTIVES
-from pytest_logprob_parity.fixtures import GoldenTrace
+from pytest_logprob_parity.plugin.fixtures import GoldenTrace
 from pytest_logprob_parity.spec import PROFILES, RL_ON_CPU
 
 _MARK: Final = re.compile(r"^<!-- generated: (\w+)(.*?) -->$", re.MULTILINE | re.DOTALL)

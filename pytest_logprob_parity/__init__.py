@@ -8,27 +8,27 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from ._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from .assertions import assert_logprobs_close, assert_tokens_equal
-    from .check import check_golden
+    from .check.check import check_golden
+    from .checkpoint.adapter import merge_adapter
+    from .checkpoint.probe import write_probe
+    from .comparison.assertions import assert_logprobs_close, assert_tokens_equal
     from .comparison.result import Comparison, Finding, MismatchError
     from .comparison.tolerance import Tolerance
     from .comparison.verdict import compare
+    from .engines.pool import Engine, Pool, open_engine
     from .errors import EngineError, GoldenError, IncomparableError, ParityError, UsageError
     from .golden import Golden
-    from .pool import Engine, Pool, open_engine
     from .spec import EngineSpec, Sampling
     from .trace import Trace
     from .trainer.chain import assert_trainer_chain, trainer_chain
     from .trainer.parity import assert_trainer_parity
     from .trainer.scoring import Scorer, scorer
     from .trainer.transformers_scorer import TransformersScorer
-    from .weights.adapter import merge_adapter
-    from .weights.cold import assert_updated_equals_cold
-    from .weights.probe import write_probe
-    from .weights.semantics import assert_weight_update
-
-__version__ = "0.1.0"
+    from .weight_updates.check import assert_weight_update
+    from .weight_updates.cold_engine import assert_updated_equals_cold
 
 __all__ = [
     "Comparison",
@@ -65,24 +65,24 @@ __all__ = [
 
 if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt name
     _HOMES = {
-        "assertions": ("assert_logprobs_close", "assert_tokens_equal"),
-        "check": ("check_golden",),
+        "comparison.assertions": ("assert_logprobs_close", "assert_tokens_equal"),
+        "check.check": ("check_golden",),
         "comparison.result": ("Comparison", "Finding", "MismatchError"),
         "comparison.tolerance": ("Tolerance",),
         "comparison.verdict": ("compare",),
         "errors": ("EngineError", "GoldenError", "IncomparableError", "ParityError", "UsageError"),
         "golden": ("Golden",),
-        "pool": ("Engine", "Pool", "open_engine"),
+        "engines.pool": ("Engine", "Pool", "open_engine"),
         "spec": ("EngineSpec", "Sampling"),
         "trace": ("Trace",),
         "trainer.chain": ("assert_trainer_chain", "trainer_chain"),
         "trainer.parity": ("assert_trainer_parity",),
         "trainer.scoring": ("Scorer", "scorer"),
         "trainer.transformers_scorer": ("TransformersScorer",),
-        "weights.adapter": ("merge_adapter",),
-        "weights.probe": ("write_probe",),
-        "weights.cold": ("assert_updated_equals_cold",),
-        "weights.semantics": ("assert_weight_update",),
+        "checkpoint.adapter": ("merge_adapter",),
+        "checkpoint.probe": ("write_probe",),
+        "weight_updates.cold_engine": ("assert_updated_equals_cold",),
+        "weight_updates.check": ("assert_weight_update",),
     }
     _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

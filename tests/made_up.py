@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from pytest_logprob_parity import Sampling, Trace
-from pytest_logprob_parity.reference import Reference
+from pytest_logprob_parity.golden.reference import Reference
 
 OBJECTIVES = ("token", "sequence", "truncated", "unclipped")
 

@@ -7,8 +7,9 @@ import pytest
 from reporting import MOVED, command, one_line
 
 from conftest import MODEL
-from pytest_logprob_parity import Golden, Sampling, container
+from pytest_logprob_parity import Golden, Sampling
 from pytest_logprob_parity.report.results import read_results
+from pytest_logprob_parity.trace import container
 
 ENGINE_TEST = f"""
 import pytest

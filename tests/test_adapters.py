@@ -24,9 +24,9 @@ from pytest_logprob_parity import (
     compare,
     merge_adapter,
 )
-from pytest_logprob_parity.diagnosis.reading import Reading, weigh
+from pytest_logprob_parity.checkpoint.adapter import apply_adapter, read_adapter
+from pytest_logprob_parity.diagnosis.reference_evaluation import Reading, weigh
 from pytest_logprob_parity.trainer.frameworks import framework
-from pytest_logprob_parity.weights.adapter import apply_adapter, read_adapter
 
 SAMPLING = Sampling(temperature=0.7, max_tokens=32, ignore_eos=True, seed=1)
 SIZES = {

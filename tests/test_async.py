@@ -7,7 +7,7 @@ import pytest
 
 from conftest import MODEL
 from pytest_logprob_parity import ParityError, UsageError
-from pytest_logprob_parity.event_loop import ask_in_loop, beside_the_loop
+from pytest_logprob_parity.engines.event_loop import ask_in_loop, beside_the_loop
 
 #: The same file for both plugins; OWN says whether an AsyncLLM that the event loop has built takes the pool's place.
 CONFTEST = f"""

@@ -11,9 +11,10 @@ from made_up import make_trace, moved, noise, reference_of
 from reporting import command
 from safetensors import deserialize
 
-from pytest_logprob_parity import Golden, GoldenError, Sampling, container
-from pytest_logprob_parity.floor import NoiseFloor, Shapes
-from pytest_logprob_parity.obtained import Obtained, candidate_path
+from pytest_logprob_parity import Golden, GoldenError, Sampling
+from pytest_logprob_parity.check.obtained import Obtained, candidate_path
+from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
+from pytest_logprob_parity.trace import container
 
 PRINTS = {
     "name": "m", "model": "a", "tokenizer": "b", "chat_template": "c", "engine": {"kind": "vllm", "version": "0.32.0"},
@@ -445,7 +446,7 @@ def test_a_link_in_place_of_a_gitignore_is_not_written_through(pytester, run_inn
 @pytest.mark.parametrize("text", ["[", "[]", "5", "[" * 10_000])
 def test_a_model_folder_with_a_configuration_that_is_none(tmp_path, text):
     from pytest_logprob_parity import UsageError
-    from pytest_logprob_parity.fingerprint import model_digests
+    from pytest_logprob_parity.golden.fingerprint import model_digests
 
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UsageError, match=r"config\.json"):

@@ -12,7 +12,7 @@ from pytest_logprob_parity import EngineError, EngineSpec, Golden, MismatchError
 from pytest_logprob_parity.cli import main
 from pytest_logprob_parity.comparison.result import Finding
 from pytest_logprob_parity.diagnosis.ablation import Ablation, Budget, Step, ablate
-from pytest_logprob_parity.diagnosis.reading import Reading, read_against, weigh
+from pytest_logprob_parity.diagnosis.reference_evaluation import Reading, read_against, weigh
 
 SPEC = EngineSpec(MODEL, dtype="bfloat16")
 

@@ -19,7 +19,7 @@ from pytest_logprob_parity.cli import make_parser, verbs_of
 from pytest_logprob_parity.comparison.objectives import OBJECTIVES
 from pytest_logprob_parity.comparison.result import CAUSES
 from pytest_logprob_parity.comparison.tolerance import LIMITS
-from pytest_logprob_parity.fixtures import GoldenTrace
+from pytest_logprob_parity.plugin.fixtures import GoldenTrace
 from pytest_logprob_parity.spec import PROFILES
 from pytest_logprob_parity.trace import COLUMNS
 
@@ -69,7 +69,7 @@ def tell(pytester, run_inner, monkeypatch, pool, finished, tmp_path_factory):
     monkeypatch.syspath_prepend(str(pytester.path))
     for name in [name for name in sys.modules if name.startswith("test_")]:  # a page's tests may be called like ours
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr("pytest_logprob_parity.pool.open_engine", lambda spec: Borrowed(pool.engine(spec)))
+    monkeypatch.setattr("pytest_logprob_parity.engines.pool.open_engine", lambda spec: Borrowed(pool.engine(spec)))
     monkeypatch.delitem(vars(pytest_logprob_parity), "open_engine", raising=False)
     monkeypatch.setattr(pool, "notify", None)
 

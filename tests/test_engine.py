@@ -27,11 +27,11 @@ from pytest_logprob_parity import (
     compare,
     open_engine,
 )
-from pytest_logprob_parity.engines.base import Request, ResolvedConfig
-from pytest_logprob_parity.engines.own_engine import Face
+from pytest_logprob_parity.checkpoint.prompts import _is_hole, check_prompts
+from pytest_logprob_parity.engines.backend import Request, ResolvedConfig
 from pytest_logprob_parity.engines.process import ProcessBackend
-from pytest_logprob_parity.prompts import _is_hole, check_prompts
-from pytest_logprob_parity.replay import replay
+from pytest_logprob_parity.engines.replay import replay
+from pytest_logprob_parity.engines.vllm.own_engine import Face
 
 GROUPS = Sampling(temperature=0.7, top_p=0.95, n=8, max_tokens=64, seed=3)
 

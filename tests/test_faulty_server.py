@@ -15,13 +15,13 @@ from gateway import COMPLETIONS, RawServer, http_answer
 
 from conftest import MODEL
 from pytest_logprob_parity import EngineSpec, ParityError, Sampling
-from pytest_logprob_parity.engines.base import Request
+from pytest_logprob_parity.engines.backend import Request
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.engines.server import client as client_module
 from pytest_logprob_parity.engines.server.client import Client
 from pytest_logprob_parity.engines.server.wire import choices_of
 from pytest_logprob_parity.errors import EngineError
-from pytest_logprob_parity.pool import Pool
-from pytest_logprob_parity.server_settings import ServerSettings
+from pytest_logprob_parity.spec.server_settings import ServerSettings
 
 SAMPLING = Sampling(temperature=0.7, max_tokens=3, logprobs=2)
 FORCED = Request([9, 8], SAMPLING, forced_token_ids=[5, 6, 7])

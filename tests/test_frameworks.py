@@ -895,7 +895,7 @@ def test_the_page_names_every_mistake_and_metric(rollouts):
 
 @pytest.mark.parametrize("name", [*FRAMEWORKS, "pipelinerl-v1-first"])
 def test_profiles_pin_what_can_be_read_back(name):
-    from pytest_logprob_parity.engine_arguments import vllm_engine_arguments
+    from pytest_logprob_parity.spec.engine_arguments import vllm_engine_arguments
 
     profile = framework(name).profile if name in FRAMEWORKS else name
     known = vllm_engine_arguments()

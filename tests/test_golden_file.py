@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from pytest_logprob_parity import Golden, GoldenError, MismatchError, Trace, check_golden
-from pytest_logprob_parity.floor import NoiseFloor, Shapes
 from pytest_logprob_parity.golden import golden_path, unused_goldens
+from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
 
 SCHEMA_1 = Path(__file__).parent / "data" / "schema-1.safetensors"  # recorded by commit e505dbf on vLLM 0.32.0, bfloat16
 
@@ -100,7 +100,7 @@ def test_without_a_noise_floor_only_level_noise_shows_nothing():
 
 def test_repeats_and_what_is_said_of_them_come_together(golden_file):
     """A file that has one and not the other was not written by us."""
-    from pytest_logprob_parity import container
+    from pytest_logprob_parity.trace import container
 
     trace = make_trace()
     floor = NoiseFloor(np.stack([trace.logprobs] * 2), Shapes(), reproduces=True)

@@ -10,10 +10,10 @@ from made_up import make_trace, moved
 from reporting import command
 
 from pytest_logprob_parity import EngineError, Golden, GoldenError, ParityError, UsageError
+from pytest_logprob_parity.check.obtained import Obtained, candidate_path
 from pytest_logprob_parity.comparison.result import TALLY
 from pytest_logprob_parity.golden import golden_path
-from pytest_logprob_parity.obtained import Obtained, candidate_path
-from pytest_logprob_parity.reference import Reference
+from pytest_logprob_parity.golden.reference import Reference
 from pytest_logprob_parity.visible_text import visible, visible_json, visible_line
 
 #: Clears the screen, sets its title, rings, turns text round, hides, ends strings, forges lines, orders GitHub and Azure about.
@@ -137,7 +137,7 @@ def test_a_file_name_forges_no_line(tmp_path, capsys, monkeypatch):
 
 def test_an_engine_among_a_tests_arguments_is_harmless():
     from pytest_logprob_parity import EngineSpec
-    from pytest_logprob_parity.pool import Pool
+    from pytest_logprob_parity.engines.pool import Pool
 
     assert_harmless(repr(Pool().engine(EngineSpec(HOSTILE))))
 

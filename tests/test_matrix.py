@@ -18,12 +18,12 @@ from conftest import ROOT
 from pytest_logprob_parity import EngineError, Golden, UsageError
 from pytest_logprob_parity.cli import main
 from pytest_logprob_parity.errors import IncomparableError
-from pytest_logprob_parity.fingerprint import model_digests
+from pytest_logprob_parity.golden.fingerprint import model_digests
 from pytest_logprob_parity.matrix import environments
 from pytest_logprob_parity.matrix.environments import Environment, python_of
 from pytest_logprob_parity.matrix.executors import LocalExecutor, RayExecutor, today
+from pytest_logprob_parity.matrix.goldens import check_recorded
 from pytest_logprob_parity.matrix.plan import load_plan
-from pytest_logprob_parity.matrix.recorded import check_recorded
 
 PLAN = f"""
 model = "{ROOT / "models" / "tiny-arith"}"
@@ -408,7 +408,7 @@ class Absent:
         if name.partition(".")[0] in ("scipy", "pytest", "pluggy", "torch", "vllm", "transformers", "ray"):
             raise ImportError(name)
 sys.meta_path.insert(0, Absent())
-import pytest_logprob_parity.matrix.worker, pytest_logprob_parity.engines.vllm
+import pytest_logprob_parity.matrix.worker, pytest_logprob_parity.engines.vllm.backend
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -8,10 +8,11 @@ import shlex
 import pytest
 from reporting import command
 
-from pytest_logprob_parity import Golden, container
+from pytest_logprob_parity import Golden
+from pytest_logprob_parity.check.obtained import Obtained, candidate_path
+from pytest_logprob_parity.check.variants import name_of, to_compare, to_record
 from pytest_logprob_parity.golden import golden_path, variant_path
-from pytest_logprob_parity.obtained import Obtained, candidate_path
-from pytest_logprob_parity.variants import name_of, to_compare, to_record
+from pytest_logprob_parity.trace import container
 
 SOURCE = """
 import numpy as np

@@ -18,11 +18,11 @@ from pytest_logprob_parity import (
     UsageError,
     check_golden,
 )
-from pytest_logprob_parity.chance import chance_to_pass
+from pytest_logprob_parity.check.chance_to_pass import chance_to_pass
 from pytest_logprob_parity.comparison.tolerance import default_tolerance, with_floor
-from pytest_logprob_parity.engines.base import Completion, ResolvedConfig
-from pytest_logprob_parity.floor import NoiseFloor, Shapes
-from pytest_logprob_parity.repeats import replay_in_drawn_shapes
+from pytest_logprob_parity.engines.backend import Completion, ResolvedConfig
+from pytest_logprob_parity.engines.batch_compositions import replay_in_drawn_shapes
+from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
 
 SAMPLING = Sampling(temperature=0.7, max_tokens=24, n=3, seed=1, logprobs=2)
 OWN_SCHEDULE = 24  # sequences, all in one call; in drawn shapes a call has 3 of a block and at most 8 fillers

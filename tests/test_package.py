@@ -16,7 +16,7 @@ import pytest
 import pytest_logprob_parity
 from conftest import ROOT
 from pytest_logprob_parity.engines import builds
-from pytest_logprob_parity.engines.base import reason_of
+from pytest_logprob_parity.engines.backend import reason_of
 from pytest_logprob_parity.matrix.plan import tomllib
 
 HEAVY = ("torch", "vllm", "transformers", "numpy", "safetensors", "jinja2", "matplotlib")

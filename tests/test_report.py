@@ -14,7 +14,7 @@ from reporting import MOVED, PROJECT, command, one_line
 
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import Trace, UsageError
-from pytest_logprob_parity.files import compare_files
+from pytest_logprob_parity.check.two_files import compare_files
 from pytest_logprob_parity.report.results import LARGEST, PLOTS, cause_of, excess, from_the_top, read_results
 from pytest_logprob_parity.report.sequences import texts_of
 from pytest_logprob_parity.visible_text import visible, visible_token
@@ -1002,7 +1002,7 @@ def test_files_that_no_report_wrote_are_left_alone(project, pytester):
 
 
 def test_a_disk_that_fills_during_the_run_costs_the_report_and_no_verdict(project, pytester, report, monkeypatch):
-    from pytest_logprob_parity import container
+    from pytest_logprob_parity.trace import container
 
     before = {file.name: file.read_bytes() for file in report.iterdir()}
 
@@ -1027,7 +1027,7 @@ def test_libraries_that_are_missing_are_named_before_anything_runs(project, repo
 
 
 def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
-    from pytest_logprob_parity.belonging import Checked
+    from pytest_logprob_parity.check.compatibility import Checked
     from pytest_logprob_parity.comparison.verdict import compare
     from pytest_logprob_parity.golden import Golden
     from pytest_logprob_parity.report.entry import make_entry
@@ -1046,7 +1046,7 @@ def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
 
 
 def test_a_shape_that_does_not_fit_names_the_place():
-    from pytest_logprob_parity.report.shape import Maybe, check_shape
+    from pytest_logprob_parity.json_shape import Maybe, check_shape
 
     shape = {"a": [Maybe({str: int})]}
     check_shape({"a": [None, {"x": 1}], "more": 2}, shape, "it")

@@ -24,16 +24,16 @@ from gateway import COMPLETIONS, Gateway
 
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import EngineSpec, ParityError, Sampling, check_golden
-from pytest_logprob_parity.engines.base import Request, reason_of
+from pytest_logprob_parity.engines.backend import Request, reason_of
+from pytest_logprob_parity.engines.pool import Pool
+from pytest_logprob_parity.engines.replay import forced_request
 from pytest_logprob_parity.engines.server.client import Client
 from pytest_logprob_parity.engines.server.wire import completion_of, post_of
 from pytest_logprob_parity.errors import EngineError, IncomparableError, UsageError
-from pytest_logprob_parity.fingerprint import differences
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.pool import Pool
-from pytest_logprob_parity.replay import forced_request
+from pytest_logprob_parity.golden.fingerprint import differences
 from pytest_logprob_parity.report.results import read_results
-from pytest_logprob_parity.server_settings import ServerSettings
+from pytest_logprob_parity.spec.server_settings import ServerSettings
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=24, n=2, seed=1)
 TEST = f"""
@@ -112,7 +112,7 @@ def clients():
 @pytest.fixture(scope="module")
 def here(request):
     """The same engine in this process."""
-    from pytest_logprob_parity.state import pool_of
+    from pytest_logprob_parity.plugin.stash import pool_of
 
     return pool_of(request.config).engine(EngineSpec(MODEL, dtype="float32"))
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pytest_logprob_parity.fingerprint import differences
-from pytest_logprob_parity.suspects import suspect_settings, suspects
+from pytest_logprob_parity.comparison.suspected_causes import suspect_settings, suspects
+from pytest_logprob_parity.golden.fingerprint import differences
 
 
 def prints(name="models/m", model="d1", **config):

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pytest_logprob_parity import Sampling, Trace, UsageError, container
-from pytest_logprob_parity.engines.base import Request
-from pytest_logprob_parity.engines.forced_decode import FORCED, forced_token, install
+from pytest_logprob_parity import Sampling, Trace, UsageError
+from pytest_logprob_parity.engines.backend import Request
 from pytest_logprob_parity.engines.server.guard import (
     LARGEST_REQUEST,
     GoneError,
@@ -21,7 +20,9 @@ from pytest_logprob_parity.engines.server.guard import (
     path_of,
     read_body,
 )
+from pytest_logprob_parity.engines.vllm.forced_decode import FORCED, forced_token, install
 from pytest_logprob_parity.errors import GoldenError
+from pytest_logprob_parity.trace import container
 
 NO_IDS = ["abc", 5, True, None, {"0": 1}, [8], [10**12], [-1], [1.5], [6.0], [True], ["7"], [[1]], [None], [{}], []]
 

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from pytest_logprob_parity import Sampling, Trace, UsageError, container
+from pytest_logprob_parity import Sampling, Trace, UsageError
+from pytest_logprob_parity.trace import container
 
 SEQUENCES = [
     {

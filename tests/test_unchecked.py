@@ -248,7 +248,7 @@ def test_a_golden_that_cannot_be_read_is_its_tests_all_the_same(pytester, run_in
 
 def test_a_raises_is_found_where_no_bound_exit_is_held(pytester, run_inner, write, monkeypatch):
     """As from Python 3.14 on."""
-    from pytest_logprob_parity import unchecked
+    from pytest_logprob_parity.plugin import unchecked
 
     monkeypatch.setattr(unchecked, "_HOLDS_BOUND", False)
     gc.collect()  # of those of other tests

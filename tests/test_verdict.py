@@ -12,8 +12,8 @@ from pytest_logprob_parity.comparison.free_run import compare_free_run, judge_fr
 from pytest_logprob_parity.comparison.permutation import block_permutation_test
 from pytest_logprob_parity.comparison.tolerance import default_tolerance, with_floor
 from pytest_logprob_parity.comparison.verdict import Evidence, judge
-from pytest_logprob_parity.floor import NoiseFloor, Shapes
 from pytest_logprob_parity.golden import Golden
+from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
 
 #: What shape noise in bfloat16 looks like: RMS between two replays, in nats; most tokens never move.
 BFLOAT16_NOISE = 0.009

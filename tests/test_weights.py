@@ -21,7 +21,7 @@ from pytest_logprob_parity import (
     assert_weight_update,
     write_probe,
 )
-from pytest_logprob_parity.weights.update import WeightUpdate, check_finite
+from pytest_logprob_parity.checkpoint.weight_update import WeightUpdate, check_finite
 
 STEP_2 = f"{MODEL}-step2"
 SAMPLING = Sampling(temperature=0.7, max_tokens=32, ignore_eos=True, seed=1)

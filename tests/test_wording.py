@@ -7,8 +7,8 @@ import pytest
 from made_up import make_trace, moved, reference_of
 
 from pytest_logprob_parity import Golden, compare
+from pytest_logprob_parity.comparison.message import failure_message
 from pytest_logprob_parity.golden import describe
-from pytest_logprob_parity.message import failure_message
 
 #: One of several things, and a number behind its unit.
 WRONG = (

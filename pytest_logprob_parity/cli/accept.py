@@ -31,8 +31,8 @@ def add(verbs: Verbs) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Show each difference and ask. Gives what `accept.review` gives."""
-    from ..accept import Proposal, review
-    from ..files import compare_files
+    from ..check.accept import Proposal, review
+    from ..check.two_files import compare_files
 
     def view(proposal: Proposal) -> str:
         return text_of(compare_files(proposal.target, proposal.path), proposal.target, proposal.path)

@@ -36,12 +36,12 @@ def add(verbs: Verbs) -> None:
 def run(given: argparse.Namespace) -> int:
     """Exit status 0 where the switch was found."""
     from ..comparison.result import CAUSES
-    from ..fingerprint import installed_version
     from ..golden import Golden
+    from ..golden.fingerprint import installed_version
     from ..matrix.bisect import Tried, bisect, environment_of, known_releases, releases_between, try_release
     from ..matrix.environments import default_home
-    from ..settings import parse_settings
     from ..spec import EngineSpec, nearest
+    from ..spec.settings import parse_settings
 
     known_causes = [cause for causes in CAUSES.values() for cause in causes]
     golden = Golden.load(given.golden)
@@ -79,7 +79,7 @@ def _check_bisect(spec: Mapping[str, Any], given: argparse.Namespace) -> None:
     """Raise UsageError for what would be found wrong only when an environment has been made."""
     from packaging.requirements import InvalidRequirement, Requirement
 
-    from ..settings import check_slips
+    from ..spec.settings import check_slips
 
     if (kind := spec.get("engine", "vllm")) != "vllm":
         raise UsageError(f"bisect: engine={kind!r}: it installs and starts releases of vLLM")

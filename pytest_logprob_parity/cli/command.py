@@ -11,7 +11,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from .. import __version__, progress
+from .. import progress
+from .._version import __version__
 from ..errors import EngineError, ParityError
 from ..spec import nearest
 from ..visible_text import visible_line

@@ -33,13 +33,13 @@ def add(verbs: Verbs) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Exit status 0 where the golden passes, 1 where it does not."""
-    from ..belonging import Context
-    from ..check import check_golden
+    from ..check.check import check_golden
+    from ..check.compatibility import Context
     from ..comparison.result import MismatchError
     from ..diagnosis.ablation import Budget, ablate
+    from ..engines.pool import Pool
     from ..golden import Golden
-    from ..pool import Pool
-    from ..settings import make_spec, parse_settings
+    from ..spec.settings import make_spec, parse_settings
 
     budget = Budget(given.max_engines, given.max_minutes)
     golden = Golden.load(given.golden)

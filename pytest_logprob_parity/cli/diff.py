@@ -12,7 +12,7 @@ from .json_output import to_text
 from .verb import Verbs, add_verb, say
 
 if TYPE_CHECKING:
-    from ..belonging import Checked
+    from ..check.compatibility import Checked
 
 
 def add(verbs: Verbs) -> None:
@@ -35,7 +35,7 @@ def add(verbs: Verbs) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Print the comparison. Gives 0 where it passes, 1 where it does not."""
-    from ..files import compare_files
+    from ..check.two_files import compare_files
     from ..report.entry import differences_to_json
 
     checked = compare_files(given.expected, given.actual, given.level)
@@ -49,9 +49,9 @@ def run(given: argparse.Namespace) -> int:
 
 def text_of(checked: Checked, expected: Path, actual: Path) -> str:
     """The comparison of two files for people."""
+    from ..check.obtained import is_obtained
+    from ..comparison.message import failure_message
     from ..golden import describe
-    from ..message import failure_message
-    from ..obtained import is_obtained
 
     comparison = checked.comparison
     if comparison.passed:

@@ -28,7 +28,7 @@ def add(verbs: Verbs) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Move, and print what went where. Gives 0."""
-    from ..moving import move, moves
+    from ..golden.moving import move, moves
 
     made = moves(given.old, given.new, given.name, given.root, given.golden_dir)
     move(made)

@@ -31,7 +31,7 @@ def add(verbs: Verbs) -> None:
 def run(given: argparse.Namespace) -> int:
     """Serve until interrupted. Gives the server's exit status."""
     from ..engines.server.serve import serve
-    from ..settings import parse_settings
+    from ..spec.settings import parse_settings
 
     settings = {"model": given.model, "profile": given.profile, "dtype": given.dtype}
     settings |= parse_settings([*given.settings, *given.also], "serve")

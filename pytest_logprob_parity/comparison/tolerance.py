@@ -11,13 +11,13 @@ from typing import Any, Final
 import numpy as np
 
 from ..errors import UsageError
-from ..floor import NoiseFloor
-from ..reference import Reference
+from ..golden.noise_floor import NoiseFloor
+from ..golden.reference import Reference
 from ..spec import nearest
 from ..trace import FloatArray, TracePath
-from .gaps import gap_of
 from .intervals import poisson_quantile
 from .objectives import DEFAULT_OBJECTIVE, objective_of
+from .precision_gaps import gap_of
 
 
 @dataclass(frozen=True, kw_only=True)

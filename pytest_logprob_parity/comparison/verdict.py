@@ -9,22 +9,23 @@ from typing import Any, Final
 import numpy as np
 
 from ..errors import UsageError
-from ..floor import NoiseFloor
+from ..golden.noise_floor import NoiseFloor
+from ..golden.reference import Reference
 from ..grammar import counted, is_or_are
-from ..reference import Reference
 from ..spec import nearest
 from ..trace import FloatArray, Trace
 from . import metrics as m
 from .alignment import Alignment, align
+from .contradictions import examine, topk_judged
 from .decision import Found, decide, proves
 from .differences import Differences, setting_of
 from .effects import gates_of, what_it_shows
 from .free_run import judge_free_run
-from .gaps import with_gap
 from .intervals import distinct_sequences, prompt_numbers
+from .nucleus_flips import support_flips
 from .objectives import DEFAULT_OBJECTIVE
 from .permutation import ALPHA, block_permutation_test
-from .record import examine, topk_judged
+from .precision_gaps import with_gap
 from .result import (
     LEVELS,
     SIDES,
@@ -41,18 +42,10 @@ from .result import (
     TokenDiff,
     names_of,
 )
+from .signatures.find_steps import applied_temperature
 from .signatures.head import head_finding
 from .signatures.positions import GLANCE, MOST, positions_of
-from .signatures.semantics import (
-    bears_out,
-    different_meaning,
-    label_findings,
-    left_unexplained,
-    semantic_findings,
-    unsure_of,
-)
-from .signatures.stages import applied_temperature
-from .support import support_flips
+from .signatures.semantics import bears_out, different_meaning, label_findings, left_unexplained, semantic_findings, unsure_of
 from .tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance, with_floor, with_reference
 
 _WORST: Final = 8

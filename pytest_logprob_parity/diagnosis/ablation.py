@@ -12,16 +12,16 @@ from typing import Any, Final
 import numpy as np
 
 from ..comparison.result import LAYERS, Finding, Layer
+from ..comparison.suspected_causes import SUSPECTS
 from ..comparison.tolerance import default_tolerance, with_floor
+from ..engines.pool import Pool
 from ..errors import EngineError, ParityError, UsageError
 from ..golden import Golden
-from ..pool import Pool
 from ..progress import doing
-from ..server_settings import SERVER
 from ..spec import EngineSpec
-from ..suspects import SUSPECTS
+from ..spec.server_settings import SERVER
 from ..trace import Trace
-from .reading import Reading, read_against, weigh
+from .reference_evaluation import Reading, read_against, weigh
 
 #: Engine arguments that can be moved one by one, as fingerprints name them; `head_dtype` goes by way of hf_overrides.
 MOVABLE: Final = (

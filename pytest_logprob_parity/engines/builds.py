@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from ..fingerprint import installed_version
+from ..golden.fingerprint import installed_version
 
 _BESIDE: Final = ("torchvision", "torchaudio", "torchcodec")
 #: How it shows: `operator torchvision::nms does not exist`, `libc10_cuda.so: cannot open shared object file`.

@@ -14,12 +14,12 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, Final
 
+from ..checkpoint.adapter import Adapter
+from ..checkpoint.weight_update import WeightUpdate
 from ..errors import EngineError, ParityError
 from ..spec import EngineSpec
-from ..time_limits import TimeLimits
-from ..weights.adapter import Adapter
-from ..weights.update import WeightUpdate
-from .base import Backend, Completion, RemoteError, Request, ResolvedConfig, no_answer, reason_of
+from .backend import Backend, Completion, RemoteError, Request, ResolvedConfig, no_answer, reason_of
+from .time_limits import TimeLimits
 
 #: How long a child that was told to end may take to do so, and one that was killed, in seconds.
 _CLOSE_SECONDS: Final = 20
@@ -182,10 +182,10 @@ def main(descriptor: int) -> None:
 def start_in_process(spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None = None) -> Backend:
     """Start the engine of `spec` in this process. Raises UsageError and EngineError."""
     if spec.engine == "transformers":
-        from .transformers import TransformersBackend
+        from .transformers.backend import TransformersBackend
 
         return TransformersBackend.start(spec, model, tokenizer, adapter)
-    from .vllm import VllmBackend
+    from .vllm.backend import VllmBackend
 
     return VllmBackend.start(spec, model, tokenizer, adapter)
 

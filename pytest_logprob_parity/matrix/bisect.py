@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from ..belonging import Context
-from ..check import judge_answers
+from ..check.check import judge_answers
+from ..check.compatibility import Context
 from ..comparison.result import Comparison, Verdict
 from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import EngineError
-from ..fingerprint import digest_of
+from ..golden.fingerprint import digest_of
 from .repairs import repair
 
 _READY: Final = "logprob-parity.json"

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ..errors import EngineError, GoldenError, ParityError, UsageError
-from ..fingerprint import find_model
 from ..golden import Golden
+from ..golden.fingerprint import find_model
 from .environments import FULL, DiskFullError, Environment, installed_in, python_of
 from .worker import load_answers
 

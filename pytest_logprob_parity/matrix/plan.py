@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from ..bounded import read_text
+from ..checkpoint.prompts import check_prompts
 from ..errors import UsageError
-from ..prompts import check_prompts
-from ..settings import check_slips
 from ..spec import DTYPES, EngineSpec, Sampling, nearest
+from ..spec.settings import check_slips
 from .environments import Environment
 
 if sys.version_info >= (3, 11):

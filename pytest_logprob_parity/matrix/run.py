@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..belonging import Context
-from ..check import judge_answers
+from ..check.check import judge_answers
+from ..check.compatibility import Context
+from ..checkpoint.prompts import check_prompts, load_tokenizer, tokenize
 from ..comparison.result import Finding, Verdict
 from ..errors import EngineError, ParityError
-from ..fingerprint import digest_of, find_model, find_tokenizer
 from ..golden import Golden
+from ..golden.fingerprint import digest_of, find_model, find_tokenizer
 from ..progress import each
-from ..prompts import check_prompts, load_tokenizer, tokenize
 from .executors import Executor, Job, answered, today
+from .goldens import ASKED, asked_of, check_recorded
 from .plan import Cell, Matrix, slug
-from .recorded import ASKED, asked_of, check_recorded
 from .worker import load_answers
 
 

@@ -14,14 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..answers import Answers, ask
-from ..container import read, write
+from ..check.ask import Answers, ask
+from ..check.record import check_numbers, measure_floor, with_untruncated
+from ..engines.pool import Engine, Pool
 from ..errors import ParityError
 from ..golden import Golden
-from ..pool import Engine, Pool
-from ..recording import check_numbers, measure_floor, with_untruncated
 from ..spec import EngineSpec, Sampling
 from ..trace import Trace
+from ..trace.container import read, write
 
 _POLICY, _DRAWN = "policy_logprobs", "drawn_logprobs"
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from ..check.two_files import compare_files
+from ..comparison.message import failure_message
 from ..comparison.result import Verdict
 from ..errors import UsageError
-from ..files import compare_files
 from ..golden import SUFFIX
-from ..message import failure_message
 from .entry import make_entry
 from .github import add_to_summary, no_summary, workflow_commands
 from .results import GOOD, Outcome, counts_of

@@ -8,12 +8,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..belonging import Checked
+from ..check.compatibility import Checked
+from ..comparison.message import side
 from ..comparison.result import Comparison
 from ..errors import ParityError
-from ..fingerprint import find_model
 from ..golden import describe
-from ..message import side
+from ..golden.fingerprint import find_model
 from .history.line import made_by
 from .plots import plots_of, short
 from .results import Outcome, finite

@@ -10,7 +10,7 @@ import numpy as np
 from ..comparison.alignment import align
 from ..comparison.metrics import CLIP
 from ..comparison.result import Comparison, FreeRun
-from ..floor import NoiseFloor
+from ..golden.noise_floor import NoiseFloor
 
 #: Bins of a histogram, cells a side of the scatter, and places along a completion, at most.
 _BINS: Final = 61

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from .. import __version__
+from .._version import __version__
 from ..bounded import parse_json, read_text
 from ..comparison.result import one_of
 from ..errors import Kind, UsageError
+from ..json_shape import COUNT, NUMBER, WHOLE, Maybe, Optional, UpTo, check_shape
 from ..visible_text import visible_token
-from .shape import COUNT, NUMBER, WHOLE, Maybe, Optional, UpTo, check_shape
 
 FORMAT: Final = "logprob-parity results"
 #: Raised where a reader of the last one would go wrong.

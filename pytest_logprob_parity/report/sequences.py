@@ -124,7 +124,7 @@ def texts_of(sequences: Iterable[Mapping[str, Any]], trace: Trace, folder: Path 
 
 def _decode(ids: list[int], folder: Path) -> dict[int, str]:
     """What the tokenizer of a model folder says; nothing where there is none that can be read."""
-    from ..prompts import load_tokenizer
+    from ..checkpoint.prompts import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(folder)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from .. import container
 from ..errors import UsageError
+from ..trace import container
 from .folder import check_libraries, check_ours, ignore, is_part, unwritable
 from .github import repository
 from .markdown import render_markdown

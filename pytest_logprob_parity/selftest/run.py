@@ -15,22 +15,21 @@ from typing import Any, Final
 
 import numpy as np
 
-from .. import fingerprint
+from ..check.record import measure_floor, with_untruncated
+from ..check.reference_pass import reference_of
 from ..comparison.free_run import compare_free_run
 from ..comparison.result import CAUSES as LAYER_CAUSES
 from ..comparison.result import Comparison, Finding, Setup
+from ..comparison.suspected_causes import suspects
 from ..comparison.tolerance import Tolerance, default_tolerance, with_floor
 from ..comparison.verdict import Evidence, judge
-from ..diagnosis.reading import read_against, weigh
+from ..diagnosis.reference_evaluation import read_against, weigh
+from ..engines.pool import Engine, Pool
+from ..engines.replay import replay
 from ..errors import EngineError, UsageError
-from ..golden import Golden
-from ..pool import Engine, Pool
+from ..golden import Golden, fingerprint
 from ..progress import doing
-from ..recording import measure_floor, with_untruncated
-from ..reference_pass import reference_of
-from ..replay import replay
 from ..spec import EngineSpec, Sampling
-from ..suspects import suspects
 from ..trace import BoolArray, FloatArray, Trace
 from .anatomy import load_checkpoint
 from .catalogue import catalogue

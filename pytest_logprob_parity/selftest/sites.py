@@ -192,7 +192,7 @@ class EngineSite:
         """Report some tokens of forced requests wrongly: their logprob is off by so much, the others of that position hold the
         rest of the mass.
         """
-        from ..engines.forced_decode import FORCED
+        from ..engines.vllm.forced_decode import FORCED
 
         sampler, runner = self._runner.sampler, self._runner
         original = sampler.sample
@@ -225,7 +225,7 @@ class EngineSite:
 
     def free_of_force(self, every: int) -> None:
         """Let one request in `every` draw its own tokens although it was told what to decode."""
-        from ..engines.forced_decode import FORCED
+        from ..engines.vllm.forced_decode import FORCED
 
         sampler, runner = self._runner.sampler, self._runner
         original = sampler.sample

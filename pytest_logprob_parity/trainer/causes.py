@@ -15,12 +15,12 @@ from ..comparison.signatures.head import logit_step
 from ..comparison.signatures.positions import positions_of
 from ..comparison.signatures.scale import is_a_temperature
 from ..comparison.tolerance import DTYPES, Tolerance
-from ..fingerprint import adapter_digest
 from ..golden import Golden
+from ..golden.fingerprint import adapter_digest
 from ..trace import Trace
+from .alternatives import otherwise
+from .function_of_logits import function_of_logits
 from .misplaced import few_off, misplaced
-from .of_logits import function_of_logits
-from .otherwise import otherwise
 from .scoring import name_of, score, temperature_of
 
 #: Positions whose top-k lists so much of the probability say what their distribution would be at another temperature.

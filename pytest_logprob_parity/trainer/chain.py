@@ -10,8 +10,8 @@ from typing import Any, Final
 from ..comparison.result import Comparison, MismatchError
 from ..comparison.tolerance import Tolerance, make_tolerance
 from ..comparison.verdict import Evidence, judge
+from ..engines.pool import Engine
 from ..errors import UsageError
-from ..pool import Engine
 from ..trace import Trace
 from .parity import trainer_tolerance, without_top_k
 from .scoring import Scorer, score
@@ -107,7 +107,7 @@ def assert_trainer_chain(
 
 
 def _one_at_a_time(engine: Engine, rollouts: Trace) -> Trace:
-    from ..floor import Shapes
+    from ..golden.noise_floor import Shapes
 
     alone = Shapes(batch_sizes=(1,), weights=(1.0,), alone=1.0, blocks=1)
     return rollouts.with_(logprobs=engine.replay_in_drawn_shapes(rollouts, alone, 0), top_logprobs=rollouts.top_logprobs[:, :0],

@@ -8,20 +8,20 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..comparison.gaps import GAPS, with_gap
+from ..comparison.message import failure_message
 from ..comparison.objectives import DEFAULT_OBJECTIVE
+from ..comparison.precision_gaps import GAPS, with_gap
 from ..comparison.result import Comparison, Finding, MismatchError, Note
 from ..comparison.tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance
 from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
 from ..golden import Golden
-from ..message import failure_message
 from ..spec import nearest
 from ..trace import Trace
+from .batch_logprobs import ThirdOpinion, column_of, disagreement, trainer_is_off
 from .causes import causes, not_a_number
 from .entropy import entropy_note, entropy_numbers
 from .frameworks import framework, with_metrics
-from .in_hand import ThirdOpinion, column_of, disagreement, trainer_is_off
 from .scoring import FINEST_FIRST, Scorer, score
 
 #: So many turns that lack their first logprob are no chance.

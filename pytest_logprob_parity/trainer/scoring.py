@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
-from ..comparison.signatures.kept_sets import listed_whole
+from ..comparison.signatures.truncated_support import listed_whole
 from ..errors import UsageError
 from ..spec import DTYPES, Sampling, nearest
 from ..trace import FloatArray, Trace

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from .. import fingerprint
+from ..checkpoint.adapter import Adapter, apply_adapter, read_adapter
 from ..errors import EngineError, UsageError
+from ..golden import fingerprint
 from ..spec import DTYPES, nearest
-from ..weights.adapter import Adapter, apply_adapter, read_adapter
 from .scoring import DIVISIONS
 
 #: Tokens whose logits over the whole vocabulary are in memory at once.
@@ -52,8 +52,8 @@ class TransformersScorer:
         adapter: str | Path | None = None,
         adapter_factor: float = 1.0,
     ) -> None:
-        from ..engines.float64 import compute_in_float64
-        from ..engines.head import Head
+        from ..checkpoint.float64 import compute_in_float64
+        from ..checkpoint.lm_head import Head
 
         for name, value, known in (
             ("dtype", dtype or "auto", DTYPES),
@@ -289,7 +289,7 @@ def _other_factors(model: Path, adapter: Path) -> Iterator[tuple[str, float]]:
 def _load(
     folder: Path, dtype: str, device: str | None, adapter: str | Path | None, factor: float
 ) -> tuple[Any, Any, Adapter | None]:  # fmt: skip
-    from ..engines.checkpoint import load_whole
+    from ..checkpoint.loading import load_whole
 
     found = fingerprint.find_model(str(folder), Path.cwd())
     try:
@@ -301,7 +301,7 @@ def _load(
     read = None if adapter is None else read_adapter(Path(adapter).absolute(), found)
     if read is not None:
         apply_adapter(model, read, factor)
-    from ..prompts import load_tokenizer
+    from ..checkpoint.prompts import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(fingerprint.find_tokenizer(found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...logit_grid import ENOUGH, grid_of
+from ...checkpoint.lm_head_precision import ENOUGH, grid_of
 from ...trace import Trace
 from ..result import Finding
 from .positions import Positions

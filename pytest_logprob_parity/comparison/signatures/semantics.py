@@ -12,9 +12,11 @@ from ...spec import Sampling
 from ...trace import Trace
 from ..alignment import Alignment
 from ..result import Cause, Finding, Names, SemanticCause
+from .find_steps import applied_temperature, scale_of, stages_of
 from .places import find_places
 from .positions import MOST, Positions, positions_of
-from .reporting import (
+from .processing_step import Stage, applied
+from .reporting import (  # fmt: skip
     Misreport,
     find_normaliser,
     find_rewritten,
@@ -24,10 +26,8 @@ from .reporting import (
     find_underflow,
     misreport,
     no_logprobs,
-)  # fmt: skip
+)
 from .scale import ENOUGH
-from .stage import Stage, applied
-from .stages import applied_temperature, scale_of, stages_of
 
 _NAMES: Final = Names()
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from ...spec import Sampling
 from ..result import Finding
-from . import kept_sets
+from . import truncated_support as kept_sets
 from .positions import Positions
-from .stage import Stage, applied
+from .processing_step import Stage, applied
 
 #: Kept sets differ where they do at this share of the positions and more; noise alone moves a few.
 _OTHER_SETS: Final = 0.01

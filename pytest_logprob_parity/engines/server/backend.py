@@ -7,11 +7,11 @@ from pathlib import PurePath
 from typing import Any, Final
 
 from ...comparison.result import Note
-from ...engine_arguments import is_secret
 from ...errors import EngineError, IncomparableError
-from ...server_settings import SERVER, server_settings
 from ...spec import EngineSpec
-from ..base import Completion, Request, ResolvedConfig
+from ...spec.engine_arguments import is_secret
+from ...spec.server_settings import SERVER, server_settings
+from ..backend import Completion, Request, ResolvedConfig
 from .client import Client, DownError
 from .readback import name_of, read_server
 from .wire import completion_of, largest_answer, post_of
@@ -28,7 +28,7 @@ class ServerBackend:
 
         Raises EngineError for one that is down and for a pin that is not the server's, IncomparableError for another model.
         """
-        from ..vllm import check_settings
+        from ..vllm.backend import check_settings
 
         check_settings(spec)
         self._client = client

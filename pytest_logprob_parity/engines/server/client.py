@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
 from ...errors import EngineError, UsageError
-from ...server_settings import ServerSettings
+from ...spec.server_settings import ServerSettings
 
 _T = TypeVar("_T")
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from ..forced_decode import FORCED
+from ..vllm.forced_decode import FORCED
 
 #: The largest body that is read to look for token ids, in bytes: room for pictures and recordings as vLLM takes them.
 LARGEST_REQUEST: Final = 64 * 2**20

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from ... import fingerprint
-from ...engine_arguments import is_secret, vllm_engine_arguments
 from ...errors import EngineError, UsageError
+from ...golden import fingerprint
 from ...spec import PROFILES
-from ..base import check_readback, json_value, reason_of
-from ..vllm_config import BY_NATURE, SHOWN, settings_of, vocabulary_of, why_not_forced
+from ...spec.engine_arguments import is_secret, vllm_engine_arguments
+from ..backend import check_readback, json_value, reason_of
+from ..vllm.config import BY_NATURE, SHOWN, settings_of, vocabulary_of, why_not_forced
 from .client import KEY_VARIABLE
 from .guard import GoneError, Keys, RefusedError, check_request, path_of, read_body
 from .readback import EXTENSION, ROUTE
@@ -171,7 +171,7 @@ class StartedServer:
         import vllm
         from vllm.platforms import current_platform
 
-        from ... import __version__
+        from ..._version import __version__
 
         config = self._client.vllm_config
         asked = {name: value for name, value in asked.items() if not is_secret(name)}

@@ -8,20 +8,20 @@ from pathlib import PurePath
 from types import SimpleNamespace
 from typing import Any, Final
 
-from ... import __version__
-from ...engine_arguments import is_secret
+from ..._version import __version__
 from ...errors import EngineError, UsageError
-from ...server_settings import ServerSettings
 from ...spec import EngineSpec
+from ...spec.engine_arguments import is_secret
+from ...spec.server_settings import ServerSettings
 from ...trace import Forcing
-from .. import forced_decode
-from ..base import check_readback, forcing_of, json_value
-from ..vllm_config import SHOWN, settings_of, why_not_forced
+from ..backend import check_readback, forcing_of, json_value
+from ..vllm import forced_decode
+from ..vllm.config import SHOWN, settings_of, why_not_forced
 from .client import Answer, Client, DownError, shown
 
 #: Where the middleware answers.
 ROUTE: Final = "/logprob_parity/config"
-EXTENSION: Final = f"{forced_decode.__name__}.{forced_decode.WorkerExtension.__name__}"
+EXTENSION: Final = forced_decode.EXTENSION
 MIDDLEWARE: Final = "pytest_logprob_parity.engines.server.middleware.ParityMiddleware"
 
 #: What vLLM's development mode tells, but in other words than its own objects do.

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from ... import fingerprint
-from ...engine_arguments import is_secret, vllm_engine_arguments
 from ...errors import EngineError, UsageError
-from ...settings import make_spec
+from ...golden import fingerprint
 from ...spec import EngineSpec
-from ..base import reason_of
+from ...spec.engine_arguments import is_secret, vllm_engine_arguments
+from ...spec.settings import make_spec
+from ..backend import reason_of
 from ..builds import mixed_builds
-from ..vllm_config import before_its_time
+from ..vllm.config import before_its_time
 from ..wait_policy import let_threads_sleep
 from .middleware import ASKED_VARIABLE, ParityMiddleware
 from .readback import EXTENSION, MIDDLEWARE

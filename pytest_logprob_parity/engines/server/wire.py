@@ -11,8 +11,8 @@ import numpy as np
 
 from ...errors import EngineError
 from ...trace import MINUS_INFINITY, Forcing
-from ..base import Completion, Request
-from ..sampling_parameters import sampling_parameters
+from ..backend import Completion, Request
+from ..vllm.sampling_parameters import sampling_parameters
 from .client import shown
 
 COMPLETIONS: Final = "/v1/completions"

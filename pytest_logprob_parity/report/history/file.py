@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from ... import container
 from ...bounded import parse_json, read_bytes
 from ...errors import UsageError
+from ...json_shape import check_shape
+from ...trace import container
 from ..results import LARGEST, to_text
-from ..shape import check_shape
 from .line import FORMAT, LINE, SCHEMA
 
 try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from ... import __version__
+from ..._version import __version__
+from ...json_shape import NUMBER, Maybe
 from ..results import DRIFTING, finite
-from ..shape import NUMBER, Maybe
 
 if TYPE_CHECKING:
-    from ...belonging import Checked
+    from ...check.compatibility import Checked
     from ...comparison.result import Comparison
 
 FORMAT: Final = "logprob-parity history"

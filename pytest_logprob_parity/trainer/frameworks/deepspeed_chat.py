@@ -10,7 +10,7 @@ import numpy as np
 from ...errors import EngineError
 from ...trace import Trace
 from .base import Framework, Pairs, log_softmax_then_gather
-from .reading import Batch
+from .batches import Batch
 
 
 def logprobs(logits: Any, token_ids: Any, temperature: float) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...trace import Trace
 from .base import Doubles, Framework, Pairs, gather_minus_logsumexp, missing
-from .reading import Batch
+from .batches import Batch
 
 #: ratio_eps of NeMo-Aligner's PPO.
 CLIP: Final = 0.2

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...trace import Trace
 from .base import Framework, Pairs, gather_minus_logsumexp, missing
-from .reading import Batch
+from .batches import Batch
 
 #: is_correction_threshold: tokens whose ratio trainer / rollout is outside this band are left out of the loss.
 BAND: Final = (0.5, 5.0)

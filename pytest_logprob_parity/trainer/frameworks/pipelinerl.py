@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import EngineError
 from ...trace import Trace
 from .base import Doubles, Framework, Pairs, gather_minus_logsumexp
-from .reading import Batch
+from .batches import Batch
 
 #: epsilon_low and epsilon_high of its configuration.
 CLIP: Final = 0.02

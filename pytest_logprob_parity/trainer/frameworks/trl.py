@@ -13,8 +13,8 @@ from ...errors import UsageError
 from ...spec import Sampling
 from ...trace import Trace
 from .base import Framework, Pairs, field_of, gather_minus_logsumexp, has_field, log_softmax_then_gather, missing
-from .reading import Batch, as_array
-from .watching import Watching
+from .batches import Batch, as_array
+from .callback import Watching
 
 #: GRPOConfig.vllm_importance_sampling_clip_max: a sequence with a larger ratio gets the ratio 0 (`sequence_mask`, its default).
 CAP: Final = 3.0

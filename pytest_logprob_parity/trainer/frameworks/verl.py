@@ -12,19 +12,10 @@ from ...comparison.objectives import DEFAULT_OBJECTIVE
 from ...comparison.result import Comparison
 from ...errors import UsageError
 from ...spec import Sampling
-from .base import (
-    Doubles,
-    Framework,
-    Pairs,
-    field_of,
-    gather_minus_logsumexp,
-    has_field,
-    log_softmax_then_gather,
-    missing,
-)
-from .reading import Batch
+from .base import Doubles, Framework, Pairs, field_of, gather_minus_logsumexp, has_field, log_softmax_then_gather, missing
+from .batches import Batch
+from .callback import Watching
 from .verl_batches import in_hand, read
-from .watching import Watching
 
 #: algorithm.rollout_correction.rollout_is_threshold: weights are cut off here (token level).
 THRESHOLD: Final = 2.0

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...spec import Sampling
 from ...trace import Trace
-from .reading import Array, Batch
+from .batches import Array, Batch
 
 _NO_LOGPROBS: Final = (
     "veRL has them with actor_rollout_ref.rollout.calculate_log_probs=True, and else no metric of them, in silence"

@@ -1,0 +1,60 @@
+"""What an engine answers when it is asked about a golden: everything that a verdict needs of it, without the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..engines.replay import can_regenerate
+from ..trace import FloatArray, ReplayPath, Trace
+
+if TYPE_CHECKING:
+    from ..comparison.result import Note
+    from ..engines.pool import Engine
+    from ..golden import Golden
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Replays by path, and the `fingerprint` of the engine that made them.
+
+    `policy_logprobs` [N] are without truncation, where the golden has its own; `draw` gives the logprobs [N] of a replay in
+    shapes drawn as the golden's floor was, where it has one; `remarks` are what there is to say of the engine beside them.
+    """
+
+    replays: Mapping[ReplayPath, Trace]
+    fingerprint: Mapping[str, Any]
+    policy_logprobs: FloatArray | None = None
+    draw: Callable[[], FloatArray] | None = None
+    remarks: Sequence[Note] = ()
+
+
+def ask(engine: Engine, golden: Golden, paths: Sequence[ReplayPath]) -> Answers:
+    """Replay a golden by `paths`; `regenerate` is left out where the golden does not know its seeds."""
+    wanted: list[ReplayPath] = [p for p in paths if p != "regenerate" or can_regenerate(golden.trace)]
+    replays = engine.replay_all(golden.trace, wanted)
+    decoded = "decode" in wanted
+    return Answers(
+        replays,
+        engine.fingerprint(),
+        _policy_replay(golden.trace, engine) if decoded else None,
+        _drawn(golden, engine) if decoded else None,
+        engine.remarks(),
+    )
+
+
+def _drawn(golden: Golden, engine: Engine) -> Callable[[], FloatArray] | None:
+    """How to ask the engine once more, in the shapes of the golden's floor: the draw after those of its repeats."""
+    floor = golden.floor
+    if floor is None:
+        return None
+    return lambda: engine.replay_in_drawn_shapes(golden.trace, floor.shapes, floor.repeats)
+
+
+def _policy_replay(trace: Trace, engine: Engine) -> FloatArray | None:
+    """The engine's logprobs of the golden's tokens without truncation, where the golden has its own."""
+    comparable = engine.config.logprobs_mode == trace.logprobs_mode
+    if trace.untruncated_logprobs is None or not comparable:
+        return None
+    return engine.replay(trace.with_(sampling=trace.sampling.untruncated())).logprobs

@@ -1,0 +1,266 @@
+"""Record a golden: the run, its noise floor, and what a golden of this noise and size can show. Refuses what cannot pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ..comparison.alignment import align
+from ..comparison.differences import setting_of
+from ..comparison.result import Comparison, Note
+from ..comparison.signatures.semantics import semantic_findings
+from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
+from ..comparison.verdict import Evidence, compare, judge
+from ..engines.pool import Engine
+from ..errors import EngineError, GoldenError, UsageError
+from ..golden import Golden, fingerprint
+from ..golden.noise_floor import NoiseFloor, Shapes
+from ..grammar import counted, is_or_are
+from ..progress import doing, each
+from ..spec import Sampling
+from ..trace import FloatArray, ReplayPath, Trace
+from .chance_to_pass import WANTED, chance_to_pass
+from .compatibility import Context, check_belongs
+from .reference_pass import reference_of
+
+#: RMS (nats) between clean builds of vLLM 0.8.5 to 0.32.0 on the same tokens (docs/how-to/diagnosis.md, the migration), where a
+#: golden has no reference to know better.
+_OTHER_BUILDS: Final = {"float64": 1e-6, "float32": 1e-6, "float16": 0.0025, "bfloat16": 0.02}
+
+
+def record(
+    path: Path,
+    engine: Engine | Trace,
+    prompts: list[Any] | None,
+    sampling: Sampling | None,
+    replay: Sequence[ReplayPath],
+    tolerance: Tolerance | Mapping[str, Any] | str | None,
+    repeats: int,
+    context: Context,
+) -> Comparison:
+    """Make a golden of what an engine writes, or of a trace, and say what it can show; nothing is written otherwise.
+
+    Raises UsageError for what no check could ever pass or make sense of, EngineError for an engine that does not agree
+    with itself beyond what its dtype explains.
+    """
+    if path.is_dir():
+        raise GoldenError(f"{context.shown_path}: a directory stands where the golden should be; move it away")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0 or repeats == 1:
+        raise UsageError(f"repeats={repeats!r}: a noise floor needs 2 repeats or more; 0 records none")
+    if isinstance(engine, Engine):
+        _check_size(prompts, sampling or Sampling(), context)
+        with doing(f"starting {engine.spec}"):
+            _ = engine.config  # starts it, which is no part of what generating takes
+    began = time.monotonic()
+    golden = Golden(engine) if isinstance(engine, Trace) else Golden(_generate(engine, prompts, sampling, replay))
+    generating = time.monotonic() - began
+    golden = dataclasses.replace(golden, node_id=context.node_id, name=context.name, tolerance=_as_mapping(tolerance))
+    explicit = {**parse_tolerance(context.tolerance_lines, golden.trace.dtype, ("decode",)), **golden.tolerance}
+    notes: list[Note] = []
+    if isinstance(engine, Trace):
+        check_belongs(golden, engine, prompts, sampling, context)
+    else:
+        digest = fingerprint.digest_of(prompts)
+        golden = dataclasses.replace(golden, fingerprint=engine.fingerprint(), prompts_digest=digest)
+        check_numbers(golden.trace, context.shown_path)
+    _check_passes_itself(golden.trace, context.shown_path)
+    if isinstance(engine, Engine) and repeats and engine.config.forces:
+        began = time.monotonic()
+        own, measured = measure_floor(engine, golden.trace, repeats)
+        golden = dataclasses.replace(golden, floor=measured)
+        notes.append(Note("floor_seconds", f"the noise floor took {time.monotonic() - began:.1f} s beside the recording pass"))
+        _check_agrees_with_itself(golden, own, explicit, context.shown_path)
+    if isinstance(engine, Engine):
+        with doing("computing the reference"):
+            reference, told = reference_of(engine, golden.trace, generating, context.reference)
+        notes.append(Note("reference", told))
+        golden = dataclasses.replace(golden, reference=reference)
+        _check_agrees_with_reference(golden, context.shown_path)
+    limits = make_tolerance(
+        with_floor(default_tolerance(golden.trace.dtype, objective=context.objective), golden.floor), explicit
+    )
+    golden.save(path, context.max_megabytes)
+    written = Golden.load(path)
+    same = Evidence(
+        written.floor, written.reference, written.routed, setup="same", policy_logprobs=golden.trace.untruncated_logprobs
+    )
+    proof = judge(written.trace, golden.trace, limits, "rl", same)
+    floor = "no noise floor: the defaults of its dtype stand in" if written.floor is None else written.floor.describe()
+    return dataclasses.replace(
+        proof, recorded=True, notes=(Note("floor", floor), *notes, *_what_it_can_show(golden, limits)), shown=None
+    )
+
+
+#: The share of its tokens that a completion is taken to have, where it may end early; and the bytes of one place of a top-k.
+_LENGTH: Final = 0.25
+_BYTES: Final = 8
+
+
+def _check_size(prompts: Sequence[Any] | None, sampling: Sampling, context: Context) -> None:
+    """Refuse what would be larger than the limit, before an engine runs. Raises UsageError."""
+    if context.max_megabytes is None or prompts is None:
+        return
+    tokens = sampling.max_tokens if sampling.ignore_eos else max(_LENGTH * sampling.max_tokens, sampling.min_tokens, 1)
+    megabytes = len(prompts) * sampling.n * tokens * sampling.logprobs * _BYTES / 1e6
+    if megabytes > context.max_megabytes:
+        raise UsageError(
+            f"{context.shown_path}: not recorded, and no engine was started: {len(prompts)} prompts x {sampling.n} samples x "
+            f"{tokens:.0f} tokens with top-{sampling.logprobs} would be {megabytes:.3g} MB, and parity_max_golden_mb is "
+            f"{context.max_megabytes:g}: sample fewer prompts, a smaller max_tokens, or fewer logprobs"
+        )
+
+
+def check_numbers(trace: Trace, name: str) -> None:
+    """Raise EngineError where an engine reported no number: such a golden would hide the next one."""
+    broken = int(np.count_nonzero((np.isnan(trace.logprobs) | np.isposinf(trace.logprobs)) & trace.mask))
+    if broken:
+        of = int(trace.mask.sum())
+        raise EngineError(f"{name}: not recorded: {broken} of {of} logprobs of this engine {is_or_are(broken)} NaN or +inf")
+
+
+def measure_floor(engine: Engine, trace: Trace, repeats: int) -> tuple[FloatArray, NoiseFloor]:
+    """Replay a trace on its own schedule (logprobs [N]), and `repeats` times with every block in a shape of its own."""
+    own = engine.replay(trace).logprobs
+    shapes = Shapes()
+    numbers = each("noise floor, repeat", range(repeats), repeats)
+    drawn = [engine.replay_in_drawn_shapes(trace, shapes, number) for number in numbers]
+    reproduces = bool(np.array_equal(own[trace.mask], trace.logprobs[trace.mask]))
+    return own, NoiseFloor(np.stack(drawn), shapes, reproduces)
+
+
+def _generate(engine: Engine, prompts: list[Any] | None, sampling: Sampling | None, replay: Sequence[ReplayPath]) -> Trace:
+    if prompts is None:
+        raise UsageError("recording needs prompts=")
+    sampling = sampling or Sampling()
+    _check_can_replay(engine, replay, sampling)
+    with doing(f"recording {len(prompts) * sampling.n:,} completions"):
+        trace = engine.generate(prompts, sampling)
+    return with_untruncated(engine, trace) if "decode" in replay else trace
+
+
+def with_untruncated(engine: Engine, trace: Trace) -> Trace:
+    """The trace with its logprobs without truncation beside the processed ones, where it truncates: one more replay."""
+    if not trace.sampling.truncates or trace.logprobs_mode != "processed_logprobs":
+        return trace
+    free = engine.replay(trace.with_(sampling=trace.sampling.untruncated()))
+    return trace.with_(untruncated_logprobs=free.logprobs)
+
+
+def _check_can_replay(engine: Engine, replay: Sequence[ReplayPath], sampling: Sampling) -> None:
+    """Refuse to record what no replay could check later."""
+    if "prefill" in replay and engine.config.logprobs_mode == "processed_logprobs" and not sampling.raw_is_processed:
+        raise UsageError(f"not recorded: replay 'prefill' gives raw logprobs, {sampling.processing()} other ones; use 'decode'")
+    if "window" in replay and (sampling.presence_penalty or sampling.frequency_penalty):
+        raise UsageError("not recorded: replay 'window' cannot follow presence and frequency penalties")
+    if "decode" in replay and not engine.config.forces:
+        raise EngineError(f"not recorded: its golden could not be replayed: {engine.config.unforced}")
+
+
+def check_recorded(golden: Golden, explicit: Mapping[str, float], name: str) -> None:
+    """Everything that recording refuses and a file can show; `explicit` are the limits that hold. Raises as `record` does."""
+    if golden.fingerprint:
+        check_numbers(golden.trace, name)
+    _check_passes_itself(golden.trace, name)
+    if golden.floor is not None:
+        _check_agrees_with_itself(golden, golden.trace.logprobs, explicit, name)
+    _check_agrees_with_reference(golden, name)
+
+
+def _check_passes_itself(trace: Trace, name: str) -> None:
+    itself = compare(expected=trace, actual=trace)
+    if not itself.passed:
+        raise UsageError(f"{name}: not recorded: it could never pass: {itself.headline}")
+
+
+def _check_agrees_with_itself(golden: Golden, own: FloatArray, explicit: Mapping[str, float], name: str) -> None:
+    """Refuse a golden whose own engine would fail it."""
+    trace, floor = golden.trace, golden.floor
+    assert floor is not None
+    limits = make_tolerance(default_tolerance(trace.dtype), explicit)
+    # the repeats have no top-k: held against the golden's, a token at the edge of a nucleus would contradict it
+    chosen = trace.with_(
+        top_logprobs=trace.top_logprobs[:, :0], top_token_ids=trace.top_token_ids[:, :0], ranks=0 * trace.ranks
+    )
+    names = [
+        "on its own schedule",
+        *(f"in other batch compositions, repeat {n + 1} of {floor.repeats}" for n in range(floor.repeats)),
+    ]
+    for way, logprobs in zip(names, (own, *floor.logprobs), strict=True):
+        again = judge(chosen, chosen.with_(logprobs=logprobs), limits, "rl", Evidence(routed=golden.routed))
+        if again.verdict == "fail":
+            raise EngineError(
+                f"{name}: not recorded: this engine does not agree with itself beyond what {trace.dtype} "
+                f"explains: the same tokens {way}: {again.headline}"
+            )
+
+
+#: A golden is refused where all but its largest errors have a larger RMS than this (nats), or one token is further off; both
+#: are divided by a temperature below 1. Ten times what was measured of clean engines (benchmarks/bench_clean.py).
+_REFUSED_RMS: Final = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.4}
+_REFUSED_TOKEN: Final = {"float32": 1.0, "float16": 3.0, "bfloat16": 8.0}
+#: Errors that are left out of that RMS: ties between experts, and tokens at the edge of a window.
+_LARGEST: Final = 0.005
+
+
+def _check_agrees_with_reference(golden: Golden, name: str) -> None:
+    """Refuse a golden that is further from its own model in float32 than its dtype explains: it would record a bug."""
+    trace, reference = golden.trace, golden.reference
+    if reference is None:
+        return
+    errors = np.abs(reference.errors(trace.logprobs))
+    errors = np.sort(errors[np.isfinite(errors)])
+    if not len(errors):
+        return
+    setting = setting_of(trace, golden.routed, trace.dtype)
+    enlarged, dtype = setting.enlarged, {"float64": "float32"}.get(trace.dtype, trace.dtype)
+    dtype = dtype if dtype in _REFUSED_RMS else "bfloat16"
+    rms = float(np.sqrt(np.mean(errors[: max(round(len(errors) * (1 - _LARGEST)), 1)] ** 2)))
+    far = float(errors[-1])
+    if rms <= _REFUSED_RMS[dtype] * enlarged and (golden.routed or far <= _REFUSED_TOKEN[dtype] * enlarged):
+        return
+    as_trace = trace.with_(logprobs=np.where(np.isnan(reference.logprobs), trace.logprobs, reference.logprobs))
+    found = semantic_findings(as_trace, trace, align(as_trace, trace))
+    why = f"; {found[0]}" if found else ""
+    raise EngineError(
+        f"{name}: not recorded: the engine's logprobs are further from the model's own in float32 "
+        f"({reference.source}) than {trace.dtype} explains: RMS {rms:.2g} nats, the largest {far:.2g}{why}. Find out which is "
+        "wrong; ini `parity_reference = none` records without a reference"
+    )
+
+
+def _what_it_can_show(golden: Golden, limits: Tolerance) -> list[Note]:
+    """What this golden cannot show, and what it would need."""
+    notes = []
+    if golden.trace.sampling.raw_is_processed:
+        text = "cannot tell raw from processed logprobs: at T=1 without truncation and penalties they are the same"
+        notes.append(Note("cannot_tell_raw", text))
+    chance = chance_to_pass(golden, limits, _OTHER_BUILDS.get(golden.trace.dtype, _OTHER_BUILDS["bfloat16"]))
+    text = f"a clean engine of another build passes with a chance of {chance.share:.0%} at {counted(chance.prompts, 'prompts')}"
+    if chance.share < WANTED:
+        text += (
+            f"; {chance.needed} prompts like these would bring it to {WANTED:.0%}"
+            if chance.needed is not None
+            else "; no number of prompts like these would bring it to 95%: its noise is too near what the objective bears"
+        )
+    notes.append(Note("chance", text))
+    if chance.hidden:
+        text = (
+            f"objective {limits.objective}: noise alone exceeds what it bears in {golden.trace.dtype} here; checks of another "
+        )
+        notes.append(Note("noise_hides", text + "build will be unverified"))
+    if chance.prompts == 1:
+        notes.append(Note("one_prompt", "all sequences are of one prompt: the golden speaks for that prompt alone"))
+    return notes
+
+
+def _as_mapping(tolerance: Tolerance | Mapping[str, Any] | str | None) -> dict[str, float]:
+    if isinstance(tolerance, str):
+        return {}  # a gap is declared by whoever checks, not by the golden: it is not part of what was recorded
+    if isinstance(tolerance, Tolerance):
+        return tolerance.limits()
+    return dict(tolerance or {})

@@ -1,0 +1,1 @@
+"""Models on disk: digests, prompts and tokenizer, adapters, weight updates, the LM head, loading."""

@@ -1,0 +1,33 @@
+"""How long an engine may take to start and to answer. Light: ini keys use it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class TimeLimits:
+    """The limits of a start and of a call, in seconds; 0: none. A start that loads a large model takes minutes."""
+
+    start: float = 1800
+    call: float = 3600
+
+    @classmethod
+    def of(cls, start: Any, call: Any, prefix: str = "") -> TimeLimits:
+        """The limits from numbers or their texts. Raises UsageError, which names `start_timeout` or `call_timeout`."""
+        return cls(_seconds(start, f"{prefix}start_timeout"), _seconds(call, f"{prefix}call_timeout"))
+
+
+def _seconds(value: Any, name: str) -> float:
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UsageError(f"{name}: {value!r} must be a number of seconds, or 0 for no limit")
+    return min(seconds, threading.TIMEOUT_MAX)

@@ -1,0 +1,33 @@
+"""Goldens: a trace with its fingerprint, its noise floor and its reference, in one file; and the folder of these files."""
+
+from .golden import (
+    SUFFIX,
+    Claim,
+    Golden,
+    claims_in,
+    describe,
+    golden_path,
+    goldens_without_file,
+    ignore_parts,
+    is_place_of,
+    is_there,
+    unused_goldens,
+    variant_path,
+    variants_at,
+)
+
+__all__ = [
+    "SUFFIX",
+    "Claim",
+    "Golden",
+    "claims_in",
+    "describe",
+    "golden_path",
+    "goldens_without_file",
+    "ignore_parts",
+    "is_place_of",
+    "is_there",
+    "unused_goldens",
+    "variant_path",
+    "variants_at",
+]

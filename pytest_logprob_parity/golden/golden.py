@@ -1,0 +1,296 @@
+"""The golden: a trace, its fingerprint and where it belongs, in one file. Names, reading, writing, unused ones."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import numpy as np
+
+from ..bounded import write_new
+from ..errors import GoldenError, UsageError
+from ..grammar import counted
+from ..trace import Trace, container
+from ..visible_text import visible_line
+from .noise_floor import NoiseFloor, Shapes
+from .reference import Reference
+
+SUFFIX: Final = ".safetensors"
+#: What stands before a variant in a file's name; no slug has one.
+_VARIANT: Final = "@"
+
+#: The column of the noise floor: float32 [repeats, tokens].
+_FLOOR: Final = "floor_logprobs"
+#: The column of the reference: float32 [tokens].
+_REFERENCE: Final = "reference_logprobs"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A trace and what it was recorded from.
+
+    `fingerprint` is Engine.fingerprint() of the recording engine, or {} for a trace of someone's own rollouts;
+    `prompts_digest` is of the prompts as the test gave them; `node_id` and `name` say which check it belongs to.
+    `floor` is its noise floor and `reference` its reference column; None for a trace of someone's own rollouts, where nobody
+    could compute it, and in goldens of before. `tolerance` holds the limits that the recording test asked for. `digest` is that
+    of the file it was read from, "" for one that was not read.
+    """
+
+    trace: Trace
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    prompts_digest: str = ""
+    node_id: str = ""
+    name: str = ""
+    floor: NoiseFloor | None = None
+    reference: Reference | None = None
+    tolerance: Mapping[str, float] = field(default_factory=dict)
+    digest: str = ""
+
+    def save(self, path: Path, max_megabytes: float | None = None, also: Mapping[str, Any] | None = None) -> None:
+        """Write the golden, whole or not at all; `also` goes into the file's metadata beside it (JSON values).
+
+        Raises GoldenError where it would be larger than `max_megabytes` (saying what to sample instead) or cannot be
+        written; what stood there before then stays.
+        """
+        columns = self.trace.to_columns()
+        if self.floor is not None:
+            columns[_FLOOR] = self.floor.logprobs
+        if self.reference is not None:
+            columns[_REFERENCE] = self.reference.logprobs
+        megabytes = sum(column.nbytes for column in columns.values()) / 1e6
+        if max_megabytes is not None and megabytes > max_megabytes:
+            raise GoldenError(_too_large(self.trace, megabytes, max_megabytes), path)
+        if path.is_dir():
+            raise GoldenError("a directory stands where the golden should be; move it away", path)
+        metadata = {
+            **(also or {}),
+            "trace": self.trace.to_metadata(),
+            "golden": {
+                "fingerprint": self.fingerprint,
+                "name": self.name,
+                "node_id": self.node_id,
+                "prompts_digest": self.prompts_digest,
+                "tolerance": dict(self.tolerance),
+                "floor": None if self.floor is None else _floor_to_json(self.floor),
+                "reference": None if self.reference is None else self.reference.to_json(),
+            },
+        }
+        try:
+            container.write(path, columns, metadata)
+        except OSError as error:
+            raise GoldenError(f"not written ({error.strerror or error}); the old golden is as it was", path) from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Golden:
+        """Read a golden. Raises GoldenError, in one line, for a file that is missing or cannot be trusted."""
+        path = Path(path)
+        return cls.parse(container.read_bytes(path), path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> Golden:
+        """A golden from the bytes of its file; `path` is for messages. Raises GoldenError as `load` does."""
+        columns, metadata = container.parse(data, path)
+        repeats, column = columns.pop(_FLOOR, None), columns.pop(_REFERENCE, None)
+        trace = Trace.from_file_parts(columns, metadata, path)
+        if "golden" not in metadata:
+            return cls(trace, digest=metadata["digest"])
+        try:
+            golden = cls._from_header(trace, dict(metadata["golden"]), repeats, column)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, UsageError) as error:
+            raise container.damaged(path, f"its golden header does not hold what it should ({error})") from None
+        return replace(golden, digest=metadata["digest"])
+
+    @classmethod
+    def _from_header(cls, trace: Trace, about: dict[str, Any], repeats: Any, column: Any) -> Golden:
+        texts = {name: about.pop(name) for name in ("prompts_digest", "node_id", "name")}
+        prints, tolerance, drawn = about.pop("fingerprint"), about.pop("tolerance", {}), about.pop("floor", None)
+        told = about.pop("reference", None)
+        parts = [prints, tolerance, *(prints.get(part, {}) for part in ("engine", "hardware", "config", "libraries"))]
+        if about or not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError(f"unknown: {', '.join(about)}" if about else "texts that are none")
+        if (
+            not all(isinstance(part, Mapping) for part in parts)
+            or (drawn is None) != (repeats is None)
+            or ((told is None) != (column is None))
+        ):
+            raise ValueError("parts are missing")
+        if any(type(limit) not in (int, float) or not limit >= 0 for limit in tolerance.values()):
+            raise ValueError(f"limits are numbers, 0 or more, not {list(tolerance.values())!r:.60}")
+        tolerance = {name: float(limit) for name, limit in tolerance.items()}
+        floor = None
+        if drawn is not None:
+            if repeats.shape[1:] != (trace.num_tokens,):
+                raise ValueError(f"its noise floor is {list(repeats.shape)}, its tokens are {trace.num_tokens}")
+            if not (np.isfinite(kept := repeats[:, trace.mask]) | np.isneginf(kept)).all():
+                raise ValueError("its noise floor contains NaN or +inf")
+            floor = NoiseFloor(repeats, Shapes.from_json(drawn["shapes"]), bool(drawn["reproduces"]))
+        reference = None
+        if told is not None:
+            if column.shape != (trace.num_tokens,):
+                raise ValueError(f"its reference is {list(column.shape)}, its tokens are {trace.num_tokens}")
+            reference = Reference.from_json(column, told)
+        return cls(trace, prints, **texts, floor=floor, reference=reference, tolerance=tolerance)
+
+    @property
+    def routed(self) -> bool | None:
+        """Whether its model routes tokens to experts; None where the fingerprint does not say."""
+        return "experts" in self.fingerprint if self.fingerprint else None
+
+
+def _floor_to_json(floor: NoiseFloor) -> dict[str, Any]:
+    return {"shapes": floor.shapes.to_json(), "reproduces": floor.reproduces}
+
+
+def _too_large(trace: Trace, megabytes: float, limit: float) -> str:
+    sequences = max(int(trace.num_sequences * limit / megabytes), 1)
+    prompts = max(sequences * trace.num_prompts // max(trace.num_sequences, 1), 1)
+    return (
+        f"not recorded: {megabytes:.1f} MB, and parity_max_golden_mb is {limit:g}. It has {trace.num_sequences} "
+        f"sequences, {trace.num_tokens:,} tokens, top-{trace.top_k}; about {sequences} sequences ({prompts} prompts) would "
+        "fit: sample fewer prompts, a smaller max_tokens, or fewer logprobs"
+    )
+
+
+def golden_path(root: Path, node_id: str, name: str = "") -> Path:
+    """Where the golden of a check lives: `<root>/<test file>/<slug>-<8 hex of its node id and name>.safetensors`."""
+    file, _, rest = node_id.partition("::")
+    label = "-".join(part for part in (rest.rpartition("::")[2], name) if part)
+    slug = re.sub(r"[^A-Za-z0-9_.=]+", "-", label).strip("-.")[:60] or "golden"
+    digest = hashlib.sha256(f"{node_id}\0{name}".encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    test_file = PurePosixPath(file)
+    parts = [part for part in (test_file.parent / test_file.stem).parts if part not in ("..", "/")]
+    return root.joinpath(*parts) / f"{slug}-{digest}{SUFFIX}"
+
+
+def variant_path(path: Path, variant: str) -> Path:
+    """The file of a variant of a golden: `slug-hash@VARIANT.safetensors`; of the golden itself for ""."""
+    stem = path.name.removesuffix(SUFFIX).partition(_VARIANT)[0]
+    return path.with_name(f"{stem}{_VARIANT}{variant}{SUFFIX}" if variant else f"{stem}{SUFFIX}")
+
+
+def variant_of(path: Path) -> str:
+    """The variant in a golden's file name, or ""."""
+    return path.name.removesuffix(SUFFIX).partition(_VARIANT)[2]
+
+
+def is_place_of(path: Path, node_id: str, name: str) -> bool:
+    """Whether a golden's file, or a variant's, is where a check has it, below whatever folder."""
+    wanted = golden_path(Path(), node_id, name).parts
+    return bool(node_id) and variant_path(path, "").parts[-len(wanted) :] == wanted
+
+
+def is_there(path: Path) -> bool:
+    """Whether something stands at a path: also where nobody may look at it, which reading it will say."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):  # ValueError: a NUL, or what no file system can name
+        return True
+    return True
+
+
+def ignore_parts(folder: Path) -> None:
+    """Keep the unfinished files of killed runs out of git: a .gitignore in the folder of the goldens, where it has none."""
+    ignore = folder / ".gitignore"
+    with contextlib.suppress(OSError):  # the goldens are written, and that is what counts
+        write_new(ignore, f".*{container.PART}\n")
+
+
+def variants_at(path: Path) -> list[Path]:
+    """The golden at `path` and its variants, as far as they are there."""
+    stem = glob.escape(path.name.removesuffix(SUFFIX))
+    return [*([path] if is_there(path) else []), *_files(path.parent, f"{stem}{_VARIANT}*{SUFFIX}")]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A golden's file, and the check that it says it belongs to. What counts is the path: the check that asks for it has it.
+
+    `golden` is false for a trace that stands there.
+    """
+
+    path: Path
+    node_id: str
+    name: str
+    golden: bool = True
+
+    def is_of(self, root: Path, node_id: str) -> bool:
+        """Whether a check of this test, by this golden's name, asks for this file, or for one whose variant it is."""
+        return golden_path(root, node_id, self.name) == variant_path(self.path, "")
+
+
+def claims_in(folder: Path) -> list[Claim]:
+    """What the goldens of one folder say of themselves; files that cannot be read are left out."""
+    found = []
+    for path in _goldens_in(folder):
+        try:
+            about = container.read_metadata(path).get("golden", {})
+            node_id, name = about.get("node_id", ""), about.get("name", "")
+        except (GoldenError, AttributeError):
+            continue
+        if isinstance(node_id, str) and isinstance(name, str):
+            found.append(Claim(path, node_id, name, golden=bool(about)))
+    return found
+
+
+def unused_goldens(root: Path, files: Iterable[str], node_ids: Iterable[str]) -> list[Path]:
+    """Goldens below `root` of the given test files that no test has, by their paths; files that cannot be read are left out."""
+    collected: dict[str, list[str]] = {file: [] for file in files}
+    for node_id in node_ids:
+        collected.setdefault(node_id.partition("::")[0], []).append(node_id)
+    unused: list[Path] = []
+    for file in sorted(collected):
+        found = claims_in(golden_path(root, f"{file}::x").parent)
+        names = {claim.name for claim in found}
+        theirs = {golden_path(root, node_id, name) for node_id in collected[file] for name in names}
+        unused += [claim.path for claim in found if claim.node_id and variant_path(claim.path, "") not in theirs]
+    return unused
+
+
+def goldens_without_file(root: Path, tests: Path) -> list[Path]:
+    """Goldens below `root` whose test file is gone from below `tests`: the one that their folder is of, and their own."""
+    gone: list[Path] = []
+    for folder in sorted({path.parent for path in _goldens_in(root, "**/")}):
+        if not is_there((tests / folder.relative_to(root)).with_suffix(".py")):
+            gone += [c.path for c in claims_in(folder) if c.node_id and not is_there(tests / c.node_id.partition("::")[0])]
+    return gone
+
+
+def _goldens_in(folder: Path, below: str = "") -> list[Path]:
+    return _files(folder, f"{below}*{SUFFIX}")
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that fit, in order; none of a folder that is not there or cannot be read."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
+
+
+def describe(golden: Golden) -> Sequence[str]:
+    """A golden in a few lines, for people."""
+    trace, prints = golden.trace, golden.fingerprint
+    engine, device = prints.get("engine", {}), prints.get("hardware", {}).get("device")
+    version = f"{engine.get('kind', trace.engine)} {engine.get('version', trace.engine_version)}"
+    lines = [
+        f"{counted(trace.num_sequences, 'sequences')} of {counted(trace.num_prompts, 'prompts')}, "
+        f"{counted(trace.num_tokens, 'tokens')}"
+        f" ({int(trace.mask.sum()):,} compared), top-{trace.top_k}",
+        f"{trace.logprobs_mode.replace('_', ' ')} by {trace.path}; {trace.sampling.processing()}, seed {trace.sampling.seed}",
+        ", ".join([version, trace.dtype, *([] if device is None else [str(device)])]),
+    ]
+    if prints.get("adapter"):
+        lines.append(f"adapter {prints['adapter']}")
+    lines.append("no noise floor" if golden.floor is None else golden.floor.describe())
+    lines.append("no reference" if golden.reference is None else golden.reference.describe(trace.logprobs))
+    if golden.node_id:
+        lines.append(f"test {golden.node_id}" + (f", check {golden.name!r}" if golden.name else ""))
+    return [visible_line(line) for line in lines]

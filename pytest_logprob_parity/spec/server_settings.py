@@ -1,0 +1,66 @@
+"""What `engine="vllm-server"` needs to know of its server: where it is, and how to talk to it. Light: markers use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from ..errors import UsageError
+
+#: The engine kind.
+SERVER: Final = "vllm-server"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How to talk to a server: all settings of an EngineSpec that are not claims about its engine.
+
+    `url` is its address, without `/v1`; `concurrency` how many requests are under way at a time; `timeout` how long, in
+    seconds, an answer may take; `retries` how often a request is sent again after an error that passes; `served_model` its
+    name there, where that is not the model's.
+    """
+
+    url: str
+    concurrency: int = 128
+    timeout: float = 600.0
+    retries: int = 4
+    served_model: str | None = None
+
+
+#: Their names.
+SERVER_SETTINGS: Final = ("url", "concurrency", "timeout", "retries", "served_model")
+
+
+def check_url(text: Any, source: str) -> str:
+    """An address as it is used: without a slash or `/v1` at its end. Raises UsageError, beginning with `source`."""
+    example = "give one such as http://127.0.0.1:8000"
+    if not isinstance(text, str):
+        raise UsageError(f"{source}: {text!r} is no address of a server; {example}")
+    try:
+        parts = urlsplit(text)
+        parts.port  # noqa: B018 - raises where it is no number
+    except ValueError as error:
+        raise UsageError(f"{source}: {text!r} is no address of a server ({error}); {example}") from None
+    if parts.username or parts.password:
+        raise UsageError(f"{source}: a user or a password in an address would be printed; VLLM_API_KEY holds the key")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or " " in text:
+        raise UsageError(f"{source}: {text!r} is no address of a server; {example}")
+    return text.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def server_settings(settings: Mapping[str, Any]) -> ServerSettings:
+    """Those among the settings of a spec. Raises UsageError for one that is missing or out of range."""
+    given = {name: settings[name] for name in SERVER_SETTINGS if name in settings}
+    if "url" not in given:
+        raise UsageError(f"engine={SERVER!r} needs url='http://HOST:PORT', or the option --parity-server=http://HOST:PORT")
+    made = ServerSettings(**{**given, "url": check_url(given["url"], "url")})
+    for name, least, kinds in (("concurrency", 1, int), ("retries", 0, int), ("timeout", 0.001, (int, float))):
+        value = getattr(made, name)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
+            what = "a number of seconds above 0" if name == "timeout" else f"a whole number, {least} or more"
+            raise UsageError(f"{name}={value!r}: must be {what}")
+    if made.served_model is not None and not isinstance(made.served_model, str):
+        raise UsageError(f"served_model={made.served_model!r}: must be a string")
+    return made
