@@ -31,6 +31,12 @@ _IN_PROCESS: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
+def set_defaults() -> None:
+    """Set the environment variables that vLLM reads while it is imported, unless the environment says otherwise."""
+    for name, value in _ENV_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
 def check_settings(spec: EngineSpec) -> None:
     """Raise UsageError for a setting that the installed vLLM does not have, with the nearest name."""
     known = vllm_engine_arguments()
@@ -76,8 +82,7 @@ class VllmBackend:
         check_settings(spec)
         with _environment(_IN_PROCESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the engine's own house; under -W error they would end it
-            for name, value in _ENV_DEFAULTS.items():
-                os.environ.setdefault(name, value)
+            set_defaults()
             try:
                 import vllm
                 from vllm.platforms import current_platform
