@@ -290,7 +290,7 @@ class Pool:
 
         rivals = self._rivals(spec)
         self._make_room(rivals if gpu else [s for s in rivals if s in self._apart], keep=0 if gpu else self.processes - 1)
-        backend = ProcessBackend.start(spec, *self.folders(spec), self.models.loaded_adapter(spec), self.limits)
+        backend = ProcessBackend.start(spec, *self.folders(spec), self.models.loaded_adapter(spec), self.limits, forked=not gpu)
         self._apart.add(spec)
         return backend, True
 

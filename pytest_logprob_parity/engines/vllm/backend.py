@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from .config import SHOWN, before_its_time, settings_of, vocabulary_of, why_not_
 from .lm_head import applied_head, measured_grid, probe_tokens
 from .own_engine import face_of
 from .sampling_parameters import sampling_parameters
-from .start import ENV_DEFAULTS, IN_PROCESS, build, check_settings, environment, shut_down, version
+from .start import IN_PROCESS, build, check_settings, environment, set_defaults, shut_down, version
 
 
 class VllmBackend:
@@ -60,8 +59,7 @@ class VllmBackend:
         check_settings(spec)
         with environment(IN_PROCESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the engine's own house; under -W error they would end it
-            for name, value in ENV_DEFAULTS.items():
-                os.environ.setdefault(name, value)
+            set_defaults()
             try:
                 import vllm
                 from vllm.platforms import current_platform

@@ -15,7 +15,13 @@ from .config import BY_NATURE
 
 #: Environment variables that decide what a started engine is, and how they are set while it starts.
 IN_PROCESS: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+_ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def set_defaults() -> None:
+    """Set the environment variables that vLLM reads while it is imported, unless the environment says otherwise."""
+    for name, value in _ENV_DEFAULTS.items():
+        os.environ.setdefault(name, value)
 
 
 def check_settings(spec: EngineSpec) -> None:
