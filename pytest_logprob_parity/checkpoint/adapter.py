@@ -16,7 +16,8 @@ import numpy as np
 
 from ..errors import UsageError
 from ..golden.fingerprint import digest_of
-from ..spec import DTYPES, nearest
+from ..spec import DTYPES
+from ..suggest import nearest
 from .rewrite import rewrite_checkpoint
 from .weight_update import shapes_of
 

@@ -14,7 +14,8 @@ from ...checkpoint.lm_head import Head
 from ...checkpoint.loading import load_whole
 from ...errors import EngineError, UsageError
 from ...golden import fingerprint
-from ...spec import EngineSpec, Sampling, nearest
+from ...spec import EngineSpec, Sampling
+from ...suggest import nearest
 from ..backend import Completion, Request, ResolvedConfig, check_readback
 
 #: Engine arguments that this engine knows besides the fields of EngineSpec.

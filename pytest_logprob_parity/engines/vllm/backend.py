@@ -16,8 +16,9 @@ from ...checkpoint.adapter import Adapter, is_adapter, read_adapter
 from ...checkpoint.weight_update import WeightUpdate
 from ...errors import EngineError, ParityError, UsageError
 from ...golden import fingerprint
-from ...spec import EngineSpec, Sampling, nearest
+from ...spec import EngineSpec, Sampling
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
+from ...suggest import nearest
 from ..backend import Completion, Request, ResolvedConfig, check_readback, forcing_of, json_value, reason_of
 from ..builds import mixed_builds
 from . import forced_decode, in_flight, lora
