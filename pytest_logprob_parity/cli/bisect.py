@@ -40,8 +40,9 @@ def run(given: argparse.Namespace) -> int:
     from ..machine import installed_version
     from ..matrix.bisect import Tried, bisect, environment_of, known_releases, releases_between, try_release
     from ..matrix.environments import default_home
-    from ..spec import EngineSpec, nearest
+    from ..spec import EngineSpec
     from ..spec.settings import parse_settings
+    from ..suggest import nearest
 
     known_causes = [cause for causes in CAUSES.values() for cause in causes]
     golden = Golden.load(given.golden)

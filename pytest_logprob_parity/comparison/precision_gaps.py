@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import UsageError
-from ..spec import nearest
+from ..suggest import nearest
 from .result import Note
 
 if TYPE_CHECKING:

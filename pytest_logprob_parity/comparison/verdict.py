@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..golden.noise_floor import NoiseFloor
 from ..golden.reference import Reference
 from ..grammar import counted, is_or_are
-from ..spec import nearest
+from ..suggest import nearest
 from ..trace import FloatArray, Trace
 from . import metrics as m
 from .alignment import Alignment, align

@@ -16,7 +16,7 @@ from ..comparison.tolerance import DTYPES, Tolerance, default_tolerance, make_to
 from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
 from ..golden import Golden
-from ..spec import nearest
+from ..suggest import nearest
 from ..trace import Trace
 from .batch_logprobs import ThirdOpinion, column_of, disagreement, trainer_is_off
 from .causes import causes, not_a_number

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..comparison.signatures.truncated_support import listed_whole
 from ..errors import UsageError
-from ..spec import DTYPES, Sampling, nearest
+from ..spec import DTYPES, Sampling
+from ..suggest import nearest
 from ..trace import FloatArray, Trace
 
 _F = TypeVar("_F", bound=Callable[..., Any])

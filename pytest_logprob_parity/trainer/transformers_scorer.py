@@ -12,7 +12,8 @@ from typing import Any, Final, Literal
 from ..checkpoint import digests
 from ..checkpoint.adapter import Adapter, apply_adapter, read_adapter
 from ..errors import EngineError, UsageError
-from ..spec import DTYPES, nearest
+from ..spec import DTYPES
+from ..suggest import nearest
 from .scoring import DIVISIONS
 
 #: Tokens whose logits over the whole vocabulary are in memory at once.

@@ -14,7 +14,8 @@ from ...checkpoint.float64 import compute_in_float64
 from ...checkpoint.lm_head import Head
 from ...checkpoint.loading import load_whole
 from ...errors import EngineError, UsageError
-from ...spec import EngineSpec, Sampling, nearest
+from ...spec import EngineSpec, Sampling
+from ...suggest import nearest
 from ..backend import Completion, Request, ResolvedConfig
 from ..readback import check_readback
 

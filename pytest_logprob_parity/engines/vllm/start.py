@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from ...errors import UsageError
-from ...spec import EngineSpec, nearest
+from ...spec import EngineSpec
 from ...spec.engine_arguments import vllm_engine_arguments
+from ...suggest import nearest
 from .config import BY_NATURE
 
 #: Environment variables that decide what a started engine is, and how they are set while it starts.

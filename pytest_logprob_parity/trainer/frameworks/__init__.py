@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import UsageError
-from ...spec import nearest
+from ...suggest import nearest
 
 if TYPE_CHECKING:
     from ...comparison.result import Comparison
