@@ -10,9 +10,9 @@ from ..engines.replay import can_regenerate
 from ..trace import FloatArray, ReplayPath, Trace
 
 if TYPE_CHECKING:
-    from ..comparison.result import Note
     from ..engines.pool import Engine
     from ..golden import Golden
+    from ..notes import Note
 
 
 @dataclass(frozen=True)

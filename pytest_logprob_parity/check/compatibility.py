@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ..checkpoint.prompts import tokenize
-from ..comparison.result import Note
 from ..engines.pool import Engine
 from ..errors import IncomparableError, ParityError
 from ..golden import Golden, fingerprint
+from ..notes import Note
 from ..spec import Sampling
 from ..trace import Trace
 

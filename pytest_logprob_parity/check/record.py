@@ -12,7 +12,7 @@ import numpy as np
 
 from ..comparison.alignment import align
 from ..comparison.differences import setting_of
-from ..comparison.result import Comparison, Note
+from ..comparison.result import Comparison
 from ..comparison.signatures.semantics import semantic_findings
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
 from ..comparison.verdict import Evidence, compare, judge
@@ -21,6 +21,7 @@ from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden, fingerprint
 from ..golden.noise_floor import NoiseFloor, Shapes
 from ..grammar import counted, is_or_are
+from ..notes import Note
 from ..progress import doing, each
 from ..spec import Sampling
 from ..trace import FloatArray, ReplayPath, Trace

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ..comparison.result import Note
 from ..errors import EngineError, ParityError, UsageError
 from ..golden import fingerprint
+from ..notes import Note
 from ..spec import EngineSpec, Sampling
 from ..spec.server_settings import SERVER, SERVER_SETTINGS
 from ..visible_text import visible_line

@@ -17,7 +17,7 @@ from ..bounded import check_depth, read_text
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..comparison.result import Setup
+    from .setup import Setup
 
 #: Parts of config.json that say how a checkpoint was written, not what it computes.
 _VOLATILE: Final = frozenset({"transformers_version", "_name_or_path", "torch_dtype", "dtype"})

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from ..check.check import judge_answers
 from ..check.compatibility import Context
 from ..checkpoint.prompts import check_prompts, load_tokenizer, tokenize
-from ..comparison.result import Finding, Verdict
+from ..comparison.result import Finding
+from ..comparison.vocabulary import Verdict
 from ..errors import EngineError, ParityError
 from ..golden import Golden
 from ..golden.fingerprint import digest_of, find_model, find_tokenizer

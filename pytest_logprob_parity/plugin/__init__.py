@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from ..comparison.result import LEVELS
+from ..comparison.vocabulary import LEVELS
 from ..engines.time_limits import TimeLimits
 from ..errors import ParityError, UsageError
 from ..spec.server_settings import check_url

@@ -20,8 +20,9 @@ from .unchecked import compared_something, raises_is_open
 
 if TYPE_CHECKING:
     from ..check.compatibility import Checked, Context
-    from ..comparison.result import Comparison, Level
+    from ..comparison.result import Comparison
     from ..comparison.tolerance import Tolerance
+    from ..comparison.vocabulary import Level
     from ..engines.pool import Engine, Pool
     from ..report.results import Outcome
     from ..spec import EngineSpec

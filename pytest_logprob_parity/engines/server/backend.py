@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Final
 
-from ...comparison.result import Note
 from ...errors import EngineError, IncomparableError
+from ...notes import Note
 from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret
 from ...spec.server_settings import SERVER, server_settings
