@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..comparison.result import Note
 from ..engines.replay import can_regenerate
+from ..notes import Note
 from ..trace import FloatArray, ReplayPath, Trace
 
 if TYPE_CHECKING:
     from ..engines.engine import Engine
     from ..golden import Golden
+    from ..notes import Note
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import numpy as np
 
 from ..comparison.differences import Differences, setting_of
 from ..comparison.effects import gates_of
+from ..comparison.gate import Gate
 from ..comparison.intervals import MIN_SEQUENCES, Integers, distinct_sequences, prompt_numbers
 from ..comparison.nucleus_flips import SupportFlips
-from ..comparison.result import Gate
 from ..comparison.tolerance import Tolerance
 from ..golden import Golden
 

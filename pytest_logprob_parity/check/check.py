@@ -14,15 +14,17 @@ from ..comparison.free_run import compare_free_run
 from ..comparison.message import failure_message
 from ..comparison.objectives import DEFAULT_OBJECTIVE, objective_of
 from ..comparison.precision_gaps import with_gap
-from ..comparison.result import Comparison, Level, MismatchError, Note, Verdict
+from ..comparison.result import Comparison, MismatchError
 from ..comparison.suspected_causes import adapter_finding, suspect_settings, suspects
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor, with_reference
 from ..comparison.verdict import Evidence, check_level, judge
+from ..comparison.vocabulary import Level, Verdict
 from ..engines.engine import Engine
 from ..engines.replay import REPLAYS, can_regenerate
 from ..errors import GoldenError, UsageError
 from ..golden import Golden, describe, fingerprint, is_there
 from ..golden.noise_floor import REPEATS
+from ..notes import Note
 from ..spec import Sampling
 from ..trace import ReplayPath, Trace, TracePath
 from .ask import Answers, ask

@@ -15,10 +15,10 @@ import numpy as np
 
 from ..checkpoint.digests import digest_of
 from ..checkpoint.prompts import tokenize
-from ..comparison.result import Note
 from ..engines.engine import Engine
 from ..errors import IncomparableError, ParityError
 from ..golden import Golden
+from ..notes import Note
 from ..spec import Sampling
 from ..trace import Trace
 from .context import Context

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Final, get_args
 
 from ..bounded import write_new
-from ..comparison.result import LEVELS, Level, Setup, Verdict
 from ..comparison.tolerance import Tolerance
+from ..comparison.vocabulary import LEVELS, Level, Verdict
 from ..errors import GoldenError, ParityError, UsageError
 from ..golden import SUFFIX, Golden
+from ..golden.setup import Setup
 from ..trace import container
 from ..visible_text import visible_line
 from .context import Checked

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from ..comparison.result import Comparison, Difference, Note
+from ..comparison.difference import Difference
+from ..comparison.result import Comparison
+from ..notes import Note
 from ..spec.server_settings import SERVER
 from ..trace import ReplayPath, Trace
 

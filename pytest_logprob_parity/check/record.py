@@ -13,7 +13,7 @@ import numpy as np
 from ..checkpoint.digests import digest_of
 from ..comparison.alignment import align
 from ..comparison.differences import setting_of
-from ..comparison.result import Comparison, Note
+from ..comparison.result import Comparison
 from ..comparison.signatures.semantics import semantic_findings
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
 from ..comparison.verdict import Evidence, compare, judge
@@ -22,6 +22,7 @@ from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden
 from ..golden.noise_floor import NoiseFloor, Shapes
 from ..grammar import counted, is_or_are
+from ..notes import Note
 from ..progress import doing, each
 from ..spec import Sampling
 from ..trace import FloatArray, ReplayPath, Trace

@@ -6,13 +6,14 @@ import dataclasses
 from pathlib import Path
 
 from ..comparison.alignment import align
-from ..comparison.result import Level, Note
 from ..comparison.suspected_causes import suspects
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, with_floor, with_reference
 from ..comparison.verdict import Evidence, judge
+from ..comparison.vocabulary import Level
 from ..errors import IncomparableError
 from ..golden import Golden
 from ..golden.fingerprint import differences, setup_class
+from ..notes import Note
 from .context import Checked
 from .obtained import Obtained, is_obtained, read
 

@@ -12,7 +12,8 @@ from ..golden.reference import Reference
 from ..trace import Trace
 from .message import failure_message
 from .objectives import DEFAULT_OBJECTIVE
-from .result import TALLY, Comparison, MismatchError
+from .result import Comparison, MismatchError
+from .tally import TALLY
 from .tolerance import Tolerance
 from .verdict import compare
 

@@ -6,13 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from ..golden.setup import Setup
 from ..grammar import counted
 from ..trace import Trace
 from .alignment import Alignment
+from .difference import Difference
+from .findings import Finding
+from .free_generation.result import FreeRun
+from .gate import Gate
 from .intervals import MIN_SEQUENCES
-from .result import Difference, Finding, FreeRun, Gate, Level, Names, Setup, Verdict, in_words, names_of
+from .sentences import BETWEEN, NOT_SHOWN, failed_line, unverified_line
+from .sides import Names, in_words, names_of
 from .signatures.semantics import different_meaning
-from .wording import BETWEEN, NOT_SHOWN, failed_line, unverified_line
+from .vocabulary import Level, Verdict
 
 #: Below this share of the golden's tokens compared, a comparison proves too little to pass.
 COVERAGE: Final = 0.95

@@ -10,11 +10,12 @@ import numpy as np
 
 from . import metrics as m
 from .differences import Differences, Setting
+from .gate import Errors, Gate, GateKey
 from .intervals import Interval, detectable_share, mean_interval, share_bound
 from .nucleus_flips import SupportFlips
 from .objectives import Objective, k3_of, objective_of
 from .outliers import outlier_gates, outliers_of
-from .result import Errors, Gate, GateKey, Shown
+from .shown import Shown
 from .tolerance import Tolerance
 
 #: A clean build's distance to the reference may be larger than the golden's by so many times what of the golden's error it

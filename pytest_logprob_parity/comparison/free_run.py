@@ -7,7 +7,8 @@ from typing import Final
 import numpy as np
 
 from ..trace import FINISH_REASONS, FloatArray, Segment, Trace
-from .result import Divergence, Finding, FreeRun
+from .findings import Finding
+from .free_generation.result import Divergence, FreeRun
 
 #: Significance level for "the sampler changed", and the permutations that it is computed from.
 _ALPHA: Final = 1e-4

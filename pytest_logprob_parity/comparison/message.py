@@ -6,11 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from ..golden.setup import Setup
 from ..grammar import counted
 from ..trace import Trace
 from ..visible_text import visible_line
+from .gate import OUTLIERS
 from .objectives import objective_of
-from .result import OUTLIERS, SIDES, Comparison, Level, MismatchError, Setup, TokenDiff, Verdict, in_words
+from .result import Comparison, MismatchError
+from .sides import SIDES, in_words
+from .token_diff import TokenDiff
+from .vocabulary import Level, Verdict
 
 _LABEL: Final = 13
 _SHOWN_DIFFERENCES: Final = 12

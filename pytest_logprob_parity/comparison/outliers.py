@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from . import metrics as m
 from .differences import Differences, Setting
+from .gate import Gate, GateKey
 from .objectives import k3_of
-from .result import Gate, GateKey, Verdict
 from .tolerance import Tolerance, budget
+from .vocabulary import Verdict
 
 #: An outlier token is so many times the 95th percentile of the golden's errors; no noise explains one of so many times their
 #: largest.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import UsageError
+from ..notes import Note
 from ..suggest import nearest
-from .result import Note
 
 if TYPE_CHECKING:
     from .result import Comparison

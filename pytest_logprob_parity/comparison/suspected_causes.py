@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from .result import LAYERS, Cause, Finding, Layer
+from .findings import LAYERS, Cause, Finding, Layer
 
 #: Part of a fingerprint -> (layer, cause) that it can bring about.
 SUSPECTS: Final[Mapping[str, tuple[Layer, Cause]]] = {

@@ -11,42 +11,37 @@ import numpy as np
 from ..errors import UsageError
 from ..golden.noise_floor import NoiseFloor
 from ..golden.reference import Reference
+from ..golden.setup import Setup
 from ..grammar import counted, is_or_are
+from ..notes import Note
 from ..suggest import nearest
 from ..trace import FloatArray, Trace
 from . import metrics as m
 from .alignment import Alignment, align
 from .contradictions import examine, topk_judged
 from .decision import Found, decide, proves
+from .difference import Difference
 from .differences import Differences, setting_of
 from .effects import gates_of, what_it_shows
+from .findings import Finding
+from .free_generation.result import FreeRun
 from .free_run import judge_free_run
+from .gate import Gate
 from .intervals import distinct_sequences, prompt_numbers
 from .nucleus_flips import support_flips
 from .objectives import DEFAULT_OBJECTIVE
 from .permutation import ALPHA, block_permutation_test
 from .precision_gaps import with_gap
-from .result import (
-    LEVELS,
-    SIDES,
-    TALLY,
-    Comparison,
-    Difference,
-    Finding,
-    FreeRun,
-    Gate,
-    Level,
-    Names,
-    Note,
-    Setup,
-    TokenDiff,
-    names_of,
-)
+from .result import Comparison
+from .sides import SIDES, Names, names_of
 from .signatures.find_steps import applied_temperature
 from .signatures.head import head_finding
 from .signatures.positions import GLANCE, MOST, positions_of
 from .signatures.semantics import bears_out, different_meaning, label_findings, left_unexplained, semantic_findings, unsure_of
+from .tally import TALLY
+from .token_diff import TokenDiff
 from .tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance, with_floor, with_reference
+from .vocabulary import LEVELS, Level
 
 _WORST: Final = 8
 #: Temperatures that differ by less than this share are told apart by the numbers alone.

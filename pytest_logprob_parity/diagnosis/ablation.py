@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..comparison.result import LAYERS, Finding, Layer
+from ..comparison.findings import LAYERS, Layer
+from ..comparison.result import Finding
 from ..comparison.suspected_causes import SUSPECTS
 from ..comparison.tolerance import default_tolerance, with_floor
 from ..engines.pool import Pool

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..comparison.alignment import align
-from ..comparison.result import Finding, PathCause
+from ..comparison.findings import PathCause
+from ..comparison.result import Finding
 from ..trace import Trace
 
 #: A side is off when it is so many times as far from the reading as the other side,

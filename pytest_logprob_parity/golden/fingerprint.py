@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
-#: How an engine compares with the one that recorded a golden; see `setup_class`.
-Setup: TypeAlias = Literal["same", "compatible", "unknown"]
+from .setup import Setup
+
 #: How the dotted names of overridden fields of config.json begin.
 _OVERRIDE: Final = "config.hf_overrides."
 

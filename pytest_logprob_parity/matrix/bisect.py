@@ -15,7 +15,8 @@ from typing import Any, Final, Literal
 
 from ..check.check import judge_answers
 from ..check.context import Context
-from ..comparison.result import Comparison, Verdict
+from ..comparison.result import Comparison
+from ..comparison.vocabulary import Verdict
 from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden
 from ..progress import doing

@@ -12,7 +12,8 @@ from ..check.check import judge_answers
 from ..check.context import Context
 from ..checkpoint.digests import digest_of, find_model, find_tokenizer
 from ..checkpoint.prompts import check_prompts, load_tokenizer, tokenize
-from ..comparison.result import Finding, Verdict
+from ..comparison.result import Finding
+from ..comparison.vocabulary import Verdict
 from ..errors import EngineError, ParityError
 from ..golden import Golden
 from ..progress import each

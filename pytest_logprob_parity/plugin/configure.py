@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from ..comparison.result import LEVELS
+from ..comparison.vocabulary import LEVELS
 from ..engines.time_limits import TimeLimits
 from ..errors import UsageError
 from ..spec.server_settings import check_url
@@ -21,7 +21,7 @@ from .stash import MARKER, SESSION, Session
 from .unchecked import Subtests
 
 if TYPE_CHECKING:
-    from ..comparison.result import Level
+    from ..comparison.vocabulary import Level
     from ..report.folder import Run
 
 #: The folder of check/obtained.py, which is not imported here.

@@ -19,8 +19,9 @@ from .unchecked import compared_something, raises_is_open
 
 if TYPE_CHECKING:
     from ..check.context import Checked, Context
-    from ..comparison.result import Comparison, Level
+    from ..comparison.result import Comparison
     from ..comparison.tolerance import Tolerance
+    from ..comparison.vocabulary import Level
     from ..engines.engine import Engine
     from ..report.results import Outcome
     from ..trace import ReplayPath, Trace

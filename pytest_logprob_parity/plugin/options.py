@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pytest
 
-from ..comparison.result import LEVELS
+from ..comparison.vocabulary import LEVELS
 from ..trainer.frameworks import FRAMEWORKS
 
 UPDATES: Final = ("all", "missing", "failed")

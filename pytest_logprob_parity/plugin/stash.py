@@ -20,7 +20,8 @@ from ..spec.server_settings import SERVER
 from ..visible_text import visible_line
 
 if TYPE_CHECKING:
-    from ..comparison.result import Comparison, Level
+    from ..comparison.result import Comparison
+    from ..comparison.vocabulary import Level
     from ..engines.pool import Pool
     from ..golden import Claim
     from ..spec import EngineSpec

@@ -12,7 +12,7 @@ from typing import Any, Final
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..comparison.result import LAYERS
+from ..comparison.findings import LAYERS
 from ..visible_text import visible, visible_token
 from .charts import Chart, charts_of, history_chart
 from .results import IN_WORDS, OUTCOMES, cause_of, counts_of, title_of

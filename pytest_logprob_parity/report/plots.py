@@ -8,8 +8,9 @@ from typing import Any, Final
 import numpy as np
 
 from ..comparison.alignment import align
+from ..comparison.free_generation.result import FreeRun
 from ..comparison.metrics import CLIP
-from ..comparison.result import Comparison, FreeRun
+from ..comparison.result import Comparison
 from ..golden.noise_floor import NoiseFloor
 
 #: Bins of a histogram, cells a side of the scatter, and places along a completion, at most.

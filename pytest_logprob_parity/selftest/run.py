@@ -19,7 +19,7 @@ from ..check.record import measure_floor, with_untruncated
 from ..check.reference_pass import reference_of
 from ..comparison.free_run import compare_free_run
 from ..comparison.result import CAUSES as LAYER_CAUSES
-from ..comparison.result import Comparison, Finding, Setup
+from ..comparison.result import Comparison, Finding
 from ..comparison.suspected_causes import suspects
 from ..comparison.tolerance import Tolerance, default_tolerance, with_floor
 from ..comparison.verdict import Evidence, judge
@@ -29,6 +29,7 @@ from ..engines.pool import Pool
 from ..engines.replay import replay
 from ..errors import EngineError, UsageError
 from ..golden import Golden, fingerprint
+from ..golden.setup import Setup
 from ..progress import doing
 from ..spec import EngineSpec, Sampling
 from ..trace import BoolArray, FloatArray, Trace

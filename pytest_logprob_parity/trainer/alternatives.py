@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..comparison.result import Cause, Finding, Layer
+from ..comparison.findings import Cause, Layer
+from ..comparison.result import Finding
 from ..trace import Trace
 from .scoring import score
 

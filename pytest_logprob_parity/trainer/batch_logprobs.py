@@ -9,7 +9,8 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from ..comparison.result import Cause, Comparison, Finding
+from ..comparison.findings import Cause
+from ..comparison.result import Comparison, Finding
 from ..trace import Trace
 from .alternatives import furthest_off, otherwise
 from .function_of_logits import function_of_logits

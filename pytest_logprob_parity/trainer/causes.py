@@ -10,13 +10,15 @@ from typing import Any, Final
 import numpy as np
 
 from ..comparison.alignment import align
-from ..comparison.result import Cause, Comparison, Finding, Note
+from ..comparison.findings import Cause
+from ..comparison.result import Comparison, Finding
 from ..comparison.signatures.head import logit_step
 from ..comparison.signatures.positions import positions_of
 from ..comparison.signatures.scale import is_a_temperature
 from ..comparison.tolerance import DTYPES, Tolerance
 from ..golden import Golden
 from ..golden.fingerprint import adapter_digest
+from ..notes import Note
 from ..trace import Trace
 from .alternatives import otherwise
 from .function_of_logits import function_of_logits

@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from ..comparison.result import Note
+from ..notes import Note
 from ..trace import Trace
 
 #: A mean is off where it is so many of its standard errors from what is expected, and by so much (nats).

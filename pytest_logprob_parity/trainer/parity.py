@@ -11,11 +11,12 @@ import numpy as np
 from ..comparison.message import failure_message
 from ..comparison.objectives import DEFAULT_OBJECTIVE
 from ..comparison.precision_gaps import GAPS, with_gap
-from ..comparison.result import Comparison, Finding, MismatchError, Note
+from ..comparison.result import Comparison, Finding, MismatchError
 from ..comparison.tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance
 from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
 from ..golden import Golden
+from ..notes import Note
 from ..suggest import nearest
 from ..trace import Trace
 from .batch_logprobs import ThirdOpinion, column_of, disagreement, trainer_is_off

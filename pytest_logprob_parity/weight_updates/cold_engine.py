@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.adapter import is_adapter
 from ..comparison.message import require
-from ..comparison.result import Comparison, Finding, Note
+from ..comparison.result import Comparison, Finding
 from ..comparison.tolerance import default_tolerance
 from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
+from ..notes import Note
 
 if TYPE_CHECKING:
     from ..engines.engine import Engine

@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from ..checkpoint.adapter import is_adapter
+from ..comparison.findings import WeightsCause
 from ..comparison.intervals import t_quantile
-from ..comparison.result import WeightsCause
 from ..errors import UsageError
 from ..trace import FloatArray, Trace
 from ..trainer.parity import trainer_tolerance

@@ -9,7 +9,8 @@ import numpy as np
 
 from ...trace import Trace
 from ..alignment import Alignment, partners_of
-from ..result import Cause, Names
+from ..findings import Cause
+from ..sides import Names
 from .columns import Bools, Columns, Doubles, where
 from .contradiction import Contradiction, Side
 

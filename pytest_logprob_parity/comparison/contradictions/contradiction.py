@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Final, Literal
 
-from ..result import Finding, Note
+from ...notes import Note
+from ..findings import Finding
 
 Side = Literal["expected", "actual"]
 Key = Literal[

@@ -7,9 +7,11 @@ from typing import Final
 
 import numpy as np
 
+from ...notes import Note
 from ...trace import Trace
 from ..alignment import Alignment
-from ..result import Cause, Finding, Names, Note
+from ..findings import Cause, Finding
+from ..sides import Names
 from . import between, within
 from .columns import Columns, Longs
 from .contradiction import Contradiction, Key, Record, Side

@@ -11,7 +11,8 @@ import numpy as np
 
 from ...spec import Sampling
 from ...trace import Trace
-from ..result import Cause, Finding, Names
+from ..findings import Cause, Finding
+from ..sides import Names
 from .penalties import Penalty, find_penalties, moves_only_seen
 from .positions import Positions
 from .processing_step import Stage, applied

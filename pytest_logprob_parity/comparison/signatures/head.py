@@ -6,7 +6,7 @@ import numpy as np
 
 from ...checkpoint.lm_head_precision import ENOUGH, grid_of
 from ...trace import Trace
-from ..result import Finding
+from ..findings import Finding
 from .positions import Positions
 
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..result import Finding
+from ..findings import Finding
 from .positions import Bools, Doubles, Positions
 
 #: Positions tell where the likeliest token has less than this logprob: what is certain is off under no fault.

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ...trace import Trace
 from ..alignment import Alignment
-from ..result import Names
+from ..sides import Names
 
 Doubles = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..result import Finding, Names
+from ..findings import Finding
+from ..sides import Names
 
 
 @dataclass(frozen=True)

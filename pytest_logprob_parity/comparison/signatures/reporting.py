@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from ...trace import Trace
-from ..result import SemanticCause
+from ..findings import SemanticCause
 from .positions import Doubles, Positions
 from .scale import ENOUGH
 

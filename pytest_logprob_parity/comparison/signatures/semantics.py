@@ -11,7 +11,8 @@ import numpy as np
 from ...spec import Sampling
 from ...trace import Trace
 from ..alignment import Alignment
-from ..result import Cause, Finding, Names, SemanticCause
+from ..findings import Cause, Finding, SemanticCause
+from ..sides import Names
 from .find_steps import applied_temperature, scale_of, stages_of
 from .places import find_places
 from .positions import MOST, Positions, positions_of

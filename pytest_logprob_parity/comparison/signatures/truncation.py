@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from ...spec import Sampling
-from ..result import Finding
+from ..findings import Finding
 from . import truncated_support as kept_sets
 from .positions import Positions
 from .processing_step import Stage, applied

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 
 from ..grammar import counted
-from .intervals import CONFIDENCE, POWER
-from .result import OUTLIERS, Gate, Names, Shown
+from .gate import OUTLIERS, Gate
+from .json_values import number_in_words
+from .sides import Names
 
 NOT_SHOWN = "Inconclusive: too little evidence to pass or to fail"
 
 BETWEEN = "it is more than passes, and noise of this dtype may be as large: more prompts do not decide that"
 
 
-def number(value: float) -> str:
-    """A number as people read it: three digits, `no bound` for infinity."""
-    return f"{value:.3g}" if math.isfinite(value) else "no bound"
-
-
 def in_unit(gate: Gate, value: float) -> str:
     """A number of this gate, a limit of it or its value, with its unit; shares in percent."""
-    return f"{value:.3g}" if gate.key in OUTLIERS else f"{100 * value:.3g} %" if gate.key == "clip_share" else number(value)
+    if gate.key == "clip_share":
+        return f"{100 * value:.3g} %"
+    return f"{value:.3g}" if gate.key in OUTLIERS else number_in_words(value)
 
 
 def measured(gate: Gate) -> str:
@@ -34,8 +32,8 @@ def failed_line(gate: Gate, names: Names) -> str:
         what = f"{counted(int(gate.value), gate.unit)} {gate.name} nats (more than {int(gate.fail_limit)} fail)"
         if gate.beyond == "fail":
             thing = "a token" if gate.key == "outlier_tokens" else "the RMS of a sequence"
-            explained = f"noise explains no more than {number(gate.unexplained)} here"
-            return f"{thing} differs by {number(gate.worst)} nats, and {explained}"
+            explained = f"noise explains no more than {number_in_words(gate.unexplained)} here"
+            return f"{thing} differs by {number_in_words(gate.worst)} nats, and {explained}"
         return what
     if gate.errors is not None:
         return (
@@ -53,10 +51,9 @@ def unverified_line(gate: Gate, names: Names) -> str:
         noise = f": noise alone puts {gate.errors.golden:.0%} outside" if gate.errors is not None else ""
         return f"{gate.name} cannot be told from noise in this dtype{noise}"
     if gate.beyond is not None:
-        return (
-            f"a difference of {number(gate.worst)} nats is more than noise explains here ({number(gate.unexplained)}), and a "
-            "tie between experts can do that"
-        )
+        size, explained = number_in_words(gate.worst), number_in_words(gate.unexplained)
+        text = f"a difference of {size} nats is more than noise explains here ({explained})"
+        return f"{text}, and a tie between experts can do that"
     if gate.key in ("outlier_tokens", "outlier_sequences", "nucleus_flips"):
         what = counted(int(gate.value), gate.name)
         if gate.key in OUTLIERS:
@@ -71,20 +68,3 @@ def unverified_line(gate: Gate, names: Names) -> str:
     high, limit = in_unit(gate, gate.high), in_unit(gate, gate.limit)
     reaches = f"its interval reaches {high}" if math.isfinite(gate.high) else "too few prompts carry it for an interval"
     return f"{gate.name} is {measured(gate)}; {reaches} (limit: {limit})"
-
-
-def shown_lines(shown: Shown) -> tuple[str, ...]:
-    """What a comparison says of other prompts, and what would not have passed."""
-    if shown.prompts == 1:
-        return ("shown: all sequences are of one prompt, and speak for that prompt alone",)
-    off = f"off by an RMS above {number(shown.threshold)} nats"
-    sequences = shown.sequences_allowed + 1
-    caught = f"{counted(shown.tokens_allowed + 1, 'sequences')} with an outlier token, or {counted(sequences, 'sequences')}"
-    if shown.reach < 1:
-        caught += f", {off}; {POWER:.0%} sure where a fault does that to {shown.reach:.1%} of the prompts"
-    do = "does" if shown.bad_prompts == 1 else "do"
-    return (
-        f"shown ({CONFIDENCE:.0%} sure, {counted(shown.prompts, 'prompts')}): at most {shown.share:.1%} of prompts like these "
-        f"have a sequence {off} (its largest token left out); of these, {shown.bad_prompts} {do}",
-        f"would not have passed: {caught}",
-    )
