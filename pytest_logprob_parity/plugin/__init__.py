@@ -94,8 +94,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--parity-metrics",
         choices=FRAMEWORKS,
+        metavar="FRAMEWORK",  # without it argparse lists the choices, and so reads all installed entry points, at each start
         default=None,
-        help="show each check also in this training framework's own metrics: the golden as rollout, now as trainer",
+        help="show each check also in the metrics of this training framework (trl, verl, ...): the golden is the rollout, "
+        "the engine is the trainer",
     )
     group.addoption(
         "--parity-report",

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..errors import UsageError
+from ..registry import Registry
 from .engine_arguments import is_secret
 from .server_settings import SERVER, SERVER_SETTINGS, server_settings
 
-#: Pinned runtime defaults by profile name. `rl` is what makes a rollout's logprobs mean what a trainer takes them for;
-#: `serving` pins nothing: vLLM's own defaults, as they resolve. Those with the name of a training framework pin what it asks
-#: of vLLM, and where it asks for nothing what its recipe rests on (see docs/reference/frameworks.md).
-PROFILES: Final[Mapping[str, Mapping[str, Any]]] = {
+_PROFILES_AT_HAND: Final[Mapping[str, Mapping[str, Any]]] = {
     "rl": {
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": False,
@@ -26,33 +24,14 @@ PROFILES: Final[Mapping[str, Mapping[str, Any]]] = {
         "enforce_eager": True,
     },
     "serving": {},
-    "trl": {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": True, "max_num_batched_tokens": 4096},
-    "verl": {
-        "logprobs_mode": "processed_logprobs",
-        "dtype": "bfloat16",
-        "enable_prefix_caching": True,
-        "enable_chunked_prefill": True,
-        "max_num_batched_tokens": 8192,
-    },
-    "openrlhf": {"logprobs_mode": "processed_logprobs", "dtype": "bfloat16", "enable_prefix_caching": False},
-    "nemo-rl": {"logprobs_mode": "processed_logprobs", "dtype": "bfloat16", "enable_prefix_caching": True},
-    "pipelinerl": {
-        "logprobs_mode": "processed_logprobs",
-        "dtype": "bfloat16",
-        "enable_prefix_caching": False,
-        "async_scheduling": False,
-        "generation_config": "vllm",
-        "hf_overrides": {"head_dtype": "float32"},  # its own quantization method does this, under a name of its own
-    },
-    # Its first run on V1, which learned worse than V0. Async scheduling was left to V1, which turns it on; a CPU cannot.
-    "pipelinerl-v1-first": {
-        "logprobs_mode": "raw_logprobs",
-        "dtype": "bfloat16",
-        "enable_prefix_caching": True,
-        "generation_config": "vllm",
-    },
     "own": {},  # an engine that somebody else built
 }
+#: Pinned runtime defaults by profile name. `rl` is what makes a rollout's logprobs mean what a trainer takes them for;
+#: `serving` pins nothing: vLLM's own defaults, as they resolve. Training frameworks register profiles of their names, and
+#: other distributions theirs, by entry points of this group.
+PROFILES: Final[Registry[Mapping[str, Any]]] = Registry(
+    "profile", "logprob_parity.profiles", fits=lambda thing: isinstance(thing, Mapping), at_hand=_PROFILES_AT_HAND
+)
 
 #: What every profile that pins something pins besides, on CPUs: a prompt prefilled in chunks kills the CPU build when
 #: requests carry seeds.
