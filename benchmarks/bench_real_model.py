@@ -70,8 +70,8 @@ class Case:
 
 def stale_block(engine: Engine, trace: Trace) -> Trace:
     """Keys and values of positions 16 to 31 come from another position, in every layer: one block of the cache is stale."""
-    from pytest_logprob_parity.selftest.anatomy import Anatomy
-    from pytest_logprob_parity.selftest.sites import EngineSite
+    from catalogue.anatomy import Anatomy
+    from catalogue.engine_site import EngineSite
 
     def change(_: int, positions: Any, keys: Any, values: Any) -> tuple[Any, Any]:
         stale = (positions >= 16) & (positions < 32)

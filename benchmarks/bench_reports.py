@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from catalogue.anatomy import Anatomy, load_checkpoint
 from common import REPO, report_number, share_the_machine
 
 from pytest_logprob_parity import EngineSpec, Sampling
@@ -30,7 +31,6 @@ from pytest_logprob_parity.engines.engine import Engine
 from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.errors import UsageError
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.selftest.anatomy import Anatomy, load_checkpoint
 from pytest_logprob_parity.selftest.prompts import make_prompts
 from pytest_logprob_parity.trace import Trace
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pytest_logprob_parity.engines.base import RemoteError, Request
 
 from conftest import MODEL
 from pytest_logprob_parity import EngineError, EngineSpec, Sampling
 from pytest_logprob_parity.engines import prefork
+from pytest_logprob_parity.engines.backend import Request
 from pytest_logprob_parity.engines.process import ProcessBackend
+from pytest_logprob_parity.reasons import RemoteError
 
 
 @pytest.fixture

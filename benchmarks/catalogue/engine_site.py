@@ -1,57 +1,12 @@
-"""Where faults are planted: the model inside a started vLLM, or the float64 reference. The same operations on both."""
+"""Plants faults in the model inside the worker of a started vLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from .anatomy import Anatomy, State
-
-#: What is added to reported logprobs (nats), by prompt and completion: one number for each token of the completion.
-Shifts = Mapping[tuple[tuple[int, ...], tuple[int, ...]], Sequence[float]]
-
-
-class Site(Protocol):
-    """A model that can be operated on, and restored by `undo`. Tensors are torch's, in the dtype of the model."""
-
-    def weights(self, change: Callable[[State], State]) -> None:
-        """Load other weights: `change` gets the whole checkpoint and returns the tensors that differ."""
-
-    def norm_epsilon(self, value: float) -> None:
-        """Set the epsilon of every RMS norm."""
-
-    def attention_scale(self, factor: float) -> None:
-        """Multiply the scale of every attention."""
-
-    def window(self, size: int) -> None:
-        """Let every token attend to itself and the `size - 1` tokens before it only."""
-
-    def rope(self, change: Callable[[Any], Any]) -> None:
-        """Change the inverse frequencies [head size / 2] of the rotary embedding."""
-
-    def positions(self, change: Callable[[Any], Any]) -> None:
-        """Change the positions [tokens] that the rotary embedding sees."""
-
-    def keys_values(self, change: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
-        """Change what attention reads: `change(layer, positions [tokens], keys, values [tokens, heads, head size])`."""
-
-    def activation(self, function: Callable[[Any], Any]) -> None:
-        """Put `function` in place of the MLP's activation of the gate."""
-
-    def routing(self, change: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
-        """Change which experts a token uses: `change(layer, positions [tokens], shares, experts)`, both [tokens, experts used].
-
-        `experts` are their numbers, `shares` what each one's output is multiplied by. Dense layers have none.
-        """
-
-    def logits(self, change: Callable[[Any], Any]) -> None:
-        """Change the logits [rows, vocabulary], in float32 or better, before anything is done with them."""
-
-    def distribution(self, change: Callable[[Any, Any], Any]) -> None:
-        """Change the reported logprobs: `change(scaled logits, logprobs)`, both [rows, vocabulary].
-
-        Scaled logits are after penalties and temperature, before truncation.
-        """
+from .site import Shifts
 
 
 class EngineSite:
@@ -192,7 +147,7 @@ class EngineSite:
         """Report some tokens of forced requests wrongly: their logprob is off by so much, the others of that position hold the
         rest of the mass.
         """
-        from ..engines.vllm.forced_decode import FORCED
+        from pytest_logprob_parity.engines.vllm.forced_decode import FORCED
 
         sampler, runner = self._runner.sampler, self._runner
         original = sampler.sample
@@ -225,7 +180,7 @@ class EngineSite:
 
     def free_of_force(self, every: int) -> None:
         """Let one request in `every` draw its own tokens although it was told what to decode."""
-        from ..engines.vllm.forced_decode import FORCED
+        from pytest_logprob_parity.engines.vllm.forced_decode import FORCED
 
         sampler, runner = self._runner.sampler, self._runner
         original = sampler.sample

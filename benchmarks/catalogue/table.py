@@ -1,4 +1,4 @@
-"""The selftest's table and its summary, for people and as JSON."""
+"""The catalogue's table and its summary, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
+from pytest_logprob_parity.selftest.truth import TrueEffect
+
 from .causes import causes_of
-from .run import Row
-from .truth import TrueEffect
+from .row import Row
 
 #: How many of the material cases have to fail; none of them may pass.
 HAVE_TO_FAIL: Final = 0.95

@@ -7,8 +7,8 @@ from typing import Any
 
 from . import fault as f
 from .anatomy import Anatomy
+from .arithmetic_faults import stale_block
 from .fault import Fault, each
-from .model import stale_block
 
 #: Runs whose outcome some tokens carry and others do not.
 _RAW = {"sampling": {"temperature": 1.0}}

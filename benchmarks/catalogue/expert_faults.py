@@ -7,8 +7,8 @@ from typing import Any
 
 from .anatomy import Anatomy, State
 from .fault import Fault, each
-from .sites import Site
-from .weights import as_kept, quantised
+from .site import Site
+from .weight_faults import as_kept, quantised
 
 
 def expert_faults(anatomy: Anatomy, length: int, tokens: int) -> Iterator[Fault]:

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: its sizes, and the names of its tensors. For the families that the selftest knows."""
+"""What a checkpoint is made of: its sizes, and the names of its tensors. For the families that the catalogue knows."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import UsageError
+from pytest_logprob_parity.errors import UsageError
 
 State = Mapping[str, Any]  # checkpoint name -> tensor
 
-#: Families that differ in names and in nothing that this package does not read from the configuration.
+#: Families that differ in names and in nothing that the catalogue does not read from the configuration.
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 #: Names of an expert's projections (gate, up, down), and of the module that holds router and experts.
 _EXPERTS: Final = {
@@ -28,7 +28,7 @@ def load_checkpoint(folder: Path) -> State:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Anatomy:
     """The sizes of a decoder-only transformer. `experts` is 0 for a dense one.
 
@@ -51,11 +51,11 @@ class Anatomy:
 
     @classmethod
     def of(cls, folder: Path) -> Anatomy:
-        """Read `config.json`. Raises UsageError for a model that the selftest's reference does not compute."""
+        """Read `config.json`. Raises UsageError for a model that the float64 reference does not compute."""
         config = json.loads((folder / "config.json").read_text("utf-8"))
         family = str(config.get("model_type"))
         if family not in FAMILIES:
-            raise UsageError(f"selftest: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+            raise UsageError(f"catalogue: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         unsupported = {
             "hidden_act": config.get("hidden_act", "silu") != "silu",
@@ -64,7 +64,7 @@ class Anatomy:
             "partial_rotary_factor": config.get("partial_rotary_factor", 1.0) != 1.0,
         }
         if names := [name for name, is_so in unsupported.items() if is_so]:
-            raise UsageError(f"selftest: {names[0]}={config.get(names[0])!r} of {folder.name} is not supported")
+            raise UsageError(f"catalogue: {names[0]}={config.get(names[0])!r} of {folder.name} is not supported")
         heads = int(config["num_attention_heads"])
         experts = int(config.get("num_local_experts") or config.get("num_experts") or 0) if family in _EXPERTS else 0
         return cls(

@@ -13,17 +13,18 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..spec import Sampling
-from ..trace import Trace
+from pytest_logprob_parity.selftest.truth import Doubles
+from pytest_logprob_parity.spec import Sampling
+from pytest_logprob_parity.trace import Trace
+
 from .anatomy import Anatomy, State, load_checkpoint
-from .truth import Doubles
 
 #: Prompts that run in one batch, and logits (values) that are held at a time.
 _PROMPTS: Final = 13
 _LOGITS: Final = 8_000_000
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Reading:
     """What float64 says of the tokens of a trace: `logprobs` [N], nats, -inf where truncation excludes the token.
 

@@ -9,10 +9,11 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from ..spec import Sampling
-from ..trace import BoolArray, Trace
-from .sites import Site
-from .truth import Doubles
+from pytest_logprob_parity.selftest.truth import Doubles
+from pytest_logprob_parity.spec import Sampling
+from pytest_logprob_parity.trace import BoolArray, Trace
+
+from .site import Site
 
 #: The goldens that faults are planted against: how they are sampled. `plain` is recorded in every dtype.
 GOLDENS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -27,7 +28,7 @@ Group = Literal["request", "report", "distribution", "model", "weights", "few", 
 Where = Callable[[Trace, np.random.Generator], BoolArray]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
     """What a fault is called. `semantic` ones have a cause that is proven whatever its size: they may fail where immaterial."""
 
@@ -37,7 +38,7 @@ class Case:
     semantic: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Fault(Case):
     """One fault in one size. All that is set is planted together, in the engine's run and in the reference's.
 

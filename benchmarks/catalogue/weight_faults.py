@@ -7,7 +7,7 @@ from typing import Any
 
 from .anatomy import Anatomy, State
 from .fault import Fault, each, sequences
-from .sites import Site
+from .site import Site
 
 
 def weight_faults(anatomy: Anatomy, checkpoint: State) -> Iterator[Fault]:

@@ -1,47 +1,47 @@
-"""Plant every fault of the catalogue in a real engine, judge it as a check does, and hold the verdict against the truth."""
+"""Plants each fault of the catalogue in a real engine, judges it as a check does, and computes its true effect."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import math
-import multiprocessing
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from ..check.record import measure_floor, with_untruncated
-from ..check.reference_pass import reference_of
-from ..comparison.free_run import compare_free_run
-from ..comparison.result import CAUSES as LAYER_CAUSES
-from ..comparison.result import Comparison, Finding
-from ..comparison.suspected_causes import suspects
-from ..comparison.tolerance import Tolerance, default_tolerance, with_floor
-from ..comparison.verdict import Evidence, judge
-from ..diagnosis.reference_evaluation import read_against, weigh
-from ..engines.engine import Engine
-from ..engines.pool import Pool
-from ..engines.replay import replay
-from ..errors import EngineError, UsageError
-from ..golden import Golden, fingerprint
-from ..golden.setup import Setup
-from ..progress import doing
-from ..spec import EngineSpec, Sampling
-from ..trace import BoolArray, FloatArray, Trace
+from pytest_logprob_parity.check.record import measure_floor, with_untruncated
+from pytest_logprob_parity.check.reference_pass import reference_of
+from pytest_logprob_parity.comparison.free_run import compare_free_run
+from pytest_logprob_parity.comparison.result import Comparison, Finding
+from pytest_logprob_parity.comparison.suspected_causes import suspects
+from pytest_logprob_parity.comparison.tolerance import Tolerance, default_tolerance, with_floor
+from pytest_logprob_parity.comparison.verdict import Evidence, judge
+from pytest_logprob_parity.diagnosis.reference_evaluation import read_against, weigh
+from pytest_logprob_parity.engines.engine import Engine
+from pytest_logprob_parity.engines.pool import Pool
+from pytest_logprob_parity.engines.replay import replay
+from pytest_logprob_parity.errors import EngineError, UsageError
+from pytest_logprob_parity.golden import Golden, fingerprint
+from pytest_logprob_parity.golden.setup import Setup
+from pytest_logprob_parity.progress import doing
+from pytest_logprob_parity.selftest.prompts import LENGTH, make_prompts
+from pytest_logprob_parity.selftest.truth import Doubles, TrueEffect, true_effect
+from pytest_logprob_parity.spec import EngineSpec, Sampling
+from pytest_logprob_parity.trace import BoolArray, FloatArray, Trace
+
+from .all_faults import catalogue
 from .anatomy import load_checkpoint
-from .catalogue import catalogue
 from .causes import causes_of
-from .fault import GOLDENS, Case, Fault, sampling_of
-from .prompts import LENGTH, make_prompts
+from .engine_site import EngineSite
+from .fault import GOLDENS, Fault, sampling_of
+from .plan import Plan
 from .reference import Reading, Reference
-from .sites import EngineSite, Shifts
-from .store import Store
-from .truth import Doubles, Objective, TrueEffect, true_effect
+from .row import Row
+from .site import Shifts
+from .stored_answers import Store
 
 _SAMPLES: Final = 8
 _REPEATS: Final = 3
@@ -49,146 +49,33 @@ _REPEATS: Final = 3
 _SETUP: Final[Setup] = "compatible"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One fault on one model, judged. `effect` is what float64 says it does to an update.
-
-    It is None for a fault that fails by construction, whatever the objective; `differs` says then whether it did anything.
-    `seen` is the same of the engine's logprobs with and without the fault: it has the engine's noise, and is near `effect` in
-    float32 where the fault that was planted in the engine is the one that was planted in the reference.
-    """
-
-    fault: Case
-    model: str
-    dtype: str
-    effect: TrueEffect | None
-    verdict: str
-    said: str
-    findings: tuple[Finding, ...] = ()
-    differs: bool = True
-    seen: TrueEffect | None = None
-
-    @property
-    def truth(self) -> str:
-        """`material`, `between` or `immaterial`; `constructed` where it fails by construction."""
-        return "constructed" if self.effect is None else self.effect.size
-
-    @property
-    def expected(self) -> str:
-        """`fail`, `no fail`, or empty between, and where a proven semantic cause may fail at any size."""
-        if self.effect is None:
-            return "fail" if self.differs else "no fail"
-        if self.effect.size == "material":
-            return "fail"
-        return "no fail" if self.effect.size == "immaterial" and not self.fault.semantic else ""
-
-    @property
-    def failed(self) -> bool:
-        """Whether the check failed, or the engine refused."""
-        return self.verdict in ("fail", "error")
-
-    @property
-    def right(self) -> bool:
-        """Whether the verdict is as expected; `unverified` is not `fail`."""
-        return not self.expected or self.failed == (self.expected == "fail")
-
-    @property
-    def diagnosed(self) -> bool:
-        """Whether there is a diagnosis to score: a fault that has to fail, and did."""
-        return self.expected == "fail" and self.verdict == "fail"
-
-    @property
-    def named(self) -> str:
-        """The cause that comes out first: named, or the first candidate."""
-        first = self.findings[0] if self.findings else None
-        return "" if first is None else first.cause or (first.candidates[0] if first.candidates else "")
-
-    @property
-    def right_cause(self) -> bool:
-        """Whether the cause that comes out first is the fault's."""
-        return self.named in causes_of(self.fault)
-
-    @property
-    def right_layer(self) -> bool:
-        """Whether the layer that comes out first is the fault's."""
-        layers = {layer for layer, causes in LAYER_CAUSES.items() if set(causes) & set(causes_of(self.fault))}
-        return bool(self.findings) and self.findings[0].layer in layers
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a selftest is asked for; `only` are texts of which a fault's name has to contain one, () for all faults."""
-
-    other_step: Path | None = None
-    sequences: int = 200
-    tokens: int = 64
-    objective: Objective = "token"
-    dtypes: tuple[str, ...] = ("bfloat16", "float32")
-    only: tuple[str, ...] = ()
-    runs: Path | None = None
-
-    def chosen(self, fault: Case) -> bool:
-        """Whether the fault is asked for."""
-        return not self.only or any(part in fault.name for part in self.only)
-
-
-def run_model(model: str, plan: Plan, notify: Callable[[str], None], show: Callable[[Row], None]) -> list[Row]:
-    """Judge the catalogue on one model in this process; `show` gets each row as it comes."""
-    step = plan.other_step or Path(f"{model}-step2")
-    rows = []
-    with Pool(notify=notify) as pool:
-        other = step if step.is_dir() else None
-        selftest = Selftest(pool, model, other, plan.sequences, plan.tokens, plan.objective, notify, plan.runs)
-        for row in selftest.run(plan.dtypes, plan.chosen):
-            rows.append(row)
-            show(row)
-    return rows
-
-
-def run_models(models: Sequence[str], plan: Plan, notify: Callable[[str], None], show: Callable[[Row], None]) -> Iterator[Row]:
-    """Judge the catalogue on each model, several in a process of their own each.
-
-    vLLM does not start a mixture of experts in a process where a dense model has run (0.32.0). `notify` and `show` are
-    functions of a module, for they are sent there.
-    """
-    if len(models) == 1:
-        yield from run_model(models[0], plan, notify, show)
-        return
-    for model in models:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-            yield from executor.submit(run_model, model, plan, notify, show).result()
-
-
-class Selftest:
-    """The catalogue on one model. `sequences` x `tokens` is the size of its goldens, `notify` gets a line of progress.
-
-    `runs` is a folder that keeps what the engine and the reference said, for another selftest with the same catalogue.
-    """
+class CatalogueRun:
+    """The catalogue on one model; `notify` gets a line of progress, `other_step` is a later checkpoint of the model or None."""
 
     def __init__(
-        self, pool: Pool, model: str, other_step: Path | None, sequences: int, tokens: int, objective: Objective,
-        notify: Callable[[str], None], runs: Path | None = None,
+        self, pool: Pool, model: str, other_step: Path | None, plan: Plan, notify: Callable[[str], None]
     ) -> None:  # fmt: skip
+        if plan.sequences % _SAMPLES:
+            raise UsageError(f"catalogue: sequences come in groups of {_SAMPLES}, so not {plan.sequences}")
         self._pool = pool
         self._model = model
-        self._objective = objective
+        self._plan = plan
         self._notify = notify
-        if sequences % _SAMPLES:
-            raise UsageError(f"selftest: sequences come in groups of {_SAMPLES}, so not {sequences}")
         folder, _ = pool.folders(EngineSpec(model))
         self._reference = Reference(folder)
         self._sampling = Sampling(
-            temperature=0.7, n=_SAMPLES, max_tokens=tokens, ignore_eos=True, seed=1, logprobs=5
+            temperature=0.7, n=_SAMPLES, max_tokens=plan.tokens, ignore_eos=True, seed=1, logprobs=5
         )  # fmt: skip
-        self._prompts = make_prompts(pool.engine(EngineSpec(model)).tokenizer, sequences // _SAMPLES)
+        self._prompts = make_prompts(pool.engine(EngineSpec(model)).tokenizer, plan.sequences // _SAMPLES)
         other = {} if other_step is None else load_checkpoint(other_step)
-        self.faults = catalogue(self._reference.anatomy, self._reference.checkpoint, other, LENGTH, tokens)
+        self.faults = catalogue(self._reference.anatomy, self._reference.checkpoint, other, LENGTH, plan.tokens)
         files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
-        self._store = Store(runs, Path(model).name, files, sequences, tokens)
+        self._store = Store(plan.runs, Path(model).name, files, plan.sequences, plan.tokens)
         self._plain: Trace | None = None
 
-    def run(self, dtypes: Sequence[str], chosen: Callable[[Fault], bool]) -> Iterator[Row]:
+    def run(self) -> Iterator[Row]:
         """Judge the chosen faults, a row each, in the order that starts the fewest engines."""
+        dtypes, chosen = self._plan.dtypes, self._plan.chosen
         total, done = sum(dtype in f.dtypes and chosen(f) for f in self.faults for dtype in dtypes), 0
         for dtype in dtypes:
             faults = [f for f in self.faults if dtype in f.dtypes and chosen(f)]
@@ -228,7 +115,7 @@ class Selftest:
 
     def _limits(self, golden: Golden) -> Tolerance:
         """The limits of a check of this golden under the objective."""
-        return with_floor(default_tolerance(golden.trace.dtype, objective=self._objective), golden.floor)
+        return with_floor(default_tolerance(golden.trace.dtype, objective=self._plan.objective), golden.floor)
 
     @staticmethod
     def _evidence(golden: Golden, setup: Setup) -> Evidence:
@@ -242,14 +129,17 @@ class Selftest:
         if fault.unforced:
             key = ("unforced", fault.size, dtype)
             verdict, said = self._store.value(key, lambda: list(self._unforced(fault, spec, golden)))
-            return Row(fault.case, model, dtype, None, verdict, said)
+            return Row(fault=fault.case, model=model, dtype=dtype, effect=None, verdict=verdict, said=said)
         if fault.free_run is not None:
             changed = self._regenerated(fault, spec, golden)
             free = compare_free_run(golden.trace, changed.with_(sampling=golden.trace.sampling), limits.near_tie)
             evidence = dataclasses.replace(self._evidence(golden, "same"), free_run=free)
             clean = self._engine_run(dataclasses.replace(fault, free_run=None), spec, golden)
             result = judge(golden.trace, clean, limits, "rl", evidence)
-            return Row(fault.case, model, dtype, None, result.verdict, result.headline, result.findings, differs=not free.same)
+            return Row(
+                fault=fault.case, model=model, dtype=dtype, effect=None, verdict=result.verdict, said=result.headline,
+                findings=result.findings, differs=not free.same,
+            )  # fmt: skip
         candidate = _carried(fault, golden.trace, self._engine_run(fault, spec, golden))
         result = judge(golden.trace, candidate, limits, "rl", self._evidence(golden, _SETUP))
         clean_reading = self._truth(Fault(name="", size="", group=fault.group, golden=fault.golden), golden)
@@ -259,7 +149,10 @@ class Selftest:
         apart = fingerprint.differences(golden.fingerprint, self._fingerprint(spec))
         checkpoint = column if "weights_differ" in causes_of(fault) else clean_reading.logprobs
         findings = self._diagnosis(result, apart, checkpoint.astype(np.float32), limits.outlier)
-        return Row(fault.case, model, dtype, effect, result.verdict, result.headline, findings, seen=seen)
+        return Row(
+            fault=fault.case, model=model, dtype=dtype, effect=effect, verdict=result.verdict, said=result.headline,
+            findings=findings, seen=seen,
+        )  # fmt: skip
 
     @staticmethod
     def _diagnosis(result: Comparison, apart: Any, checkpoint: FloatArray, outlier: float) -> tuple[Finding, ...]:
@@ -347,8 +240,8 @@ class Selftest:
 
     def _effect(self, golden: Golden, clean: FloatArray | Doubles, faulty: FloatArray | Doubles, depth: Doubles) -> TrueEffect:
         return true_effect(
-            clean.astype(np.float64), faulty.astype(np.float64), golden.trace.sequence_offsets, self._objective, depth=depth,
-            experts=self._reference.anatomy.experts > 0,
+            clean.astype(np.float64), faulty.astype(np.float64), golden.trace.sequence_offsets, self._plan.objective,
+            depth=depth, experts=self._reference.anatomy.experts > 0,
         )  # fmt: skip
 
     def _shift(self, fault: Fault, golden: Golden) -> Doubles:

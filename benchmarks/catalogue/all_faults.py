@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from ..trace import Trace
+from pytest_logprob_parity.selftest.truth import Doubles
+from pytest_logprob_parity.trace import Trace
+
 from .anatomy import Anatomy, State
-from .experts import expert_faults
+from .arithmetic_faults import model_faults
+from .expert_faults import expert_faults
 from .fault import Fault, each, sequences, spread, tokens
-from .model import model_faults
-from .places import place_faults
-from .truth import Doubles
-from .weights import step_faults, weight_faults
+from .place_faults import place_faults
+from .weight_faults import step_faults, weight_faults
 
 
 def catalogue(anatomy: Anatomy, checkpoint: State, other_step: State, length: int, count: int) -> list[Fault]:

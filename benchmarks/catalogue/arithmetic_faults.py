@@ -7,7 +7,7 @@ from typing import Any
 
 from .anatomy import Anatomy
 from .fault import Fault, each, sequences, spread
-from .sites import Site
+from .site import Site
 
 
 def model_faults(anatomy: Anatomy) -> Iterator[Fault]:

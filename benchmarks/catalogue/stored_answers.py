@@ -1,6 +1,6 @@
-"""What runs of the engine and readings of the reference came to: in memory, and on disk where there is a folder for them.
+"""Keeps the answers of the engine and of the reference: in memory, and on disk where a folder is given.
 
-With a folder, a second selftest judges the same runs anew: after a change of the rules that takes seconds, not hours.
+With a folder, a second run judges the same runs anew: after a change of the rules that takes seconds, not hours.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..golden import Golden
-from ..trace import Trace
+from pytest_logprob_parity.golden import Golden
+from pytest_logprob_parity.trace import Trace
+
 from .reference import Reading
 
 T = TypeVar("T")
