@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from .checkpoint.adapter import merge_adapter
     from .checkpoint.probe import write_probe
     from .comparison.assertions import assert_logprobs_close, assert_tokens_equal
+    from .comparison.compare import compare
     from .comparison.result import Comparison, Finding, MismatchError
     from .comparison.tolerance import Tolerance
-    from .comparison.verdict import compare
     from .engines.pool import Engine, Pool, open_engine
     from .errors import EngineError, GoldenError, IncomparableError, ParityError, UsageError
     from .golden import Golden
@@ -69,7 +69,7 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
         "check.check": ("check_golden",),
         "comparison.result": ("Comparison", "Finding", "MismatchError"),
         "comparison.tolerance": ("Tolerance",),
-        "comparison.verdict": ("compare",),
+        "comparison.compare": ("compare",),
         "errors": ("EngineError", "GoldenError", "IncomparableError", "ParityError", "UsageError"),
         "golden": ("Golden",),
         "engines.pool": ("Engine", "Pool", "open_engine"),

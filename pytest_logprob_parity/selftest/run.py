@@ -17,12 +17,13 @@ import numpy as np
 
 from ..check.record import measure_floor, with_untruncated
 from ..check.reference_pass import reference_of
-from ..comparison.free_run import compare_free_run
+from ..comparison.evidence import Evidence
+from ..comparison.free_generation.compare import compare_free_run
+from ..comparison.judge import judge
 from ..comparison.result import CAUSES as LAYER_CAUSES
 from ..comparison.result import Comparison, Finding
 from ..comparison.suspected_causes import suspects
 from ..comparison.tolerance import Tolerance, default_tolerance, with_floor
-from ..comparison.verdict import Evidence, judge
 from ..diagnosis.reference_evaluation import read_against, weigh
 from ..engines.pool import Engine, Pool
 from ..engines.replay import replay
@@ -232,7 +233,7 @@ class Selftest:
     @staticmethod
     def _evidence(golden: Golden, setup: Setup) -> Evidence:
         """What a check knows of the golden besides its trace."""
-        return Evidence(golden.floor, golden.reference, golden.routed, setup=setup)
+        return Evidence(floor=golden.floor, reference=golden.reference, routed=golden.routed, setup=setup)
 
     # -- one fault -----------------------------------------------------------------------------------------------------
 
