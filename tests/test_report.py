@@ -1028,7 +1028,7 @@ def test_libraries_that_are_missing_are_named_before_anything_runs(project, repo
 
 def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
     from pytest_logprob_parity.check.context import Checked
-    from pytest_logprob_parity.comparison.verdict import compare
+    from pytest_logprob_parity.comparison.compare import compare
     from pytest_logprob_parity.golden import Golden
     from pytest_logprob_parity.report.entry import make_entry
     from pytest_logprob_parity.report.results import to_text

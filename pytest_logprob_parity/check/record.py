@@ -12,11 +12,13 @@ import numpy as np
 
 from ..checkpoint.digests import digest_of
 from ..comparison.alignment import align
-from ..comparison.differences import setting_of
+from ..comparison.compare import compare
+from ..comparison.evidence import Evidence
+from ..comparison.judge import judge
 from ..comparison.result import Comparison
 from ..comparison.signatures.semantics import semantic_findings
+from ..comparison.token_differences import setting_of
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
-from ..comparison.verdict import Evidence, compare, judge
 from ..engines.engine import Engine
 from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden
@@ -90,7 +92,11 @@ def record(
     golden.save(path, context.max_megabytes)
     written = Golden.load(path)
     same = Evidence(
-        written.floor, written.reference, written.routed, setup="same", policy_logprobs=golden.trace.untruncated_logprobs
+        floor=written.floor,
+        reference=written.reference,
+        routed=written.routed,
+        setup="same",
+        policy_logprobs=golden.trace.untruncated_logprobs,
     )
     proof = judge(written.trace, golden.trace, limits, "rl", same)
     floor = "no noise floor: the defaults of its dtype stand in" if written.floor is None else written.floor.describe()

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from . import metrics as m
-from .differences import Differences, Setting
 from .gate import Gate, GateKey
 from .objectives import k3_of
+from .token_differences import Differences, Setting
 from .tolerance import Tolerance, budget
 from .vocabulary import Verdict
 

@@ -9,12 +9,14 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from ..comparison.declared_gap import with_gap
+from ..comparison.evidence import Evidence
+from ..comparison.judge import judge
 from ..comparison.message import failure_message
 from ..comparison.objectives import DEFAULT_OBJECTIVE
-from ..comparison.precision_gaps import GAPS, with_gap
+from ..comparison.precision_gaps import GAPS
 from ..comparison.result import Comparison, Finding, MismatchError
 from ..comparison.tolerance import DTYPES, Tolerance
-from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
 from ..golden import Golden
 from ..notes import Note

@@ -9,13 +9,10 @@ from typing import Final
 import numpy as np
 
 from . import metrics as m
-from .differences import Differences, Setting
 from .gate import Errors, Gate, GateKey
-from .intervals import Interval, detectable_share, mean_interval, share_bound
-from .nucleus_flips import SupportFlips
+from .intervals import Interval, mean_interval
 from .objectives import Objective, k3_of, objective_of
-from .outliers import outlier_gates, outliers_of
-from .shown import Shown
+from .token_differences import Differences, Setting
 from .tolerance import Tolerance
 
 #: A clean build's distance to the reference may be larger than the golden's by so many times what of the golden's error it
@@ -33,29 +30,8 @@ _MEAN_ERRORS: Final = 3.0
 _HIDES: Final = 0.5
 
 
-def gates_of(
-    rows: Differences, nan: int, flips: SupportFlips, limits: Tolerance, setting: Setting, sequences: int
-) -> tuple[Gate, ...]:  # fmt: skip
-    """All that decides: NaN, nucleus flips, the effects that the objective feels, outlier tokens and sequences.
-
-    `sequences` is how many the golden has.
-    """
-    gates = [
-        Gate("nan", nan, 0, 0, nan, nan, "tokens"),
-        Gate("nucleus_flips", flips.count, flips.allowed, flips.unexplained, flips.count, flips.count, "tokens"),
-    ]
-    if not len(rows.d):
-        return tuple(gates)
-    outliers = outliers_of(rows, limits, setting, flips.deep)
-    # what the golden's own errors have too is noise, told by its number: an average of exponentials would hang on one token
-    bulk = rows.where(~outliers.noise)
-    return (*gates, *_effects(bulk, limits, setting), *outlier_gates(outliers, len(rows.d), limits, setting, sequences))
-
-
-# -- effects ------------------------------------------------------------------------------------------------------------
-
-
-def _effects(rows: Differences, limits: Tolerance, setting: Setting) -> list[Gate]:
+def effect_gates(rows: Differences, limits: Tolerance, setting: Setting) -> list[Gate]:
+    """The gates of what the objective feels of these differences; none where there are none."""
     if not len(rows.d):
         return []
     objective = objective_of(limits.objective)
@@ -185,29 +161,3 @@ def _clip_noise(
     )
     tails = (0.005, 0.03 * noise.enlarged) if setting.half and not objective.by_sequence else (0.0, 0.0)
     return passes + tails[0], min(may_be + tails[1], 1.0)
-
-
-# -- what it shows ------------------------------------------------------------------------------------------------------
-
-
-def what_it_shows(rows: Differences, gates: tuple[Gate, ...]) -> Shown | None:
-    """What a comparison says of other prompts: an exact binomial bound over distinct prompts, whatever their noise."""
-    gate = next((g for g in gates if g.key == "outlier_sequences"), None)
-    if gate is None:
-        return None
-    off = np.where(rows.known, rows.error, rows.d)
-    names, first, places = np.unique(rows.sequences, return_index=True, return_inverse=True)
-    spread = m.sequence_rms(off, places, np.inf)
-    prompts = rows.prompts[first]
-    bad = len(np.unique(prompts[spread > gate.threshold]))
-    count = len(np.unique(prompts))
-    return Shown(
-        prompts=count,
-        sequences=len(names),
-        threshold=gate.threshold,
-        bad_prompts=bad,
-        share=share_bound(bad, count),
-        reach=detectable_share(count, int(gate.limit)),
-        tokens_allowed=int(next(g.limit for g in gates if g.key == "outlier_tokens")),
-        sequences_allowed=int(gate.limit),
-    )
