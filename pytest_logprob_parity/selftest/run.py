@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..check.record import measure_floor, with_untruncated
+from ..check.measure import measure_floor, with_untruncated
 from ..check.reference_pass import reference_of
 from ..comparison.free_run import compare_free_run
 from ..comparison.result import CAUSES as LAYER_CAUSES
