@@ -493,7 +493,7 @@ def test_the_worker_needs_numpy_and_safetensors_and_an_engine():
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("scipy", "pytest", "pluggy", "torch", "vllm", "transformers", "ray"):
+        if name.partition(".")[0] in ("scipy", "packaging", "pytest", "pluggy", "torch", "vllm", "transformers", "ray"):
             raise ImportError(name)
 sys.meta_path.insert(0, Absent())
 import pytest_logprob_parity.matrix.worker, pytest_logprob_parity.engines.vllm.backend
