@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from pytest_logprob_parity.check.record import measure_floor, with_untruncated
+from pytest_logprob_parity.check.measure import measure_floor, with_untruncated
 from pytest_logprob_parity.check.reference_pass import reference_of
 from pytest_logprob_parity.comparison.evidence import Evidence
 from pytest_logprob_parity.comparison.free_generation.compare import compare_free_run
