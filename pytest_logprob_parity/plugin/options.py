@@ -50,8 +50,10 @@ _OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "--parity-metrics": {
         "choices": FRAMEWORKS,
+        "metavar": "FRAMEWORK",  # without it argparse lists the choices, and so reads all installed entry points, at each start
         "default": None,
-        "help": "show each check also in this training framework's own metrics: the golden as rollout, now as trainer",
+        "help": "show each check also in the metrics of this training framework (trl, verl, ...): the golden is the rollout, "
+        "the engine is the trainer",
     },
     "--parity-report": {
         "default": None,
