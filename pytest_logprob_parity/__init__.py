@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .trace import Trace
     from .trainer.chain import assert_trainer_chain, trainer_chain
     from .trainer.parity import assert_trainer_parity
-    from .trainer.scoring import Scorer, scorer
+    from .trainer.scorer import Scorer, scorer
     from .trainer.transformers_scorer import TransformersScorer
     from .weight_updates.check import assert_weight_update
     from .weight_updates.cold_engine import assert_updated_equals_cold
@@ -79,7 +79,7 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
         "trace": ("Trace",),
         "trainer.chain": ("assert_trainer_chain", "trainer_chain"),
         "trainer.parity": ("assert_trainer_parity",),
-        "trainer.scoring": ("Scorer", "scorer"),
+        "trainer.scorer": ("Scorer", "scorer"),
         "trainer.transformers_scorer": ("TransformersScorer",),
         "checkpoint.adapter": ("merge_adapter",),
         "checkpoint.probe": ("write_probe",),

@@ -14,7 +14,7 @@ from ..checkpoint.adapter import Adapter, apply_adapter, read_adapter
 from ..errors import EngineError, UsageError
 from ..spec import DTYPES
 from ..suggest import nearest
-from .scoring import DIVISIONS
+from .scorer import DIVISIONS
 
 #: Tokens whose logits over the whole vocabulary are in memory at once.
 CHUNK: Final = 1024
@@ -56,16 +56,7 @@ class TransformersScorer:
         from ..checkpoint.float64 import compute_in_float64
         from ..checkpoint.lm_head import Head
 
-        for name, value, known in (
-            ("dtype", dtype or "auto", DTYPES),
-            ("head_dtype", head_dtype or dtype or "auto", DTYPES),
-            ("divides", divides, DIVISIONS),
-        ):
-            if value not in known:
-                hint = f"known are {', '.join(known)}{nearest(str(value), known)}"
-                raise UsageError(f"TransformersScorer({name}={value!r}): {hint}")
-        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-            raise UsageError(f"TransformersScorer(chunk_tokens={chunk_tokens!r}): must be a whole number, 1 or more")
+        _check_settings(dtype, head_dtype, divides, chunk_tokens)
         self.tokenizer: Any = None
         self._mode: Literal["eval", "as found"] = "eval"
         self._settings: dict[str, Any] = {
@@ -214,6 +205,20 @@ class TransformersScorer:
             if entropy is not None:
                 pieces[1].append(entropy)
         return [torch.cat(column) if column else rows.new_zeros(0, dtype=exact) for column in pieces]
+
+
+def _check_settings(dtype: str | None, head_dtype: str | None, divides: str, chunk_tokens: Any) -> None:
+    """Raise UsageError for settings of a TransformersScorer that do not exist."""
+    for name, value, known in (
+        ("dtype", dtype or "auto", DTYPES),
+        ("head_dtype", head_dtype or dtype or "auto", DTYPES),
+        ("divides", divides, DIVISIONS),
+    ):
+        if value not in known:
+            hint = f"known are {', '.join(known)}{nearest(str(value), known)}"
+            raise UsageError(f"TransformersScorer({name}={value!r}): {hint}")
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise UsageError(f"TransformersScorer(chunk_tokens={chunk_tokens!r}): must be a whole number, 1 or more")
 
 
 def _unwrapped(model: Any) -> Any:

@@ -14,7 +14,8 @@ from ..comparison.result import Comparison, Finding, Note, WeightsCause
 from ..comparison.tolerance import Tolerance, make_tolerance
 from ..comparison.verdict import Evidence, judge
 from ..trace import Trace
-from ..trainer.parity import trainer_tolerance, without_top_k
+from ..trainer.limits import trainer_tolerance
+from ..trainer.parity import without_top_k
 from .reference import BETTER, CLEARED, FITS, KEPT, UpdateReading, UpdateReference
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -18,10 +18,11 @@ from ..comparison.tolerance import DTYPES, Tolerance
 from ..golden import Golden
 from ..golden.fingerprint import adapter_digest
 from ..trace import Trace
-from .alternatives import otherwise
-from .function_of_logits import function_of_logits
-from .misplaced import few_off, misplaced
-from .scoring import name_of, score, temperature_of
+from .logit_function import function_of_logits
+from .misplaced_logprobs import few_off, misplaced
+from .scorer import Declared, Scorer, TakesAdapters, name_of
+from .scoring import score, temperature_of
+from .trainer_faults import otherwise
 
 #: Positions whose top-k lists so much of the probability say what their distribution would be at another temperature.
 _LISTED: Final = 0.999
@@ -50,7 +51,7 @@ def causes(
     rollouts: Trace | Golden,
     expected: Trace,
     scored: Trace,
-    scorer: Any,
+    scorer: Scorer,
     batch_size: int,
     limits: Tolerance,
 ) -> tuple[list[Finding], list[Note]]:
@@ -104,13 +105,13 @@ def causes(
     return findings, notes
 
 
-def _otherwise(trace: Trace, scored: Trace, scorer: Any, noise: float) -> Finding | None:
+def _otherwise(trace: Trace, scored: Trace, scorer: Scorer, noise: float) -> Finding | None:
     """What gives the rollouts' numbers if the trainer is asked so: other context, a function of its logits."""
     found = otherwise(trace, scored, trace, scorer, noise) or function_of_logits(trace, scored, trace, scorer, noise)
     return None if found is None else dataclasses.replace(found, evidence=f"what gives the rollouts' numbers: {found.evidence}")
 
 
-def _asked_again(trace: Trace, scored: Trace, scorer: Any, noise: float) -> Finding | None:
+def _asked_again(trace: Trace, scored: Trace, scorer: Scorer, noise: float) -> Finding | None:
     """`dropout` first where the trainer gives other numbers when it is asked the same again, `attention_mask` first where it
     gives what the rollouts report when it is asked row by row: of the sequences furthest off, up to `noise` (RMS, nats).
     """
@@ -133,9 +134,9 @@ def _asked_again(trace: Trace, scored: Trace, scorer: Any, noise: float) -> Find
     return None
 
 
-def _head_finding(trace: Trace, scorer: Any) -> Finding | None:
+def _head_finding(trace: Trace, scorer: Scorer) -> Finding | None:
     """`head_precision` where the rollouts' logits lie on the grid of one precision and the trainer declares another."""
-    declared = getattr(scorer, "head_dtype", "")
+    declared = Declared.by(scorer).head_dtype
     if declared not in DTYPES:
         return None
     step = logit_step(positions_of(trace, trace, align(trace, trace)), golden=True)
@@ -202,7 +203,7 @@ def _forgotten_temperature(trace: Trace, scored: Trace, noise: float) -> Finding
     return Finding("semantic", "temperature", text)
 
 
-def _other_temperature(trace: Trace, scorer: Any, noise: float) -> Finding | None:
+def _other_temperature(trace: Trace, scorer: Scorer, noise: float) -> Finding | None:
     """`temperature` where the trainer at another one gives the rollouts' numbers up to `noise` (RMS, nats): they were sampled
     at that one, whatever their label says. Named where it is a round one, as people choose them: any other may be a scale of
     the trainer's logits. The RMS is least squares over temperatures, on a few sequences.
@@ -236,23 +237,23 @@ def _other_temperature(trace: Trace, scorer: Any, noise: float) -> Finding | Non
     return Finding("semantic", "temperature", text)
 
 
-def _recorded_adapter(rollouts: Trace | Golden, scorer: Any) -> Finding | None:
+def _recorded_adapter(rollouts: Trace | Golden, scorer: Scorer) -> Finding | None:
     """`adapter` where the rollouts' golden was recorded with one, and the trainer has another."""
     recorded = rollouts.fingerprint.get("adapter") if isinstance(rollouts, Golden) else None
-    trainers = getattr(scorer, "adapter", None)
+    trainers = scorer.adapter if isinstance(scorer, TakesAdapters) else None
     if not isinstance(recorded, str) or trainers is None or trainers.digest == adapter_digest(recorded):
         return None
     return Finding("weights", "adapter", f"{recorded} in the golden, {trainers} in the trainer")
 
 
 def _other_adapter(
-    trace: Trace, scored: Trace, scorer: Any, batch_size: int, noise: float
+    trace: Trace, scored: Trace, scorer: Scorer, batch_size: int, noise: float
 ) -> tuple[Finding | None, Finding | None]:  # fmt: skip
     """`adapter` where the rollouts are those of an engine that lacks the scorer's adapter, or scales it otherwise: but for
     `noise` (RMS, nats). Beside it, where none does as well, the finding that names the nearest: another step's comes first.
     """
     as_told, best, nearest = _rms(trace, scored), "", math.inf
-    for words, load in getattr(scorer, "other_adapters", tuple)():
+    for words, load in _other_adapters(scorer):
         other = _rms(trace, score(trace, load(), batch_size=batch_size))
         if other < min(noise, as_told / 2):
             text = f"the rollouts are those of {words}: RMS {other:.2g} nats, with {name_of(scorer)} {as_told:.2g}"
@@ -265,6 +266,11 @@ def _other_adapter(
         "step's adapter comes first"
     )
     return None, Finding("weights", None, text, ("adapter", "stale_weights", "weights_differ"))
+
+
+def _other_adapters(scorer: Scorer) -> Iterator[tuple[str, Callable[[], Scorer]]]:
+    """Usual mistakes with the scorer's adapter, where it has one: words, and how to load the scorer that makes it."""
+    return scorer.other_adapters() if isinstance(scorer, TakesAdapters) else iter(())
 
 
 def _truncated(trace: Trace, scored: Trace) -> Finding | None:
@@ -294,14 +300,14 @@ def _rms(trace: Trace, scored: Trace) -> float:
     return float(np.sqrt(np.mean(d[np.isfinite(d)] ** 2)))
 
 
-def _candidates(rollouts: Trace | Golden, scored: Trace, scorer: Any) -> Finding:
+def _candidates(rollouts: Trace | Golden, scored: Trace, scorer: Scorer) -> Finding:
     """What is left where nothing is named: another model than the engine's, or another precision."""
     trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
     if isinstance(rollouts, Golden) and (fewer := _fewer_bits(rollouts.fingerprint)):
         return Finding(
             "weights", None, f"{fewer}: a gap that is there on purpose can be declared", ("quantization", "weights_differ")
         )
-    if next(iter(getattr(scorer, "other_adapters", tuple)()), None) is not None:
+    if next(_other_adapters(scorer), None) is not None:
         text = "the rollouts are neither those of the trainer's adapter nor those without it: another step's comes first"
         return Finding("weights", None, text, ("adapter", "stale_weights", "weights_differ"))
     if len(versions := _by_version(trace, scored)) > 1:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..comparison.result import Cause, Finding, Layer
 from ..trace import Trace
+from .scorer import Declared, Scorer
 from .scoring import score
 
 #: Sequences that are asked about first, and up to how many then; tokens of context that a packed row may have.
@@ -22,7 +23,7 @@ _COMMON: Final = 4
 _POSITIONS: Final = 12
 
 
-def otherwise(rollouts: Trace, scored: Trace, column: Trace, scorer: Any, noise: float) -> Finding | None:
+def otherwise(rollouts: Trace, scored: Trace, column: Trace, scorer: Scorer, noise: float) -> Finding | None:
     """What explains `column`, the trainer's numbers, up to `noise` (RMS, nats): the scorer asked with that fault. None where
     nothing that is tried does.
 
@@ -64,9 +65,9 @@ _Ask = Callable[[Sequence[int]], tuple[Any, Any]]
 _Tried = tuple[Layer, tuple[Cause, ...], str, _Ask]
 
 
-def _tried(rollouts: Trace, scorer: Any, words: Sequence[int]) -> Iterator[_Tried]:
+def _tried(rollouts: Trace, scorer: Scorer, words: Sequence[int]) -> Iterator[_Tried]:
     """Layer, cause and text of each fault, and what the scorer gives with it; `words` may have been taken for padding."""
-    tokenizer, widest = getattr(scorer, "tokenizer", None), int(np.diff(rollouts.prompt_offsets).max())
+    tokenizer, widest = Declared.by(scorer).tokenizer, int(np.diff(rollouts.prompt_offsets).max())
 
     def padded(by: int) -> Callable[[list[int]], list[int]]:
         return lambda prompt: [by] * (widest - len(prompt)) + prompt
@@ -126,7 +127,7 @@ def _places(trace: Trace, sequences: Sequence[int]) -> Any:
 
 
 def _with_prompts(
-    trace: Trace, scorer: Any, change: Callable[[int], list[int]], sequences: Sequence[int]
+    trace: Trace, scorer: Scorer, change: Callable[[int], list[int]], sequences: Sequence[int]
 ) -> tuple[Any, Any]:  # fmt: skip
     """With other prompts, one for each sequence."""
     prompts = [change(s) if s in sequences else trace.prompt(s)[-1:] for s in range(trace.num_sequences)]
@@ -139,13 +140,13 @@ def _with_prompts(
     return places, score(other, scorer, sequences=list(sequences)).logprobs[places]
 
 
-def _packed(trace: Trace, scorer: Any, _: Sequence[int]) -> tuple[Any, Any]:
+def _packed(trace: Trace, scorer: Scorer, _: Sequence[int]) -> tuple[Any, Any]:
     """With all sequences before it as context; of the first few, for those after them have too many before."""
     few = [s for s in range(1, min(_FEW, trace.num_sequences)) if _length(trace, s) <= _LONGEST]
     return _with_prompts(trace, scorer, lambda s: _before(trace, s) + trace.prompt(s), few)
 
 
-def _hidden(trace: Trace, scorer: Any, token: int, sequences: Sequence[int]) -> tuple[Any, Any]:
+def _hidden(trace: Trace, scorer: Scorer, token: int, sequences: Sequence[int]) -> tuple[Any, Any]:
     """With a mask that hides one token id wherever it stands; not of that token, nor of what follows it."""
 
     def blind(ids: Any, mask: Any, temperature: float) -> Any:
@@ -155,7 +156,7 @@ def _hidden(trace: Trace, scorer: Any, token: int, sequences: Sequence[int]) -> 
     return places, score(trace, blind, sequences=list(sequences)).logprobs[places]
 
 
-def _left_out(trace: Trace, scorer: Any, token: int, sequences: Sequence[int]) -> tuple[Any, Any]:
+def _left_out(trace: Trace, scorer: Scorer, token: int, sequences: Sequence[int]) -> tuple[Any, Any]:
     """With one token id left out of all contexts, as where what is hidden has no position; not of that token, nor of what
     follows it.
     """
@@ -201,7 +202,7 @@ def _first_tokens(prompt: list[int], written: list[int]) -> list[tuple[list[int]
 
 def _of_other_tokens(
     trace: Trace,
-    scorer: Any,
+    scorer: Scorer,
     questions: Callable[[list[int], list[int]], list[tuple[list[int], int]]],
     sequences: Sequence[int],
 ) -> tuple[Any, Any]:
@@ -216,7 +217,7 @@ def _of_other_tokens(
     return np.array(places), _answers(trace, scorer, asked)
 
 
-def _answers(rollouts: Trace, scorer: Any, questions: Sequence[tuple[list[int], int]]) -> Any:
+def _answers(rollouts: Trace, scorer: Scorer, questions: Sequence[tuple[list[int], int]]) -> Any:
     """The scorer's logprobs of these tokens, each behind its context."""
     count = len(questions)
     asked = Trace.from_arrays(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final
 
 import numpy as np
 
 from ..comparison.result import Cause, Comparison, Finding
 from ..trace import Trace
-from .alternatives import furthest_off, otherwise
-from .function_of_logits import function_of_logits
-from .misplaced import few_off, misplaced, off_from_a_token_on
-from .scoring import as_trainers, is_coarser, name_of, score, spread, temperature_of
+from .limits import is_coarser
+from .logit_function import function_of_logits
+from .misplaced_logprobs import few_off, misplaced, off_from_a_token_on
+from .scorer import HasTrainingMode, Scorer, TakesAdapters, name_of
+from .scoring import score, spread, temperature_of
+from .trainer_column import rms
+from .trainer_faults import furthest_off, otherwise
 
 #: Temperatures that far apart (relative) are one; one that explains more than this share tells of something like it.
 _SAME, _MOSTLY = 0.01, 0.6
@@ -30,47 +32,6 @@ _LIKE: Final = 3.0
 _CANDIDATES: Final[tuple[Cause, ...]] = (
     "attention_mask", "prompt", "packing", "dropout", "logits", "stale_weights", "weights_differ",
 )  # fmt: skip
-
-
-def column_of(trace: Trace, dtype: str) -> Trace | None:
-    """The trainer's column of these rollouts as a trace of its own: over all tokens, divided by the rollouts' temperature, as
-    trainers do; None where the rollouts have none.
-    """
-    if trace.trainer_logprobs is None:
-        return None
-    sampling = dataclasses.replace(
-        trace.sampling.untruncated(), repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0
-    )
-    own, entropies = trace.trainer_logprobs, trace.trainer_entropies
-    return as_trainers(trace, own, entropies=entropies, sampling=sampling, name="trainer", dtype=dtype)
-
-
-@dataclass(frozen=True)
-class ThirdOpinion:
-    """How far two columns are `apart`, and a scorer from each of them: `rollouts`, `trainer` (RMS, nats)."""
-
-    scorer: str
-    apart: float
-    rollouts: float
-    trainer: float
-
-    @classmethod
-    def of(cls, scorer: Any, rollouts: Trace, column: Trace, scored: Trace) -> ThirdOpinion:
-        """The opinion of `scorer`, which gave `scored`."""
-        return cls(name_of(scorer), rms(rollouts, column), rms(rollouts, scored), rms(column, scored))
-
-    @property
-    def off(self) -> Literal["rollouts", "trainer", ""]:
-        """Which of the two is off: the one that is more than twice as far from the scorer."""
-        return "trainer" if self.rollouts < self.trainer / 2 else "rollouts" if self.trainer < self.rollouts / 2 else ""
-
-    def told(self, *, agree: bool) -> str:
-        """The opinion in words; `agree` where the two columns do."""
-        told = f"{self.scorer} is RMS {self.rollouts:.2g} nats from the rollouts, {self.trainer:.2g} from the trainer"
-        if agree:
-            return f"third opinion: {told}; the two agree (RMS {self.apart:.2g})"
-        which = {"trainer": "the trainer is off", "rollouts": "the rollouts are off", "": "it agrees with neither"}[self.off]
-        return f"third opinion: {told}, which are {self.apart:.2g} apart: {which}"
 
 
 def disagreement(comparison: Comparison, rollouts: Trace, column: Trace, noise: float) -> list[Finding]:
@@ -89,7 +50,7 @@ def disagreement(comparison: Comparison, rollouts: Trace, column: Trace, noise: 
 
 
 def trainer_is_off(
-    comparison: Comparison, rollouts: Trace, column: Trace, scored: Trace, scorer: Any, noise: float
+    comparison: Comparison, rollouts: Trace, column: Trace, scored: Trace, scorer: Scorer, noise: float
 ) -> list[Finding]:
     """Why the trainer's column is off, where the scorer gives what the rollouts report."""
     off = rms(scored, column)
@@ -122,7 +83,7 @@ def trainer_is_off(
     return [Finding("trainer", None, opinion, _CANDIDATES)]
 
 
-def _temperature(rollouts: Trace, scored: Trace, column: Trace, scorer: Any, noise: float) -> Finding | None:
+def _temperature(rollouts: Trace, scored: Trace, column: Trace, scorer: Scorer, noise: float) -> Finding | None:
     """`temperature` where the scorer at another one gives the trainer's numbers up to `noise` (RMS, nats), by least squares.
 
     Named where it is one that a mistake makes: 1, or the rollouts' twice; any other may be a scale of the logits too. Where
@@ -190,11 +151,11 @@ def _precision(rollouts: Trace, scored: Trace, column: Trace) -> Finding | None:
     return Finding("head", None, text, ("head_precision", "logits", "stale_weights"))
 
 
-def dropout(rollouts: Trace, scored: Trace, scorer: Any, off: float, noise: float) -> Finding | None:
+def dropout(rollouts: Trace, scored: Trace, scorer: Scorer, off: float, noise: float) -> Finding | None:
     """`dropout` first where the scorer's model, in the training mode in which it was found, gives other numbers each time,
     about as far from its own in evaluation as `off`, the trainer's (RMS, nats).
     """
-    as_trained = getattr(scorer, "as_trained", lambda: None)()
+    as_trained = scorer.as_trained() if isinstance(scorer, HasTrainingMode) else None
     if as_trained is None:
         return None
     few = spread(rollouts, _FEW)
@@ -206,9 +167,8 @@ def dropout(rollouts: Trace, scored: Trace, scorer: Any, off: float, noise: floa
         f"in training mode, as it was found, its model gives other numbers each time (RMS {apart:.2g} nats between two), "
         f"{away:.2g} from those in evaluation: dropout may be on where old logprobs are computed"
     )
-    candidates: tuple[Cause, ...] = (
-        "dropout", *(("adapter",) if getattr(scorer, "has_adapters", False) else ()), "weights_differ", "stale_weights",
-    )  # fmt: skip
+    adapter: tuple[Cause, ...] = ("adapter",) if isinstance(scorer, TakesAdapters) and scorer.has_adapters else ()
+    candidates: tuple[Cause, ...] = ("dropout", *adapter, "weights_differ", "stale_weights")
     return Finding("trainer", None, text, candidates, {"apart": apart, "away": away})
 
 
@@ -236,10 +196,3 @@ def padding_alone(rollouts: Trace, expected: Trace, column: Trace, noise: float)
     )
     candidates: tuple[Cause, ...] = ("attention_mask", "prompt", "shifted_positions")
     return Finding("trainer", None, text, candidates, values={"padded": padded, "unpadded": unpadded})
-
-
-def rms(one: Trace, other: Trace) -> float:
-    """RMS of the difference of two columns over the tokens of the first one's mask (nats); 0 where there is none."""
-    d = (other.logprobs.astype(np.float64) - one.logprobs)[one.mask]
-    d = d[np.isfinite(d)]
-    return float(np.sqrt(np.mean(d**2))) if len(d) else 0.0

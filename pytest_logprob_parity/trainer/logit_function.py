@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from ..comparison.result import Finding
 from ..trace import Trace
-from .alternatives import furthest_off
+from .scorer import GivesLogits, Scorer
 from .scoring import spread, temperature_of
+from .trainer_faults import furthest_off
 
 Doubles = npt.NDArray[np.float64]
 
@@ -24,15 +25,15 @@ _STRAIGHT: Final = 1e-3
 _LEAVES: Final = 0.15
 
 
-def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: Any, noise: float) -> Finding | None:
+def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: Scorer, noise: float) -> Finding | None:
     """`logits` first where some function of the scorer's logits gives the trainer's numbers, but for a part of what is off.
 
     The function is piecewise linear, fitted to half of the tokens by least squares (log p = f(x_t) - log sum exp f(x)) and
-    tried on the others. Scorers that have no `logits(token_ids, attention_mask)` [B, L - 1, V] are not asked.
+    tried on the others. A scorer that does not give logits is not asked.
     """
     from scipy.optimize import least_squares
 
-    if not hasattr(scorer, "logits"):
+    if not isinstance(scorer, GivesLogits):
         return None
     few = [*furthest_off(rollouts, scored, column, noise)[: _SEQUENCES // 2], *spread(rollouts, _SEQUENCES // 2)]
     chosen, values, counts, given = _logits_of(rollouts, column, scorer, list(dict.fromkeys(few)))
@@ -71,7 +72,9 @@ def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: An
     return Finding("trainer", None, text, ("logits", "temperature", "head_precision"), {"left": left, "off": before})
 
 
-def _logits_of(rollouts: Trace, column: Trace, scorer: Any, sequences: list[int]) -> tuple[Doubles, Doubles, Doubles, Doubles]:
+def _logits_of(
+    rollouts: Trace, column: Trace, scorer: GivesLogits, sequences: list[int]
+) -> tuple[Doubles, Doubles, Doubles, Doubles]:
     """Of some tokens: the token's logit [n], all logits in bins by their means [n, bins] and counts [n, bins], and what the
     trainer gave it [n].
     """
