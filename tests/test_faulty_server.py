@@ -399,14 +399,14 @@ def test_a_server_that_says_when_is_asked_then(backends, monkeypatch):
     assert waits[3:] == [0.8, 1.6, 3.2]
     (note,) = backend.remarks()
     total = f"{sum(waits):.1f}"
-    assert note.text == f"requests sent again: 6 for status 503; {total} s waited before them ({backend._client.url})"
+    assert str(note) == f"requests sent again: 6 for status 503; {total} s waited before them ({backend._client.url})"
 
 
 def test_retry_after_waits_no_longer_than_an_answer_may_take(backends):
     answers = itertools.chain([[http_answer(b"", 429, Retry_After="50")]], itertools.repeat(None))
     backend = backends("decode", lambda content: next(answers) or [http_answer(content)], retries=1, timeout=0.4)
     backend.run([FORCED])
-    assert "1 for status 429; 0.4 s waited" in backend.remarks()[0].text
+    assert "1 for status 429; 0.4 s waited" in str(backend.remarks()[0])
 
 
 def test_the_bound_of_an_answer_is_by_what_was_asked(backends):
