@@ -17,6 +17,7 @@ from conftest import MODEL
 from pytest_logprob_parity import EngineSpec, ParityError, Sampling
 from pytest_logprob_parity.engines.backend import Request
 from pytest_logprob_parity.engines.pool import Pool
+from pytest_logprob_parity.engines.server import answer as answer_module
 from pytest_logprob_parity.engines.server import client as client_module
 from pytest_logprob_parity.engines.server.client import Client
 from pytest_logprob_parity.engines.server.wire import choices_of
@@ -286,7 +287,7 @@ def backends(monkeypatch):
 @pytest.mark.parametrize(("kind", "name"), FAULTS)
 def test_every_fault_is_one_line_that_says_what_was_wrong(kind, name, backends, monkeypatch):
     answer, told = {"decode": DECODE_FAULTS, "prefill": PREFILL_FAULTS, "native": NATIVE_FAULTS}[kind][name]
-    monkeypatch.setattr(client_module, "_MOST_WAITED", 0.5)
+    monkeypatch.setattr(answer_module, "_MOST_WAITED", 0.5)
     slow = "no answer" in told
     backend = backends(kind, answer, timeout=0.5 if slow else 5.0, retries=1 if slow or "tries" in told else 0)
     with pytest.raises(ParityError) as caught:

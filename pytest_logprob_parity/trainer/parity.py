@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..golden import Golden
 from ..trace import Trace
 from .agreement import agreement, trainer_message
-from .frameworks import with_metrics
+from .frameworks import limits_of, with_metrics
 from .scorer import Scorer
 
 
