@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from made_up import make_trace
 
-from conftest import ROOT
+from conftest import ROOT, forked_python
 from pytest_logprob_parity import EngineError, Golden, ParityError, Sampling, UsageError
 from pytest_logprob_parity.checkpoint.digests import model_digests
 from pytest_logprob_parity.cli import main
@@ -44,7 +44,7 @@ max_tokens = 12
 n = 4
 
 [environment.here]
-python = "{sys.executable}"
+python = "{forked_python()}"
 
 [cell."asked for"]
 environment = "here"
@@ -154,7 +154,7 @@ settings = {{ engine = "transformers", max_num_batched_tokens = 64 }}
 
 
 def test_a_reference_that_cannot_run_ends_it(plan, tmp_path, capsys):
-    status = main(["matrix", str(plan(base=PLAN.replace(sys.executable, "no-such-python"))), "--out", str(tmp_path / "out")])
+    status = main(["matrix", str(plan(base=PLAN.replace(forked_python(), "no-such-python"))), "--out", str(tmp_path / "out")])
     assert status == 2
     assert "the reference asked for (float32) recorded nothing: environment here: there is no" in capsys.readouterr().err
 

@@ -177,8 +177,8 @@ def test_plots_and_tokens_are_the_traces_numbers(report, pytester):
 
 
 @pytest.mark.parametrize("arguments", [("-n", "2"), ("-n", "2", "--dist=loadfile"), ("-p", "no:cacheprovider")])
-def test_workers_and_one_process_leave_the_same_report(report, pytester, arguments):
-    pytester.runpytest_subprocess("--parity-report=workers", *arguments).assert_outcomes(passed=1, failed=1)
+def test_workers_and_one_process_leave_the_same_report(report, pytester, arguments, run_forked):
+    run_forked("--parity-report=workers", *arguments).assert_outcomes(passed=1, failed=1)
     alone, workers = (read_results(folder / "results.json") for folder in (report, pytester.path / "workers"))
     assert workers["checks"] == alone["checks"]
     assert {file.name for file in (pytester.path / "workers").iterdir()} == FILES
@@ -375,9 +375,9 @@ def test_without_a_terminal_trouble_is_told_and_github_has_its_annotations(proje
     ],
     ids=["Ctrl-C", "an internal error"],
 )
-def test_it_is_written_of_a_run_that_ends_early(project, pytester, hook, last):
+def test_it_is_written_of_a_run_that_ends_early(project, pytester, hook, last, run_forked):
     pytester.makeconftest(hook)
-    pytester.runpytest_subprocess("--parity-report=report").stdout.fnmatch_lines([last])
+    run_forked("--parity-report=report").stdout.fnmatch_lines([last])
     assert [c["outcome"] for c in read_results(pytester.path / "report" / "results.json")["checks"]] == ["failed"]
 
 

@@ -46,6 +46,9 @@ class Pool:
 
     #: How many engines in processes of their own are kept alive on a CPU.
     processes = 2
+    #: Whether on a CPU the vLLM in this process keeps its place, and each further one gets a process of its own: faster than
+    #: shutting one down for the next, and it costs the memory of both.
+    keeps_place = False
 
     def __init__(
         self,
@@ -263,7 +266,8 @@ class Pool:
         came_back = any(start.spec == spec for start in self.starts)
         beside = spec in self._beside  # another's place would be taken, and its weight updates lost
         may_live_apart = kind_of(spec).may_live_apart
-        if may_live_apart and (gpu or came_back or beside or self._adopted or self._place_is_spoilt):
+        is_taken = self.keeps_place and any(s not in self._apart for s in self._rivals(spec))
+        if may_live_apart and (gpu or came_back or beside or self._adopted or self._place_is_spoilt or is_taken):
             return self._start_apart(spec, gpu=gpu)
         self._make_room([s for s in self._rivals(spec) if s not in self._apart], keep=0)
         try:

@@ -37,7 +37,16 @@ _MODULES: Final = (
 )
 #: Environment variables that may differ between the preloaded process and a fork: no library reads them while it is imported,
 #: or the engine's start sets them.
-_MAY_DIFFER: Final = ("PYTEST_", "PY_COLORS", "HOME", "USERPROFILE", "PWD", "OLDPWD", "VLLM_ENABLE_V1_MULTIPROCESSING")
+_MAY_DIFFER: Final = (
+    "PYTEST_",
+    "GITHUB_",
+    "PY_COLORS",
+    "HOME",
+    "USERPROFILE",
+    "PWD",
+    "OLDPWD",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+)
 #: How long a fork may take to show that it can compute, in seconds.
 _PROBE_SECONDS: Final = 20
 _FDS: Final = 3
