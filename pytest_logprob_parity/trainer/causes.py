@@ -12,9 +12,9 @@ import numpy as np
 from ..comparison.alignment import align
 from ..comparison.findings import Cause
 from ..comparison.result import Comparison, Finding
-from ..comparison.signatures.head import logit_step
+from ..comparison.signatures.lm_head import logit_step
+from ..comparison.signatures.logit_scale import is_a_temperature
 from ..comparison.signatures.positions import positions_of
-from ..comparison.signatures.scale import is_a_temperature
 from ..comparison.tolerance import DTYPES, Tolerance
 from ..golden import Golden
 from ..golden.fingerprint import adapter_digest

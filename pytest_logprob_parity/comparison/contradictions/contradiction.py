@@ -22,7 +22,7 @@ _TITLES: Final[Mapping[Key, str]] = {
     "no_logprob": "Logprobs are missing",
 }
 _OF_ITSELF: Final = "The record contradicts itself"
-#: What causes read off the top-k (`signatures.reporting`) say of the same tokens, in more words.
+#: What causes read off the top-k (`signatures.misreported_logprobs`) say of the same tokens, in more words.
 _SAID_BY: Final[Mapping[str, frozenset[Key]]] = {
     "wrong_values": frozenset({"above_zero", "mass_above_one", "chosen_and_top_k", "above_the_largest"}),
     "wrong_token": frozenset({"chosen_and_top_k", "above_the_largest"}),

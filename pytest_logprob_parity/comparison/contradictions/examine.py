@@ -12,9 +12,9 @@ from ...trace import Trace
 from ..alignment import Alignment
 from ..findings import Cause, Finding
 from ..sides import Names
-from . import between, within
-from .columns import Columns, Longs
+from . import between_sides, within_side
 from .contradiction import Contradiction, Key, Record, Side
+from .side_columns import Columns, Longs
 
 #: Elements of a top-k that are looked at; of larger comparisons, sequences at even distances, and all tokens that are far off.
 _MOST: Final = 200_000
@@ -42,16 +42,16 @@ def examine(expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAM
     is on the actual side, and not on the expected one in like number, is `new`.
     """
     if not rows.tokens:
-        return Record(tuple(between.shifted_tokens(expected, actual, rows, names)))
+        return Record(tuple(between_sides.shifted_tokens(expected, actual, rows, names)))
     kept = _looked_at(expected, actual, rows)
     golden = Columns(expected, "expected", np.arange(expected.num_tokens)[rows.expected][kept], names.expected)
     now = Columns(actual, "actual", np.arange(actual.num_tokens)[rows.actual][kept], names.actual)
-    found = [*between.shifted_tokens(expected, actual, rows, names)]
-    found += [c for c in (between.no_logprob(golden, now),) if c is not None]
+    found = [*between_sides.shifted_tokens(expected, actual, rows, names)]
+    found += [c for c in (between_sides.no_logprob(golden, now),) if c is not None]
     same_meaning = expected.distribution() == actual.distribution()
-    of_golden, of_now = list(within.checks(golden, now)), list(within.checks(now, golden))
-    if same_meaning and not between.chosen_shifted(golden, now):
-        found += [c for c in (between.probability_one(golden, now),) if c is not None]
+    of_golden, of_now = list(within_side.checks(golden, now)), list(within_side.checks(now, golden))
+    if same_meaning and not between_sides.chosen_shifted(golden, now):
+        found += [c for c in (between_sides.probability_one(golden, now),) if c is not None]
         found += _between(golden, now, of_golden, of_now)
     shifted = {c.side for c in found if c.key == "top_k_shifted"}
     for side, mine, theirs in ((golden, of_golden, of_now), (now, of_now, of_golden)):
@@ -63,13 +63,13 @@ def examine(expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAM
     return Record(tuple(found))
 
 
-def _within(side: Columns, mine: list[within.Check], theirs: list[within.Check]) -> list[Contradiction]:
+def _within(side: Columns, mine: list[within_side.Check], theirs: list[within_side.Check]) -> list[Contradiction]:
     others = {check.key: check.count for check in theirs if check.certain}
     found = []
     for check in mine:
         if check.count and check.certain:
             new = check.decides and side.side == "actual" and check.count > _LIKE * others.get(check.key, 0)
-            text = within.told(check, side)
+            text = within_side.told(check, side)
             candidates: tuple[Cause, ...] = ("engine_build", "parallelism")
             found.append(
                 Contradiction(
@@ -80,15 +80,15 @@ def _within(side: Columns, mine: list[within.Check], theirs: list[within.Check])
 
 
 def _between(
-    golden: Columns, now: Columns, of_golden: list[within.Check], of_now: list[within.Check]
+    golden: Columns, now: Columns, of_golden: list[within_side.Check], of_now: list[within_side.Check]
 ) -> list[Contradiction]:  # fmt: skip
     counts = [sum(c.count for c in checks if c.key == "chosen_and_top_k") for checks in (of_golden, of_now)]
     wrong: Side = "expected" if counts[0] > counts[1] else "actual"
-    agreed = between.agree(golden, now)
+    agreed = between_sides.agree(golden, now)
     agree = bool(np.mean(agreed) >= _AGREE)
-    found = [between.shifted_top_k(golden, now, wrong), between.other_ranks(golden, now, agreed) if agree else None]
+    found = [between_sides.shifted_top_k(golden, now, wrong), between_sides.other_ranks(golden, now, agreed) if agree else None]
     if found[0] is None and agree:
-        found.append(between.other_top_k(golden, now, agreed))
+        found.append(between_sides.other_top_k(golden, now, agreed))
     told = [c for c in found if c is not None]
     return [c if c.side == "actual" else dataclasses.replace(c, new=False) for c in told]
 

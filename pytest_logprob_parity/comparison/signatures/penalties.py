@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from .logit_scale import ENOUGH, FINEST, fit_scale
 from .positions import Doubles, Positions
-from .scale import ENOUGH, FINEST, fit_scale
 
 _SURE: Final = 5.0
 #: A penalty has to explain this share of what is off between seen and other tokens of one position; less, where it comes

@@ -11,8 +11,8 @@ from ...trace import Trace
 from ..alignment import Alignment, partners_of
 from ..findings import Cause
 from ..sides import Names
-from .columns import Bools, Columns, Doubles, where
 from .contradiction import Contradiction, Side
+from .side_columns import Bools, Columns, Doubles, where
 
 _FINE: Final = ("float32", "float64")
 _ENOUGH: Final = 5

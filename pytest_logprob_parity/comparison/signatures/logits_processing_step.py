@@ -9,17 +9,17 @@ from ..sides import Names
 
 
 @dataclass(frozen=True)
-class Stage:
+class ProcessingStep:
     """One step of processing that one side has and the other has not.
 
-    `on_golden` says which, `recorded` whether it is what the recorded sampling asks for; `finding` says it in words, `step` is
+    `on_golden` says which, `recorded` whether it is what the recorded sampling asks for; `finding` says it in words, `name` is
     the step alone (`temperature 0.7`), `twice` that the numbers would look the same had the other side taken it twice.
     """
 
     finding: Finding
     on_golden: bool
     recorded: bool
-    step: str = ""
+    name: str = ""
     twice: bool = False
 
 

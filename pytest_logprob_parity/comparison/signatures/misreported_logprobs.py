@@ -9,8 +9,8 @@ import numpy as np
 
 from ...trace import Trace
 from ..findings import SemanticCause
+from .logit_scale import ENOUGH
 from .positions import Doubles, Positions
-from .scale import ENOUGH
 
 #: A chosen logprob and the same token's entry in the top-k are one number; float32 may round it on the way.
 _SAME: Final = 1e-4

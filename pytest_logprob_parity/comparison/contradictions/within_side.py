@@ -8,8 +8,8 @@ from typing import Final
 
 import numpy as np
 
-from .columns import Bools, Columns, Doubles, largest_noise, rounding, where
 from .contradiction import Key
+from .side_columns import Bools, Columns, Doubles, largest_noise, rounding, where
 
 #: Probabilities of a position may add up to so much more than 1, and a logprob be so much above 0: rounding.
 _ROUNDING: Final = 0.02

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...checkpoint.lm_head_precision import ENOUGH, grid_of
+from ...logit_grid import ENOUGH, grid_of
 from ...trace import Trace
 from ..findings import Finding
 from .positions import Positions
 
 
-def head_finding(positions: Positions) -> Finding | None:
+def lm_head_finding(positions: Positions) -> Finding | None:
     """`head_precision` where the two sides' logits lie on different grids, or one side's on none, in engines of one dtype."""
     if positions.golden.dtype != positions.now.dtype:
         return None

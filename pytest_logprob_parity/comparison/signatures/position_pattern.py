@@ -19,7 +19,7 @@ _NEARLY_ALL, _CHANCE = 0.99, 1e-4
 _SHARE, _EXACT = 0.05, 0.002
 
 
-def find_places(positions: Positions) -> Finding | None:
+def find_position_pattern(positions: Positions) -> Finding | None:
     """A finding where exactly the first tokens of the turns are off, or exactly those before `min_tokens`: other weights
     would move all that are unsure.
     """
