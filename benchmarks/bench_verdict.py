@@ -18,7 +18,8 @@ from pytest_logprob_parity.check.check import check_golden
 from pytest_logprob_parity.comparison.evidence import Evidence
 from pytest_logprob_parity.comparison.judge import judge
 from pytest_logprob_parity.comparison.tolerance import default_tolerance, with_floor
-from pytest_logprob_parity.engines.pool import Engine, Pool
+from pytest_logprob_parity.engines.engine import Engine
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.golden.noise_floor import REPEATS, NoiseFloor, Shapes
 from pytest_logprob_parity.spec import Sampling

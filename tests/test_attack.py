@@ -446,7 +446,7 @@ def test_a_link_in_place_of_a_gitignore_is_not_written_through(pytester, run_inn
 @pytest.mark.parametrize("text", ["[", "[]", "5", "[" * 10_000])
 def test_a_model_folder_with_a_configuration_that_is_none(tmp_path, text):
     from pytest_logprob_parity import UsageError
-    from pytest_logprob_parity.golden.fingerprint import model_digests
+    from pytest_logprob_parity.checkpoint.digests import model_digests
 
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UsageError, match=r"config\.json"):

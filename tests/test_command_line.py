@@ -25,9 +25,6 @@ from pytest_logprob_parity.cli.verb import tell
 from pytest_logprob_parity.comparison.result import LEVELS, Errors
 from pytest_logprob_parity.matrix import run as matrix
 from pytest_logprob_parity.report.history.drift import series_of
-from pytest_logprob_parity.selftest import table
-from pytest_logprob_parity.selftest.fault import Case
-from pytest_logprob_parity.selftest.run import Row
 
 VERBS = verbs_of(make_parser())
 
@@ -137,11 +134,6 @@ def matrix_json(capsys):
     return [json.loads(to_text("matrix", {"rows": [row.to_json()]}))]
 
 
-def selftest_json(capsys):
-    row = Row(Case(name="f", size="s", group="model"), "m", "float32", None, "fail", "too far")
-    return [json.loads(to_text("selftest", {"rows": table.to_json([row])}))]
-
-
 def history_json(capsys):
     runs = [run_of(reading(0.001 + 0.0001 * (day % 3)), day=day) for day in range(1, 11)]
     checks = [series.to_json() for series in series_of(runs)]
@@ -161,7 +153,6 @@ def documented(verb):
         ("show", show_json),
         ("diff", diff_json),
         ("matrix", matrix_json),
-        ("selftest", selftest_json),
         ("history", history_json),
     ],
 )

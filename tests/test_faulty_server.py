@@ -24,8 +24,8 @@ from pytest_logprob_parity.errors import EngineError
 from pytest_logprob_parity.spec.server_settings import ServerSettings
 
 SAMPLING = Sampling(temperature=0.7, max_tokens=3, logprobs=2)
-FORCED = Request([9, 8], SAMPLING, forced_token_ids=[5, 6, 7])
-SCORED = Request([9, 8], SAMPLING, scored_token_ids=[5, 6])
+FORCED = Request(prompt_token_ids=[9, 8], sampling=SAMPLING, forced_token_ids=[5, 6, 7])
+SCORED = Request(prompt_token_ids=[9, 8], sampling=SAMPLING, scored_token_ids=[5, 6])
 ABOUT = {
     "logprob_parity": "0.1.0", "version": "0.32.0", "cpu": True, "served": MODEL, "refused": "", "unverified": [],
     "model": {"name": MODEL, "digests": {}}, "values": {"dtype": "float32", "max_model_len": 1024}, "vocabulary": 384,
@@ -399,14 +399,14 @@ def test_a_server_that_says_when_is_asked_then(backends, monkeypatch):
     assert waits[3:] == [0.8, 1.6, 3.2]
     (note,) = backend.remarks()
     total = f"{sum(waits):.1f}"
-    assert str(note) == f"requests sent again: 6 for status 503; {total} s waited before them ({backend._client.url})"
+    assert note.text == f"requests sent again: 6 for status 503; {total} s waited before them ({backend._client.url})"
 
 
 def test_retry_after_waits_no_longer_than_an_answer_may_take(backends):
     answers = itertools.chain([[http_answer(b"", 429, Retry_After="50")]], itertools.repeat(None))
     backend = backends("decode", lambda content: next(answers) or [http_answer(content)], retries=1, timeout=0.4)
     backend.run([FORCED])
-    assert "1 for status 429; 0.4 s waited" in str(backend.remarks()[0])
+    assert "1 for status 429; 0.4 s waited" in backend.remarks()[0].text
 
 
 def test_the_bound_of_an_answer_is_by_what_was_asked(backends):
@@ -414,7 +414,7 @@ def test_the_bound_of_an_answer_is_by_what_was_asked(backends):
     padded = edited(lambda content: content.update(text="x" * 3 * 2**20))
     with pytest.raises(EngineError, match="with more than 1,"):
         backends("decode", padded).run([FORCED])
-    many = Request([9, 8], Sampling(max_tokens=1000, logprobs=5))
+    many = Request(prompt_token_ids=[9, 8], sampling=Sampling(max_tokens=1000, logprobs=5))
     stopped = edited(lambda content: (content.update(text="x" * 3 * 2**20), put("choices/0/finish_reason", "stop")(content)))
     assert len(backends("decode", stopped).run([many])[0].token_ids) == 3
 

@@ -1027,7 +1027,7 @@ def test_libraries_that_are_missing_are_named_before_anything_runs(project, repo
 
 
 def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
-    from pytest_logprob_parity.check.compatibility import Checked
+    from pytest_logprob_parity.check.context import Checked
     from pytest_logprob_parity.comparison.compare import compare
     from pytest_logprob_parity.golden import Golden
     from pytest_logprob_parity.report.entry import make_entry
@@ -1038,7 +1038,9 @@ def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
     sizes = []
     for sequences, length in ((200, 64), (20, 5000)):
         golden = scope["rollouts"](sequences=sequences, length=length)
-        checked = Checked(Golden(golden), compare(expected=golden, actual=golden.with_(logprobs=golden.logprobs - 0.3)))
+        checked = Checked(
+            golden=Golden(golden), comparison=compare(expected=golden, actual=golden.with_(logprobs=golden.logprobs - 0.3))
+        )
         about = dict.fromkeys(("node_id", "name", "file", "message", "obtained", "refusal"), "")
         about |= {"golden": "g", "line": 0, "commands": []}
         sizes.append(len(to_text(make_entry(about, "failed", "", checked.comparison, checked, tmp_path))))

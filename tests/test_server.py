@@ -24,7 +24,7 @@ from gateway import COMPLETIONS, Gateway
 
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import EngineSpec, ParityError, Sampling, check_golden
-from pytest_logprob_parity.engines.backend import Request, reason_of
+from pytest_logprob_parity.engines.backend import Request
 from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.engines.replay import forced_request
 from pytest_logprob_parity.engines.server.client import Client
@@ -32,6 +32,7 @@ from pytest_logprob_parity.engines.server.wire import completion_of, post_of
 from pytest_logprob_parity.errors import EngineError, IncomparableError, UsageError
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.golden.fingerprint import differences
+from pytest_logprob_parity.reasons import reason_of
 from pytest_logprob_parity.report.results import read_results
 from pytest_logprob_parity.spec.server_settings import ServerSettings
 
@@ -590,7 +591,7 @@ def test_raw_and_processed_are_told_apart_by_measuring(gateway, server, clients)
 
 def test_native_trace_replay_goes_by_the_generate_route():
     """The wire alone: Model Runner V2, which replays traces itself, runs on GPUs only."""
-    request = Request([9, 8], Sampling(temperature=0.7, logprobs=2), forced_token_ids=[5, 6, 7])
+    request = Request(prompt_token_ids=[9, 8], sampling=Sampling(temperature=0.7, logprobs=2), forced_token_ids=[5, 6, 7])
     path, body = post_of(request, "native", "m")
     assert (path, body["model"], body["token_ids"]) == ("/inference/v1/generate", "m", [9, 8])
     assert body["sampling_params"]["trace_decode_token_ids"] == [5, 6, 7]
@@ -915,7 +916,7 @@ def test_a_body_that_cannot_be_read_is_a_line(pieces):
 def test_numbers_out_of_range_are_no_completion(told, clients):
     """As no engine writes them; the gateway before the engine may."""
     there = clients(told({}))
-    backend, request = there._backend(), Request([9], Sampling(), forced_token_ids=[5])
+    backend, request = there._backend(), Request(prompt_token_ids=[9], sampling=Sampling(), forced_token_ids=[5])
     logprobs = {"token_logprobs": [-1.0], "top_logprobs": [{"token_id:5": -1.0}]}
     choice = {"index": 0, "token_ids": [2**40], "finish_reason": "length", "logprobs": logprobs}
     backend._client.post_all = lambda posts, read, settings, largest: [read(0, {"choices": [choice]})]

@@ -74,8 +74,11 @@ def test_the_v0_engine_draws_on_as_well(ids, monkeypatch):
 
 def test_a_real_engine_outlives_them(engine):
     """Past every check: handed to the engine itself. It draws in their place, and forces the others of the batch."""
-    good = Request([9, 8], Sampling(max_tokens=2), forced_token_ids=[5, 6])
-    bad = [Request([9, 8], Sampling(max_tokens=2), forced_token_ids=ids) for ids in ([384, 5], [-1, 5], [10**12, 5])]
+    good = Request(prompt_token_ids=[9, 8], sampling=Sampling(max_tokens=2), forced_token_ids=[5, 6])
+    bad = [
+        Request(prompt_token_ids=[9, 8], sampling=Sampling(max_tokens=2), forced_token_ids=ids)
+        for ids in ([384, 5], [-1, 5], [10**12, 5])
+    ]
     answers = engine._backend().run([good, *bad, good])
     assert answers[0].token_ids.tolist() == answers[-1].token_ids.tolist() == [5, 6]
     for answer in answers[1:-1]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..engines.replay import can_regenerate
+from ..notes import Note
 from ..trace import FloatArray, ReplayPath, Trace
 
 if TYPE_CHECKING:
-    from ..engines.pool import Engine
+    from ..engines.engine import Engine
     from ..golden import Golden
     from ..notes import Note
 
@@ -40,7 +41,7 @@ def ask(engine: Engine, golden: Golden, paths: Sequence[ReplayPath]) -> Answers:
         engine.fingerprint(),
         _policy_replay(golden.trace, engine) if decoded else None,
         _drawn(golden, engine) if decoded else None,
-        engine.remarks(),
+        [Note(remark.key, remark.text) for remark in engine.remarks()],
     )
 
 

@@ -23,7 +23,7 @@ from ..golden import SUFFIX, Golden
 from ..golden.setup import Setup
 from ..trace import container
 from ..visible_text import visible_line
-from .compatibility import Checked
+from .context import Checked
 
 #: The folder, below the root.
 OBTAINED: Final = "parity-obtained"

@@ -13,7 +13,7 @@ from ..spec.server_settings import SERVER
 from ..trace import ReplayPath, Trace
 
 if TYPE_CHECKING:
-    from ..engines.pool import Engine
+    from ..engines.engine import Engine
 
 _DECODES: Final[tuple[ReplayPath, ...]] = ("decode", "window")
 

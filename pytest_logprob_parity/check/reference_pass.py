@@ -14,7 +14,7 @@ from ..progress import doing
 
 if TYPE_CHECKING:
     from ..checkpoint.lm_head import Head
-    from ..engines.pool import Engine
+    from ..engines.engine import Engine
     from ..trace import Segment, Trace
 
 #: Who may compute it (ini `parity_reference`): whichever runs, one of the two, or nobody.

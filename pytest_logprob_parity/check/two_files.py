@@ -15,7 +15,7 @@ from ..errors import IncomparableError
 from ..golden import Golden
 from ..golden.fingerprint import differences, setup_class
 from ..notes import Note
-from .compatibility import Checked
+from .context import Checked
 from .obtained import Obtained, is_obtained, read
 
 
@@ -61,7 +61,9 @@ def compare_goldens(expected: Golden, actual: Golden, level: Level = "rl", limit
     comparison = judge(expected.trace, actual.trace, limits or limits_of(expected, actual), level, evidence)
     if both and comparison.verdict == "fail" and not comparison.findings:  # as a check of an engine says it
         comparison = dataclasses.replace(comparison, findings=tuple(suspects(apart)))
-    return Checked(expected, comparison, apart, actual.fingerprint, policy)
+    return Checked(
+        golden=expected, comparison=comparison, differences=apart, fingerprint=actual.fingerprint, policy_logprobs=policy
+    )
 
 
 def limits_of(expected: Golden, actual: Golden) -> Tolerance:

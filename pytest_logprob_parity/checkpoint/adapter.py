@@ -15,8 +15,9 @@ from typing import Any, Final
 import numpy as np
 
 from ..errors import UsageError
-from ..golden.fingerprint import digest_of
-from ..spec import DTYPES, nearest
+from ..spec import DTYPES
+from ..suggest import nearest
+from .digests import digest_of
 from .rewrite import rewrite_checkpoint
 from .weight_update import shapes_of
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import UsageError
-from ..spec import nearest
+from ..suggest import nearest
 
 #: What becomes of requests that run: they go on with the new weights, are waited for, or end where they are. `v0` is what
 #: vLLM's V0 engine did: stop at a step boundary, load, go on, invalidate nothing.

@@ -37,11 +37,20 @@ def run(given: argparse.Namespace) -> int:
     """Exit status 0 where the switch was found."""
     from ..comparison.result import CAUSES
     from ..golden import Golden
-    from ..golden.fingerprint import installed_version
-    from ..matrix.bisect import Tried, bisect, environment_of, known_releases, releases_between, try_release
+    from ..machine import installed_version
+    from ..matrix.bisect import (
+        Tried,
+        bisect,
+        environment_of,
+        is_prerelease,
+        known_releases,
+        releases_between,
+        try_release,
+    )
     from ..matrix.environments import default_home
-    from ..spec import EngineSpec, nearest
+    from ..spec import EngineSpec
     from ..spec.settings import parse_settings
+    from ..suggest import nearest
 
     known_causes = [cause for causes in CAUSES.values() for cause in causes]
     golden = Golden.load(given.golden)
@@ -54,7 +63,8 @@ def run(given: argparse.Namespace) -> int:
         raise UsageError(f"{given.golden} does not know its model: give it as model=FOLDER")
     _check_bisect(spec, given)
     check_model(EngineSpec(**spec).model, known["model"])
-    versions = releases_between(known_releases(package), given.good, given.bad)
+    pre = is_prerelease(given.good) or is_prerelease(given.bad)
+    versions = releases_between(known_releases(package, pre=pre), given.good, given.bad)
     home, out = given.environments or default_home(), given.out.absolute()
     tell(f"{len(versions)} releases of {package} from {versions[0]} to {versions[-1]}")
 

@@ -12,7 +12,7 @@ from .json_output import to_text
 from .verb import Verbs, add_verb, say
 
 if TYPE_CHECKING:
-    from ..check.compatibility import Checked
+    from ..check.context import Checked
 
 
 def add(verbs: Verbs) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UsageError
 from ..golden.noise_floor import NoiseFloor
 from ..golden.reference import Reference
-from ..spec import nearest
+from ..suggest import nearest
 from ..trace import Trace
 from .declared_gap import with_gap
 from .evidence import Evidence

@@ -18,7 +18,7 @@ from .tolerance import Tolerance
 #: A clean build's distance to the reference may be larger than the golden's by so many times what of the golden's error it
 #: does not share, and still pass; beyond the second figure noise explains it no longer, and between the two it may be either.
 #: An engine that has the golden's noise and a fault besides gets no such room: the fault outgrows it at less than 2, and with
-#: less than 1 a fault of twice the limit does not pass. Measured by benchmarks/bench_clean.py and the selftest.
+#: less than 1 a fault of twice the limit does not pass. Measured by bench_clean.py and bench_catalogue.py.
 _PASS_ROOM: Final = 0.6
 _FAIL_ROOM: Final = 1.25
 #: Without a reference: half of what the dtype's noise is as k3 may pass, and up to twice that may still be noise.

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
-from ..spec import nearest
+from ..suggest import nearest
 
 Doubles = npt.NDArray[np.float64]
 ObjectiveName = Literal["token", "sequence", "truncated", "unclipped"]

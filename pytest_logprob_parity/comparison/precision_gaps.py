@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ..errors import UsageError
-from ..spec import nearest
+from ..suggest import nearest
 
 if TYPE_CHECKING:
     pass

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import UsageError
 from ..golden.noise_floor import NoiseFloor
 from ..golden.reference import Reference
-from ..spec import nearest
+from ..suggest import nearest
 from ..trace import FloatArray, TracePath
 from .intervals import poisson_quantile
 from .objectives import DEFAULT_OBJECTIVE, objective_of

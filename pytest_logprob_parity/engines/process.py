@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,9 +18,11 @@ from typing import Any, Final
 from ..checkpoint.adapter import Adapter
 from ..checkpoint.weight_update import WeightUpdate
 from ..errors import EngineError, ParityError
+from ..reasons import RemoteError, reason_of
 from ..spec import EngineSpec
-from .backend import Backend, Completion, RemoteError, Request, ResolvedConfig, no_answer, reason_of
-from .time_limits import TimeLimits
+from .backend import Backend, Completion, Request, ResolvedConfig
+from .prefork import Forked, fork
+from .time_limits import TimeLimits, no_answer
 
 #: How long a child that was told to end may take to do so, and one that was killed, in seconds.
 _CLOSE_SECONDS: Final = 20
@@ -34,7 +37,9 @@ class ProcessBackend:
     that does not answer within the limits is ended.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], connection: Connection[Any, Any], log: Any, name: str) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes] | Forked, connection: Connection[Any, Any], log: Any, name: str
+    ) -> None:
         self._process = process
         self._connection = connection
         self._log = log
@@ -44,21 +49,21 @@ class ProcessBackend:
 
     @classmethod
     def start(
-        cls, spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None = None, limits: TimeLimits | None = None
+        cls,
+        spec: EngineSpec,
+        model: Path,
+        tokenizer: Path,
+        adapter: Adapter | None = None,
+        limits: TimeLimits | None = None,
+        *,
+        forked: bool = False,
     ) -> ProcessBackend:
-        """Start the engine of `spec` in a child process. Raises what starting it there raised, and EngineError where that
-        takes longer than its limit.
+        """Start the engine of `spec` in a child process, `forked` from one that has imported vLLM. Raises what starting it
+        there raised, and EngineError where that takes longer than its limit.
         """
         ours, theirs = Pipe()
         log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process does
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C is ours to handle; close() ends the whole group
-        )
+        process = fork(theirs.fileno(), log.fileno()) if forked else _start(theirs.fileno(), log)
         theirs.close()
         backend = cls(process, ours, log, str(spec))
         limits = limits or TimeLimits()
@@ -153,8 +158,22 @@ class ProcessBackend:
         return " / ".join(lines[-_LAST_LINES:])[-_LAST_CHARACTERS:] if lines else "it left no message"
 
 
-def main(descriptor: int) -> None:
-    """The child: start one engine, answer until the line closes."""
+def _start(descriptor: int, log: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, str(descriptor)],
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a Ctrl-C is ours to handle; close() ends the whole group
+    )
+
+
+def main(descriptor: int, *, last: bool = False) -> None:
+    """The child: start one engine, answer until the line closes.
+
+    `last`: nothing of the process runs after this; an engine on CPUs that has no children of its own needs no shutting down.
+    """
     connection: Connection[Any, Any] = Connection(descriptor)
     backend: Backend | None = None
     try:
@@ -175,7 +194,7 @@ def main(descriptor: int) -> None:
             except Exception as error:
                 connection.send((RemoteError(reason_of(error)), None))
     finally:
-        if backend is not None:
+        if backend is not None and not (last and not multiprocessing.active_children()):
             backend.close()
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from ..checkpoint.digests import digest_of
 from ..errors import EngineError
-from ..golden.fingerprint import digest_of
 from .repairs import repair
 
 _READY: Final = "logprob-parity.json"

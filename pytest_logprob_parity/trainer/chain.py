@@ -5,17 +5,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from ..comparison.evidence import Evidence
 from ..comparison.judge import judge
 from ..comparison.result import Comparison, MismatchError
 from ..comparison.tolerance import Tolerance, make_tolerance
-from ..engines.pool import Engine
 from ..errors import UsageError
-from ..trace import Trace
-from .parity import trainer_tolerance, without_top_k
-from .scoring import Scorer, score
+from ..golden.noise_floor import Shapes
+from ..trace import FloatArray, ReplayPath, Trace
+from .limits import trainer_tolerance
+from .parity import without_top_k
+from .scorer import Scorer
+from .scoring import score
+
+
+class Replays(Protocol):
+    """What the chain asks of an engine: its logprobs of the rollouts' own tokens."""
+
+    def replay(self, trace: Trace, path: ReplayPath = "decode") -> Trace:
+        """The tokens of `trace` with this engine's logprobs by `path`."""
+        ...
+
+    def replay_in_drawn_shapes(self, trace: Trace, shapes: Shapes, number: int) -> FloatArray:
+        """Logprobs [N] of the tokens, decoded in sampled batch compositions."""
+        ...
+
 
 #: Batch sizes that are held against each other.
 _SIZES: Final = (1, 8)
@@ -52,7 +67,7 @@ class Chain:
 
 
 def trainer_chain(
-    engine: Engine,
+    engine: Replays,
     scorer: Scorer,
     rollouts: Trace,
     tolerance: Tolerance | Mapping[str, Any] | None = None,
@@ -96,7 +111,7 @@ def trainer_chain(
 
 
 def assert_trainer_chain(
-    engine: Engine, scorer: Scorer, rollouts: Trace, tolerance: Tolerance | Mapping[str, Any] | None = None
+    engine: Replays, scorer: Scorer, rollouts: Trace, tolerance: Tolerance | Mapping[str, Any] | None = None
 ) -> Chain:  # fmt: skip
     """Assert that every link of `trainer_chain` holds; returns the chain. Raises MismatchError naming those that do not."""
     __tracebackhide__ = True
@@ -107,9 +122,7 @@ def assert_trainer_chain(
     return chain
 
 
-def _one_at_a_time(engine: Engine, rollouts: Trace) -> Trace:
-    from ..golden.noise_floor import Shapes
-
+def _one_at_a_time(engine: Replays, rollouts: Trace) -> Trace:
     alone = Shapes(batch_sizes=(1,), weights=(1.0,), alone=1.0, blocks=1)
     return rollouts.with_(logprobs=engine.replay_in_drawn_shapes(rollouts, alone, 0), top_logprobs=rollouts.top_logprobs[:, :0],
                           top_token_ids=rollouts.top_token_ids[:, :0])  # fmt: skip

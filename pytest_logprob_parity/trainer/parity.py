@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -15,17 +16,20 @@ from ..comparison.message import failure_message
 from ..comparison.objectives import DEFAULT_OBJECTIVE
 from ..comparison.precision_gaps import GAPS
 from ..comparison.result import Comparison, Finding, MismatchError
-from ..comparison.tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance
+from ..comparison.tolerance import DTYPES, Tolerance
 from ..errors import UsageError
 from ..golden import Golden
 from ..notes import Note
-from ..spec import nearest
+from ..suggest import nearest
 from ..trace import Trace
-from .batch_logprobs import ThirdOpinion, column_of, disagreement, trainer_is_off
-from .causes import causes, not_a_number
+from .column_causes import disagreement, trainer_is_off
 from .entropy import entropy_note, entropy_numbers
-from .frameworks import framework, with_metrics
-from .scoring import FINEST_FIRST, Scorer, score
+from .frameworks import with_metrics
+from .limits import trainer_tolerance
+from .scorer import Scorer
+from .scorer_causes import causes, not_a_number
+from .scoring import score
+from .trainer_column import ThirdOpinion, column_of
 
 #: So many turns that lack their first logprob are no chance.
 _TURNS: Final = 4
@@ -93,9 +97,7 @@ def compare_with_trainer(
         raise UsageError(f"rollouts are a Trace or a Golden, not {type(rollouts).__name__}")
     if trainer_dtype not in (*DTYPES, "unknown"):
         raise UsageError(f"trainer_dtype={trainer_dtype!r}: known are {', '.join(DTYPES)}{nearest(str(trainer_dtype), DTYPES)}")
-    name = metrics or (tolerance if isinstance(tolerance, str) and tolerance not in GAPS else "")
-    if config is not None and not name:
-        raise UsageError('config= is what a framework\'s metrics go by: say which, metrics="trl"')
+    name = _framework_asked_for(tolerance, metrics, config)
     trace, left_out = _where_it_may_end(rollouts.trace if isinstance(rollouts, Golden) else rollouts)
     rollouts = dataclasses.replace(rollouts, trace=trace) if isinstance(rollouts, Golden) else trace
     _check_first_tokens(trace)
@@ -105,46 +107,104 @@ def compare_with_trainer(
             "these rollouts have no logprobs of a trainer (trainer_logprobs): read a batch in which the trainer has written "
             "its own, or give a scorer"
         )
-    scored = None if scorer is None else score(trace, scorer, batch_size=batch_size, entropies=True)
+    asked = None if scorer is None else _Asked(scorer, score(trace, scorer, batch_size=batch_size, entropies=True), batch_size)
+    question = _Question(rollouts=rollouts, trace=trace, asked=asked, tolerance=tolerance, objective=objective)
+    answer = _by_scorer(question) if column is None else _by_column(question, column)
+    comparison = _with_what_was_seen(answer, question, column, left_out)
+    prints = rollouts.fingerprint.get("config") if isinstance(rollouts, Golden) else None
+    comparison = with_gap(comparison, tolerance, prints)
+    return with_metrics(comparison, name, config) if name else comparison
 
-    def limits(trainer: Trace) -> Tolerance:
-        return trainer_tolerance(trace.dtype, trainer.dtype, tolerance, objective)
 
-    def against(trainer: Trace) -> Comparison:
-        expected = _as_the_trainer_sees_it(trace, trainer)
-        return judge(expected, trainer, limits(trainer), "rl", Evidence(sides=("rollout", "trainer")))
+def _framework_asked_for(tolerance: Any, metrics: str | None, config: Any) -> str:
+    """The framework whose metrics are asked for; empty where none is. Raises UsageError for a configuration of none."""
+    name = metrics or (tolerance if isinstance(tolerance, str) and tolerance not in GAPS else "")
+    if config is not None and not name:
+        raise UsageError('config= is what a framework\'s metrics go by: say which, metrics="trl"')
+    return name
 
-    def why_not(comparison: Comparison) -> tuple[list[Finding], list[Note]]:
-        assert scored is not None
-        return causes(comparison, rollouts, comparison.expected, scored, scorer, batch_size, limits(scored))
 
-    more: list[Note] = []
-    if column is None:
-        assert scored is not None
-        comparison = against(scored)
-        findings, more = why_not(comparison)
-    else:
-        comparison = against(column)
-        noise = limits(column).fit_rms
-        agree = comparison.verdict != "fail" and all(gate.sure for gate in comparison.gates)
-        findings = list(comparison.findings) if agree else disagreement(comparison, trace, column, noise)
-    broken = None if column is None else not_a_number(comparison.expected, column)
-    if broken is not None:
-        findings = [broken]
-    elif column is not None and scored is not None and scorer is not None:
-        opinion = ThirdOpinion.of(scorer, comparison.expected, column, scored)
-        if agree and not (third := against(scored)).passed:
-            comparison = third
-            findings, more = why_not(third)
-        elif not agree and opinion.off == "rollouts":
-            findings, more = why_not(against(scored))
-        elif not agree and opinion.off == "trainer":
-            findings = trainer_is_off(comparison, trace, column, scored, scorer, noise)
-        more = [Note("third_opinion", opinion.told(agree=agree)), *more]
-    if column is not None and comparison.actual is column and comparison.passed and not comparison.metrics["n_changed"]:
+class _Asked(NamedTuple):
+    """A scorer, and what it gave when it was asked in batches of `batch_size`."""
+
+    scorer: Scorer
+    scored: Trace
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Question:
+    """Rollouts (of a golden or not) that a trainer's logprobs are compared with, and by which limits."""
+
+    rollouts: Trace | Golden
+    trace: Trace
+    asked: _Asked | None
+    tolerance: Tolerance | Mapping[str, Any] | str | None
+    objective: str
+
+    def limits(self, trainer: Trace) -> Tolerance:
+        return trainer_tolerance(self.trace.dtype, trainer.dtype, self.tolerance, self.objective)
+
+    def judge(self, trainer: Trace) -> Comparison:
+        expected = _as_the_trainer_sees_it(self.trace, trainer)
+        return judge(expected, trainer, self.limits(trainer), "rl", Evidence(sides=("rollout", "trainer")))
+
+    def causes(self, comparison: Comparison) -> tuple[list[Finding], list[Note]]:
+        """Why the scorer's logprobs are not the rollouts' own, where they are not."""
+        assert self.asked is not None
+        scorer, scored, batch_size = self.asked
+        return causes(comparison, self.rollouts, comparison.expected, scored, scorer, batch_size, self.limits(scored))
+
+
+class _Answer(NamedTuple):
+    """A comparison, what explains it, and notes besides."""
+
+    comparison: Comparison
+    findings: list[Finding]
+    notes: list[Note]
+
+
+def _by_scorer(question: _Question) -> _Answer:
+    """The scorer stands for the trainer."""
+    assert question.asked is not None
+    comparison = question.judge(question.asked.scored)
+    return _Answer(comparison, *question.causes(comparison))
+
+
+def _by_column(question: _Question, column: Trace) -> _Answer:
+    """The trainer's column is compared with the rollouts'. A scorer, where there is one, evaluates both: where they agree it
+    has to agree with them, and where they do not it tells which of them is off.
+    """
+    comparison = question.judge(column)
+    if (broken := not_a_number(comparison.expected, column)) is not None:
+        return _Answer(comparison, [broken], [])
+    noise = question.limits(column).fit_rms
+    agree = comparison.verdict != "fail" and all(gate.sure for gate in comparison.gates)
+    alone = list(comparison.findings) if agree else disagreement(comparison, question.trace, column, noise)
+    if question.asked is None:
+        return _Answer(comparison, alone, [])
+    scorer, scored, _ = question.asked
+    opinion = ThirdOpinion.of(scorer, comparison.expected, column, scored)
+    note = Note("third_opinion", opinion.told(agree=agree))
+    by_scorer = question.judge(scored) if agree or opinion.off == "rollouts" else comparison
+    if agree and by_scorer.passed:
+        return _Answer(comparison, alone, [note])
+    if agree or opinion.off == "rollouts":
+        findings, notes = question.causes(by_scorer)
+        return _Answer(by_scorer if agree else comparison, findings, [note, *notes])
+    if opinion.off == "trainer":
+        return _Answer(comparison, trainer_is_off(comparison, question.trace, column, scored, scorer, noise), [note])
+    return _Answer(comparison, alone, [note])
+
+
+def _with_what_was_seen(answer: _Answer, question: _Question, column: Trace | None, left_out: list[Note]) -> Comparison:
+    """The comparison with its findings, the entropies that a side gives, and notes of what was compared and what was not."""
+    comparison, more, trace = answer.comparison, answer.notes, question.trace
+    if comparison.actual is column and comparison.passed and not comparison.metrics["n_changed"]:
         text = "the trainer's logprobs are the rollouts', bit for bit: if it copies them (a bypass), nothing of it was checked"
-        more.append(Note("copied", text))
-    knows = next((side for side in (column, scored) if side is not None and side.trainer_entropies is not None), None)
+        more = [*more, Note("copied", text)]
+    sides = (column, None if question.asked is None else question.asked.scored)
+    knows = next((side for side in sides if side is not None and side.trainer_entropies is not None), None)
     entropies = {} if knows is None else entropy_numbers(comparison.expected, knows)
     drawn = entropy_note(trace, entropies, agree=comparison.passed)
     notes = [*without_top_k(comparison).notes, *more, *left_out, *([] if drawn is None else [drawn])]
@@ -153,12 +213,8 @@ def compare_with_trainer(
         notes.append(Note("without_truncation", text))
     if unknown := _unknown_dtypes(trace, comparison.actual):
         notes.append(Note("unknown_dtype", unknown))
-    comparison = dataclasses.replace(
-        comparison, findings=tuple(findings), notes=tuple(notes), metrics={**comparison.metrics, **entropies}
-    )
-    prints = rollouts.fingerprint.get("config") if isinstance(rollouts, Golden) else None
-    comparison = with_gap(comparison, tolerance, prints)
-    return with_metrics(comparison, name, config) if name else comparison
+    metrics = {**comparison.metrics, **entropies}
+    return dataclasses.replace(comparison, findings=tuple(answer.findings), notes=tuple(notes), metrics=metrics)
 
 
 def _check_first_tokens(trace: Trace) -> None:
@@ -195,23 +251,6 @@ def _where_it_may_end(trace: Trace) -> tuple[Trace, list[Note]]:
         raise UsageError(f"these rollouts have no token that a trainer can be held against: {why}; sample without")
     note = Note("min_tokens", f"{int((trace.mask & ~mask).sum()):,} tokens left out: {why}")
     return trace.with_(sampling=sampling, mask=mask), [note]
-
-
-def trainer_tolerance(
-    rollout_dtype: str,
-    trainer_dtype: str,
-    tolerance: Tolerance | Mapping[str, Any] | str | None = None,
-    objective: str = DEFAULT_OBJECTIVE,
-) -> Tolerance:
-    """The limits between an engine and a trainer: those of the coarser dtype for decode against prefill, changed by
-    `tolerance`; a name means the thresholds of that framework, or a declared gap.
-    """
-    known = [dtype for dtype in (rollout_dtype, trainer_dtype) if dtype in DTYPES]
-    coarser = max(known, key=FINEST_FIRST.index) if len(known) == 2 else "unknown"
-    limits = default_tolerance(coarser, ("decode", "prefill"), objective)
-    if isinstance(tolerance, str) and tolerance not in GAPS:
-        tolerance = framework(tolerance).tolerance
-    return make_tolerance(limits, tolerance)
 
 
 def _as_the_trainer_sees_it(trace: Trace, scored: Trace) -> Trace:

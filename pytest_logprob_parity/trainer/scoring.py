@@ -1,74 +1,22 @@
-"""A scorer is what a trainer computes; scoring a trace is asking it for its logprobs of the rollouts' own tokens."""
+"""Scoring a trace: a scorer is asked for its logprobs of the rollouts' own tokens."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import numpy as np
 
 from ..comparison.signatures.truncated_support import listed_whole
 from ..errors import UsageError
-from ..spec import DTYPES, Sampling, nearest
+from ..spec import Sampling
 from ..trace import FloatArray, Trace
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-#: Where a scorer divides by the temperature: the logits as the head gave them, or after they were made float32.
-DIVISIONS: Final = ("logits", "float32")
-
-#: Precisions, the finest first; a comparison has the limits of the coarser side.
-FINEST_FIRST: Final = ("float64", "float32", "float16", "bfloat16")
+from .scorer import Declared, Scorer, name_of
 
 #: What rounding makes of a logprob of 0, in nats.
 _POSITIVE: Final = 0.02
-
-
-class Scorer(Protocol):
-    """`(token_ids [B, L], attention_mask [B, L], temperature) -> logprobs` of the given tokens, in nats.
-
-    Token ids and mask are int64 torch tensors, padded on the right (mask 0). What comes back is [B, L - 1], of the tokens
-    from the second one on, or [B, L], whose first column is not looked at; a torch tensor or an array. A plain function is
-    a scorer too; what it is can be declared with `scorer(...)`, and is otherwise taken for bfloat16.
-
-    - `dtype`, `head_dtype`: precision of the model and of its head
-    - `divides`: where it divides by the temperature, one of DIVISIONS
-    - `name`: what reports call it
-    - `renormalises`: it takes `kept_token_ids` [B, L - 1, K] (-1: none) and `kept_mask` [B, L - 1] besides, and makes its
-      distribution one over the kept set where the mask is set
-    - `gives_entropies`: with `entropies=True` it returns two of them, the logprobs and the entropies [B, L - 1] (nats) of the
-      distributions that they are of
-    - `vocabulary`: how many token ids it knows; `tokenizer`: a transformers tokenizer, to be held against the rollouts' texts
-    """
-
-    def __call__(self, token_ids: Any, attention_mask: Any, temperature: float, /) -> Any:
-        """Logprobs of the given tokens."""
-        ...
-
-
-def scorer(*, dtype: str, head_dtype: str = "", divides: str = "float32", name: str = "") -> Callable[[_F], _F]:
-    """Declare what a scoring function is: `@scorer(dtype="bfloat16", head_dtype="float32", divides="logits")`.
-
-    Raises UsageError for a dtype or a place of division that is none.
-    """
-    for field, value, known in (
-        ("dtype", dtype, DTYPES), ("head_dtype", head_dtype or dtype, DTYPES), ("divides", divides, DIVISIONS),
-    ):  # fmt: skip
-        if value not in known:
-            raise UsageError(f"scorer({field}={value!r}): known are {', '.join(known)}{nearest(str(value), known)}")
-
-    def declare(function: _F) -> _F:
-        @functools.wraps(function)
-        def declared(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
-
-        vars(declared).update(dtype=dtype, head_dtype=head_dtype or dtype, divides=divides, name=name or function.__name__)
-        return declared  # type: ignore[return-value]
-
-    return declare
 
 
 def score(
@@ -91,16 +39,17 @@ def score(
     Raises UsageError for rollouts that no trainer can be held against, with the reason.
     """
     _check_can_score(trace, scorer)
-    kept = _kept_sets(trace, scorer)
+    declared = Declared.by(scorer)
+    kept = _kept_sets(trace, declared)
     temperature = temperature_of(trace.sampling) if temperature is None else temperature
-    more = {"entropies": True} if entropies and getattr(scorer, "gives_entropies", False) else {}
-    columns, before = np.full((1 + len(more), trace.num_tokens), np.nan, np.float32), _state_of(scorer)
+    more = {"entropies": True} if entropies and declared.gives_entropies else {}
+    columns, before = np.full((1 + len(more), trace.num_tokens), np.nan, np.float32), _state_of(declared.model)
     for batch in _batches(trace, range(trace.num_sequences) if sequences is None else sequences, batch_size):
         for sequence, values in zip(batch, _score_batch(trace, scorer, batch, temperature, kept, more), strict=True):
             columns[:, slice(*trace.bounds(sequence))] = values
-    if changed := [name for name, state in _state_of(scorer).items() if before[name] != state]:
+    if changed := [name for name, state in _state_of(declared.model).items() if before[name] != state]:
         raise UsageError(
-            f"{name_of(scorer)} changed its model while it scored ({', '.join(changed)}): a trainer that goes on "
+            f"{declared.name} changed its model while it scored ({', '.join(changed)}): a trainer that goes on "
             "with it trains otherwise; score in a context that puts it back"
         )
     return as_trainers(
@@ -108,8 +57,8 @@ def score(
         columns[0],
         entropies=columns[1] if more else None,
         sampling=trace.sampling if kept is not None else trace.sampling.untruncated(),
-        name=name_of(scorer),
-        dtype=getattr(scorer, "dtype", "unknown"),
+        name=declared.name,
+        dtype=declared.dtype,
     )
 
 
@@ -140,29 +89,18 @@ def as_trainers(
     )
 
 
-def is_coarser(one: str, other: str) -> bool:
-    """Whether dtype `one` is coarser than `other`; what is not known may be."""
-    known = one in FINEST_FIRST and other in FINEST_FIRST
-    return not known or FINEST_FIRST.index(one) > FINEST_FIRST.index(other)
-
-
 def spread(trace: Trace, count: int) -> list[int]:
     """So many sequences at even distances, or all."""
     places: list[int] = np.linspace(0, trace.num_sequences - 1, min(trace.num_sequences, count)).astype(int).tolist()
     return places
 
 
-def name_of(scorer: Any) -> str:
-    """What reports call a scorer."""
-    return str(getattr(scorer, "name", "") or getattr(scorer, "__name__", type(scorer).__name__))
+def _state_of(model: Any) -> dict[str, Any]:
+    """What scoring must leave as it was in a scorer's model: training modes, gradients, the versions of its parameters."""
+    import torch
 
-
-def _state_of(scorer: Any) -> dict[str, Any]:
-    """What a scorer's model (attribute `model`) must not lose: training modes, gradients, the versions of its parameters."""
-    model = getattr(scorer, "model", None)
-    if not hasattr(model, "named_parameters") or not hasattr(model, "modules"):
+    if not isinstance(model, torch.nn.Module):
         return {}
-    assert model is not None
     parameters = list(model.parameters())
     return {
         "training modes": [module.training for module in model.modules()],
@@ -197,34 +135,36 @@ def _check_can_score(trace: Trace, scorer: Any) -> None:
     for what, ids in (("token id", trace.token_ids), ("prompt token id", trace.prompt_token_ids)):
         if ids.min(initial=0) < 0:
             raise UsageError(f"{what} {int(ids.min())} is no token: a label or a filler among the ids")
-    vocabulary = getattr(scorer, "vocabulary", None)
+    declared = Declared.by(scorer)
     largest = int(max(trace.token_ids.max(initial=0), trace.prompt_token_ids.max(initial=0)))
-    if vocabulary is not None and largest >= vocabulary:
-        raise UsageError(f"token id {largest} is beyond the {vocabulary:,} of {name_of(scorer)}: another tokenizer or model")
-    _check_tokenizer(trace, scorer)
+    if declared.vocabulary is not None and largest >= declared.vocabulary:
+        raise UsageError(
+            f"token id {largest} is beyond the {declared.vocabulary:,} of {declared.name}: another tokenizer or model"
+        )
+    _check_tokenizer(trace, declared)
 
 
-def _check_tokenizer(trace: Trace, scorer: Any) -> None:
-    tokenizer = getattr(scorer, "tokenizer", None)
+def _check_tokenizer(trace: Trace, declared: Declared) -> None:
+    tokenizer = declared.tokenizer
     if tokenizer is None or not trace.token_texts:
         return
     ids = [int(i) for i in np.unique(trace.token_ids) if int(i) in trace.token_texts]
     for token, text in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True):
         if text != trace.text(token):
             raise UsageError(
-                f"{name_of(scorer)} has another tokenizer than the rollouts: token {token} is {text!r} there and "
+                f"{declared.name} has another tokenizer than the rollouts: token {token} is {text!r} there and "
                 f"{trace.text(token)!r} in the rollouts"
             )
 
 
-def _kept_sets(trace: Trace, scorer: Any) -> Any:
+def _kept_sets(trace: Trace, declared: Declared) -> Any:
     """The kept sets [N, K] that the scorer has to make its distribution over; None where it need not."""
     if not trace.sampling.truncates or trace.is_raw or trace.untruncated_logprobs is not None:
         return None
     asked = trace.sampling.processing()
-    if not getattr(scorer, "renormalises", False):
+    if not declared.renormalises:
         raise UsageError(
-            f"these rollouts are of a truncated distribution ({asked}), and {name_of(scorer)} computes one over all tokens: "
+            f"these rollouts are of a truncated distribution ({asked}), and {declared.name} computes one over all tokens: "
             "give untruncated_logprobs (an engine's replay without truncation; goldens have them), or a scorer that takes kept "
             "sets"
         )

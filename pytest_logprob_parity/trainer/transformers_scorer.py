@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from ..checkpoint import digests
 from ..checkpoint.adapter import Adapter, apply_adapter, read_adapter
 from ..errors import EngineError, UsageError
-from ..golden import fingerprint
-from ..spec import DTYPES, nearest
-from .scoring import DIVISIONS
+from ..spec import DTYPES
+from ..suggest import nearest
+from .scorer import DIVISIONS
 
 #: Tokens whose logits over the whole vocabulary are in memory at once.
 CHUNK: Final = 1024
@@ -55,16 +56,7 @@ class TransformersScorer:
         from ..checkpoint.float64 import compute_in_float64
         from ..checkpoint.lm_head import Head
 
-        for name, value, known in (
-            ("dtype", dtype or "auto", DTYPES),
-            ("head_dtype", head_dtype or dtype or "auto", DTYPES),
-            ("divides", divides, DIVISIONS),
-        ):
-            if value not in known:
-                hint = f"known are {', '.join(known)}{nearest(str(value), known)}"
-                raise UsageError(f"TransformersScorer({name}={value!r}): {hint}")
-        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-            raise UsageError(f"TransformersScorer(chunk_tokens={chunk_tokens!r}): must be a whole number, 1 or more")
+        _check_settings(dtype, head_dtype, divides, chunk_tokens)
         self.tokenizer: Any = None
         self._mode: Literal["eval", "as found"] = "eval"
         self._settings: dict[str, Any] = {
@@ -215,6 +207,20 @@ class TransformersScorer:
         return [torch.cat(column) if column else rows.new_zeros(0, dtype=exact) for column in pieces]
 
 
+def _check_settings(dtype: str | None, head_dtype: str | None, divides: str, chunk_tokens: Any) -> None:
+    """Raise UsageError for settings of a TransformersScorer that do not exist."""
+    for name, value, known in (
+        ("dtype", dtype or "auto", DTYPES),
+        ("head_dtype", head_dtype or dtype or "auto", DTYPES),
+        ("divides", divides, DIVISIONS),
+    ):
+        if value not in known:
+            hint = f"known are {', '.join(known)}{nearest(str(value), known)}"
+            raise UsageError(f"TransformersScorer({name}={value!r}): {hint}")
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise UsageError(f"TransformersScorer(chunk_tokens={chunk_tokens!r}): must be a whole number, 1 or more")
+
+
 def _unwrapped(model: Any) -> Any:
     """The causal language model inside a PeftModel, whose adapters stay in its layers, or a wrapper such as DDP's."""
     while not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):
@@ -274,7 +280,7 @@ def entropy_of(logits: Any, total: Any) -> Any:
 
 def _other_factors(model: Path, adapter: Path) -> Iterator[tuple[str, float]]:
     """Factors that an adapter is wrongly multiplied by besides its own: words, and the factor."""
-    read = read_adapter(adapter, fingerprint.find_model(str(model), Path.cwd()))
+    read = read_adapter(adapter, digests.find_model(str(model), Path.cwd()))
     scales, rank = sorted(set(read.modules.values())), read.rank
     yield "no adapter at all", 0.0
     if len(scales) == 1 and scales[0] != 1:
@@ -291,7 +297,7 @@ def _load(
 ) -> tuple[Any, Any, Adapter | None]:  # fmt: skip
     from ..checkpoint.loading import load_whole
 
-    found = fingerprint.find_model(str(folder), Path.cwd())
+    found = digests.find_model(str(folder), Path.cwd())
     try:
         import torch
         import transformers  # noqa: F401
@@ -304,7 +310,7 @@ def _load(
     from ..checkpoint.prompts import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(fingerprint.find_tokenizer(found))
+        tokenizer = load_tokenizer(digests.find_tokenizer(found))
     except UsageError:
         tokenizer = None
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, read

@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..notes import Note
 
 if TYPE_CHECKING:
-    from ..engines.pool import Engine
+    from ..engines.engine import Engine
 
 
 def assert_updated_equals_cold(

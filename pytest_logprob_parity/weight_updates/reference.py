@@ -17,7 +17,7 @@ from ..comparison.findings import WeightsCause
 from ..comparison.intervals import t_quantile
 from ..errors import UsageError
 from ..trace import FloatArray, Trace
-from ..trainer.parity import trainer_tolerance
+from ..trainer.limits import trainer_tolerance
 from ..trainer.scoring import temperature_of
 
 #: One way explains a trace better than another where its RMS is less than this share of the other's, and its squares are

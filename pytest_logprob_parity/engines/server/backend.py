@@ -7,11 +7,10 @@ from pathlib import PurePath
 from typing import Any, Final
 
 from ...errors import EngineError, IncomparableError
-from ...notes import Note
 from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret
 from ...spec.server_settings import SERVER, server_settings
-from ..backend import Completion, Request, ResolvedConfig
+from ..backend import Completion, Remark, Request, ResolvedConfig
 from .client import Client, DownError
 from .readback import name_of, read_server
 from .wire import completion_of, largest_answer, post_of
@@ -28,7 +27,7 @@ class ServerBackend:
 
         Raises EngineError for one that is down and for a pin that is not the server's, IncomparableError for another model.
         """
-        from ..vllm.backend import check_settings
+        from ..vllm.start import check_settings
 
         check_settings(spec)
         self._client = client
@@ -82,11 +81,11 @@ class ServerBackend:
             if again := self._client.take_retried():
                 self._retried.append(again)
 
-    def remarks(self) -> list[Note]:
+    def remarks(self) -> list[Remark]:
         """What there was to say of its answers since it was last asked: requests that had to be sent again."""
         told, self._retried = self._retried, []
         text = f"requests sent again: {'; '.join(told)} ({self._client.url})"
-        return [Note("sent_again", text)] if told else []
+        return [Remark("sent_again", text)] if told else []
 
     def close(self) -> None:
         """Close the connections; the server stays as it is."""

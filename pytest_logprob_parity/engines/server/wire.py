@@ -13,7 +13,7 @@ from ...errors import EngineError
 from ...trace import MINUS_INFINITY, Forcing
 from ..backend import Completion, Request
 from ..vllm.sampling_parameters import sampling_parameters
-from .client import shown
+from .answer import shown
 
 COMPLETIONS: Final = "/v1/completions"
 GENERATE: Final = "/inference/v1/generate"
@@ -233,7 +233,14 @@ def _completion(ids: Sequence[int], rows: Sequence[_Row], k: int, reason: str) -
         ranks[i] = rank
         top_ids[i, : len(top)] = [c[0] for c in top]
         top_logprobs[i, : len(top)] = [c[1] for c in top]
-    return Completion(np.asarray(ids, np.int32), logprobs, ranks, top_ids, top_logprobs, reason)
+    return Completion(
+        token_ids=np.asarray(ids, np.int32),
+        logprobs=logprobs,
+        ranks=ranks,
+        top_token_ids=top_ids,
+        top_logprobs=top_logprobs,
+        finish_reason=reason,
+    )
 
 
 def _scored(request: Request, choice: Mapping[str, Any], top: int) -> Completion:
@@ -259,7 +266,14 @@ def _scored(request: Request, choice: Mapping[str, Any], top: int) -> Completion
         best = sorted(found.items(), key=lambda item: (item[1][1], -item[1][0]))[:k]
         top_ids[i, : len(best)] = [t for t, _ in best]
         top_logprobs[i, : len(best)] = [value for _, (value, _) in best]
-    return Completion(np.asarray(tokens, np.int32), logprobs, ranks, top_ids, top_logprobs, "unknown")
+    return Completion(
+        token_ids=np.asarray(tokens, np.int32),
+        logprobs=logprobs,
+        ranks=ranks,
+        top_token_ids=top_ids,
+        top_logprobs=top_logprobs,
+        finish_reason="unknown",
+    )
 
 
 def _candidates(name: str, position: Any, top: int) -> dict[int, tuple[float, int]]:

@@ -17,7 +17,7 @@ from ...errors import EngineError, UsageError
 from ...trace import Trace
 
 if TYPE_CHECKING:
-    from ..scoring import Scorer
+    from ..scorer import Scorer
     from ..transformers_scorer import TransformersScorer
 
 Doubles = npt.NDArray[np.float64]

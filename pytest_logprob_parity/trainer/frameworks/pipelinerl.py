@@ -69,45 +69,9 @@ def read(records: Any, *, sampling: Any = None, tokenizer: Any = None, **labels:
     versions = []
     sequences: list[dict[str, Any]] = []
     for index, record in enumerate(_records(records, where)):
-        given, name = Batch("pipelinerl", record), f"record {index}"
-        ids, wanted, values = (_column(given, name, column) for column in ("input_ids", "labels", "logprobs"))
-        if len(wanted) != len(ids):
-            raise where.refuse(f"{name} has {len(ids)} input_ids and {len(wanted)} labels")
-        places = np.flatnonzero(wanted != _NO_LABEL)
-        if len(places) != len(values):
-            raise where.refuse(
-                f"{name} has {len(values)} logprobs for {len(places)} labels: one for each label that is not -100"
-            )
-        if not len(places):
-            raise where.refuse(f"{name} has no label but -100: nothing is trained on")
-        if places[-1] + 1 != len(ids) or len(places) != len(ids) - places[0]:
-            raise where.refuse(
-                f"{name} has -100 inside or after its completion: PipelineRL puts the logprobs at the end of the sequence, so "
-                "they stand beside other tokens than their own"
-            )
-        first = int(places[0])
-        if not np.array_equal(wanted[first:], ids[first:]):
-            raise where.refuse(f"{name} has labels that are not its input_ids: shifted, or of another text")
-        if not first:
-            raise where.refuse(f"{name} has no prompt: its first token has nothing to be predicted from")
-        counted = given.get("prompt_tokens")
-        if counted and int(counted) != first:
-            raise where.refuse(f"{name} has {first} prompt ids, the server counted {int(counted)}: another chat template")
-        text = given.get("text")
-        if text:
-            _check_text(where, f"the text of {name}", text, ids.tolist(), tokenizer)
-        where.check_row(f"logprobs of {name}", values, np.ones(len(values), bool))
-        sequence: dict[str, Any] = {"prompt_token_ids": ids[:first], "token_ids": ids[first:], "logprobs": values}
-        if given.get("new_logprobs") is not None:
-            own = _column(given, name, "new_logprobs")
-            if len(own) != len(values):
-                raise where.refuse(f"{name} has {len(own)} new_logprobs and {len(values)} logprobs: one for each label")
-            where.check_row(f"new_logprobs of {name}", own, np.ones(len(own), bool))
-            sequence["trainer_logprobs"] = own
-        if given.get("group_id") is not None:
-            sequence["group"] = str(given.get("group_id"))
-        versions.append(_version(given, name))
-        sequences.append(sequence)
+        given = Batch("pipelinerl", record)
+        sequences.append(_sequence(given, f"record {index}", tokenizer))
+        versions.append(_version(given, f"record {index}"))
     if not sequences:
         raise where.refuse("no records")
     have = [index for index, sequence in enumerate(sequences) if "trainer_logprobs" in sequence]
@@ -118,6 +82,53 @@ def read(records: Any, *, sampling: Any = None, tokenizer: Any = None, **labels:
         for sequence, version in zip(sequences, versions, strict=True):
             sequence["weight_versions"] = np.full(len(sequence["token_ids"]), version)
     return where.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
+
+
+def _sequence(given: Batch, name: str, tokenizer: Any) -> dict[str, Any]:
+    """One record, called `name`, as a sequence of Trace.from_sequences."""
+    ids, values, first = _aligned(given, name)
+    counted = given.get("prompt_tokens")
+    if counted and int(counted) != first:
+        raise given.refuse(f"{name} has {first} prompt ids, the server counted {int(counted)}: another chat template")
+    text = given.get("text")
+    if text:
+        _check_text(given, f"the text of {name}", text, ids.tolist(), tokenizer)
+    given.check_row(f"logprobs of {name}", values, np.ones(len(values), bool))
+    sequence: dict[str, Any] = {"prompt_token_ids": ids[:first], "token_ids": ids[first:], "logprobs": values}
+    if given.get("new_logprobs") is not None:
+        own = _column(given, name, "new_logprobs")
+        if len(own) != len(values):
+            raise given.refuse(f"{name} has {len(own)} new_logprobs and {len(values)} logprobs: one for each label")
+        given.check_row(f"new_logprobs of {name}", own, np.ones(len(own), bool))
+        sequence["trainer_logprobs"] = own
+    if given.get("group_id") is not None:
+        sequence["group"] = str(given.get("group_id"))
+    return sequence
+
+
+def _aligned(given: Batch, name: str) -> tuple[Any, Any, int]:
+    """The ids and logprobs of a record, and where its completion begins. Raises UsageError for labels that are not those of a
+    prompt and a completion after it.
+    """
+    ids, wanted, values = (_column(given, name, column) for column in ("input_ids", "labels", "logprobs"))
+    if len(wanted) != len(ids):
+        raise given.refuse(f"{name} has {len(ids)} input_ids and {len(wanted)} labels")
+    places = np.flatnonzero(wanted != _NO_LABEL)
+    if len(places) != len(values):
+        raise given.refuse(f"{name} has {len(values)} logprobs for {len(places)} labels: one for each label that is not -100")
+    if not len(places):
+        raise given.refuse(f"{name} has no label but -100: nothing is trained on")
+    if places[-1] + 1 != len(ids) or len(places) != len(ids) - places[0]:
+        raise given.refuse(
+            f"{name} has -100 inside or after its completion: PipelineRL puts the logprobs at the end of the sequence, so "
+            "they stand beside other tokens than their own"
+        )
+    first = int(places[0])
+    if not np.array_equal(wanted[first:], ids[first:]):
+        raise given.refuse(f"{name} has labels that are not its input_ids: shifted, or of another text")
+    if not first:
+        raise given.refuse(f"{name} has no prompt: its first token has nothing to be predicted from")
+    return ids, values, first
 
 
 def _records(records: Any, where: Batch) -> Sequence[Any]:

@@ -87,24 +87,39 @@ def metrics(
     tokens as 0. Its rejection (`rollout_rs`) is not among them. `loss_agg_mode` and `loss_scale_factor` are the actor's: what
     entropies are added up by. Raises UsageError for a level, threshold or mode that is none.
     """
-    d, n, sums = pairs.trainer - pairs.rollout, len(pairs.rollout), pairs.by_sequence
-    if not n:
+    if not len(pairs.rollout):
         return {}
-    counts = sums(np.ones(n))
+    corrections = _differences(pairs)
+    if rollout_is is not None:
+        corrections |= _weights(pairs, rollout_is, rollout_is_threshold, normalize=rollout_is_batch_normalize)
+    entropy = _entropy(pairs, loss_agg_mode, loss_scale_factor)
+    return {
+        **_of_probabilities(pairs),
+        **{f"rollout_corr/{name}": value for name, value in corrections.items()},
+        **({} if entropy is None else {"actor/entropy": entropy}),
+    }
 
-    def tokens(values: Doubles) -> float:
-        return float(values.sum() / (n + _EPSILON))
 
-    def sequences(values: Doubles) -> Doubles:
-        return pairs.padded(sums(values) / (counts + _EPSILON))
+def _tokens(values: Doubles) -> float:
+    """Its masked mean over tokens."""
+    return float(values.sum() / (len(values) + _EPSILON))
 
-    old, rollout = sequences(pairs.trainer), sequences(pairs.rollout)
+
+def _sequences(pairs: Pairs, values: Doubles) -> Doubles:
+    """Its masked means over the tokens of each sequence; 0 for a sequence without tokens."""
+    return pairs.padded(pairs.by_sequence(values) / (pairs.by_sequence(np.ones(len(values))) + _EPSILON))
+
+
+def _differences(pairs: Pairs) -> dict[str, float]:
+    """`rollout_corr/*` but for its weights: KL estimates, perplexities and chi-squares."""
+    d = pairs.trainer - pairs.rollout
+    old, rollout = _sequences(pairs, pairs.trainer), _sequences(pairs, pairs.rollout)
     apart = rollout - old
     safe = np.exp(np.clip(d, -_SAFE, _SAFE))
-    whole = np.exp(2 * np.clip(pairs.padded(sums(d)), -_SAFE, _SAFE))
-    corrections = {
-        "kl": tokens(-d),
-        "k3_kl": tokens(_exp(d) - d - 1),
+    whole = np.exp(2 * np.clip(pairs.padded(pairs.by_sequence(d)), -_SAFE, _SAFE))
+    return {
+        "kl": _tokens(-d),
+        "k3_kl": _tokens(_exp(d) - d - 1),
         "training_ppl": float(_exp(-old).mean()),
         "training_log_ppl": float(-old.mean()),
         "rollout_ppl": float(_exp(-rollout).mean()),
@@ -114,15 +129,14 @@ def metrics(
         "log_ppl_diff_max": float(apart.max()),
         "log_ppl_diff_min": float(apart.min()),
         "ppl_ratio": float(_exp(apart).mean()),
-        "chi2_token": tokens(safe**2) - 1,
+        "chi2_token": _tokens(safe**2) - 1,
         "chi2_seq": float(whole.mean()) - 1,
     }
-    if rollout_is is not None:
-        corrections |= _weights(
-            pairs, rollout_is, rollout_is_threshold, tokens, sequences, normalize=rollout_is_batch_normalize
-        )
-    entropy = _entropy(pairs, loss_agg_mode, loss_scale_factor)
-    p, q = np.exp(pairs.trainer), np.exp(pairs.rollout)
+
+
+def _of_probabilities(pairs: Pairs) -> dict[str, float]:
+    """`training/rollout_*`: the probabilities of the tokens on both sides."""
+    n, p, q = len(pairs.rollout), np.exp(pairs.trainer), np.exp(pairs.rollout)
     off = np.abs(p - q)
     varies = n > 1 and p.std() > 0 and q.std() > 0
     return {
@@ -131,8 +145,6 @@ def metrics(
         "training/rollout_probs_diff_mean": float(off.mean()),
         "training/rollout_probs_diff_std": float(off.std(ddof=1)) if n > 1 else math.nan,
         "training/rollout_actor_probs_pearson_corr": float(np.corrcoef(p, q)[0, 1]) if varies else math.nan,
-        **{f"rollout_corr/{name}": value for name, value in corrections.items()},
-        **({} if entropy is None else {"actor/entropy": entropy}),
     }
 
 
@@ -154,15 +166,7 @@ def _entropy(pairs: Pairs, mode: str, factor: float | None) -> float | None:
     return float(by_mode[mode])
 
 
-def _weights(
-    pairs: Pairs,
-    level: str,
-    threshold: float | str,
-    tokens: Callable[[Doubles], float],
-    sequences: Callable[[Doubles], Doubles],
-    *,
-    normalize: bool,
-) -> dict[str, float]:
+def _weights(pairs: Pairs, level: str, threshold: float | str, *, normalize: bool) -> dict[str, float]:
     """Its importance weights: one for each token, or that of the token's sequence."""
     if level not in ("token", "sequence"):
         raise UsageError(f"verl: rollout_is={level!r}: known are token, sequence and none")
@@ -174,21 +178,21 @@ def _weights(
     kept = (raw >= least) & (raw <= most) if least is not None else np.ones(len(raw), bool)
     weights = np.where(kept, np.minimum(raw, most), 0.0)
     low = 1 / most if least is None else least
-    mean, cut = tokens(weights), np.clip(weights, 0.0, most)
+    mean, cut = _tokens(weights), np.clip(weights, 0.0, most)
     if level == "sequence":
         sums = pairs.padded(total)
         largest, smallest = float(np.exp(min(sums.max(), _SAFE))), float(np.exp(sums.min()))
         high_share, low_share = float((sums > math.log(most)).mean()), float((sums < math.log(low)).mean())
     else:
         largest, smallest = float(weights.max()), float(weights.min())
-        high_share, low_share = tokens((raw > most).astype(float)), tokens((raw < low).astype(float))
-    by_sequence, raw_by_sequence = sequences(weights), sequences(raw)
+        high_share, low_share = _tokens((raw > most).astype(float)), _tokens((raw < low).astype(float))
+    by_sequence, raw_by_sequence = _sequences(pairs, weights), _sequences(pairs, raw)
     found = {
         "rollout_is_mean": mean,
         "rollout_is_max": largest,
         "rollout_is_min": smallest,
-        "rollout_is_std": math.sqrt(max(tokens(cut**2) - tokens(cut) ** 2, 0.0)) if len(raw) > 1 else 0.0,
-        "rollout_is_eff_sample_size": 1 / tokens((cut / (tokens(cut) + _EPSILON)) ** 2) if cut.any() else math.inf,
+        "rollout_is_std": math.sqrt(max(_tokens(cut**2) - _tokens(cut) ** 2, 0.0)) if len(raw) > 1 else 0.0,
+        "rollout_is_eff_sample_size": 1 / _tokens((cut / (_tokens(cut) + _EPSILON)) ** 2) if cut.any() else math.inf,
         "rollout_is_ratio_fraction_high": high_share,
         "rollout_is_ratio_fraction_low": low_share,
         "rollout_is_seq_mean": float(by_sequence.mean()),
@@ -200,7 +204,7 @@ def _weights(
         "rollout_is_seq_fraction_low": float((raw_by_sequence < low).mean()),
     }
     if least is not None:
-        found["rollout_is_oob_ratio"] = tokens((~kept).astype(float))
+        found["rollout_is_oob_ratio"] = _tokens((~kept).astype(float))
     if normalize:
         factor = mean if level == "token" else float(by_sequence[: len(total)].mean())
         found["rollout_is_batch_norm_factor"] = factor if factor > _EPSILON else 1.0
