@@ -8,8 +8,8 @@ from typing import Final, Literal
 
 from ...notes import Note
 from ..findings import Finding
+from ..sides import Side
 
-Side = Literal["expected", "actual"]
 Key = Literal[
     "top_k_shifted", "no_distribution", "above_zero", "mass_above_one", "chosen_and_top_k", "above_the_largest",
     "rank_and_top_k", "top_k_differs", "ranks_differ", "probability_one", "tokens_shifted", "no_logprob",

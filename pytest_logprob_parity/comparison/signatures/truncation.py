@@ -29,14 +29,14 @@ _WITHIN: Final = 0.25
 
 def truncation_steps(positions: Positions, slope: float, *, alone: bool, penalised: bool) -> Iterator[ProcessingStep]:
     """`alone` where nothing else is different: else kept sets differ for that reason. `penalised` where a penalty is."""
-    golden, now = truncated_support.kept(positions, golden=True), truncated_support.kept(positions, golden=False)
-    fewest, most = sorted(int(np.count_nonzero(side.complete)) for side in (golden, now))
+    expected, actual = truncated_support.kept(positions, "expected"), truncated_support.kept(positions, "actual")
+    fewest, most = sorted(int(np.count_nonzero(side.complete)) for side in (expected, actual))
     if most >= truncated_support.ENOUGH and fewest > _NONE * most:
-        yield from _both_truncate(positions, golden, now, alone=alone)
-    elif golden.truncates:
-        yield _one_truncates(positions, golden, slope, on_golden=True, penalised=penalised)
-    elif now.truncates:
-        yield _one_truncates(positions, now, slope, on_golden=False, penalised=penalised)
+        yield from _both_truncate(positions, expected, actual, alone=alone)
+    elif expected.truncates:
+        yield _one_truncates(positions, expected, slope, on_expected=True, penalised=penalised)
+    elif actual.truncates:
+        yield _one_truncates(positions, actual, slope, on_expected=False, penalised=penalised)
     else:
         yield from _wider_than_listed(positions, alone=alone)
 
@@ -45,22 +45,22 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Process
     """A truncation whose kept sets are wider than the top-k that was recorded: what it excludes among the chosen tokens, and,
     where nothing else is different, by how much it raises what is listed.
     """
-    golden, now = np.isneginf(positions.expected[:, 0]), np.isneginf(positions.actual[:, 0])
-    excluded = {False: int(np.count_nonzero(now & ~golden)), True: int(np.count_nonzero(golden & ~now))}
+    expected, actual = np.isneginf(positions.expected[:, 0]), np.isneginf(positions.actual[:, 0])
+    excluded = {False: int(np.count_nonzero(actual & ~expected)), True: int(np.count_nonzero(expected & ~actual))}
     if max(excluded.values()) < _ONE_WAY * sum(excluded.values()):
         return  # no truncation does both
-    recorded = positions.golden.sampling.truncates
-    both = recorded and positions.now.sampling.truncates  # noise alone moves a few over the edge of a kept set
-    least = max(truncated_support.ENOUGH, _OTHER_SETS * len(now) if both else 0)
+    recorded = positions.expected_trace.sampling.truncates
+    both = recorded and positions.actual_trace.sampling.truncates  # noise alone moves a few over the edge of a kept set
+    least = max(truncated_support.ENOUGH, _OTHER_SETS * len(actual) if both else 0)
     kept = positions.common[:, 0]
     change = positions.actual[kept, 0] - positions.expected[kept, 0]
-    for on_golden, count in excluded.items():
-        if both and np.mean((-change if on_golden else change) < -_BLURRED) > 1 - _ONE_WAY:
+    for on_expected, count in excluded.items():
+        if both and np.mean((-change if on_expected else change) < -_BLURRED) > 1 - _ONE_WAY:
             continue  # a truncation lowers none of those that it keeps; other logits do, and have other kept sets
-        k = (positions.golden if on_golden else positions.now).top_k
+        k = (positions.expected_trace if on_expected else positions.actual_trace).top_k
         lift, what, values = None, [], dict[str, Any](beyond_top_k=k)
-        if alone and (recorded or not on_golden):
-            free, cut = (positions.actual, positions.expected) if on_golden else (positions.expected, positions.actual)
+        if alone and (recorded or not on_expected):
+            free, cut = (positions.actual, positions.expected) if on_expected else (positions.expected, positions.actual)
             lift = truncated_support.lifted(free, cut)
         if lift is not None:
             what.append(
@@ -69,41 +69,43 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Process
             )
             values |= {"positions": lift.positions, "kept_mass": lift.mass}
         if count >= least:
-            what.append(f"it excludes {count} of {len(now):,} tokens")
+            what.append(f"it excludes {count} of {len(actual):,} tokens")
             values["excluded"] = count
         if what:
             name = "a truncation"
-            text = f"{applied(name, positions.names, on_golden=on_golden)}: {' and '.join(what)}"
+            text = f"{applied(name, positions.names, on_expected=on_expected)}: {' and '.join(what)}"
             text += f"; top-{k} logprobs do not show how wide its kept sets are: record more" if k else ""
             # the recorded one excludes none that was sampled under it, but for a few by noise: what excludes more is another
-            whole = recorded and count <= max(_FEW, _NONE * _NONE * len(now))
-            yield ProcessingStep(Finding("semantic", "truncation", text, values=values), on_golden, whole, name)
+            whole = recorded and count <= max(_FEW, _NONE * _NONE * len(actual))
+            yield ProcessingStep(Finding("semantic", "truncation", text, values=values), on_expected, whole, name)
 
 
 def _one_truncates(
-    positions: Positions, kept: truncated_support.Kept, slope: float, *, on_golden: bool, penalised: bool
+    positions: Positions, kept: truncated_support.Kept, slope: float, *, on_expected: bool, penalised: bool
 ) -> ProcessingStep:  # fmt: skip
-    truncated, free = (positions.expected, positions.actual) if on_golden else (positions.actual, positions.expected)
-    power = 1 / slope if on_golden else slope
+    truncated, free = (positions.expected, positions.actual) if on_expected else (positions.actual, positions.expected)
+    power = 1 / slope if on_expected else slope
     rows = kept.complete & np.isfinite(free).any(axis=1)
     inside = np.isfinite(truncated[rows])
     noise = positions.noise(slope)
-    side, places = (positions.now, positions.others) if on_golden else (positions.golden, positions.rows)
+    side, places = (
+        (positions.actual_trace, positions.actual_rows) if on_expected else (positions.expected_trace, positions.expected_rows)
+    )
     listed = side.top_logprobs[places[rows]].astype(np.float64)
     limits = truncated_support.fit_limits(inside, *truncated_support.before_truncation(free[rows], power, listed), noise)
     if penalised:  # masses after a penalty are not known
         limits = dataclasses.replace(limits, top_p=None, min_p=None)
     if np.mean(kept.complete) < _ONE_WAY:  # of the others the sets are larger than what is listed
         limits = dataclasses.replace(limits, top_k=None)
-    sampling = positions.golden.sampling
+    sampling = positions.expected_trace.sampling
     allowed = _allowed(limits)
     names = [_limit_in_words(limit, value) for limit, value in allowed.items()]
     recorded = _is_recorded(limits, sampling, masses=not penalised)
-    blurred = on_golden and sampling.truncates and noise > _BLURRED  # none is named in place of the one that was recorded
+    blurred = on_expected and sampling.truncates and noise > _BLURRED  # none is named in place of the one that was recorded
     other = "" if blurred else " or ".join(names)
-    name = _asked(sampling) if recorded else other or "a truncation"
+    name = _truncation_in_words(sampling) if recorded else other or "a truncation"
     text = (
-        f"{applied(name, positions.names, on_golden=on_golden)}: "
+        f"{applied(name, positions.names, on_expected=on_expected)}: "
         f"kept mass {limits.mass:.2f} on average ({limits.positions:,} positions"
     )
     fits = any(limit is not None for limit in (limits.top_k, limits.top_p, limits.min_p))
@@ -112,35 +114,35 @@ def _one_truncates(
     if not kept.renormalised:
         text += f"; what was kept adds up to {np.mean(kept.total[kept.complete]):.3f}, not to 1"
     values = {"kept_mass": limits.mass, "positions": limits.positions, **allowed}
-    return ProcessingStep(Finding("semantic", "truncation", text, values=values), on_golden, recorded, name)
+    return ProcessingStep(Finding("semantic", "truncation", text, values=values), on_expected, recorded, name)
 
 
 def _both_truncate(
-    positions: Positions, golden: truncated_support.Kept, now: truncated_support.Kept, *, alone: bool
+    positions: Positions, expected: truncated_support.Kept, actual: truncated_support.Kept, *, alone: bool
 ) -> Iterator[ProcessingStep]:  # fmt: skip
-    less_now, less_then = golden.beyond(now), now.beyond(golden)
-    fewer, more = np.mean(less_now), np.mean(less_then)
-    enough = (fewer + more) * len(now.counts) >= truncated_support.ENOUGH
+    less_on_actual, less_on_expected = expected.beyond(actual), actual.beyond(expected)
+    fewer, more = np.mean(less_on_actual), np.mean(less_on_expected)
+    enough = (fewer + more) * len(actual.counts) >= truncated_support.ENOUGH
     one_way = max(fewer, more) > _ONE_WAY * (fewer + more)  # noise moves as many tokens in as out
-    if alone and enough and one_way and fewer + more > _OTHER_SETS and _one_constant(positions.of(less_now | less_then)):
+    recorded = _truncation_in_words(positions.expected_trace.sampling)
+    most = max(side.mean_total for side in (expected, actual))
+    other_sets = enough and one_way and fewer + more > _OTHER_SETS
+    if alone and other_sets and _one_constant(positions.of(less_on_actual | less_on_expected)):
         less = fewer > more
-        counts = golden.counts.mean(), now.counts.mean()
+        counts = expected.counts.mean(), actual.counts.mean()
         text = (
-            f"{_asked(positions.golden.sampling)} was recorded, and {'fewer' if less else 'more'} tokens are left in "
-            f"{positions.names.actual}: {counts[1]:.2f} on average in place of {counts[0]:.2f}, other sets at "
-            f"{fewer + more:.0%} of positions"
+            f"{recorded} was recorded, and {'fewer' if less else 'more'} tokens are left in {positions.names.actual}: {counts[1]:.2f} on "
+            f"average in place of {counts[0]:.2f}, other sets at {fewer + more:.0%} of positions"
         )
-        common = np.unique(now.counts[now.complete])
+        common = np.unique(actual.counts[actual.complete])
         if len(common) == 1:
             text += f"; always {int(common[0])}, as top-k {int(common[0])} would leave"
         values = {"kept_expected": float(counts[0]), "kept_actual": float(counts[1])}
         yield ProcessingStep(Finding("semantic", "truncation", text, values=values), bool(not less), False)
-    elif (
-        golden.renormalised != now.renormalised and max(side.mean_total for side in (golden, now)) < 1 + truncated_support.WHOLE
-    ):
-        side, kept = (positions.names.expected, golden) if now.renormalised else (positions.names.actual, now)
+    elif expected.renormalised != actual.renormalised and most < 1 + truncated_support.WHOLE:
+        side, kept = (positions.names.expected, expected) if actual.renormalised else (positions.names.actual, actual)
         text = (
-            f"{_asked(positions.golden.sampling)} was not followed by a normalisation in {side}: what was kept adds up to "
+            f"{recorded} was not followed by a normalisation in {side}: what was kept adds up to "
             f"{np.mean(kept.total[kept.complete]):.3f} on average, not to 1 ({int(kept.complete.sum()):,} positions)"
         )
         yield ProcessingStep(Finding("semantic", "truncation", text), False, False)
@@ -184,8 +186,8 @@ def _is_recorded(limits: truncated_support.Limits, sampling: Sampling, *, masses
     return combined or (top_k and top_p and min_p)
 
 
-def _asked(sampling: Sampling) -> str:
+def _truncation_in_words(sampling: Sampling) -> str:
     """The truncation of a sampling, in words."""
     parts = ((f"top-k {sampling.top_k}", sampling.top_k > 0), (f"top-p {sampling.top_p:g}", sampling.top_p < 1),
              (f"min-p {sampling.min_p:g}", sampling.min_p > 0))  # fmt: skip
-    return " and ".join(text for text, there in parts if there) or "no truncation"
+    return " and ".join(text for text, set_ in parts if set_) or "no truncation"
