@@ -80,28 +80,28 @@ def _gate(
         hidden = room[1] > _HIDES and key == "clip_share"
         passing = limit if hidden else limit + room[0]
         return Gate(key, direct.estimate, passing, limit + room[1], direct.low, direct.high, unit, hidden=hidden)
-    golden_error = rows.golden_error[known]
-    mine, golden = felt(rows.error[known]), felt(golden_error)
-    own = float(golden.mean())
+    expected_error = rows.expected_error[known]
+    of_actual, of_expected = felt(rows.actual_error[known]), felt(expected_error)
+    own = float(of_expected.mean())
     # where the reference says nothing: d, less what two builds with errors like the golden's make of it
-    two_builds = felt(np.roll(golden_error, len(golden_error) // 2) - golden_error)
+    two_builds = felt(np.roll(expected_error, len(expected_error) // 2) - expected_error)
     drawn = mean_interval(two_builds, rows.clusters[known])
     growth, beyond = felt(rows.d), felt(rows.d)
     # the covered ones are a sample: by its lower bound for passing, by its upper one for failing, and no less than may be noise
     # without a reference
     growth[~known] -= noise.fresh * max(2 * drawn.estimate - drawn.high, 0.0)
     beyond[~known] -= max((1 + _FAIL_ROOM) * noise.fresh * drawn.high, room[1])
-    growth[known] = beyond[known] = mine - golden
+    growth[known] = beyond[known] = of_actual - of_expected
     grown, least = mean_interval(growth, rows.clusters), mean_interval(beyond, rows.clusters)
 
     def with_room(room: float) -> float:
         """The golden's own where its error's square is larger by the room: a share of tails grows faster than that."""
         more = 1 + room * noise.fresh
-        return float(felt(golden_error * more**0.5).mean()) if key == "clip_share" else own * more
+        return float(felt(expected_error * more**0.5).mean()) if key == "clip_share" else own * more
 
     errors = Errors(
-        golden=own,
-        actual=float(mine.mean()),
+        expected=own,
+        actual=float(of_actual.mean()),
         limit=limit + with_room(_PASS_ROOM),
         fail_limit=limit + with_room(_FAIL_ROOM),
         low=own + least.low,
@@ -123,21 +123,23 @@ def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: _Noise
     passes, may_be = (_MEAN_ERRORS * of / tokens**0.5 for of in (noise.passes, noise.may_be))
     if not known.any():
         return Gate("mean_diff", direct.estimate, limit + passes, limit + 2 * may_be, direct.low, direct.high, "nats")
-    golden = units.golden_error[known]
-    of_golden = float(golden.mean())
-    size, spread = np.mean(golden**2), units.d[known].std()  # noise that both share moves no mean
-    golden = np.where(known, units.golden_error, of_golden)
-    mine = golden + units.d
-    own = float(mine.mean())
+    of_expected = units.expected_error[known]
+    mean_expected = float(of_expected.mean())
+    size, spread = np.mean(of_expected**2), units.d[known].std()  # noise that both share moves no mean
+    of_expected = np.where(known, units.expected_error, mean_expected)
+    of_actual = of_expected + units.d
+    mean_actual = float(of_actual.mean())
     room = _MEAN_ERRORS * min(float(np.sqrt(2 * noise.fresh * size)), float(spread)) / np.count_nonzero(known) ** 0.5
-    grown = mean_interval(np.copysign(1.0, own) * mine - np.copysign(1.0, of_golden) * golden, units.clusters)
+    grown = mean_interval(
+        np.copysign(1.0, mean_actual) * of_actual - np.copysign(1.0, mean_expected) * of_expected, units.clusters
+    )
     errors = Errors(
-        golden=abs(of_golden),
-        actual=abs(own),
-        limit=limit + room + abs(of_golden),
-        fail_limit=limit + 2 * room + abs(of_golden),
-        low=grown.low + abs(of_golden),
-        high=grown.high + abs(of_golden),
+        expected=abs(mean_expected),
+        actual=abs(mean_actual),
+        limit=limit + room + abs(mean_expected),
+        fail_limit=limit + 2 * room + abs(mean_expected),
+        low=grown.low + abs(mean_expected),
+        high=grown.high + abs(mean_expected),
     )
     return Gate("mean_diff", direct.estimate, limit + room, limit + 2 * room, direct.low, direct.high, "nats", errors=errors)
 

@@ -15,8 +15,8 @@ from .contradictions import Record, examine
 from .decision import proves
 from .findings import Finding
 from .measurement import Measurement
-from .signatures.find_steps import applied_temperature
-from .signatures.head import head_finding
+from .signatures.find_logits_processing_steps import applied_temperature
+from .signatures.lm_head import lm_head_finding
 from .signatures.positions import GLANCE, MOST, positions_of
 from .signatures.semantics import bears_out, different_meaning, label_findings, left_unexplained, semantic_findings, unsure_of
 
@@ -89,7 +89,7 @@ def _by_arithmetic(measured: Measurement) -> list[Finding]:
     if not measured.failed:  # a meaning that is proven fails at any size; what only may be one does not
         findings = [f for f in findings if proves(f, unsure=measured.unsure, beyond=measured.beyond_dtype)]
     unnamed = bool(measured.failed) and not any(finding.cause for finding in findings)
-    if unnamed and (head := head_finding(positions_of(expected, actual, rows, names=names))):
+    if unnamed and (head := lm_head_finding(positions_of(expected, actual, rows, names=names))):
         findings.append(head)
     return findings
 

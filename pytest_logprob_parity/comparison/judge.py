@@ -7,6 +7,7 @@ import numpy as np
 from ..grammar import counted
 from ..notes import Note
 from ..trace import Trace
+from .comparison_notes import beside_the_verdict, not_compared, without_floor
 from .decision import Found, decide
 from .difference import Difference
 from .evidence import Evidence
@@ -15,7 +16,6 @@ from .findings import Finding
 from .free_generation.judge import judge_free_run
 from .is_different import is_different
 from .measurement import Measurement, measure, policy_metrics
-from .remarks import beside_the_verdict, not_compared, without_floor
 from .result import Comparison
 from .tally import TALLY
 from .tolerance import Tolerance

@@ -159,14 +159,14 @@ def _differences(
         d = np.subtract(a, e, dtype=np.float64)
     else:
         d, sequences = a[finite].astype(np.float64) - e[finite], sequences[finite]
-    golden_error = error = np.full(len(d), np.nan)
+    expected_error = actual_error = np.full(len(d), np.nan)
     if reference is not None:
         truth = reference.logprobs[rows.expected][finite]
         with np.errstate(invalid="ignore"):
-            golden_error, error = (np.subtract(x[finite], truth, dtype=np.float64) for x in (e, a))
+            expected_error, actual_error = (np.subtract(x[finite], truth, dtype=np.float64) for x in (e, a))
         unknown = ~np.isfinite(truth)
-        golden_error[unknown] = error[unknown] = np.nan
-    return Differences(d, sequences, prompt_numbers(expected)[sequences], golden_error, error)
+        expected_error[unknown] = actual_error[unknown] = np.nan
+    return Differences(d, sequences, prompt_numbers(expected)[sequences], expected_error, actual_error)
 
 
 def _numbers(
@@ -199,7 +199,7 @@ def _what_it_shows(rows: Differences, gates: tuple[Gate, ...]) -> Shown | None:
     gate = next((g for g in gates if g.key == "outlier_sequences"), None)
     if gate is None:
         return None
-    off = np.where(rows.known, rows.error, rows.d)
+    off = np.where(rows.known, rows.actual_error, rows.d)
     names, first, places = np.unique(rows.sequences, return_index=True, return_inverse=True)
     spread = m.sequence_rms(off, places, np.inf)
     prompts = rows.prompts[first]

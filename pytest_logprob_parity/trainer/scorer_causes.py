@@ -12,9 +12,9 @@ import numpy as np
 from ..comparison.alignment import align
 from ..comparison.findings import Cause
 from ..comparison.result import Comparison, Finding
-from ..comparison.signatures.head import logit_step
+from ..comparison.signatures.lm_head import logit_step
+from ..comparison.signatures.logit_scale import is_a_temperature
 from ..comparison.signatures.positions import positions_of
-from ..comparison.signatures.scale import is_a_temperature
 from ..comparison.tolerance import DTYPES, Tolerance
 from ..golden import Golden
 from ..golden.fingerprint import adapter_digest
@@ -141,7 +141,7 @@ def _head_finding(trace: Trace, scorer: Scorer) -> Finding | None:
     declared = Declared.by(scorer).head_dtype
     if declared not in DTYPES:
         return None
-    step = logit_step(positions_of(trace, trace, align(trace, trace)), golden=True)
+    step = logit_step(positions_of(trace, trace, align(trace, trace)), "expected")
     if step is None or (step == 0) == (declared in ("float32", "float64")):
         return None
     if step:
@@ -155,7 +155,7 @@ def _head_finding(trace: Trace, scorer: Scorer) -> Finding | None:
 
 def _by_a_head(trace: Trace) -> float:
     """The largest RMS (nats) that one side's head in half precision can make: two steps of its grid, over the temperature."""
-    step = logit_step(positions_of(trace, trace, align(trace, trace)), golden=True) or _STEP
+    step = logit_step(positions_of(trace, trace, align(trace, trace)), "expected") or _STEP
     return 2 * step / (temperature_of(trace.sampling) or 1.0)
 
 

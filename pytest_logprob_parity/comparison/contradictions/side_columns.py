@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...trace import Trace
-from .contradiction import Side
+from ..sides import Side
 
 Bools = npt.NDArray[np.bool_]
 Doubles = npt.NDArray[np.float64]

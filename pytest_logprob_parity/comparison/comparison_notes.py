@@ -47,7 +47,7 @@ def beside_the_verdict(measured: Measurement, verdict: Verdict, level: Level) ->
     """What is said beside a verdict: was the top-k judged, has something changed all the same, how far does it reach."""
     notes = [topk_judged(measured.expected, measured.actual)] if verdict == "pass" else []
     if verdict != "fail" and measured.beyond_dtype:
-        rms, dtype = measured.numbers["rms_diff"], measured.setting.dtype
+        rms, dtype = measured.numbers["rms_diff"], measured.setting.expected_dtype
         text = f"RMS {rms:.2g} nats is more than noise in {dtype} explains: something has changed"
         less = f", by less than objective {measured.limits.objective} feels" if verdict == "pass" else ""
         notes.append(Note("beyond_dtype", text + less))
