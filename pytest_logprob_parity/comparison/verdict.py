@@ -42,7 +42,6 @@ from .result import (
     TokenDiff,
     names_of,
 )
-from .signatures.find_steps import applied_temperature
 from .signatures.head import head_finding
 from .signatures.positions import GLANCE, MOST, positions_of
 from .signatures.semantics import bears_out, different_meaning, label_findings, left_unexplained, semantic_findings, unsure_of
@@ -326,7 +325,7 @@ def _noise(numbers: Mapping[str, float], gates: Sequence[Gate]) -> Finding:
 
 def _nearly_the_same(expected: Trace, actual: Trace) -> bool:
     """Whether the labels differ by a temperature alone, and by so little that unsure sizes do not bear it out."""
-    apart = applied_temperature(expected) / applied_temperature(actual) - 1
+    apart = expected.applied_temperature / actual.applied_temperature - 1
     one, other = ({} if trace.is_raw else trace.sampling.steps() for trace in (expected, actual))
     for steps in (one, other):
         steps.pop("temperature", None)
@@ -383,7 +382,7 @@ def _is_different(expected: Trace, exact: bool, decided: bool, level: Level, evi
         return Difference(None, "not bit for bit the same; only an engine can be asked again in the floor's shapes")
     if floor.changed == 0:
         return Difference(True, "beyond the noise of batch composition: other bits, where no drawn one moved any")
-    blocks = np.repeat(np.arange(expected.num_sequences) % floor.shapes.blocks, np.diff(expected.sequence_offsets))
+    blocks = expected.sequence_of_token % floor.shapes.blocks
     test = block_permutation_test(floor.logprobs, evidence.draw(), blocks)
     if test is None:
         return Difference(None, f"not bit for bit the same; too few sequences for {floor.shapes.blocks} blocks")
@@ -413,9 +412,9 @@ def _worst(expected: Trace, actual: Trace, rows: Alignment, e: Any, a: Any) -> t
     order = order[size[order] > 0]
     places = np.arange(expected.num_tokens)[rows.expected][order]
     others = np.arange(actual.num_tokens)[rows.actual][order]
-    diffs = []
+    diffs, sequences = [], expected.sequence_of_token
     for place, other in zip(places.tolist(), others.tolist(), strict=True):
-        sequence = int(np.searchsorted(expected.sequence_offsets, place, side="right")) - 1
+        sequence = int(sequences[place])
         token_id = int(expected.token_ids[place])
         diffs.append(
             TokenDiff(

@@ -16,7 +16,7 @@ from ..checkpoint.prompts import Prompt
 from ..checkpoint.weight_update import WeightUpdate
 from ..errors import EngineError, UsageError
 from ..spec import Sampling
-from ..trace import FINISH_REASONS, NO_SEED, ReplayPath, Segment, Trace, TracePath, offsets_of
+from ..trace import NO_SEED, ReplayPath, Segment, Trace, TracePath, empty_top_k, finish_code, offsets_of, rows_of
 from .backend import Backend, Completion, Request
 
 REPLAYS: Final[tuple[ReplayPath, ...]] = get_args(ReplayPath)
@@ -36,8 +36,7 @@ class _Rows:
         return cls(
             np.full(tokens, np.nan, np.float32),
             np.zeros(tokens, np.int32),
-            np.full((tokens, k), -1, np.int32),
-            np.full((tokens, k), -np.inf, np.float32),
+            *empty_top_k(tokens, k),
         )
 
     def fill(self, start: int, completion: Completion) -> None:
@@ -103,7 +102,7 @@ def generate(
         mask=mask,
         top_token_ids=rows.top_token_ids,
         top_logprobs=rows.top_logprobs,
-        finish_reasons=[_finish_code(reason) for reason in finish],
+        finish_reasons=[finish_code(reason) for reason in finish],
         group=groups,
         seeds=seeds,
         sampling=sampling,
@@ -178,7 +177,7 @@ def replay_all(backend: Backend, trace: Trace, paths: Sequence[ReplayPath], **op
         "decode": _plan_decode, "prefill": _plan_prefill, "regenerate": _plan_regenerate, "window": _plan_window,
     }  # fmt: skip
     limit = backend.config.max_model_len
-    longest = int(np.max(np.diff(trace.prompt_offsets)[trace.group] + np.diff(trace.sequence_offsets), initial=0))
+    longest = int(trace.total_lengths.max(initial=0))
     if limit is not None and longest > limit:
         raise UsageError(f"the trace has a sequence of {longest:,} tokens with its prompt; max_model_len is {limit:,}")
     _check_trace_ids(backend, trace)
@@ -298,7 +297,7 @@ def _plan_regenerate(backend: Backend, trace: Trace) -> _Plan:
             ranks=rows.ranks,
             top_token_ids=rows.top_token_ids,
             top_logprobs=rows.top_logprobs,
-            finish_reasons=[_finish_code(c.finish_reason) for _, c in pairs],
+            finish_reasons=[finish_code(c.finish_reason) for _, c in pairs],
             group=groups,
             episode=[s.sequence for s, _ in pairs],
             turn=[s.turn for s, _ in pairs],
@@ -381,7 +380,7 @@ def _check_trace_ids(backend: Backend, trace: Trace) -> None:
     ):
         wrong = np.flatnonzero((ids < 0) | (ids >= size))
         if len(wrong):
-            row = int(np.searchsorted(offsets, wrong[0], side="right")) - 1
+            row = int(rows_of(offsets)[wrong[0]])
             raise _no_token(backend, f"{what} {row} of the trace", int(wrong[0] - offsets[row]), int(ids[wrong[0]]))
 
 
@@ -402,10 +401,6 @@ def _no_token(backend: Backend, where: str, position: int, token: int) -> UsageE
     size = backend.config.vocabulary
     known = f"ids are 0 to {2**31 - 1}" if size is None else f"the engine's vocabulary has {size:,} tokens, ids 0 to {size - 1}"
     return UsageError(f"{where} has the token id {token!s:.40} at position {position}; {known}")
-
-
-def _finish_code(reason: str) -> int:
-    return FINISH_REASONS.index(reason) if reason in FINISH_REASONS else 0
 
 
 def _texts(trace: Trace, tokenizer: Any) -> dict[int, str]:

@@ -10,7 +10,6 @@ from typing import Final
 import numpy as np
 
 from ...spec import Sampling
-from ...trace import Trace
 from ..result import Cause, Finding, Names
 from .penalties import Penalty, find_penalties, moves_only_seen
 from .positions import Positions
@@ -28,10 +27,10 @@ def stages_of(positions: Positions) -> Iterator[Stage]:
     bare = positions.ids.shape[1] < 2  # one token a position shows no scale and no penalty
     scale = NO_SCALE if bare else scale_of(positions)
     sampling = positions.golden.sampling
-    golden_temperature = applied_temperature(positions.golden)
+    golden_temperature = positions.golden.applied_temperature
     slope = 1.0
     if scale.positions < ENOUGH:  # the labels have to do
-        slope = golden_temperature / applied_temperature(positions.now)
+        slope = golden_temperature / positions.now.applied_temperature
     temperature = golden_temperature / slope
     stage = None
     if scale.claimed:
@@ -95,7 +94,7 @@ def _with_edges(line: Scale, positions: Positions) -> Scale:
 
 def _temperature_stage(scale: Scale, positions: Positions) -> Stage:
     sampling, names = positions.golden.sampling, positions.names
-    golden_temperature, now = applied_temperature(positions.golden), applied_temperature(positions.now)
+    golden_temperature, now = positions.golden.applied_temperature, positions.now.applied_temperature
     values = {"slope": scale.slope, "error": scale.error, "positions": scale.positions}
     fitted = f"(fitted {{}} +- {{:.1g}} from {scale.positions:,} positions)"
     labelled = now != golden_temperature and scale.is_(golden_temperature / now)
@@ -104,7 +103,7 @@ def _temperature_stage(scale: Scale, positions: Positions) -> Stage:
         text = f"temperature {now:g} in place of {golden_temperature:g}, as the labels say {how}"
         values["temperature"] = golden_temperature / scale.slope
         return Stage(Finding("semantic", "temperature", text, values=values), now > golden_temperature, False)
-    recorded = sampling.temperature if not sampling.greedy else 1.0
+    recorded = sampling.applied_temperature
     step = f"temperature {recorded:g}"
     if recorded != 1 and scale.is_(recorded):
         how = fitted.format(f"{scale.slope:.4f}", scale.error)
@@ -165,9 +164,3 @@ def _penalty_stage(penalty: Penalty, sampling: Sampling, names: Names) -> Stage:
         text += f"; a {penalty.alike.replace('_', ' ')} would look the same here"
     values = {penalty.name: fitted, "error": penalty.error, "positions": penalty.positions}
     return Stage(Finding("semantic", "penalties", text, values=values), on_golden, recorded, step, twice)
-
-
-def applied_temperature(trace: Trace) -> float:
-    """What the logits of a trace's logprobs were divided by, as its labels say."""
-    applies = trace.logprobs_mode == "processed_logprobs" and not trace.sampling.greedy
-    return trace.sampling.temperature if applies and trace.sampling.temperature else 1.0

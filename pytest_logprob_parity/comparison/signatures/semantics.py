@@ -12,7 +12,7 @@ from ...spec import Sampling
 from ...trace import Trace
 from ..alignment import Alignment
 from ..result import Cause, Finding, Names, SemanticCause
-from .find_steps import applied_temperature, scale_of, stages_of
+from .find_steps import scale_of, stages_of
 from .places import find_places
 from .positions import MOST, Positions, positions_of
 from .processing_step import Stage, applied
@@ -49,7 +49,7 @@ def different_meaning(expected: Trace, actual: Trace) -> SemanticCause | None:
 
 def bears_out(expected: Trace, actual: Trace, rows: Alignment) -> bool:
     """Whether the top-k show that the two sides are apart by the temperatures that their labels name, however small."""
-    slope = applied_temperature(expected) / applied_temperature(actual)
+    slope = expected.applied_temperature / actual.applied_temperature
     if slope == 1:
         return False
     scale = scale_of(positions_of(expected, actual, rows))
