@@ -131,8 +131,8 @@ def _both_truncate(
         less = fewer > more
         counts = expected.counts.mean(), actual.counts.mean()
         text = (
-            f"{recorded} was recorded, and {'fewer' if less else 'more'} tokens are left in {positions.names.actual}: {counts[1]:.2f} on "
-            f"average in place of {counts[0]:.2f}, other sets at {fewer + more:.0%} of positions"
+            f"{recorded} was recorded, and {'fewer' if less else 'more'} tokens are left in {positions.names.actual}: "
+            f"{counts[1]:.2f} on average in place of {counts[0]:.2f}, other sets at {fewer + more:.0%} of positions"
         )
         common = np.unique(actual.counts[actual.complete])
         if len(common) == 1:
