@@ -154,6 +154,7 @@ def test_an_adapter_that_is_all_zero_does_nothing_by_right(engine, rollouts, tmp
         engine.update_weights(write_adapter(tmp_path / "wide", rank=32))
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_an_adapter_that_never_came_is_named(pool, questions, steps, tmp_path):
     """New files in the same folder, loaded under the same id: the worker knows the id and ignores the files.
 

@@ -208,6 +208,6 @@ def test_settings_may_stand_behind_options(monkeypatch, capsys):
 def test_model_and_settings_are_looked_at_before_an_environment_is_made(monkeypatch, capsys, setting, told):
     monkeypatch.setattr("pytest_logprob_parity.matrix.bisect.known_releases", lambda *_, **__: RELEASES)
     made = []
-    monkeypatch.setattr("pytest_logprob_parity.matrix.bisect.environment_of", lambda *_: made.append(1))
+    monkeypatch.setattr("pytest_logprob_parity.matrix.bisect.environment_of", lambda *_, **__: made.append(1))
     assert main(["bisect", GOLDEN, "--good", "0.10.0", "--bad", "0.11.0", "model=models/tiny-arith", setting]) == 2
     assert (told in capsys.readouterr().err, made) == (True, [])

@@ -2,6 +2,7 @@
 transformers, which starts in seconds; tests/test_migration.py has what real versions of vLLM recorded."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from made_up import make_trace
 
-from conftest import ROOT
+from conftest import ROOT, forked_python
 from pytest_logprob_parity import EngineError, Golden, ParityError, Sampling, UsageError
 from pytest_logprob_parity.checkpoint.digests import model_digests
 from pytest_logprob_parity.cli import main
@@ -44,7 +45,7 @@ max_tokens = 12
 n = 4
 
 [environment.here]
-python = "{sys.executable}"
+python = "{forked_python()}"
 
 [cell."asked for"]
 environment = "here"
@@ -154,7 +155,7 @@ settings = {{ engine = "transformers", max_num_batched_tokens = 64 }}
 
 
 def test_a_reference_that_cannot_run_ends_it(plan, tmp_path, capsys):
-    status = main(["matrix", str(plan(base=PLAN.replace(sys.executable, "no-such-python"))), "--out", str(tmp_path / "out")])
+    status = main(["matrix", str(plan(base=PLAN.replace(forked_python(), "no-such-python"))), "--out", str(tmp_path / "out")])
     assert status == 2
     assert "the reference asked for (float32) recorded nothing: environment here: there is no" in capsys.readouterr().err
 
@@ -192,6 +193,9 @@ def test_a_reference_that_cannot_run_ends_it(plan, tmp_path, capsys):
         (('dtypes = ["float32"]', 'dtypes = ["flot32"]'), "the file: dtypes must be a list"),
         (('python = "', 'python = 3 # "'), "environment 'here': python must be a text, not 3"),
         (('python = "', 'packages = ["x"]\npython = "'), "environment 'here' has both python and packages"),
+        (('python = "', 'after_install = ["x.py"]\npython = "'), "environment 'here' has both python and after_install"),
+        (('python = "', 'packages = ["x"]\nafter_install = ["no.py"] # "'), "environment 'here': there is no .*no.py"),
+        (('python = "', 'after_install = ["x.py"] # "'), "environment 'here' says neither what to install nor which python"),
         (('python = "', 'packages = "x" # "'), "environment 'here': packages must be a list of texts, not 'x'"),
         (('python = "', 'variables = { A = 1 }\npython = "'), "environment 'here': variables must be a table of texts"),
         (("settings = {", 'settings = "raw" # {'), "cell 'asked for': settings must be a table, not 'raw'"),
@@ -448,6 +452,24 @@ def test_an_environment_is_made_once_whole_or_not_at_all(tmp_path, monkeypatch):
         python_of(Environment("other", packages=("x",)), tmp_path, told.append)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("other*/"))
+
+
+def test_what_comes_after_an_install_is_run_by_the_new_environments_own_python(plan, tmp_path):
+    (tmp_path / "first.py").write_text("import sys\nprint('first in', sys.prefix)")
+    (tmp_path / "second.py").write_text("print('second')")
+    (tmp_path / "none.txt").write_text("")
+    here = '[environment.made]\nrequirements = ["none.txt"]\nafter_install = ["first.py", "second.py"]\n'
+    path = plan(base=PLAN.replace("[environment.here]", f"{here}[environment.here]"))
+    path.write_text(path.read_text().replace('environment = "here"', 'environment = "made"'))
+    environment = load_plan(path).cells[0].environment
+    folder = python_of(environment, tmp_path, lambda _: None).parent.parent
+    assert json.loads((folder / "logprob-parity.json").read_text())["after_install"] == [f"first in {folder}", "second"]
+    before = environment.digest
+    (tmp_path / "second.py").write_text("print('another')")
+    assert load_plan(path).cells[0].environment.digest != before
+    failing = dataclasses.replace(environment, after_install={"bad.py": "raise ValueError('no such build')"})
+    with pytest.raises(EngineError, match=r"environment made was not made: after_install bad\.py: ValueError: no such build"):
+        python_of(failing, tmp_path, lambda _: None)
 
 
 def test_an_environment_that_lost_what_the_worker_needs_is_made_anew(tmp_path, monkeypatch):

@@ -221,13 +221,13 @@ def test_a_golden_of_an_engine_is_checked_against_a_server(pytester, run_inner, 
     run_inner(f"--parity-server={server}").assert_outcomes(passed=1)
 
 
-def test_a_check_against_a_server_loads_no_engine(pytester, run_inner, server):
+def test_a_check_against_a_server_loads_no_engine(pytester, run_inner, server, run_forked):
     """So its process is up in seconds. The negative control: a test module that imports torch would be seen."""
     seen = "\ndef test_last():\n    import sys\n    assert not {'vllm', 'torch'} & {*sys.modules}\n"
     pytester.makepyfile(test_it=TEST + seen, test_other="import torch\n" + seen)
     run_inner("--update-golden", f"--parity-server={server}", "test_it.py::test_rollouts").assert_outcomes(passed=1)
-    pytester.runpytest_subprocess(f"--parity-server={server}", "test_it.py").assert_outcomes(passed=2)
-    pytester.runpytest_subprocess("test_other.py").assert_outcomes(failed=1)
+    run_forked(f"--parity-server={server}", "test_it.py").assert_outcomes(passed=2)
+    run_forked("test_other.py").assert_outcomes(failed=1)
 
 
 def test_the_address_is_an_engine_of_ones_own(pytester, run_inner, server):

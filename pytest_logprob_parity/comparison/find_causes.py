@@ -15,7 +15,6 @@ from .contradictions import Record, examine
 from .decision import proves
 from .findings import Finding
 from .measurement import Measurement
-from .signatures.find_logits_processing_steps import applied_temperature
 from .signatures.lm_head import lm_head_finding
 from .signatures.positions import GLANCE, MOST, positions_of
 from .signatures.semantics import bears_out, different_meaning, label_findings, left_unexplained, semantic_findings, unsure_of
@@ -71,7 +70,7 @@ def _meanings(measured: Measurement) -> tuple[list[Finding], list[Note]]:
 
 def _nearly_the_same(expected: Trace, actual: Trace) -> bool:
     """Whether the labels differ by a temperature alone, and by so little that unsure sizes do not bear it out."""
-    apart = applied_temperature(expected) / applied_temperature(actual) - 1
+    apart = expected.applied_temperature / actual.applied_temperature - 1
     one, other = ({} if trace.is_raw else trace.sampling.steps() for trace in (expected, actual))
     for steps in (one, other):
         steps.pop("temperature", None)

@@ -114,10 +114,13 @@ def known_releases(package: str, *, pre: bool = False) -> list[str]:
     return [version.strip() for version in found.group(1).split(",")]
 
 
-def environment_of(package: str, version: str, also: Sequence[str] = ()) -> Environment:
+def environment_of(
+    package: str, version: str, also: Sequence[str] = (), after_install: Mapping[str, str] | None = None
+) -> Environment:  # fmt: skip
     """What a release is installed from: its own metadata's requirements, without the local version of torch's build.
 
-    `also` are requirements besides, for what a release did not foresee: that transformers would have a version 5.
+    `also` are extra pins for dependencies that a release left open, such as "transformers<5"; `after_install` has Python
+    files by name, as Environment has.
 
     Raises EngineError where the release cannot be had.
     """
@@ -130,7 +133,12 @@ def environment_of(package: str, version: str, also: Sequence[str] = ()) -> Envi
         raise EngineError(f"{package} {version} cannot be had: {(why or ['pip says nothing of it'])[-1]}") from None
     kept = [need for need in needs if "extra ==" not in need and re.split(r"[^\w-]", need, maxsplit=1)[0] not in _UNWANTED]
     relaxed = [re.sub(r"(==[\w.]+)\+cpu", r"\1", need) for need in kept]
-    return Environment(f"{package}-{version}", packages=(f"{package}=={version}",), resolved=(*relaxed, *also))
+    return Environment(
+        f"{package}-{version}",
+        packages=(f"{package}=={version}",),
+        resolved=(*relaxed, *also),
+        after_install=dict(after_install or {}),
+    )
 
 
 def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,8 @@ import numpy as np
 from ..check.ask import Answers, ask
 from ..checkpoint.rewrite import rewrite_checkpoint
 from ..checkpoint.weight_update import tied_heads
-from ..engines.pool import Engine, Pool
+from ..engines.engine import Engine
+from ..engines.pool import Pool
 from ..errors import EngineError, ParityError, UsageError
 from ..golden import Golden
 from ..spec import EngineSpec

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from ..check.check import check_golden
-from ..check.compatibility import Context, check_belongs
+from ..check.compatibility import check_belongs
+from ..check.context import Context
 from ..engines.pool import Pool
 from ..errors import EngineError, UsageError
 from ..golden import Golden

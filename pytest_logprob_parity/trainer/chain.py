@@ -14,8 +14,8 @@ from ..comparison.tolerance import Tolerance, make_tolerance
 from ..errors import UsageError
 from ..golden.noise_floor import Shapes
 from ..trace import FloatArray, ReplayPath, Trace
+from .agreement import without_top_k
 from .limits import trainer_tolerance
-from .parity import without_top_k
 from .scorer import Scorer
 from .scoring import score
 

@@ -17,8 +17,8 @@ from ..comparison.result import Comparison, Finding
 from ..comparison.tolerance import Tolerance, make_tolerance
 from ..notes import Note
 from ..trace import Trace
+from ..trainer.agreement import without_top_k
 from ..trainer.limits import trainer_tolerance
-from ..trainer.parity import without_top_k
 from .reference import BETTER, CLEARED, FITS, KEPT, UpdateReading, UpdateReference
 
 

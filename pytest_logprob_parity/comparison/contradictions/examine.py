@@ -122,7 +122,7 @@ def _looked_at(expected: Trace, actual: Trace, rows: Alignment) -> slice | Longs
     e, a = expected.logprobs[rows.expected], actual.logprobs[rows.actual]
     with np.errstate(invalid="ignore"):
         far = np.flatnonzero((np.abs(a - e) > _FAR) | (np.isfinite(a) != np.isfinite(e)))[:most]
-    inside = np.flatnonzero(np.repeat(some, np.diff(expected.sequence_offsets))[rows.expected])
+    inside = np.flatnonzero(some[expected.sequence_of_token][rows.expected])
     return np.union1d(inside, far)
 
 

@@ -10,7 +10,6 @@ from typing import Final
 import numpy as np
 
 from ...spec import Sampling
-from ...trace import Trace
 from ..findings import Cause, Finding
 from ..sides import Names
 from .logit_scale import ENOUGH, FINEST, NO_SCALE, Scale, fit_scale, may_be_chosen
@@ -29,10 +28,10 @@ def logits_processing_steps(positions: Positions) -> Iterator[ProcessingStep]:
     bare = positions.ids.shape[1] < 2  # one token a position shows no scale and no penalty
     scale = NO_SCALE if bare else scale_of(positions)
     sampling = positions.expected_trace.sampling
-    expected_temperature = applied_temperature(positions.expected_trace)
+    expected_temperature = positions.expected_trace.applied_temperature
     slope = 1.0
     if scale.positions < ENOUGH:  # the labels have to do
-        slope = expected_temperature / applied_temperature(positions.actual_trace)
+        slope = expected_temperature / positions.actual_trace.applied_temperature
     temperature = expected_temperature / slope
     step = None
     if scale.claimed:
@@ -108,7 +107,7 @@ def _with_edges(line: Scale, positions: Positions) -> Scale:
 
 def _temperature_step(scale: Scale, positions: Positions) -> ProcessingStep:
     sampling, names = positions.expected_trace.sampling, positions.names
-    expected_temperature, now = applied_temperature(positions.expected_trace), applied_temperature(positions.actual_trace)
+    expected_temperature, now = positions.expected_trace.applied_temperature, positions.actual_trace.applied_temperature
     values = {"slope": scale.slope, "error": scale.error, "positions": scale.positions}
     fitted = f"(fitted {{}} +- {{:.1g}} from {scale.positions:,} positions)"
     labelled = now != expected_temperature and scale.is_(expected_temperature / now)
@@ -205,9 +204,3 @@ def _penalty_step(penalty: Penalty, sampling: Sampling, names: Names) -> Process
         name=name,
         twice=twice,
     )
-
-
-def applied_temperature(trace: Trace) -> float:
-    """What the logits of a trace's logprobs were divided by, as its labels say."""
-    applies = trace.logprobs_mode == "processed_logprobs" and not trace.sampling.greedy
-    return trace.sampling.temperature if applies and trace.sampling.temperature else 1.0

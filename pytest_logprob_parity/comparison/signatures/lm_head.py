@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...logit_grid import ENOUGH, grid_of
-from ...trace import Trace
+from ...lm_head_precision import ENOUGH, grid_of
 from ..findings import Finding
 from ..sides import Side
 from .positions import Positions
@@ -29,7 +28,7 @@ def lm_head_finding(positions: Positions) -> Finding | None:
 
 def _within(positions: Positions, most: float) -> bool:
     """Whether the gaps between tokens, in logits, differ between the sides by no more than this at most positions."""
-    scale = [_temperature(trace) for trace in (positions.expected_trace, positions.actual_trace)]
+    scale = [trace.applied_temperature for trace in (positions.expected_trace, positions.actual_trace)]
     two = positions.of(positions.common.sum(axis=1) >= 2)
     apart = np.where(two.common, two.actual, np.nan) * scale[1] - np.where(two.common, two.expected, np.nan) * scale[0]
     if not len(apart):
@@ -50,12 +49,7 @@ def logit_step(positions: Positions, side: Side) -> float | None:
     usable = np.isfinite(top).all(axis=1)
     if np.count_nonzero(usable) < ENOUGH:
         return None
-    return grid_of((top[usable, 0] - top[usable, 1]) * _temperature(trace))
-
-
-def _temperature(trace: Trace) -> float:
-    applies = trace.logprobs_mode == "processed_logprobs" and not trace.sampling.greedy
-    return trace.sampling.temperature if applies and trace.sampling.temperature else 1.0
+    return grid_of((top[usable, 0] - top[usable, 1]) * trace.applied_temperature)
 
 
 def _words(step: float) -> str:

@@ -304,7 +304,7 @@ def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -
 
 def _by_sequence(trace: Trace, rows: Any, said: Doubles, own: Doubles, wrong: Any) -> tuple[SemanticCause, str]:
     """What a whole sequence gives away: one value for all tokens, or those of another sequence; else only that it differs."""
-    owner = np.searchsorted(trace.sequence_offsets, rows, side="right") - 1
+    owner = trace.sequence_of_token[rows]
     of = np.unique(owner[wrong])
     constant = [np.ptp(said[owner == s]) < _ONE_VALUE for s in of]
     if np.mean(constant) > _MOST:

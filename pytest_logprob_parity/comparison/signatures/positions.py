@@ -116,7 +116,7 @@ def positions_of(
 ) -> Positions:  # fmt: skip
     """The table over the aligned tokens, of `sequences` alone where they are given, thinned out to `most`."""
     places, others = np.arange(expected.num_tokens)[rows.expected], np.arange(actual.num_tokens)[rows.actual]
-    owner = np.repeat(np.arange(expected.num_sequences), np.diff(expected.sequence_offsets))[rows.expected]
+    owner = expected.sequence_of_token[rows.expected]
     if sequences is not None:
         taken = np.isin(owner, sequences)
         places, others, owner = places[taken], others[taken], owner[taken]

@@ -13,7 +13,7 @@ from ...trace import Trace
 from ..alignment import Alignment
 from ..findings import Cause, Finding, SemanticCause
 from ..sides import Names
-from .find_logits_processing_steps import applied_temperature, logits_processing_steps, scale_of
+from .find_logits_processing_steps import logits_processing_steps, scale_of
 from .logit_scale import ENOUGH
 from .logits_processing_step import ProcessingStep, applied
 from .misreported_logprobs import (
@@ -50,7 +50,7 @@ def different_meaning(expected: Trace, actual: Trace) -> SemanticCause | None:
 
 def bears_out(expected: Trace, actual: Trace, rows: Alignment) -> bool:
     """Whether the top-k show that the two sides are apart by the temperatures that their labels name, however small."""
-    slope = applied_temperature(expected) / applied_temperature(actual)
+    slope = expected.applied_temperature / actual.applied_temperature
     if slope == 1:
         return False
     scale = scale_of(positions_of(expected, actual, rows))
