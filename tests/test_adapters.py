@@ -375,7 +375,7 @@ def test_an_adapter_may_come_from_the_command_line(run_inner, pytester, steps):
 
 def test_a_third_opinion_does_not_overrule_what_is_known():
     """Another adapter is another one, whatever an independent reading of the checkpoint says."""
-    named = [Finding("weights", "adapter", "step-1 in the golden, no adapter now")]
+    named = [Finding(layer="weights", cause="adapter", evidence="step-1 in the golden, no adapter now")]
     assert weigh(named, Reading(golden=0.1, now=0.001, share=1.0)) == named
 
 

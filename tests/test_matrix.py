@@ -277,7 +277,14 @@ def test_a_row_that_nothing_was_found_for_says_why_in_the_page():
 
     rows = [
         Row("a", "float32", "s", "unverified", "12 sequences are too few"),
-        Row("b", "float32", "s", "fail", "too far", findings=(Finding("path", "engine_build", "it is another"),)),
+        Row(
+            "b",
+            "float32",
+            "s",
+            "fail",
+            "too far",
+            findings=(Finding(layer="path", cause="engine_build", evidence="it is another"),),
+        ),
     ]
     lines = page(rows, "a")
     assert "| a | float32 | **unverified** |" in lines

@@ -256,7 +256,7 @@ def test_an_engine_nearer_to_the_reference_than_its_golden_passes_however_far_it
     result = compare(expected=trace, actual=moved(trace, now - golden), reference=reference_of(trace, golden))
     errors = gate(result, "k3").errors
     assert (result.verdict, errors.outcome) == ("pass", "pass")
-    assert (errors.golden, errors.actual) == (pytest.approx(0.05**2 / 2, rel=0.1), pytest.approx(0.038**2 / 2, rel=0.1))
+    assert (errors.expected, errors.actual) == (pytest.approx(0.05**2 / 2, rel=0.1), pytest.approx(0.038**2 / 2, rel=0.1))
     assert gate(result, "k3").high > gate(result, "k3").limit  # by the difference alone it would not pass
     exact = compare(expected=trace, actual=moved(trace, -golden), reference=reference_of(trace, golden))
     assert (exact.verdict, gate(exact, "k3").errors.actual) == ("pass", pytest.approx(0, abs=1e-12))

@@ -127,4 +127,4 @@ def _nan_finding(measured: Measurement) -> Finding:
     text = f"{counted(count, 'logprobs')} {is_or_are(count)} NaN or +inf, in {of} of {sequences} sequences"
     if of < sequences:
         text += ": other weights would make them in all"
-    return Finding("path", None, text, ("engine_build", "kv_cache_dtype"))
+    return Finding(layer="path", cause=None, evidence=text, candidates=("engine_build", "kv_cache_dtype"))

@@ -28,7 +28,7 @@ GATE_NAMES: Final[Mapping[GateKey, str]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Errors:
     """How far both sides are from the reference, in the unit of a gate, and the interval and the limits of `actual`.
 
@@ -60,7 +60,7 @@ class Errors:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
     """One number that decides, with its interval and limits, all in `unit`.
 

@@ -61,7 +61,7 @@ def adapter_finding(differences: Sequence[tuple[str, Any, Any]]) -> Finding | No
     for name, expected, actual in differences:
         if name == "adapter":
             text = f"{expected or 'no adapter'} in the golden, {actual or 'no adapter'} now"
-            return Finding("weights", "adapter", text)
+            return Finding(layer="weights", cause="adapter", evidence=text)
     return None
 
 
@@ -82,7 +82,7 @@ def suspects(
         "weights_differ", "stale_weights", *(("stale_kv_cache",) if cached else ()),
     )  # fmt: skip
     text = f"{agree}, and they do not read weights: not told apart: how the engine computes, or its weights; {_TELLS}"
-    return [Finding("path", None, text, candidates)]
+    return [Finding(layer="path", cause=None, evidence=text, candidates=candidates)]
 
 
 def suspect_settings(differences: Sequence[tuple[str, Any, Any]], *, name: bool = True) -> list[Finding]:
@@ -116,7 +116,7 @@ def suspect_settings(differences: Sequence[tuple[str, Any, Any]], *, name: bool 
             causes = tuple(found[layer])
             evidence = "; ".join(text for texts in found[layer].values() for text in texts)
             if alone:
-                findings.append(Finding(layer, causes[0], f"the only difference: {evidence}"))
+                findings.append(Finding(layer=layer, cause=causes[0], evidence=f"the only difference: {evidence}"))
             else:
-                findings.append(Finding(layer, None, evidence, causes))
+                findings.append(Finding(layer=layer, cause=None, evidence=evidence, candidates=causes))
     return findings

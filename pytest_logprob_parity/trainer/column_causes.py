@@ -47,7 +47,7 @@ def disagreement(comparison: Comparison, rollouts: Trace, column: Trace, noise: 
         or off_from_a_token_on(*columns, whose="the trainer")
     )
     text = "nothing in the two columns tells which is off: give a scorer for a third opinion"
-    return [told or Finding("trainer", None, text, _CANDIDATES)]
+    return [told or Finding(layer="trainer", cause=None, evidence=text, candidates=_CANDIDATES)]
 
 
 def trainer_is_off(
@@ -80,8 +80,15 @@ def trainer_is_off(
     if found is not None:
         return [dataclasses.replace(found, evidence=f"{opinion}: {found.evidence}")]
     if comparison.verdict == "unverified" and is_coarser(column.dtype, scored.dtype):
-        return [Finding("noise", None, f"{opinion}, by what noise may make", ("numerical_noise", *_CANDIDATES))]
-    return [Finding("trainer", None, opinion, _CANDIDATES)]
+        return [
+            Finding(
+                layer="noise",
+                cause=None,
+                evidence=f"{opinion}, by what noise may make",
+                candidates=("numerical_noise", *_CANDIDATES),
+            )
+        ]
+    return [Finding(layer="trainer", cause=None, evidence=opinion, candidates=_CANDIDATES)]
 
 
 def _temperature(rollouts: Trace, scored: Trace, column: Trace, scorer: Scorer, noise: float) -> Finding | None:
@@ -117,16 +124,28 @@ def _temperature(rollouts: Trace, scored: Trace, column: Trace, scorer: Scorer, 
             other, rest = fit(_moved(column, by))
             if rest <= noise:
                 text = f"its numbers are one position {where}, and of a temperature of {other:.3f} in place of {asked:g}"
-                return Finding("semantic", "shifted_positions", f"{text} (leaves RMS {rest:.2g} nats)")
+                return Finding(layer="semantic", cause="shifted_positions", evidence=f"{text} (leaves RMS {rest:.2g} nats)")
         if remains >= _MOSTLY * off:
             return None
         what = "something like a temperature is done to the logits: a soft cap, a scale of some"
-        return Finding("trainer", None, f"{text}: {what}", ("logits", "temperature", "head_precision"), values=values)
+        return Finding(
+            layer="trainer",
+            cause=None,
+            evidence=f"{text}: {what}",
+            candidates=("logits", "temperature", "head_precision"),
+            values=values,
+        )
     if abs(found / asked - 1) < _SAME:
         return None
     if any(abs(found / by_mistake - 1) < _SAME for by_mistake in (1.0, asked**2)) and not _is_a_usual_scale(asked / found):
-        return Finding("semantic", "temperature", text, values=values)
-    return Finding("semantic", None, f"{text}; or a scale of the logits", ("temperature", "logits"), values=values)
+        return Finding(layer="semantic", cause="temperature", evidence=text, values=values)
+    return Finding(
+        layer="semantic",
+        cause=None,
+        evidence=f"{text}; or a scale of the logits",
+        candidates=("temperature", "logits"),
+        values=values,
+    )
 
 
 def _is_a_usual_scale(scale: float) -> bool:
@@ -149,7 +168,7 @@ def _precision(rollouts: Trace, scored: Trace, column: Trace) -> Finding | None:
     if not np.isfinite(d).all() or largest > (most := 2 * _STEP / rollouts.sampling.applied_temperature):
         return None
     text = f"no token is off by more than {largest:.2g} nats, and a head or logits in half precision make up to {most:.2g}"
-    return Finding("head", None, text, ("head_precision", "logits", "stale_weights"))
+    return Finding(layer="head", cause=None, evidence=text, candidates=("head_precision", "logits", "stale_weights"))
 
 
 def dropout(rollouts: Trace, scored: Trace, scorer: Scorer, off: float, noise: float) -> Finding | None:
@@ -170,7 +189,7 @@ def dropout(rollouts: Trace, scored: Trace, scorer: Scorer, off: float, noise: f
     )
     adapter: tuple[Cause, ...] = ("adapter",) if isinstance(scorer, TakesAdapters) and scorer.has_adapters else ()
     candidates: tuple[Cause, ...] = ("dropout", *adapter, "weights_differ", "stale_weights")
-    return Finding("trainer", None, text, candidates, {"apart": apart, "away": away})
+    return Finding(layer="trainer", cause=None, evidence=text, candidates=candidates, values={"apart": apart, "away": away})
 
 
 def padding_alone(rollouts: Trace, expected: Trace, column: Trace, noise: float) -> Finding | None:
@@ -185,7 +204,7 @@ def padding_alone(rollouts: Trace, expected: Trace, column: Trace, noise: float)
     by_row = np.array([rms(expected.with_(mask=expected.mask & (owner == row)), column) for row in range(len(longest))])
     if len(by_row) > _FEW and by_row[0] <= noise and by_row[1:].min() > _NEARER * noise:
         text = "the first row agrees, and no other does: the trainer may have packed them, each seeing those before it"
-        return Finding("trainer", None, text, ("packing", "attention_mask", "prompt"))
+        return Finding(layer="trainer", cause=None, evidence=text, candidates=("packing", "attention_mask", "prompt"))
     if longest.all():
         return None
     padded, unpadded = float(np.median(by_row[~longest])), float(by_row[longest].max())
@@ -196,4 +215,6 @@ def padding_alone(rollouts: Trace, expected: Trace, column: Trace, noise: float)
         f"({padded:.2g} in the median): the trainer may see the padding"
     )
     candidates: tuple[Cause, ...] = ("attention_mask", "prompt", "shifted_positions")
-    return Finding("trainer", None, text, candidates, values={"padded": padded, "unpadded": unpadded})
+    return Finding(
+        layer="trainer", cause=None, evidence=text, candidates=candidates, values={"padded": padded, "unpadded": unpadded}
+    )

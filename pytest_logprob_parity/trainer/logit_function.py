@@ -69,7 +69,13 @@ def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: Sc
         f"a function of its logits gives the numbers, up to RMS {left:.2g} nats (without: {before:.2g}): a soft cap "
         "or a scale, on one side alone or another one"
     )
-    return Finding("trainer", None, text, ("logits", "temperature", "head_precision"), {"left": left, "off": before})
+    return Finding(
+        layer="trainer",
+        cause=None,
+        evidence=text,
+        candidates=("logits", "temperature", "head_precision"),
+        values={"left": left, "off": before},
+    )
 
 
 def _logits_of(

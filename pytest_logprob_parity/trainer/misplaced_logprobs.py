@@ -70,8 +70,8 @@ def _one_value(rows: Any, off: list[int], noise: float, whose: str) -> Finding |
     text = f"{whose} has one number for all tokens of a sequence ({len(off):,} sequences)"
     if all(np.abs(rows[row][1]).max() < _ONE_VALUE for row in off):
         text += ": 0, as of a temperature near 0 where the likeliest tokens were taken, or a filler"
-        return Finding("semantic", None, text, ("wrong_values", "temperature"))
-    return Finding("semantic", "wrong_values", text)
+        return Finding(layer="semantic", cause=None, evidence=text, candidates=("wrong_values", "temperature"))
+    return Finding(layer="semantic", cause="wrong_values", evidence=text)
 
 
 def _other_rows(rows: Any, off: list[int], noise: float, whose: str) -> Finding | None:
@@ -100,7 +100,7 @@ def _other_rows(rows: Any, off: list[int], noise: float, whose: str) -> Finding 
     if len(telling) < 2 or np.mean([0 < different(found) <= _ALIKE for found in fits]) < _MOST:
         return None
     text = f"{whose} has other sequences' numbers in {len(telling):,} of {len(rows):,}: rows are in another order"
-    return Finding("semantic", "wrong_token", text)
+    return Finding(layer="semantic", cause="wrong_token", evidence=text)
 
 
 def _elsewhere(rows: Any, off: list[int], noise: float, whose: str) -> Finding | None:
@@ -125,7 +125,7 @@ def _elsewhere(rows: Any, off: list[int], noise: float, whose: str) -> Finding |
     places = sorted(set(found))
     where = f"{places[0]:+d}" if len(places) == 1 else f"{places[0]:+d} to {places[-1]:+d}"
     text = f"{whose} has the numbers of tokens that stand {where} places away ({of:,} pieces of {_PIECE} tokens)"
-    return Finding("semantic", "shifted_positions", text)
+    return Finding(layer="semantic", cause="shifted_positions", evidence=text)
 
 
 def _permuted(rows: Any, off: list[int], noise: float, whose: str) -> Finding | None:
@@ -134,8 +134,13 @@ def _permuted(rows: Any, off: list[int], noise: float, whose: str) -> Finding | 
         return None
     text = f"{whose} has the numbers of its sequence in another order ({len(off):,} sequences)"
     if noise > _EXACT or len(off) < 2:
-        return Finding("semantic", None, f"{text}, or others of the same sizes", ("wrong_token", "weights_differ"))
-    return Finding("semantic", "wrong_token", text)
+        return Finding(
+            layer="semantic",
+            cause=None,
+            evidence=f"{text}, or others of the same sizes",
+            candidates=("wrong_token", "weights_differ"),
+        )
+    return Finding(layer="semantic", cause="wrong_token", evidence=text)
 
 
 def few_off(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Finding | None:
@@ -166,9 +171,9 @@ def few_off(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Find
     where = ", each the last of its sequence" if last[far].all() else ""
     count = f"{np.count_nonzero(far):,} of {len(far):,} tokens are off{where}, and the others agree up to noise"
     if np.ptp(a[far]) < _ONE_VALUE and np.count_nonzero(far) >= _GIVEN:
-        return Finding("semantic", "wrong_values", f"{count}: {whose} has {a[far][0]:.4g} for each")
+        return Finding(layer="semantic", cause="wrong_values", evidence=f"{count}: {whose} has {a[far][0]:.4g} for each")
     text = f"{count}: other weights would move all that are unsure, unless they came in between"
-    return Finding("semantic", None, text, ("wrong_token", "wrong_values", "stale_weights"))
+    return Finding(layer="semantic", cause=None, evidence=text, candidates=("wrong_token", "wrong_values", "stale_weights"))
 
 
 def _whole_rows(rows: list[tuple[Doubles, Doubles]], noise: float) -> Finding | None:
@@ -179,7 +184,12 @@ def _whole_rows(rows: list[tuple[Doubles, Doubles]], noise: float) -> Finding | 
     if not off or agree < 2 or off + agree < len(telling):
         return None
     text = f"{off:,} of {len(rows):,} sequences are off as a whole, and the others agree up to noise"
-    return Finding("trainer", None, text, ("prompt", "attention_mask", "packing", "wrong_token", "stale_weights"))
+    return Finding(
+        layer="trainer",
+        cause=None,
+        evidence=text,
+        candidates=("prompt", "attention_mask", "packing", "wrong_token", "stale_weights"),
+    )
 
 
 def off_from_a_token_on(expected: Trace, actual: Trace, noise: float, *, whose: str) -> Finding | None:
@@ -202,6 +212,18 @@ def off_from_a_token_on(expected: Trace, actual: Trace, noise: float, *, whose: 
     apart, text = float(np.median(firsts)), f"{len(places):,} sequences agree up to a token and are off from there on"
     if apart < _ANOTHER:
         text += f", which is {-apart:.2g} nats less likely to {whose}: another token may stand there"
-        return Finding("trainer", None, text, ("wrong_token", "attention_mask", "stale_weights"), {"first": apart})
+        return Finding(
+            layer="trainer",
+            cause=None,
+            evidence=text,
+            candidates=("wrong_token", "attention_mask", "stale_weights"),
+            values={"first": apart},
+        )
     text += ": the prompt was seen as it is, and something in the completion was not"
-    return Finding("trainer", None, text, ("attention_mask", "wrong_token", "stale_weights"), {"first": apart})
+    return Finding(
+        layer="trainer",
+        cause=None,
+        evidence=text,
+        candidates=("attention_mask", "wrong_token", "stale_weights"),
+        values={"first": apart},
+    )

@@ -126,13 +126,21 @@ def _asked_again(trace: Trace, scored: Trace, scorer: Scorer, noise: float) -> F
     apart = _rms(alone, score(trace, scorer, sequences=furthest, batch_size=1))
     if apart > max(noise, told / 4):
         text = f"asked the same twice, row by row, it gives other numbers (RMS {apart:.2g} nats between two): dropout may be on"
-        return Finding("trainer", None, text, ("dropout", "engine_build"), {"apart": apart})
+        return Finding(
+            layer="trainer", cause=None, evidence=text, candidates=("dropout", "engine_build"), values={"apart": apart}
+        )
     if (left := _rms(trace, alone)) <= min(noise, told / 4):
         text = (
             f"asked row by row it gives what the rollouts report (RMS {left:.2g} nats), in a batch it does not ({told:.2g}): "
             "its mask may let padding or other rows in"
         )
-        return Finding("trainer", None, text, ("attention_mask", "packing", "batch_shape"), {"alone": left, "batch": told})
+        return Finding(
+            layer="trainer",
+            cause=None,
+            evidence=text,
+            candidates=("attention_mask", "packing", "batch_shape"),
+            values={"alone": left, "batch": told},
+        )
     return None
 
 
@@ -148,9 +156,11 @@ def _head_finding(trace: Trace, scorer: Scorer) -> Finding | None:
         text = (
             f"the rollouts' logits lie on a grid of {step:g}, as those of a head in half precision; the trainer's head is in "
         )
-        return Finding("head", "head_precision", text + f"{declared}: one side alone makes it worse, not better")
+        return Finding(
+            layer="head", cause="head_precision", evidence=text + f"{declared}: one side alone makes it worse, not better"
+        )
     text = f"the rollouts' logits lie on no grid, as those of a head in float32; the trainer's head is in {declared}"
-    return Finding("head", "head_precision", text)
+    return Finding(layer="head", cause="head_precision", evidence=text)
 
 
 def _by_a_head(trace: Trace) -> float:
@@ -168,12 +178,12 @@ def not_a_number(trace: Trace, scored: Trace) -> Finding | None:
     starts = np.array([segment.start for segment in trace.segments()])
     if len(starts) > 1 and np.array_equal(np.flatnonzero(wrong), starts[trace.mask[starts]]):
         text += ", the first token of each turn: what shifts or slices its numbers lost it"
-        return Finding("semantic", None, text, ("shifted_positions", "wrong_values"))
+        return Finding(layer="semantic", cause=None, evidence=text, candidates=("shifted_positions", "wrong_values"))
     return Finding(
-        "weights",
-        None,
-        f"{text}: its weights or its adapter hold NaN, or the scorer makes them",
-        ("weights_differ", "adapter", "attention_mask"),
+        layer="weights",
+        cause=None,
+        evidence=f"{text}: its weights or its adapter hold NaN, or the scorer makes them",
+        candidates=("weights_differ", "adapter", "attention_mask"),
     )
 
 
@@ -202,7 +212,7 @@ def _forgotten_temperature(trace: Trace, scored: Trace, noise: float) -> Finding
         f"the trainer does not divide by the rollouts' temperature {temperature:g}: with that undone they agree to an RMS of "
         f"{undone:.2g} nats, as told to {as_told:.2g} ({int(np.count_nonzero(used)):,} positions)"
     )
-    return Finding("semantic", "temperature", text)
+    return Finding(layer="semantic", cause="temperature", evidence=text)
 
 
 def _other_temperature(trace: Trace, scorer: Scorer, noise: float) -> Finding | None:
@@ -230,13 +240,18 @@ def _other_temperature(trace: Trace, scorer: Scorer, noise: float) -> Finding | 
     )
     if math.isclose(found.x, 1, rel_tol=_SAME):
         text += "they are raw logprobs (logprobs_mode, vLLM's default) under a label that says processed, or were sampled at 1"
-        return Finding("semantic", None, text, ("raw_vs_processed", "temperature"))
+        return Finding(layer="semantic", cause=None, evidence=text, candidates=("raw_vs_processed", "temperature"))
     twice, times = math.isclose(found.x**2, label, rel_tol=_SAME), math.isclose(found.x * label, 1, rel_tol=_SAME)
     other = ", or the trainer divides by it twice" if twice else ", or the trainer multiplies by it" if times else ""
     text = f"{text}they were sampled at another one{other}"
     if not is_a_temperature(float(found.x), label) and not other:
-        return Finding("semantic", None, f"{text}, or the trainer's logits have another scale", ("temperature", "logits"))
-    return Finding("semantic", "temperature", text)
+        return Finding(
+            layer="semantic",
+            cause=None,
+            evidence=f"{text}, or the trainer's logits have another scale",
+            candidates=("temperature", "logits"),
+        )
+    return Finding(layer="semantic", cause="temperature", evidence=text)
 
 
 def _recorded_adapter(rollouts: Trace | Golden, scorer: Scorer) -> Finding | None:
@@ -245,7 +260,7 @@ def _recorded_adapter(rollouts: Trace | Golden, scorer: Scorer) -> Finding | Non
     trainers = scorer.adapter if isinstance(scorer, TakesAdapters) else None
     if not isinstance(recorded, str) or trainers is None or trainers.digest == adapter_digest(recorded):
         return None
-    return Finding("weights", "adapter", f"{recorded} in the golden, {trainers} in the trainer")
+    return Finding(layer="weights", cause="adapter", evidence=f"{recorded} in the golden, {trainers} in the trainer")
 
 
 def _other_adapter(
@@ -259,7 +274,7 @@ def _other_adapter(
         other = _rms(trace, score(trace, load(), batch_size=batch_size))
         if other < min(noise, as_told / 2):
             text = f"the rollouts are those of {words}: RMS {other:.2g} nats, with {name_of(scorer)} {as_told:.2g}"
-            return Finding("weights", "adapter", text), None
+            return Finding(layer="weights", cause="adapter", evidence=text), None
         best, nearest = (words, other) if other < nearest else (best, nearest)
     if nearest > as_told / 2:
         return None, None
@@ -267,7 +282,7 @@ def _other_adapter(
         f"nearest: {best}, which leaves RMS {nearest:.2g} nats, beyond noise (with {name_of(scorer)} {as_told:.2g}): another "
         "step's adapter comes first"
     )
-    return None, Finding("weights", None, text, ("adapter", "stale_weights", "weights_differ"))
+    return None, Finding(layer="weights", cause=None, evidence=text, candidates=("adapter", "stale_weights", "weights_differ"))
 
 
 def _other_adapters(scorer: Scorer) -> Iterator[tuple[str, Callable[[], Scorer]]]:
@@ -294,7 +309,7 @@ def _truncated(trace: Trace, scored: Trace) -> Finding | None:
     if not why:
         return None
     text = f"{why}: rollouts of a truncated distribution (top-p, top-k, min-p), which their label says nothing of"
-    return Finding("semantic", None, text, ("truncation", "penalties", "weights_differ"))
+    return Finding(layer="semantic", cause=None, evidence=text, candidates=("truncation", "penalties", "weights_differ"))
 
 
 def _rms(trace: Trace, scored: Trace) -> float:
@@ -307,23 +322,32 @@ def _candidates(rollouts: Trace | Golden, scored: Trace, scorer: Scorer) -> Find
     trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
     if isinstance(rollouts, Golden) and (fewer := _fewer_bits(rollouts.fingerprint)):
         return Finding(
-            "weights", None, f"{fewer}: a gap that is there on purpose can be declared", ("quantization", "weights_differ")
+            layer="weights",
+            cause=None,
+            evidence=f"{fewer}: a gap that is there on purpose can be declared",
+            candidates=("quantization", "weights_differ"),
         )
     if next(_other_adapters(scorer), None) is not None:
         text = "the rollouts are neither those of the trainer's adapter nor those without it: another step's comes first"
-        return Finding("weights", None, text, ("adapter", "stale_weights", "weights_differ"))
+        return Finding(layer="weights", cause=None, evidence=text, candidates=("adapter", "stale_weights", "weights_differ"))
     if len(versions := _by_version(trace, scored)) > 1:
         text = f"the rollouts are of {len(versions)} weights, the trainer's are of one: {', '.join(versions)}"
-        return Finding("weights", None, text, ("stale_weights", "weights_differ", "stale_kv_cache"))
+        return Finding(
+            layer="weights", cause=None, evidence=text, candidates=("stale_weights", "weights_differ", "stale_kv_cache")
+        )
     if trace.dtype != scored.dtype:
         trainer = "a trainer of unknown dtype" if scored.dtype == "unknown" else f"a {scored.dtype} trainer"
         text = f"{trace.dtype} rollouts, {trainer}; or the two do not have the same weights"
-        return Finding("weights", None, text, ("weight_dtype", "weights_differ", "stale_weights"))
+        return Finding(
+            layer="weights", cause=None, evidence=text, candidates=("weight_dtype", "weights_differ", "stale_weights")
+        )
     text = (
         "the same distribution by its labels, and nothing that was tried tells more than that: other weights, or what one does"
     )
     others: tuple[Cause, ...] = ("temperature", "attention_mask", "prompt", "engine_build")
-    return Finding("weights", None, text, ("weights_differ", "stale_weights", "adapter", *others))
+    return Finding(
+        layer="weights", cause=None, evidence=text, candidates=("weights_differ", "stale_weights", "adapter", *others)
+    )
 
 
 def _by_version(trace: Trace, scored: Trace) -> list[str]:

@@ -37,7 +37,9 @@ def otherwise(rollouts: Trace, scored: Trace, column: Trace, scorer: Scorer, noi
         if left and max(left) <= noise:
             alone = causes[0] if len(causes) == 1 else None
             text = f"{text} (leaves RMS {left[0]:.2g} nats)"
-            return Finding(layer, alone, text, () if alone else causes, values={"left": left[0]})
+            return Finding(
+                layer=layer, cause=alone, evidence=text, candidates=() if alone else causes, values={"left": left[0]}
+            )
     return None
 
 

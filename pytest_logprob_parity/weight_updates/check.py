@@ -107,8 +107,8 @@ def _finding(reading: UpdateReading, stale: WeightsCause, noise: float) -> Findi
     if reading.rms[best] > noise:
         text = f"nearest: {best}, which leaves RMS {reading.rms[best]:.2g} (as asked: {reading.rms[reading.asked]:.2g})"
         candidates: tuple[WeightsCause, ...] = (cause, stale, "stale_kv_cache", "weights_differ")
-        return Finding("weights", None, text, tuple(dict.fromkeys(candidates)), values)
+        return Finding(layer="weights", cause=None, evidence=text, candidates=tuple(dict.fromkeys(candidates)), values=values)
     text = f"{best} (RMS {reading.rms[best]:.2g}; as asked: {reading.rms[reading.asked]:.2g})"
     if best == CLEARED:
-        return Finding("weights", None, text, ("stale_kv_cache", "engine_build"), values)
-    return Finding("weights", cause, text, values=values)
+        return Finding(layer="weights", cause=None, evidence=text, candidates=("stale_kv_cache", "engine_build"), values=values)
+    return Finding(layer="weights", cause=cause, evidence=text, values=values)

@@ -69,7 +69,11 @@ def check_updated_equals_cold(
             if apart
             else "parameters agree: packed or cached copies of them, or keys and values"
         )
-        findings = (Finding("weights", None, where, ("stale_weights", "stale_kv_cache", "weights_differ")),)
+        findings = (
+            Finding(
+                layer="weights", cause=None, evidence=where, candidates=("stale_weights", "stale_kv_cache", "weights_differ")
+            ),
+        )
     return dataclasses.replace(comparison, findings=findings, notes=tuple(notes))
 
 

@@ -84,7 +84,14 @@ def shifted_top_k(expected: Columns, actual: Columns, wrong: Side) -> Contradict
                 "are not shifted"
             )
             return Contradiction(
-                "semantic", "shifted_positions", text, (), key="top_k_shifted", side=wrong, count=count, of=count
+                layer="semantic",
+                cause="shifted_positions",
+                evidence=text,
+                candidates=(),
+                key="top_k_shifted",
+                side=wrong,
+                count=count,
+                of=count,
             )
     return None
 
@@ -107,7 +114,15 @@ def other_top_k(expected: Columns, actual: Columns, agreed: Bools) -> Contradict
         f"the top-k of {actual.name} gives likely tokens other probabilities than {expected.name}'s at {found:,} of {count:,} "
         f"positions where the chosen logprobs agree ({where(actual, off)})"
     )
-    return Contradiction("path", None, text, ("engine_build", "parallelism"), key="top_k_differs", count=found, of=count)
+    return Contradiction(
+        layer="path",
+        cause=None,
+        evidence=text,
+        candidates=("engine_build", "parallelism"),
+        key="top_k_differs",
+        count=found,
+        of=count,
+    )
 
 
 def _furthest(one: Columns, other: Columns, usable: Bools, width: int) -> Doubles:
@@ -150,7 +165,14 @@ def other_ranks(expected: Columns, actual: Columns, agreed: Bools) -> Contradict
     if fewer:  # see within: half of what should be counted, on one side
         text += "; one side counts too few, as vLLM does on CPUs without AVX-512"
     return Contradiction(
-        "path", None, text, ("engine_build", "parallelism"), key="ranks_differ", count=found, of=count, new=not fewer
+        layer="path",
+        cause=None,
+        evidence=text,
+        candidates=("engine_build", "parallelism"),
+        key="ranks_differ",
+        count=found,
+        of=count,
+        new=not fewer,
     )
 
 
@@ -181,7 +203,9 @@ def probability_one(expected: Columns, actual: Columns) -> Contradiction | None:
         text += f": all but {where(actual, rest)}" if rest.any() else ": all of them"
         text += "; as of accepted draft tokens, or of tokens that were forced"
     candidates: tuple[Cause, ...] = ("speculative_decoding", "wrong_values", "engine_build")
-    return Contradiction("path", None, text, candidates, key="probability_one", count=count, of=of)
+    return Contradiction(
+        layer="path", cause=None, evidence=text, candidates=candidates, key="probability_one", count=count, of=of
+    )
 
 
 def no_logprob(expected: Columns, actual: Columns) -> Contradiction | None:
@@ -195,7 +219,9 @@ def no_logprob(expected: Columns, actual: Columns) -> Contradiction | None:
         f"{count:,} of {len(missing):,} tokens of {actual.name} have no logprob: {where(actual, missing)}. That is no NaN "
         "of the computation: no number was given, or the code that reads answers lost it"
     )
-    return Contradiction("path", None, text, ("engine_build",), key="no_logprob", count=count, of=len(missing))
+    return Contradiction(
+        layer="path", cause=None, evidence=text, candidates=("engine_build",), key="no_logprob", count=count, of=len(missing)
+    )
 
 
 def shifted_tokens(expected: Trace, actual: Trace, rows: Alignment, names: Names) -> Iterator[Contradiction]:
@@ -216,7 +242,13 @@ def shifted_tokens(expected: Trace, actual: Trace, rows: Alignment, names: Names
                 f"those of {names.expected}, with its logprobs"
             )
             yield Contradiction(
-                "semantic", "shifted_positions", text, (), key="tokens_shifted", count=count, of=expected.num_sequences
+                layer="semantic",
+                cause="shifted_positions",
+                evidence=text,
+                candidates=(),
+                key="tokens_shifted",
+                count=count,
+                of=expected.num_sequences,
             )
 
 

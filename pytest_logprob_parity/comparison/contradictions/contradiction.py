@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from ...notes import Note
@@ -32,14 +32,13 @@ _SAID_BY: Final[Mapping[str, frozenset[Key]]] = {
 _EXPLAIN: Final[frozenset[Key]] = frozenset({"probability_one", "tokens_shifted", "no_distribution", "top_k_shifted"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Contradiction(Finding):
     """A finding that columns of a record contradict each other, at `count` of `of` places of `side`.
 
     `new` says that the comparison must not pass for it: it is on the actual side, and not on the expected one in like number.
     """
 
-    _: KW_ONLY
     key: Key = "chosen_and_top_k"
     side: Side = "actual"
     count: int = 0
@@ -47,7 +46,7 @@ class Contradiction(Finding):
     new: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """All contradictions of two aligned records."""
 

@@ -44,8 +44,12 @@ def examine(expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAM
     if not rows.tokens:
         return Record(tuple(between_sides.shifted_tokens(expected, actual, rows, names)))
     kept = _looked_at(expected, actual, rows)
-    expected_columns = Columns(expected, "expected", np.arange(expected.num_tokens)[rows.expected][kept], names.expected)
-    actual_columns = Columns(actual, "actual", np.arange(actual.num_tokens)[rows.actual][kept], names.actual)
+    expected_columns = Columns(
+        trace=expected, side="expected", rows=np.arange(expected.num_tokens)[rows.expected][kept], name=names.expected
+    )
+    actual_columns = Columns(
+        trace=actual, side="actual", rows=np.arange(actual.num_tokens)[rows.actual][kept], name=names.actual
+    )
     found = [*between_sides.shifted_tokens(expected, actual, rows, names)]
     found += [c for c in (between_sides.no_logprob(expected_columns, actual_columns),) if c is not None]
     same_meaning = expected.distribution() == actual.distribution()
@@ -76,7 +80,15 @@ def _within(side: Columns, mine: list[within_side.Check], theirs: list[within_si
             candidates: tuple[Cause, ...] = ("engine_build", "parallelism")
             found.append(
                 Contradiction(
-                    "path", None, text, candidates, key=check.key, side=side.side, count=check.count, of=check.of, new=new
+                    layer="path",
+                    cause=None,
+                    evidence=text,
+                    candidates=candidates,
+                    key=check.key,
+                    side=side.side,
+                    count=check.count,
+                    of=check.of,
+                    new=new,
                 )
             )
     return found

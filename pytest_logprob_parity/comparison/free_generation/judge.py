@@ -32,16 +32,22 @@ def judge_free_run(
     if free_run is None or free_run.same:
         return "", None
     if exact:
-        finding = Finding("sampling", "seed_stream", f"logprobs of the golden's tokens agree bit for bit, and {free_run}")
+        finding = Finding(
+            layer="sampling", cause="seed_stream", evidence=f"logprobs of the golden's tokens agree bit for bit, and {free_run}"
+        )
         return f"The engine writes other tokens although its logprobs agree bit for bit: {free_run}", finding
     if free_run.stops_changed > len(free_run.ends):
-        finding = Finding("sampling", None, f"tokens agree, and {free_run}", ("engine_build", "seed_stream"))
+        finding = Finding(
+            layer="sampling", cause=None, evidence=f"tokens agree, and {free_run}", candidates=("engine_build", "seed_stream")
+        )
         return f"The engine stops elsewhere although it writes the same tokens: {free_run}", finding
     if expected.sampling.greedy:
         text = _left_the_likeliest(free_run, expected)
         if not text:
             return "", None
-        return f"Greedy decoding no longer takes the likeliest token: {text}", Finding("sampling", "seed_stream", text)
+        return f"Greedy decoding no longer takes the likeliest token: {text}", Finding(
+            layer="sampling", cause="seed_stream", evidence=text
+        )
     (expected_distinct, actual_distinct), (expected_others, actual_others) = free_run.distinct, free_run.not_likeliest
     fewer = expected_distinct >= 8 and actual_distinct < expected_distinct / 2 and free_run.distinct_p < _ALPHA
     collapsed = fewer or (expected_others >= _MIN_NON_ARGMAX and not actual_others)
@@ -51,12 +57,16 @@ def judge_free_run(
             f"{free_run.shift_p:.1g} of cases), {actual_distinct} distinct completions where the golden has "
             f"{expected_distinct}, {actual_others} tokens that are not the likeliest where it has {expected_others}"
         )
-        return f"The engine does not draw as it reports: {text}", Finding("sampling", None, text, ("seed_stream",))
+        return f"The engine does not draw as it reports: {text}", Finding(
+            layer="sampling", cause=None, evidence=text, candidates=("seed_stream",)
+        )
     predicted = predicted_divergences(expected, mean_abs_diff)
     other = free_run.diverged + len(free_run.ends)
     if same_stream and _poisson_tail(other, _FLIP_MARGIN * predicted) < _ALPHA:
         text = f"{other} of {free_run.turns} wrote other tokens, noise of this size explains about {predicted:.2g}"
-        return f"The engine writes other tokens although its logprobs agree: {text}", Finding("sampling", "seed_stream", text)
+        return f"The engine writes other tokens although its logprobs agree: {text}", Finding(
+            layer="sampling", cause="seed_stream", evidence=text
+        )
     return "", None
 
 

@@ -46,7 +46,13 @@ def logits_processing_steps(positions: Positions) -> Iterator[ProcessingStep]:
         scaled = not step.finding.cause and bool(found) and all(_is_scaled(p, sampling, slope) for p in found)
         if scaled:
             text = f"{_larger(scale, positions)}, before the penalties: no temperature comes there"
-            finding = Finding("weights", None, text, ("weights_differ", "head_precision"), step.finding.values)
+            finding = Finding(
+                layer="weights",
+                cause=None,
+                evidence=text,
+                candidates=("weights_differ", "head_precision"),
+                values=step.finding.values,
+            )
             step = dataclasses.replace(step, finding=finding)
         elif not step.finding.cause and not found and (sampling.presence_penalty or sampling.frequency_penalty):
             # what both sides have lowered is divided as well
@@ -56,7 +62,13 @@ def logits_processing_steps(positions: Positions) -> Iterator[ProcessingStep]:
     penalties = [] if scaled else [_penalty_step(penalty, sampling, positions.names) for penalty in found]
     if not penalties and not scaled and not bare and moves_only_seen(positions, slope):
         text = "only tokens that stood before are moved, by no penalty that explains them"
-        penalties = [ProcessingStep(Finding("semantic", None, text, ("penalties", "weights_differ")), False, False)]
+        penalties = [
+            ProcessingStep(
+                finding=Finding(layer="semantic", cause=None, evidence=text, candidates=("penalties", "weights_differ")),
+                on_expected=False,
+                recorded=False,
+            )
+        ]
     yield from penalties
     yield from truncation_steps(positions, slope, alone=slope == 1 and not penalties, penalised=bool(penalties))
 
@@ -81,7 +93,7 @@ def scale_of(positions: Positions) -> Scale:
     temperature = positions.expected_trace.sampling.temperature or 1.0
     for slope in (temperature, 1 / temperature, 1.0):  # a recorded repetition penalty explains the rest of the slope
         if repetition != 1 and any(line.is_(slope * r) for r in (repetition, 1 / repetition)):
-            return Scale(slope, line.error, line.positions, line.removed)
+            return Scale(slope=slope, error=line.error, positions=line.positions, removed=line.removed)
     return line
 
 
@@ -103,19 +115,34 @@ def _temperature_step(scale: Scale, positions: Positions) -> ProcessingStep:
         how = fitted.format(f"{expected_temperature / scale.slope:.4f}", expected_temperature * scale.error / scale.slope**2)
         text = f"temperature {now:g} in place of {expected_temperature:g}, as the labels say {how}"
         values["temperature"] = expected_temperature / scale.slope
-        return ProcessingStep(Finding("semantic", "temperature", text, values=values), now > expected_temperature, False)
+        return ProcessingStep(
+            finding=Finding(layer="semantic", cause="temperature", evidence=text, values=values),
+            on_expected=now > expected_temperature,
+            recorded=False,
+        )
     recorded = sampling.temperature if not sampling.greedy else 1.0
     name = f"temperature {recorded:g}"
     if recorded != 1 and scale.is_(recorded):
         how = fitted.format(f"{scale.slope:.4f}", scale.error)
         text = f"{applied(name, names, on_expected=True)} {how}"
         values["temperature"] = scale.slope
-        return ProcessingStep(Finding("semantic", "temperature", text, values=values), True, True, name)
+        return ProcessingStep(
+            finding=Finding(layer="semantic", cause="temperature", evidence=text, values=values),
+            on_expected=True,
+            recorded=True,
+            name=name,
+        )
     if recorded != 1 and scale.is_(1 / recorded):
         how = fitted.format(f"{1 / scale.slope:.4f}", scale.error / scale.slope**2)
         text = f"{applied(name, names, on_expected=False, twice=not labelled)} {how}"
         values["temperature"] = 1 / scale.slope
-        return ProcessingStep(Finding("semantic", "temperature", text, values=values), False, True, name, twice=not labelled)
+        return ProcessingStep(
+            finding=Finding(layer="semantic", cause="temperature", evidence=text, values=values),
+            on_expected=False,
+            recorded=True,
+            name=name,
+            twice=not labelled,
+        )
     other = expected_temperature / scale.slope
     text = (
         f"{_larger(scale, positions)}: temperature {other:.3f} in place of {expected_temperature:g}, or another scale of the "
@@ -125,7 +152,11 @@ def _temperature_step(scale: Scale, positions: Positions) -> ProcessingStep:
     others: tuple[Cause, ...] = ("weights_differ", "head_precision", "engine_build")
     chosen = may_be_chosen(other, expected_temperature * scale.error / scale.slope**2)
     candidates: tuple[Cause, ...] = ("temperature", *others) if chosen else ("engine_build", *others[:2], "temperature")
-    return ProcessingStep(Finding("semantic", None, text, candidates, values), scale.slope < 1, False)
+    return ProcessingStep(
+        finding=Finding(layer="semantic", cause=None, evidence=text, candidates=candidates, values=values),
+        on_expected=scale.slope < 1,
+        recorded=False,
+    )
 
 
 def _larger(scale: Scale, positions: Positions) -> str:
@@ -150,7 +181,9 @@ def _penalty_step(penalty: Penalty, sampling: Sampling, names: Names) -> Process
         fitted = penalty.change if on_expected else now
     elif expected_value != neutral and penalty.alike:  # with two unknown values there is none to tell
         text = f"tokens that stood before are moved: another {words} or {penalty.alike.replace('_', ' ')} would look like this"
-        return ProcessingStep(Finding("semantic", "penalties", text), on_expected, False)
+        return ProcessingStep(
+            finding=Finding(layer="semantic", cause="penalties", evidence=text), on_expected=on_expected, recorded=False
+        )
     elif expected_value != neutral:
         fitted = penalty.actual(expected_value)
     name, twice = f"{words} {expected_value if recorded else round(fitted, 3):g}", recorded and not on_expected
@@ -164,4 +197,10 @@ def _penalty_step(penalty: Penalty, sampling: Sampling, names: Names) -> Process
     if penalty.alike:
         text += f"; a {penalty.alike.replace('_', ' ')} would look the same here"
     values = {penalty.name: fitted, "error": penalty.error, "positions": penalty.positions}
-    return ProcessingStep(Finding("semantic", "penalties", text, values=values), on_expected, recorded, name, twice)
+    return ProcessingStep(
+        finding=Finding(layer="semantic", cause="penalties", evidence=text, values=values),
+        on_expected=on_expected,
+        recorded=recorded,
+        name=name,
+        twice=twice,
+    )

@@ -21,7 +21,9 @@ def lm_head_finding(positions: Positions) -> Finding | None:
         return None  # rounding moves no logit by more than a step: something else did
     names = positions.names
     text = f"{names.expected}'s logits {_words(expected)}, those of {names.actual} {_words(actual)}"
-    return Finding("head", "head_precision", text, values={"expected_step": expected, "actual_step": actual})
+    return Finding(
+        layer="head", cause="head_precision", evidence=text, values={"expected_step": expected, "actual_step": actual}
+    )
 
 
 def _within(positions: Positions, most: float) -> bool:

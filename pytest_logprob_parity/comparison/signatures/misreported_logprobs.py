@@ -40,7 +40,7 @@ _LOGARITHMS: Final = {1.443: ", as log2 is of the natural logarithm", 0.434: ", 
 _TELLING: Final = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Misreport:
     """A side whose chosen logprobs are not those of its own top-k: `text` says how, with its numbers.
 

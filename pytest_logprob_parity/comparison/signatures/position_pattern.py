@@ -42,7 +42,7 @@ def find_position_pattern(positions: Positions) -> Finding | None:
             f"only the first token of a turn is off ({count:,} of them, {size:.2g} nats in the middle), the others agree: what "
             "the prompt's pass computes or reports differs; other weights would move all"
         )
-        return Finding("path", None, text, ("chunked_prefill", "prefix_cache", "engine_build"))
+        return Finding(layer="path", cause=None, evidence=text, candidates=("chunked_prefill", "prefix_cache", "engine_build"))
     return None
 
 
@@ -87,5 +87,5 @@ def _min_tokens(positions: Positions, off: Doubles, chosen: Bools, least: int) -
     if np.count_nonzero(listed) >= _ENOUGH and fits.mean() > 1 - _SHARE:
         tokens = ", ".join(str(i) for i in sorted(excluded)[:3])
         text += f": {has} has {'tokens' if len(excluded) > 1 else 'token'} {tokens} there, which {lacking} leaves out"
-        return Finding("semantic", "min_tokens", text)
-    return Finding("semantic", None, text, ("min_tokens", "penalties", "truncation"))
+        return Finding(layer="semantic", cause="min_tokens", evidence=text)
+    return Finding(layer="semantic", cause=None, evidence=text, candidates=("min_tokens", "penalties", "truncation"))

@@ -69,7 +69,10 @@ def label_findings(
     if same:
         claim += f"; {same[0].evidence}"
     values = same[0].values if same else {}
-    return [Finding("semantic", cause, claim, values=values), *(finding for finding in of_steps if finding.cause != cause)]
+    return [
+        Finding(layer="semantic", cause=cause, evidence=claim, values=values),
+        *(finding for finding in of_steps if finding.cause != cause),
+    ]
 
 
 # -- what the numbers say ----------------------------------------------------------------------------------------------
@@ -86,14 +89,21 @@ def semantic_findings(
     for sequences in (None, off) if off is not None and len(off) else (None,):
         positions = positions_of(expected, actual, rows, sequences, names, most)
         reports = _reported(positions)
-        found = [Finding("semantic", report.cause, report.text) for report in reports]
+        found = [Finding(layer="semantic", cause=report.cause, evidence=report.text) for report in reports]
         if all(report.minor for report in reports):
             steps = list(logits_processing_steps(positions))
             found = [*_whole(steps, positions), *(step.finding for step in steps), *found]
             if not found and (by_place := find_position_pattern(positions)):
                 found = [by_place]
             elif not found and (normaliser := find_normaliser(positions)):
-                found = [Finding("semantic", None, normaliser.text, _of_a_normaliser(positions.expected_trace.sampling))]
+                found = [
+                    Finding(
+                        layer="semantic",
+                        cause=None,
+                        evidence=normaliser.text,
+                        candidates=_of_a_normaliser(positions.expected_trace.sampling),
+                    )
+                ]
         if found:
             where = "" if sequences is None else f"in {len(sequences)} of {expected.num_sequences} sequences: "
             return [dataclasses.replace(f, evidence=where + f.evidence) for f in found]
@@ -137,11 +147,16 @@ def _whole(steps: Sequence[ProcessingStep], positions: Positions) -> Iterator[Fi
                 applied(s.name, names, on_expected=s.on_expected, twice=twice and s.twice) for s in steps if s.recorded
             )
             if twice:
-                yield Finding("semantic", None, f"{text}, or it was applied twice: {said}", ("raw_vs_processed", *recorded))
+                yield Finding(
+                    layer="semantic",
+                    cause=None,
+                    evidence=f"{text}, or it was applied twice: {said}",
+                    candidates=("raw_vs_processed", *recorded),
+                )
             else:
                 values = [s.finding.values for s in steps if s.on_expected == on_expected and s.recorded]
                 unlisted = values[0] if len(values) == 1 and "beyond_top_k" in values[0] else {}
-                yield Finding("semantic", "raw_vs_processed", f"{text}: {said}", values=unlisted)
+                yield Finding(layer="semantic", cause="raw_vs_processed", evidence=f"{text}: {said}", values=unlisted)
 
 
 def _penalties(sampling: Sampling) -> int:

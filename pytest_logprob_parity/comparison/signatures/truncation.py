@@ -77,7 +77,12 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Process
             text += f"; top-{k} logprobs do not show how wide its kept sets are: record more" if k else ""
             # the recorded one excludes none that was sampled under it, but for a few by noise: what excludes more is another
             whole = recorded and count <= max(_FEW, _NONE * _NONE * len(actual))
-            yield ProcessingStep(Finding("semantic", "truncation", text, values=values), on_expected, whole, name)
+            yield ProcessingStep(
+                finding=Finding(layer="semantic", cause="truncation", evidence=text, values=values),
+                on_expected=on_expected,
+                recorded=whole,
+                name=name,
+            )
 
 
 def _one_truncates(
@@ -114,7 +119,12 @@ def _one_truncates(
     if not kept.renormalised:
         text += f"; what was kept adds up to {np.mean(kept.total[kept.complete]):.3f}, not to 1"
     values = {"kept_mass": limits.mass, "positions": limits.positions, **allowed}
-    return ProcessingStep(Finding("semantic", "truncation", text, values=values), on_expected, recorded, name)
+    return ProcessingStep(
+        finding=Finding(layer="semantic", cause="truncation", evidence=text, values=values),
+        on_expected=on_expected,
+        recorded=recorded,
+        name=name,
+    )
 
 
 def _both_truncate(
@@ -138,14 +148,20 @@ def _both_truncate(
         if len(common) == 1:
             text += f"; always {int(common[0])}, as top-k {int(common[0])} would leave"
         values = {"kept_expected": float(counts[0]), "kept_actual": float(counts[1])}
-        yield ProcessingStep(Finding("semantic", "truncation", text, values=values), bool(not less), False)
+        yield ProcessingStep(
+            finding=Finding(layer="semantic", cause="truncation", evidence=text, values=values),
+            on_expected=bool(not less),
+            recorded=False,
+        )
     elif expected.renormalised != actual.renormalised and most < 1 + truncated_support.WHOLE:
         side, kept = (positions.names.expected, expected) if actual.renormalised else (positions.names.actual, actual)
         text = (
             f"{recorded} was not followed by a normalisation in {side}: what was kept adds up to "
             f"{np.mean(kept.total[kept.complete]):.3f} on average, not to 1 ({int(kept.complete.sum()):,} positions)"
         )
-        yield ProcessingStep(Finding("semantic", "truncation", text), False, False)
+        yield ProcessingStep(
+            finding=Finding(layer="semantic", cause="truncation", evidence=text), on_expected=False, recorded=False
+        )
 
 
 def _one_constant(positions: Positions) -> bool:
