@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from .checkpoint.adapter import merge_adapter
     from .checkpoint.probe import write_probe
     from .comparison.assertions import assert_logprobs_close, assert_tokens_equal
+    from .comparison.compare import compare
     from .comparison.result import Comparison, Finding, MismatchError
     from .comparison.tolerance import Tolerance
-    from .comparison.verdict import compare
     from .engines.engine import Engine
     from .engines.pool import Pool, open_engine
     from .errors import EngineError, GoldenError, IncomparableError, ParityError, UsageError
@@ -70,7 +70,7 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
         "check.check": ("check_golden",),
         "comparison.result": ("Comparison", "Finding", "MismatchError"),
         "comparison.tolerance": ("Tolerance",),
-        "comparison.verdict": ("compare",),
+        "comparison.compare": ("compare",),
         "errors": ("EngineError", "GoldenError", "IncomparableError", "ParityError", "UsageError"),
         "golden": ("Golden",),
         "engines.engine": ("Engine",),

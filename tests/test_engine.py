@@ -395,7 +395,7 @@ def child():
 
     def make(limit=60):
         ours, theirs = Pipe()
-        command = [sys.executable, "-m", "pytest_logprob_parity.engines.process", str(theirs.fileno())]
+        command = [sys.executable, "-m", "pytest_logprob_parity.engines.child", str(theirs.fileno())]
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         log = tempfile.TemporaryFile()  # noqa: SIM115 - the backend closes it

@@ -1,6 +1,8 @@
 """`logprob-parity matrix`: cells of engine version and settings, each in an environment of its own. Here the engine is
 transformers, which starts in seconds; tests/test_migration.py has what real versions of vLLM recorded."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -11,19 +13,24 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from made_up import make_trace
 
 from conftest import ROOT, forked_python
-from pytest_logprob_parity import EngineError, Golden, UsageError
+from pytest_logprob_parity import EngineError, Golden, ParityError, Sampling, UsageError
 from pytest_logprob_parity.checkpoint.digests import model_digests
 from pytest_logprob_parity.cli import main
+from pytest_logprob_parity.engines.backend import ResolvedConfig
 from pytest_logprob_parity.errors import IncomparableError
-from pytest_logprob_parity.matrix import environments
+from pytest_logprob_parity.matrix import environments, worker
 from pytest_logprob_parity.matrix.environments import Environment, python_of
 from pytest_logprob_parity.matrix.executors import LocalExecutor, RayExecutor, today
-from pytest_logprob_parity.matrix.goldens import check_recorded
+from pytest_logprob_parity.matrix.goldens import check_is_of_plan
 from pytest_logprob_parity.matrix.plan import load_plan
+from pytest_logprob_parity.matrix.run import run_matrix
 
 PLAN = f"""
 model = "{ROOT / "models" / "tiny-arith"}"
@@ -186,6 +193,9 @@ def test_a_reference_that_cannot_run_ends_it(plan, tmp_path, capsys):
         (('dtypes = ["float32"]', 'dtypes = ["flot32"]'), "the file: dtypes must be a list"),
         (('python = "', 'python = 3 # "'), "environment 'here': python must be a text, not 3"),
         (('python = "', 'packages = ["x"]\npython = "'), "environment 'here' has both python and packages"),
+        (('python = "', 'after_install = ["x.py"]\npython = "'), "environment 'here' has both python and after_install"),
+        (('python = "', 'packages = ["x"]\nafter_install = ["no.py"] # "'), "environment 'here': there is no .*no.py"),
+        (('python = "', 'after_install = ["x.py"] # "'), "environment 'here' says neither what to install nor which python"),
         (('python = "', 'packages = "x" # "'), "environment 'here': packages must be a list of texts, not 'x'"),
         (('python = "', 'variables = { A = 1 }\npython = "'), "environment 'here': variables must be a table of texts"),
         (("settings = {", 'settings = "raw" # {'), "cell 'asked for': settings must be a table, not 'raw'"),
@@ -252,12 +262,12 @@ def test_a_golden_of_a_model_that_changed_is_another_one(recorded, tmp_path, cap
     matrix = load_plan(plan)
     (golden,) = (repo / "golden").iterdir()
     tokens = [Golden.load(golden).trace.prompt(i) for i in range(0, 12, 4)]
-    check_recorded(golden, matrix, matrix.cells[0], "T=0.7", tokens)
+    check_is_of_plan(golden, matrix, matrix.cells[0], "T=0.7", tokens)
     config = tmp_path / "tiny-arith" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "rope_theta": 12345.0}))
     model_digests.cache_clear()
     with pytest.raises(IncomparableError, match="was recorded with another model, that of tiny-arith"):
-        check_recorded(golden, matrix, matrix.cells[0], "T=0.7", tokens)
+        check_is_of_plan(golden, matrix, matrix.cells[0], "T=0.7", tokens)
 
 
 def test_a_row_that_nothing_was_found_for_says_why_in_the_page():
@@ -273,6 +283,88 @@ def test_a_row_that_nothing_was_found_for_says_why_in_the_page():
     assert "| a | float32 | **unverified** |" in lines
     assert "| b | float32 | **fail** path: engine_build |" in lines
     assert lines[-1] == "- a (float32), s, unverified: 12 sequences are too few"
+
+
+# -- what recording refuses --------------------------------------------------------------------------------------------
+
+
+class MadeUpEngine:
+    """Answers with a trace, and in place of each replay with that trace's logprobs changed by `change`."""
+
+    def __init__(self, trace, change):
+        self._trace, self._change = trace, change
+        self.config = ResolvedConfig("transformers", "1", "float32", {"logprobs_mode": "processed_logprobs"})
+
+    def generate(self, prompts, sampling):
+        return self._trace
+
+    def fingerprint(self):
+        return {}
+
+    def replay(self, trace):
+        return trace
+
+    def replay_all(self, trace, paths):
+        return {path: trace.with_(replay=path) for path in paths}
+
+    def replay_in_drawn_shapes(self, trace, shapes, number):
+        return (trace.logprobs + self._change).astype(np.float32)
+
+    def remarks(self):
+        return ()
+
+
+class InThisProcess:
+    """An executor whose worker runs in this process, and has `engine`."""
+
+    def __init__(self, engine, monkeypatch):
+        pool = SimpleNamespace(engine=lambda spec: engine)
+        monkeypatch.setattr(worker, "Pool", lambda *_: contextlib.nullcontext(pool))
+
+    def run(self, jobs, out, home, notify):
+        for job in jobs:
+            (out / job.name).mkdir(parents=True)
+            for name, data in job.files.items():
+                (out / job.name / name).write_bytes(data)
+            try:
+                worker.work(out / job.name)
+            except ParityError as error:
+                yield job, str(error)
+            else:
+                yield job, ""
+
+
+TRACE = make_trace(24, 20, dtype="float32", engine="transformers", sampling=Sampling(temperature=0.7, max_tokens=20))
+REFUSED = {
+    "NaN": ({"logprobs": np.where(np.arange(480) == 7, np.nan, TRACE.logprobs)}, 0, "1 of 480 logprobs of this engine is NaN"),
+    "NaN in other batches": ({}, np.where(np.arange(480) == 7, np.nan, 0), "repeat 1 of 3: 1 of 480 logprobs are NaN or +inf"),
+    "another number in other batches": (
+        {},
+        0.3,
+        "this engine does not agree with itself beyond what float32",
+    ),
+    "all excluded": ({"logprobs": np.full(480, -np.inf)}, 0, "it could never pass: Nothing was compared"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_the_reference_records_nothing_that_recording_refuses(plan, tmp_path, monkeypatch, what):
+    columns, change, told = REFUSED[what]
+    engine = MadeUpEngine(TRACE.with_(**{k: v.astype(np.float32) for k, v in columns.items()}), change)
+    matrix = load_plan(plan(base=PLAN.replace("repeats = 0", "repeats = 3")))
+    with pytest.raises(ParityError, match=r"the reference asked for \(float32\) recorded nothing: .*not recorded: ") as error:
+        run_matrix(matrix, InThisProcess(engine, monkeypatch), tmp_path / "out", tmp_path, lambda _: None)
+    assert told in str(error.value)
+    assert not list((tmp_path / "golden").glob("*"))
+
+
+def test_the_reference_records_an_engine_that_agrees_with_itself(plan, tmp_path, monkeypatch):
+    matrix = load_plan(plan(base=PLAN.replace("repeats = 0", "repeats = 3")))
+    engine = MadeUpEngine(TRACE, np.random.default_rng(0).normal(0, 1e-6, 480))
+    (row,) = run_matrix(matrix, InThisProcess(engine, monkeypatch), tmp_path / "out", tmp_path, lambda _: None)
+    assert row.verdict == "pass"
+    (golden,) = (tmp_path / "golden").glob("*")
+    assert Golden.load(golden).floor.repeats == 3
 
 
 # -- answers of earlier runs -------------------------------------------------------------------------------------------
@@ -355,6 +447,24 @@ def test_an_environment_is_made_once_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("other*/"))
 
 
+def test_what_comes_after_an_install_is_run_by_the_new_environments_own_python(plan, tmp_path):
+    (tmp_path / "first.py").write_text("import sys\nprint('first in', sys.prefix)")
+    (tmp_path / "second.py").write_text("print('second')")
+    (tmp_path / "none.txt").write_text("")
+    here = '[environment.made]\nrequirements = ["none.txt"]\nafter_install = ["first.py", "second.py"]\n'
+    path = plan(base=PLAN.replace("[environment.here]", f"{here}[environment.here]"))
+    path.write_text(path.read_text().replace('environment = "here"', 'environment = "made"'))
+    environment = load_plan(path).cells[0].environment
+    folder = python_of(environment, tmp_path, lambda _: None).parent.parent
+    assert json.loads((folder / "logprob-parity.json").read_text())["after_install"] == [f"first in {folder}", "second"]
+    before = environment.digest
+    (tmp_path / "second.py").write_text("print('another')")
+    assert load_plan(path).cells[0].environment.digest != before
+    failing = dataclasses.replace(environment, after_install={"bad.py": "raise ValueError('no such build')"})
+    with pytest.raises(EngineError, match=r"environment made was not made: after_install bad\.py: ValueError: no such build"):
+        python_of(failing, tmp_path, lambda _: None)
+
+
 def test_an_environment_that_lost_what_the_worker_needs_is_made_anew(tmp_path, monkeypatch):
     told, at_hand = [], ["numpy"]
     monkeypatch.setattr(environments, "_imports", lambda folder: list(at_hand))
@@ -411,7 +521,7 @@ def test_the_worker_needs_numpy_and_safetensors_and_an_engine():
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("scipy", "pytest", "pluggy", "torch", "vllm", "transformers", "ray"):
+        if name.partition(".")[0] in ("scipy", "packaging", "pytest", "pluggy", "torch", "vllm", "transformers", "ray"):
             raise ImportError(name)
 sys.meta_path.insert(0, Absent())
 import pytest_logprob_parity.matrix.worker, pytest_logprob_parity.engines.vllm.backend

@@ -8,10 +8,11 @@ from made_up import OBJECTIVES, gate, keys, make_trace, moved, outcomes, referen
 
 from pytest_logprob_parity import Sampling, UsageError, check_golden, compare
 from pytest_logprob_parity.check.chance_to_pass import chance_to_pass
+from pytest_logprob_parity.comparison.evidence import Evidence
 from pytest_logprob_parity.comparison.intervals import POWER, detectable_share, mean_interval, share_bound
+from pytest_logprob_parity.comparison.judge import judge
 from pytest_logprob_parity.comparison.objectives import OBJECTIVES as BY_NAME
 from pytest_logprob_parity.comparison.tolerance import LIMITS, Tolerance, default_tolerance, make_tolerance
-from pytest_logprob_parity.comparison.verdict import Evidence, judge
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
 

@@ -873,8 +873,9 @@ def test_whatever_stands_in_results_they_are_rendered_or_refused_in_one_line(rep
     from pytest_logprob_parity.report.charts import charts_of
     from pytest_logprob_parity.report.github import workflow_commands
     from pytest_logprob_parity.report.markdown import render_markdown
-    from pytest_logprob_parity.report.page import render_page
+    from pytest_logprob_parity.report.page import _environment, render_page
 
+    svg = _environment().get_template("charts.svg.jinja").module.svg
     content = json.loads((report / "results.json").read_text())
     check = content["checks"][0]
     check |= {"free_run": {"turns": 2, "diverged": 1, "stops_changed": 0, "first": ["a"]}}
@@ -902,7 +903,9 @@ def test_whatever_stands_in_results_they_are_rendered_or_refused_in_one_line(rep
         for wrong in (None, -1, 0, 10**99, 1e-300, [], [1] * 3000):
             attempt(
                 {**bare, "plots": replaced(plots, place, wrong)},
-                lambda read, name=place[0]: charts_of({**ONE_PLOT, name: read["checks"][0]["plots"][name]}, "x"),
+                lambda read, name=place[0]: [
+                    svg(chart) for chart in charts_of({**ONE_PLOT, name: read["checks"][0]["plots"][name]}, "x")
+                ],
             )
     assert len(refused) > len(rendered) > 100  # the negative control: both happen
     assert not any("\n" in told for told in refused)
@@ -1020,7 +1023,7 @@ def test_a_disk_that_fills_during_the_run_costs_the_report_and_no_verdict(projec
 
 def test_libraries_that_are_missing_are_named_before_anything_runs(project, report, capsys, monkeypatch):
     monkeypatch.setattr("pytest_logprob_parity.report.folder.find_spec", lambda name: None)
-    told = "a report needs Jinja2 and matplotlib: pip install 'pytest-logprob-parity[report]'"
+    told = "a report needs Jinja2: pip install 'pytest-logprob-parity[report]'"
     result = project("--parity-report=report")
     assert [line for line in result.errlines if line.strip()] == [f"ERROR: {told}"]
     assert told in one_line(capsys, "report", report)
@@ -1028,7 +1031,7 @@ def test_libraries_that_are_missing_are_named_before_anything_runs(project, repo
 
 def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
     from pytest_logprob_parity.check.context import Checked
-    from pytest_logprob_parity.comparison.verdict import compare
+    from pytest_logprob_parity.comparison.compare import compare
     from pytest_logprob_parity.golden import Golden
     from pytest_logprob_parity.report.entry import make_entry
     from pytest_logprob_parity.report.results import to_text

@@ -12,13 +12,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from pytest_logprob_parity.check.record import measure_floor, with_untruncated
+from pytest_logprob_parity.check.measure import measure_floor, with_untruncated
 from pytest_logprob_parity.check.reference_pass import reference_of
-from pytest_logprob_parity.comparison.free_run import compare_free_run
+from pytest_logprob_parity.comparison.evidence import Evidence
+from pytest_logprob_parity.comparison.free_generation.compare import compare_free_run
+from pytest_logprob_parity.comparison.judge import judge
 from pytest_logprob_parity.comparison.result import Comparison, Finding
 from pytest_logprob_parity.comparison.suspected_causes import suspects
 from pytest_logprob_parity.comparison.tolerance import Tolerance, default_tolerance, with_floor
-from pytest_logprob_parity.comparison.verdict import Evidence, judge
 from pytest_logprob_parity.diagnosis.reference_evaluation import read_against, weigh
 from pytest_logprob_parity.engines.engine import Engine
 from pytest_logprob_parity.engines.pool import Pool
@@ -120,7 +121,7 @@ class CatalogueRun:
     @staticmethod
     def _evidence(golden: Golden, setup: Setup) -> Evidence:
         """What a check knows of the golden besides its trace."""
-        return Evidence(golden.floor, golden.reference, golden.routed, setup=setup)
+        return Evidence(floor=golden.floor, reference=golden.reference, routed=golden.routed, setup=setup)
 
     # -- one fault -----------------------------------------------------------------------------------------------------
 

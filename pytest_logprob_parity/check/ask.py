@@ -41,7 +41,7 @@ def ask(engine: Engine, golden: Golden, paths: Sequence[ReplayPath]) -> Answers:
         engine.fingerprint(),
         _policy_replay(golden.trace, engine) if decoded else None,
         _drawn(golden, engine) if decoded else None,
-        [Note(remark.key, remark.text) for remark in engine.remarks()],
+        engine.remarks(),
     )
 
 

@@ -8,11 +8,11 @@ from typing import Final
 
 import numpy as np
 
-from ..comparison.differences import Differences, setting_of
-from ..comparison.effects import gates_of
 from ..comparison.gate import Gate
 from ..comparison.intervals import MIN_SEQUENCES, Integers, distinct_sequences, prompt_numbers
+from ..comparison.measurement import gates_of
 from ..comparison.nucleus_flips import SupportFlips
+from ..comparison.token_differences import Differences, setting_of
 from ..comparison.tolerance import Tolerance
 from ..golden import Golden
 

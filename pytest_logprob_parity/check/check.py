@@ -10,14 +10,16 @@ from typing import Any, Final
 import numpy as np
 
 from ..checkpoint.prompts import check_prompts
-from ..comparison.free_run import compare_free_run
+from ..comparison.compare import check_level
+from ..comparison.declared_gap import with_gap
+from ..comparison.evidence import Evidence
+from ..comparison.free_generation.compare import compare_free_run
+from ..comparison.judge import judge
 from ..comparison.message import failure_message
 from ..comparison.objectives import DEFAULT_OBJECTIVE, objective_of
-from ..comparison.precision_gaps import with_gap
 from ..comparison.result import Comparison, MismatchError
 from ..comparison.suspected_causes import adapter_finding, suspect_settings, suspects
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor, with_reference
-from ..comparison.verdict import Evidence, check_level, judge
 from ..comparison.vocabulary import Level, Verdict
 from ..engines.engine import Engine
 from ..engines.replay import REPLAYS, can_regenerate
@@ -149,7 +151,9 @@ def _compare(
     if not isinstance(engine, Trace):
         return _compare_engine(golden, engine, replay, tolerance, level, context)
     limits = _limits(golden, engine.path, tolerance, context)
-    evidence = Evidence(golden.floor, golden.reference, golden.routed, policy_logprobs=engine.untruncated_logprobs)
+    evidence = Evidence(
+        floor=golden.floor, reference=golden.reference, routed=golden.routed, policy_logprobs=engine.untruncated_logprobs
+    )
     return Checked(golden=golden, comparison=with_gap(judge(golden.trace, engine, limits, level, evidence), tolerance))
 
 

@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 
 from ..comparison.alignment import align
+from ..comparison.evidence import Evidence
+from ..comparison.judge import judge
 from ..comparison.suspected_causes import suspects
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, with_floor, with_reference
-from ..comparison.verdict import Evidence, judge
 from ..comparison.vocabulary import Level
 from ..errors import IncomparableError
 from ..golden import Golden
@@ -54,7 +55,9 @@ def compare_goldens(expected: Golden, actual: Golden, level: Level = "rl", limit
         apart.append(("sampling", expected.trace.sampling.processing(), actual.trace.sampling.processing()))
     policy = actual.trace.untruncated_logprobs
     setup = setup_class(expected.fingerprint if both else {}, apart)
-    evidence = Evidence(expected.floor, expected.reference, expected.routed, setup=setup, policy_logprobs=policy)
+    evidence = Evidence(
+        floor=expected.floor, reference=expected.reference, routed=expected.routed, setup=setup, policy_logprobs=policy
+    )
     comparison = judge(expected.trace, actual.trace, limits or limits_of(expected, actual), level, evidence)
     if both and comparison.verdict == "fail" and not comparison.findings:  # as a check of an engine says it
         comparison = dataclasses.replace(comparison, findings=tuple(suspects(apart)))

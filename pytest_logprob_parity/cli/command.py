@@ -16,11 +16,11 @@ from .._version import __version__
 from ..errors import EngineError, ParityError
 from ..suggest import nearest
 from ..visible_text import visible_line
-from . import accept, bisect, diagnose, diff, history, matrix, move, prune, report, serve, show
+from . import accept, bisect, diagnose, diff, history, matrix, move, prune, report, selftest, serve, show
 from .completion import SHELLS, PrintCompletion
 
 #: In the order of the help. Each has `add(verbs)` and `run(given)`, which gives the exit status.
-VERBS: Final = (show, diff, report, history, accept, move, prune, matrix, diagnose, serve, bisect)
+VERBS: Final = (show, diff, report, history, accept, move, prune, selftest, matrix, diagnose, serve, bisect)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -58,7 +58,7 @@ def support_flips(
     places = np.arange(expected.num_tokens)[rows.expected][flipped]
     lost = places[np.isfinite(expected.logprobs[places])]
     deep = lost[depth(expected, lost, limits) > 1]
-    sequences = np.searchsorted(expected.sequence_offsets, deep, side="right") - 1
+    sequences = expected.sequence_of_token[deep]
     return SupportFlips(count, allowed, unexplained, Counter(sequences.tolist()))
 
 

@@ -68,7 +68,7 @@ def read_against(expected: Trace, actual: Trace, reading: Trace, outlier: float)
         apart = np.abs(now - golden)
     cut = min(outlier, float(np.quantile(apart[known], 0.9))) if known.any() else outlier
     telling = known & (apart >= cut) & (apart > 0)
-    owner = np.searchsorted(expected.sequence_offsets, places, side="right") - 1
+    owner = expected.sequence_of_token[places]
     squares = np.bincount(owner[known], np.minimum(apart[known], _CUT) ** 2)
     sizes = np.sqrt(squares / np.maximum(np.bincount(owner[known]), 1))[np.unique(owner[known])]
     carry = float(np.mean(sizes > _CARRIES * sizes.max())) if len(sizes) and sizes.max() > 0 else 1.0

@@ -11,11 +11,12 @@ import numpy as np
 
 from .. import machine
 from ..errors import EngineError, ParityError, UsageError
+from ..notes import Note
 from ..reasons import reason_of
 from ..spec import EngineSpec, Sampling
 from ..spec.server_settings import SERVER
 from ..visible_text import visible_line
-from .backend import Backend, ChecksumsWeights, Remark, Remarks, RunsOnWorker, Sleeps, TakesWeights
+from .backend import Backend, ChecksumsWeights, Remarks, RunsOnWorker, Sleeps, TakesWeights
 
 if TYPE_CHECKING:
     from ..checkpoint.adapter import Adapter
@@ -255,12 +256,12 @@ class Engine:
         laid_on = {} if adapter is None else {"adapter": str(adapter)}
         return {"name": name, **digests, **laid_on}
 
-    def remarks(self) -> list[Remark]:
+    def remarks(self) -> list[Note]:
         """What a report should say of this engine beside its numbers: pins that nobody could verify, trouble on the way."""
         backend = self._backend()
         unverified = backend.config.unverified
         text = f"could not be verified, for the engine does not tell: {', '.join(unverified)}"
-        told = [Remark("unverified_pins", text)] if unverified else []
+        told = [Note("unverified_pins", text)] if unverified else []
         return told + (backend.remarks() if isinstance(backend, Remarks) else [])
 
     def _check_here(self, what: str) -> None:

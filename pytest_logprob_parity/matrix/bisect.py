@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from packaging.version import InvalidVersion, Version
+
 from ..check.check import judge_answers
 from ..check.context import Context
 from ..comparison.result import Comparison
@@ -69,39 +71,56 @@ class Switch:
 
 
 def releases_between(known: Sequence[str], one: str, other: str) -> list[str]:
-    """The releases from `one` to `other`, oldest first, both included. Of a release and its repackagings the first is taken.
+    """The releases from `one` to `other`, oldest first, both included, in the order of PEP 440.
 
-    Raises UsageError where one of the two does not exist.
+    In between, pre-releases and development releases are left out, and so are a release's repackagings (post releases, local
+    versions) where the release itself is there. Raises UsageError where one of the two does not exist.
     """
-    ordered = sorted(known, key=_key)
-    for version in (one, other):
-        if version not in ordered:
-            raise UsageError(f"there is no release {version}; known are {', '.join(ordered) or 'none'}")
-    low, high = sorted((one, other), key=_key)
-    plain = {v for v in ordered if "post" not in v and "rc" not in v}
-    return [
-        v for v in ordered
-        if _key(low) <= _key(v) <= _key(high) and (v in (low, high) or v in plain)
-    ]  # fmt: skip
+    ordered = sorted((parsed, text) for text in known if (parsed := _parsed(text)) is not None)
+    ends = []
+    for text in (one, other):
+        found = [version for version, _ in ordered if version == _parsed(text)]
+        if not found:
+            raise UsageError(f"there is no release {text}; known are {', '.join(text for _, text in ordered) or 'none'}")
+        ends.append(found[0])
+    low, high = sorted(ends)
+    between = [(version, text) for version, text in ordered if low <= version <= high]
+    first: dict[str, Version] = {}
+    for version, _ in between:
+        if not version.is_prerelease:
+            first.setdefault(version.base_version, version)
+    return [text for version, text in between if version in ends or version == first.get(version.base_version)]
 
 
-def _key(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version))
+def _parsed(text: str) -> Version | None:
+    try:
+        return Version(text)
+    except InvalidVersion:
+        return None
 
 
-def known_releases(package: str) -> list[str]:
-    """The releases of a package on the configured index. Raises UsageError where it has none."""
-    done = _pip("index", "versions", package)
+def is_prerelease(text: str) -> bool:
+    """Whether a version is a pre-release or a development release; not where it is no version."""
+    version = _parsed(text)
+    return version is not None and version.is_prerelease
+
+
+def known_releases(package: str, *, pre: bool = False) -> list[str]:
+    """A package's releases on the configured index, with `pre` the pre-releases too. Raises UsageError where it has none."""
+    done = _pip("index", "versions", package, *(["--pre"] if pre else []))
     found = re.search(r"Available versions: (.*)", done.stdout)
     if found is None:
         raise UsageError(f"no releases of {package} are known to the configured package index")
     return [version.strip() for version in found.group(1).split(",")]
 
 
-def environment_of(package: str, version: str, also: Sequence[str] = ()) -> Environment:
+def environment_of(
+    package: str, version: str, also: Sequence[str] = (), after_install: Mapping[str, str] | None = None
+) -> Environment:  # fmt: skip
     """What a release is installed from: its own metadata's requirements, without the local version of torch's build.
 
-    `also` are requirements besides, for what a release did not foresee: that transformers would have a version 5.
+    `also` are extra pins for dependencies that a release left open, such as "transformers<5"; `after_install` has Python
+    files by name, as Environment has.
 
     Raises EngineError where the release cannot be had.
     """
@@ -114,7 +133,12 @@ def environment_of(package: str, version: str, also: Sequence[str] = ()) -> Envi
         raise EngineError(f"{package} {version} cannot be had: {(why or ['pip says nothing of it'])[-1]}") from None
     kept = [need for need in needs if "extra ==" not in need and re.split(r"[^\w-]", need, maxsplit=1)[0] not in _UNWANTED]
     relaxed = [re.sub(r"(==[\w.]+)\+cpu", r"\1", need) for need in kept]
-    return Environment(f"{package}-{version}", packages=(f"{package}=={version}",), resolved=(*relaxed, *also))
+    return Environment(
+        f"{package}-{version}",
+        packages=(f"{package}=={version}",),
+        resolved=(*relaxed, *also),
+        after_install=dict(after_install or {}),
+    )
 
 
 def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,6 @@ from typing import Final
 
 from ..checkpoint.digests import digest_of
 from ..errors import EngineError
-from .repairs import repair
 
 _READY: Final = "logprob-parity.json"
 #: What the worker needs beside the engine: an environment that had it and has it no more is not whole.
@@ -47,21 +46,24 @@ class Environment:
     """What an engine version is installed from.
 
     Either `python`, an interpreter of the user's that is used as it is, or pins: `requirements` (texts of requirement
-    files) and `packages` are installed without their dependencies, `resolved` with them. `variables` are set for the
-    engine's process.
+    files) and `packages` are installed without their dependencies, `resolved` with them. `after_install` has Python files
+    by name, texts too: the environment's own Python runs them, in this order, when everything is installed. `variables`
+    are set for the engine's process.
     """
 
     name: str
     requirements: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     resolved: tuple[str, ...] = ()
+    after_install: Mapping[str, str] = field(default_factory=dict)
     python: str = ""
     variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """16 hex digits of what it is made of."""
-        return digest_of([self.requirements, self.packages, self.resolved, list(sys.version_info[:2])])
+        parts = [self.requirements, self.packages, self.resolved, list(sys.version_info[:2])]
+        return digest_of([*parts, list(self.after_install.values())] if self.after_install else parts)
 
 
 def installed_in(environment: Environment) -> str:
@@ -155,14 +157,20 @@ def _make(environment: Environment, folder: Path, python: Path, stop: threading.
         run([*pip, "--no-deps", *environment.packages])
     if environment.resolved:
         run([*pip, *environment.resolved])
-    (site,) = folder.glob("lib/python*/site-packages")
-    repairs = repair(site)
-    text = json.dumps({"digest": environment.digest, "name": environment.name, "repairs": repairs, "imports": _imports(folder)})
+    printed = []
+    for name, code in environment.after_install.items():
+        script = folder / "after_install.py"
+        script.write_text(code, "utf-8")
+        printed += run([str(python), str(script)], f"after_install {name}: ").splitlines()
+        script.unlink()
+    made = {"digest": environment.digest, "name": environment.name, "after_install": printed, "imports": _imports(folder)}
+    text = json.dumps(made)
     (folder / f"{_READY}.part").write_text(text, "utf-8")
     (folder / f"{_READY}.part").replace(folder / _READY)
 
 
-def _run(environment: Environment, folder: Path, stop: threading.Event, command: Sequence[str]) -> None:
+def _run(environment: Environment, folder: Path, stop: threading.Event, command: Sequence[str], step: str = "") -> str:
+    """What a command printed. Raises EngineError where it fails, DiskFullError for want of disk; `step` is for the message."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command, env=_variables(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -184,7 +192,8 @@ def _run(environment: Environment, folder: Path, stop: threading.Event, command:
         full = shutil.disk_usage(folder.parent).free < _NOTHING_LEFT  # venv does not say why its ensurepip ended
         why = FULL if full else _last_error(said)
         kind = DiskFullError if FULL in why else EngineError
-        raise kind(f"environment {environment.name} was not made: {why}")
+        raise kind(f"environment {environment.name} was not made: {step}{why}")
+    return said
 
 
 def _ask(python: str | Path, code: str) -> subprocess.CompletedProcess[str]:

@@ -22,14 +22,13 @@ from typing import Any, Final, Protocol
 
 from ..checkpoint.digests import find_model
 from ..errors import EngineError, GoldenError, ParityError, UsageError
-from ..golden import Golden
 from .environments import FULL, DiskFullError, Environment, installed_in, python_of
-from .worker import load_answers
+from .worker import load_answers, load_recorded
 
 _PACKAGE: Final = Path(__file__).resolve().parent.parent
 _LOG: Final = "output.txt"
 #: Raised where the worker's answers change: results of older ones are then not taken for today's.
-_PROTOCOL: Final = 2
+_PROTOCOL: Final = 3
 #: What of a model's or a tokenizer's folder says what it holds.
 _MODEL_FILES: Final = ("*.json", "*.safetensors*", "*.bin", "*.model", "*.jinja", "*.txt")
 #: How often a waiting thread looks whether it is to stop, in seconds.
@@ -83,7 +82,7 @@ def answered(job: Job, folder: Path) -> bool:
         json.loads((folder / "done.json").read_text("utf-8"))
         told = json.loads(job.files["job.json"])
         for name in told["record"]:
-            Golden.load(folder / f"{name}.golden.safetensors")
+            load_recorded(folder, name)
         for name in told["check"]:
             load_answers(folder, name)
     except (OSError, ValueError, GoldenError):

@@ -24,7 +24,7 @@ def asked_of(reference: Cell) -> dict[str, Any]:
     return dict(reference.settings)
 
 
-def check_recorded(place: Path, matrix: Matrix, reference: Cell, sampling: str, prompts: list[list[int]]) -> None:
+def check_is_of_plan(place: Path, matrix: Matrix, reference: Cell, sampling: str, prompts: list[list[int]]) -> None:
     """Raise IncomparableError where the golden at `place` was recorded by another plan, GoldenError for a damaged one.
 
     A golden that was recorded elsewhere, or before plans were remembered, does not tell its settings: they are not held

@@ -60,7 +60,8 @@ _KEYS: Final[Mapping[str, _Kind]] = {
 }
 _NEEDED: Final = ("model", "prompts", "reference", "sampling", "environment", "cell")
 _ENVIRONMENT_KEYS: Final[Mapping[str, _Kind]] = {
-    "requirements": _TEXTS, "packages": _TEXTS, "resolved": _TEXTS, "python": _TEXT, "variables": _VARIABLES,
+    "requirements": _TEXTS, "packages": _TEXTS, "resolved": _TEXTS, "after_install": _TEXTS, "python": _TEXT,
+    "variables": _VARIABLES,
 }  # fmt: skip
 _CELL_KEYS: Final[Mapping[str, _Kind]] = {
     "environment": _TEXT,
@@ -171,7 +172,7 @@ def _environment(name: str, values: Mapping[str, Any], folder: Path) -> Environm
     _check(values, _ENVIRONMENT_KEYS, (), where)
     if not any(values.get(key) for key in ("requirements", "packages", "resolved", "python")):
         raise UsageError(f"{where} says neither what to install nor which python to use")
-    installs = [key for key in ("requirements", "packages", "resolved") if values.get(key)]
+    installs = [key for key in ("requirements", "packages", "resolved", "after_install") if values.get(key)]
     if values.get("python") and installs:
         raise UsageError(f"{where} has both python and {installs[0]}: nothing is installed beside an interpreter that is there")
     return Environment(
@@ -179,6 +180,7 @@ def _environment(name: str, values: Mapping[str, Any], folder: Path) -> Environm
         requirements=tuple(_read(folder / file, where) for file in values.get("requirements", ())),
         packages=tuple(values.get("packages", ())),
         resolved=tuple(values.get("resolved", ())),
+        after_install={file: _read(folder / file, where) for file in values.get("after_install", ())},
         python=values.get("python", ""),
         variables=dict(values.get("variables", {})),
     )

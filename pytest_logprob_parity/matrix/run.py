@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..check.check import judge_answers
 from ..check.context import Context
+from ..check.record import check_recorded
 from ..checkpoint.digests import digest_of, find_model, find_tokenizer
 from ..checkpoint.prompts import check_prompts, load_tokenizer, tokenize
 from ..comparison.result import Finding
@@ -18,9 +19,9 @@ from ..errors import EngineError, ParityError
 from ..golden import Golden
 from ..progress import each
 from .executors import Executor, Job, answered, today
-from .goldens import ASKED, asked_of, check_recorded
+from .goldens import ASKED, asked_of, check_is_of_plan
 from .plan import Cell, Matrix, slug
-from .worker import load_answers
+from .worker import load_answers, load_recorded
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,18 @@ def _goldens(
     missing = [dtype for dtype in matrix.dtypes if update or any(not places[dtype, n].exists() for n in matrix.samplings)]
     for (dtype, name), place in places.items():  # one that is damaged, or another plan's, ends the run before any engine starts
         if dtype not in missing:
-            check_recorded(place, matrix, reference, name, prompts)
+            check_is_of_plan(place, matrix, reference, name, prompts)
     jobs = {dtype: _job(matrix, reference, dtype, "record", prompts, {}) for dtype in missing}
     whys = _ask(executor, list(jobs.values()), out, home, notify)
     for dtype, job in jobs.items():
         if whys[job.name]:
             raise EngineError(f"the reference {reference.name} ({dtype}) recorded nothing: {whys[job.name]}")
         for name in matrix.samplings:
-            golden = Golden.load(out / job.name / f"{slug(name)}.golden.safetensors")
+            try:
+                golden, own = load_recorded(out / job.name, slug(name))
+                check_recorded(golden, {}, "the golden of this cell", own)
+            except ParityError as error:
+                raise EngineError(f"the reference {reference.name} ({dtype}) recorded nothing: {error}") from None
             golden.save(places[dtype, name], also={ASKED: asked_of(reference)})
     return places
 

@@ -80,9 +80,9 @@ def report_of(run: Path) -> Path:
 def prepare(folder: Path) -> Run:
     """Make the folder of a report, so that a run learns of a wrong one before it has spent its time.
 
-    Raises UsageError where the report's libraries are missing or where nothing can be written there.
+    Raises UsageError where the report's library is missing or where nothing can be written there.
     """
-    check_libraries()
+    check_library()
     check_ours(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -183,11 +183,10 @@ def check_ours(folder: Path) -> None:
         raise UsageError(f"{folder / there[0]} is there already, and is no report's: name another folder")
 
 
-def check_libraries() -> None:
-    """Raise UsageError where a library that renders reports is missing."""
-    missing = [name for name, module in (("Jinja2", "jinja2"), ("matplotlib", "matplotlib")) if find_spec(module) is None]
-    if missing:
-        raise UsageError(f"a report needs {' and '.join(missing)}: pip install 'pytest-logprob-parity[report]'")
+def check_library() -> None:
+    """Raise UsageError where the library that renders reports is missing."""
+    if find_spec("jinja2") is None:
+        raise UsageError("a report needs Jinja2: pip install 'pytest-logprob-parity[report]'")
 
 
 def unwritable(folder: Path, error: OSError) -> UsageError:

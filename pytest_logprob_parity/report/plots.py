@@ -33,7 +33,7 @@ def plots_of(comparison: Comparison, floor: NoiseFloor | None) -> dict[str, Any]
         return None
     e, a = (column.astype(np.float64) for column in (expected.logprobs[rows.expected], actual.logprobs[rows.actual]))
     finite = np.isfinite(e) & np.isfinite(a)
-    starts = np.repeat(expected.sequence_offsets[:-1], np.diff(expected.sequence_offsets))
+    starts = expected.sequence_offsets[expected.sequence_of_token]
     places = (np.arange(expected.num_tokens) - starts)[rows.expected][finite]
     e, a = e[finite], a[finite]
     subtracted = bool(np.isfinite(comparison.metrics["mean_diff"])) and bool(len(e))

@@ -216,3 +216,29 @@ def _ess_loss(weights: Doubles) -> float:
 
 def _mean(values: Doubles) -> float:
     return float(values.mean()) if len(values) else 0.0
+
+
+def growth(
+    model: Doubles,
+    clean: Doubles,
+    faulty: Doubles,
+    offsets: npt.NDArray[np.int64],
+    objective: Objective = "token",
+    *,
+    experts: bool = False,
+) -> TrueEffect:
+    """The effect of a fault in an engine that computes anew, and so makes other rounding errors, fault or no fault.
+
+    `model` [N] are logprobs of the model without rounding, NaN where they are not known. Each quantity is what the fault adds
+    to the engine's distance from the model, and no more than what it changes in the engine's own logprobs. Where `model` knows
+    no token, the latter alone counts.
+    """
+    edge = np.zeros(len(clean))
+    change = true_effect(clean, faulty, offsets, objective, depth=edge, experts=experts)
+    if not np.isfinite(model).any():
+        return change
+    before, after = (true_effect(model, x, offsets, objective, depth=edge, experts=experts) for x in (clean, faulty))
+    added = {b.name: max(a.value - b.value, 0.0) for b, a in zip(before.quantities, after.quantities, strict=True)}
+    return TrueEffect(
+        objective, tuple(Quantity(q.name, min(q.value, added.get(q.name, q.value)), q.limit) for q in change.quantities)
+    )  # fmt: skip

@@ -19,8 +19,8 @@ _AT_HAND: Final[Mapping[str, Mapping[str, Any]]] = {
     "own": {},  # an engine that somebody else built
 }
 #: Pinned engine arguments by profile name. `rl` pins what a trainer assumes of a rollout's logprobs; `serving` pins nothing:
-#: vLLM's own defaults, as they resolve. Training frameworks register profiles of their names, and other distributions theirs,
-#: by entry points of this group.
+#: vLLM's own defaults, as they resolve. Each training framework registers a profile of its name, and other distributions add
+#: theirs by entry points of this group.
 PROFILES: Final[Registry[Mapping[str, Any]]] = Registry(
     "profile", "logprob_parity.profiles", fits=lambda thing: isinstance(thing, Mapping), at_hand=_AT_HAND
 )

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from ..comparison.evidence import Evidence
+from ..comparison.judge import judge
 from ..comparison.result import Comparison, MismatchError
 from ..comparison.tolerance import Tolerance, make_tolerance
-from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
 from ..golden.noise_floor import Shapes
 from ..trace import FloatArray, ReplayPath, Trace
+from .agreement import without_top_k
 from .limits import trainer_tolerance
-from .parity import without_top_k
 from .scorer import Scorer
 from .scoring import score
 

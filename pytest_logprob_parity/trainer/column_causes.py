@@ -15,7 +15,7 @@ from .limits import is_coarser
 from .logit_function import function_of_logits
 from .misplaced_logprobs import few_off, misplaced, off_from_a_token_on
 from .scorer import HasTrainingMode, Scorer, TakesAdapters, name_of
-from .scoring import score, spread, temperature_of
+from .scoring import score, spread
 from .trainer_column import rms
 from .trainer_faults import furthest_off, otherwise
 
@@ -93,7 +93,7 @@ def _temperature(rollouts: Trace, scored: Trace, column: Trace, scorer: Scorer, 
     from scipy.optimize import minimize_scalar
 
     few = sorted({*furthest_off(rollouts, scored, column, noise)[: _FEW // 2], *spread(rollouts, _FEW // 2)})
-    asked = temperature_of(rollouts.sampling)
+    asked = rollouts.sampling.applied_temperature
     inside = np.concatenate([np.arange(*rollouts.bounds(s)) for s in few])
 
     def fit(numbers: Trace) -> tuple[float, float]:
@@ -137,7 +137,7 @@ def _is_a_usual_scale(scale: float) -> bool:
 def _moved(column: Trace, by: int) -> Trace:
     """The column with each number so many places further on in its sequence, NaN where none comes."""
     moved = np.roll(column.logprobs, by)
-    owner = np.repeat(np.arange(column.num_sequences), np.diff(column.sequence_offsets))
+    owner = column.sequence_of_token
     moved[np.roll(owner, by) != owner] = np.nan
     return column.with_(logprobs=moved)
 
@@ -146,7 +146,7 @@ def _precision(rollouts: Trace, scored: Trace, column: Trace) -> Finding | None:
     """`head_precision` among others where no token is further off than two steps of a head in half precision make it."""
     d = (column.logprobs.astype(np.float64) - scored.logprobs)[rollouts.mask]
     largest = float(np.abs(d[np.isfinite(d)]).max(initial=0.0))
-    if not np.isfinite(d).all() or largest > (most := 2 * _STEP / (temperature_of(rollouts.sampling) or 1.0)):
+    if not np.isfinite(d).all() or largest > (most := 2 * _STEP / rollouts.sampling.applied_temperature):
         return None
     text = f"no token is off by more than {largest:.2g} nats, and a head or logits in half precision make up to {most:.2g}"
     return Finding("head", None, text, ("head_precision", "logits", "stale_weights"))
@@ -181,7 +181,7 @@ def padding_alone(rollouts: Trace, expected: Trace, column: Trace, noise: float)
     if not len(lengths):
         return None
     longest = lengths == lengths.max()
-    owner = np.repeat(np.arange(len(longest)), np.diff(rollouts.sequence_offsets))
+    owner = rollouts.sequence_of_token
     by_row = np.array([rms(expected.with_(mask=expected.mask & (owner == row)), column) for row in range(len(longest))])
     if len(by_row) > _FEW and by_row[0] <= noise and by_row[1:].min() > _NEARER * noise:
         text = "the first row agrees, and no other does: the trainer may have packed them, each seeing those before it"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..comparison.result import Finding
 from ..trace import Trace
 from .scorer import GivesLogits, Scorer
-from .scoring import spread, temperature_of
+from .scoring import spread
 from .trainer_faults import furthest_off
 
 Doubles = npt.NDArray[np.float64]
@@ -39,7 +39,7 @@ def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: Sc
     chosen, values, counts, given = _logits_of(rollouts, column, scorer, list(dict.fromkeys(few)))
     if len(given) < _FEWEST or not np.isfinite(values).all():  # a vocabulary that is partly excluded has no such function
         return None
-    temperature = temperature_of(rollouts.sampling) or 1.0
+    temperature = rollouts.sampling.applied_temperature
     chosen, values = chosen / temperature, values / temperature
     knots = np.linspace(values.min(), values.max(), _KNOTS)
     inside = [_hats(x, knots) for x in (chosen, values)]

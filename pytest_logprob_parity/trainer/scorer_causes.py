@@ -12,9 +12,9 @@ import numpy as np
 from ..comparison.alignment import align
 from ..comparison.findings import Cause
 from ..comparison.result import Comparison, Finding
-from ..comparison.signatures.head import logit_step
+from ..comparison.signatures.lm_head import logit_step
+from ..comparison.signatures.logit_scale import is_a_temperature
 from ..comparison.signatures.positions import positions_of
-from ..comparison.signatures.scale import is_a_temperature
 from ..comparison.tolerance import DTYPES, Tolerance
 from ..golden import Golden
 from ..golden.fingerprint import adapter_digest
@@ -23,7 +23,7 @@ from ..trace import Trace
 from .logit_function import function_of_logits
 from .misplaced_logprobs import few_off, misplaced
 from .scorer import Declared, Scorer, TakesAdapters, name_of
-from .scoring import score, temperature_of
+from .scoring import score
 from .trainer_faults import otherwise
 
 #: Positions whose top-k lists so much of the probability say what their distribution would be at another temperature.
@@ -117,7 +117,7 @@ def _asked_again(trace: Trace, scored: Trace, scorer: Scorer, noise: float) -> F
     """`dropout` first where the trainer gives other numbers when it is asked the same again, `attention_mask` first where it
     gives what the rollouts report when it is asked row by row: of the sequences furthest off, up to `noise` (RMS, nats).
     """
-    owner = np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
+    owner = trace.sequence_of_token
     d = np.where(trace.mask, scored.logprobs.astype(np.float64) - trace.logprobs, 0.0)
     d2 = np.square(np.where(np.isfinite(d), d, 0.0))
     furthest = np.argsort(-np.bincount(owner, d2, trace.num_sequences))[:_FEW].tolist()
@@ -141,7 +141,7 @@ def _head_finding(trace: Trace, scorer: Scorer) -> Finding | None:
     declared = Declared.by(scorer).head_dtype
     if declared not in DTYPES:
         return None
-    step = logit_step(positions_of(trace, trace, align(trace, trace)), golden=True)
+    step = logit_step(positions_of(trace, trace, align(trace, trace)), "expected")
     if step is None or (step == 0) == (declared in ("float32", "float64")):
         return None
     if step:
@@ -155,8 +155,8 @@ def _head_finding(trace: Trace, scorer: Scorer) -> Finding | None:
 
 def _by_a_head(trace: Trace) -> float:
     """The largest RMS (nats) that one side's head in half precision can make: two steps of its grid, over the temperature."""
-    step = logit_step(positions_of(trace, trace, align(trace, trace)), golden=True) or _STEP
-    return 2 * step / (temperature_of(trace.sampling) or 1.0)
+    step = logit_step(positions_of(trace, trace, align(trace, trace)), "expected") or _STEP
+    return 2 * step / (trace.sampling.applied_temperature)
 
 
 def not_a_number(trace: Trace, scored: Trace) -> Finding | None:
@@ -183,7 +183,7 @@ def _forgotten_temperature(trace: Trace, scored: Trace, noise: float) -> Finding
     A logprob l at temperature T is T l - log sum exp(T l') at 1, over all tokens l' of its position: of positions whose top-k
     lists nearly all of them.
     """
-    temperature = temperature_of(trace.sampling)
+    temperature = trace.sampling.applied_temperature
     if temperature == 1 or trace.is_raw or not trace.top_k:
         return None
     top = np.where(np.isfinite(trace.top_logprobs), trace.top_logprobs, -np.inf).astype(np.float64)
@@ -223,7 +223,7 @@ def _other_temperature(trace: Trace, scorer: Scorer, noise: float) -> Finding | 
     found = minimize_scalar(rms, bounds=(start / 1.2, start * 1.2), method="bounded", options={"xatol": 1e-4})
     if not found.fun < min(noise, told / 4):
         return None
-    label = temperature_of(trace.sampling)
+    label = trace.sampling.applied_temperature
     text = (
         f"at a temperature of {found.x:.3f} the trainer gives what the rollouts report (RMS {found.fun:.2g} nats), at that of "
         f"their label, {label:g}, it does not ({told:.2g}): "

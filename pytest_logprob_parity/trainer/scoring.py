@@ -41,7 +41,7 @@ def score(
     _check_can_score(trace, scorer)
     declared = Declared.by(scorer)
     kept = _kept_sets(trace, declared)
-    temperature = temperature_of(trace.sampling) if temperature is None else temperature
+    temperature = trace.sampling.applied_temperature if temperature is None else temperature
     more = {"entropies": True} if entropies and declared.gives_entropies else {}
     columns, before = np.full((1 + len(more), trace.num_tokens), np.nan, np.float32), _state_of(declared.model)
     for batch in _batches(trace, range(trace.num_sequences) if sequences is None else sequences, batch_size):
@@ -182,7 +182,7 @@ def _batches(trace: Trace, sequences: Sequence[int], size: int) -> Iterator[list
     """Sequences of like lengths together, longest first."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise UsageError(f"batch_size={size!r}: must be a whole number, 1 or more")
-    lengths = np.diff(trace.prompt_offsets)[trace.group] + np.diff(trace.sequence_offsets)
+    lengths = trace.total_lengths
     order = sorted(sequences, key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -234,8 +234,3 @@ def _padded_kept(trace: Trace, kept: Any, batch: Sequence[int], rows: Sequence[S
         ids[n, place] = torch.tensor(kept[start:stop], dtype=torch.long)
         used[n, place] = torch.tensor(trace.mask[start:stop])
     return {"kept_token_ids": ids, "kept_mask": used}
-
-
-def temperature_of(sampling: Sampling) -> float:
-    """What a trainer divides its logits by for rollouts of this sampling: greedy ones are of the logits as they are."""
-    return 1.0 if sampling.greedy else sampling.temperature

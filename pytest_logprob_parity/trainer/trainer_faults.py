@@ -44,7 +44,7 @@ def otherwise(rollouts: Trace, scored: Trace, column: Trace, scorer: Scorer, noi
 def furthest_off(rollouts: Trace, scored: Trace, column: Trace, noise: float) -> list[int]:
     """The sequences in which the column is off by more than `noise`, the furthest first; those with NaN count as furthest."""
     d = np.where(rollouts.mask, column.logprobs.astype(np.float64) - scored.logprobs, 0.0)
-    owner = np.repeat(np.arange(rollouts.num_sequences), np.diff(rollouts.sequence_offsets))
+    owner = rollouts.sequence_of_token
     sizes = np.bincount(owner, np.square(np.nan_to_num(d, nan=1e3, posinf=1e3, neginf=-1e3)), rollouts.num_sequences)
     rms = np.sqrt(sizes / np.maximum(np.bincount(owner, rollouts.mask, rollouts.num_sequences), 1))
     return [int(s) for s in np.argsort(-rms, kind="stable") if rms[s] > _FAR * noise]
@@ -164,7 +164,7 @@ def _left_out(trace: Trace, scorer: Scorer, token: int, sequences: Sequence[int]
     keep = trace.token_ids != token
     if not (keep & trace.mask & np.isfinite(trace.logprobs)).any():
         return np.empty(0, np.int64), np.empty(0)
-    owner = np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
+    owner = trace.sequence_of_token
     prompts = [[i for i in trace.prompt(s) if i != token] for s in _first_of_group(trace)]
     sequences = [s for s in sequences if prompts[trace.group[s]]]  # those of another prompt than of that token alone
     shorter = Trace.from_arrays(

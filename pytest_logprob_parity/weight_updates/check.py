@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.weight_update import WeightUpdate
+from ..comparison.declared_gap import with_gap
+from ..comparison.evidence import Evidence
 from ..comparison.findings import WeightsCause
+from ..comparison.judge import judge
 from ..comparison.message import require
-from ..comparison.precision_gaps import with_gap
 from ..comparison.result import Comparison, Finding
 from ..comparison.tolerance import Tolerance, make_tolerance
-from ..comparison.verdict import Evidence, judge
 from ..notes import Note
 from ..trace import Trace
+from ..trainer.agreement import without_top_k
 from ..trainer.limits import trainer_tolerance
-from ..trainer.parity import without_top_k
 from .reference import BETTER, CLEARED, FITS, KEPT, UpdateReading, UpdateReference
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.adapter import is_adapter
+from ..comparison.evidence import Evidence
+from ..comparison.judge import judge
 from ..comparison.message import require
 from ..comparison.result import Comparison, Finding
 from ..comparison.tolerance import default_tolerance
-from ..comparison.verdict import Evidence, judge
 from ..errors import UsageError
 from ..notes import Note
 

@@ -18,7 +18,6 @@ from ..comparison.intervals import t_quantile
 from ..errors import UsageError
 from ..trace import FloatArray, Trace
 from ..trainer.limits import trainer_tolerance
-from ..trainer.scoring import temperature_of
 
 #: One way explains a trace better than another where its RMS is less than this share of the other's, and its squares are
 #: smaller, sequence by sequence, with this confidence. Where its RMS is less than half, no noise can have done that: what
@@ -145,7 +144,7 @@ class UpdateReference:
         self.stale: WeightsCause = "adapter" if is_adapter(after) else "stale_weights"
         self._old, self._new = _load(before, model), _load(after, model)
         self._trace = trace
-        self._temperature = temperature_of(trace.sampling)
+        self._temperature = trace.sampling.applied_temperature
         self._known: dict[Way, FloatArray] = {}
         newest = max(int(trace.weight_versions.max(initial=0)), 1)  # what an engine starts with is 0
         if trace.newest_version is not None and len(np.unique(trace.weight_versions)) == 1:
@@ -291,7 +290,7 @@ class UpdateReference:
     def _squares(self, way: Way) -> Any:
         d = self._trace.logprobs.astype(np.float64) - self.logprobs(way)
         used = self._trace.mask & np.isfinite(d)
-        owner = np.repeat(np.arange(self._trace.num_sequences), np.diff(self._trace.sequence_offsets))
+        owner = self._trace.sequence_of_token
         squares = np.bincount(owner[used], np.minimum(d[used] ** 2, 9.0), self._trace.num_sequences)
         return squares, int(np.count_nonzero(used))
 

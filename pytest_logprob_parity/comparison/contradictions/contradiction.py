@@ -8,8 +8,8 @@ from typing import Final, Literal
 
 from ...notes import Note
 from ..findings import Finding
+from ..sides import Side
 
-Side = Literal["expected", "actual"]
 Key = Literal[
     "top_k_shifted", "no_distribution", "above_zero", "mass_above_one", "chosen_and_top_k", "above_the_largest",
     "rank_and_top_k", "top_k_differs", "ranks_differ", "probability_one", "tokens_shifted", "no_logprob",
@@ -22,7 +22,7 @@ _TITLES: Final[Mapping[Key, str]] = {
     "no_logprob": "Logprobs are missing",
 }
 _OF_ITSELF: Final = "The record contradicts itself"
-#: What causes read off the top-k (`signatures.reporting`) say of the same tokens, in more words.
+#: What causes read off the top-k (`signatures.misreported_logprobs`) say of the same tokens, in more words.
 _SAID_BY: Final[Mapping[str, frozenset[Key]]] = {
     "wrong_values": frozenset({"above_zero", "mass_above_one", "chosen_and_top_k", "above_the_largest"}),
     "wrong_token": frozenset({"chosen_and_top_k", "above_the_largest"}),

@@ -14,14 +14,14 @@ class Divergence:
     sequence: int
     turn: int
     position: int
-    golden: str
-    now: str
+    expected: str
+    actual: str
     gap: float
     near_tie: bool
 
     def __str__(self) -> str:
         gap = f"top-2 gap {self.gap:.3g} nats" if math.isfinite(self.gap) else "top-2 gap not recorded"
-        return f"sequence {self.sequence}, position {self.position}: {self.golden} became {self.now} ({gap}" + (
+        return f"sequence {self.sequence}, position {self.position}: {self.expected} became {self.actual} ({gap}" + (
             ", a near tie)" if self.near_tie else ")"
         )
 

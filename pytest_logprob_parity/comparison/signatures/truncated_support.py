@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from ...trace import Trace
+from ..sides import Side
 from .positions import Bools, Doubles, Positions
 
 #: Fewer positions than this prove no limit, and no missing normalisation.
@@ -65,12 +66,12 @@ class Kept:
         return np.asarray(self.counts - self.ties > other.counts)
 
 
-def kept(positions: Positions, *, golden: bool) -> Kept:
-    """The kept sets of the golden or of the other side, from its own top-k as far as the other one's goes: a side that lists
+def kept(positions: Positions, side: Side) -> Kept:
+    """The kept sets of one side, from its own top-k as far as the other one's goes: a side that lists
     fewer tokens shows fewer sets whole, and would pass for one that does not truncate.
     """
-    trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
-    return kept_of(trace, rows, min(positions.golden.top_k, positions.now.top_k))
+    trace, rows, _ = positions.side(side)
+    return kept_of(trace, rows, min(positions.expected_trace.top_k, positions.actual_trace.top_k))
 
 
 def listed_whole(trace: Trace) -> Bools:

@@ -52,7 +52,7 @@ class Pairs:
         there = np.arange(actual.num_tokens)[rows.actual]
         trainer = actual.logprobs[there].astype(np.float64)
         kept = np.isfinite(rollout) & np.isfinite(trainer)
-        owner = np.searchsorted(expected.sequence_offsets, places, side="right") - 1
+        owner = expected.sequence_of_token[places]
         entropies = None if actual.trainer_entropies is None else actual.trainer_entropies[there][kept].astype(np.float64)
         return cls(rollout[kept], trainer[kept], owner[kept], expected.num_sequences, entropies)
 

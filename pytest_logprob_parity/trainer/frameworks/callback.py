@@ -7,6 +7,8 @@ import warnings
 from ...comparison.result import Comparison, MismatchError
 from ...errors import UsageError
 from ...trace import Trace
+from ..agreement import agreement, trainer_message
+from . import limits_of, with_metrics
 
 
 class Watching:
@@ -26,13 +28,12 @@ class Watching:
         self._wait -= 1
         return self._wait < 0
 
-    def check(self, rollouts: Trace, **settings: object) -> None:
+    def check(self, rollouts: Trace, *, tolerance: object = None, config: object = None, **settings: object) -> None:
         """Hold two columns in hand against each other (see assert_trainer_parity). A training is stopped by what fails, with
         MismatchError; what is unverified is a warning.
         """
-        from ..parity import compare_with_trainer, trainer_message
-
-        comparison = compare_with_trainer(rollouts, metrics=self._framework, **settings)  # type: ignore[arg-type]
+        compared = agreement(rollouts, tolerance=limits_of(tolerance), **settings)  # type: ignore[arg-type]
+        comparison = with_metrics(compared, self._framework, config)
         self.done.append(comparison)
         self._wait = self._every - 1
         if comparison.verdict == "fail":

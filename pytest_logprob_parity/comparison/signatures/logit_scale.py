@@ -1,4 +1,4 @@
-"""How differences between logprobs of one position scale from the golden to the other side: a temperature, or its like."""
+"""How differences between logprobs of one position scale from the expected to the actual side: a temperature, or its like."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ONE_LINE: Final = 0.9
 
 @dataclass(frozen=True)
 class Scale:
-    """now = `slope` x golden + a constant for each position, over `positions` of them.
+    """actual = `slope` x expected + a constant for each position, over `positions` of them.
 
     `error` is the slope's standard error, clustered by position; `removed` the share (0 to 1) of the mismatch between
     tokens of one position that the slope removes; `uniform` says that it is one line, for near and far tokens alike.
@@ -52,23 +52,23 @@ class Scale:
 NO_SCALE: Final = Scale(1.0, math.inf, 0, 0.0)
 
 
-def fit_scale(golden: Doubles, now: Doubles, used: Any, classes: Any = None) -> Scale:
+def fit_scale(expected: Doubles, actual: Doubles, used: Any, classes: Any = None) -> Scale:
     """One slope for all positions by Deming regression with equal errors on both sides.
 
-    `golden`, `now` float64 [n, m], `used` bool [n, m]. Least squares would take the golden's noise for a slope below 1
-    (errors in variables). Each position has a constant of its own, for normalisers and truncation; with `classes` int
+    `expected`, `actual` float64 [n, m], `used` bool [n, m]. Least squares would take noise of the expected side for a slope
+    below 1 (errors in variables). Each position has a constant of its own, for normalisers and truncation; with `classes` int
     [n, m] each class of a position has one. Positions that are far off the line are left out of it.
     """
     if classes is not None:
         used = np.concatenate([used & (classes == c) for c in np.unique(classes[used])] or [used[:0]])
-        repeat = len(used) // max(len(golden), 1)
-        golden, now = np.tile(golden, (repeat, 1)), np.tile(now, (repeat, 1))
+        repeat = len(used) // max(len(expected), 1)
+        expected, actual = np.tile(expected, (repeat, 1)), np.tile(actual, (repeat, 1))
     counts = used.sum(axis=1)
     rows = counts >= 2
     if np.count_nonzero(rows) < 3:
         return NO_SCALE
     used, counts = used[rows], counts[rows]
-    x, y = _centred(golden[rows], used, counts), _centred(now[rows], used, counts)
+    x, y = _centred(expected[rows], used, counts), _centred(actual[rows], used, counts)
     kept = (x**2).sum(axis=1) > 1e-6
     slope = _median_slope(x[kept], y[kept]) if kept.any() else 1.0
     for _ in range(3):

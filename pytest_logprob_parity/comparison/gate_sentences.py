@@ -38,7 +38,7 @@ def failed_line(gate: Gate, names: Names) -> str:
     if gate.errors is not None:
         return (
             f"{gate.name} {measured(gate)}; from the reference it is {in_unit(gate, gate.errors.actual)}, {names.expected} "
-            f"{in_unit(gate, gate.errors.golden)} (more than {in_unit(gate, gate.errors.fail_limit)} fails)"
+            f"{in_unit(gate, gate.errors.expected)} (more than {in_unit(gate, gate.errors.fail_limit)} fails)"
         )
     if gate.key == "nucleus_flips":
         return f"{counted(int(gate.value), gate.name)} (more than {int(gate.fail_limit)} fail)"
@@ -48,7 +48,7 @@ def failed_line(gate: Gate, names: Names) -> str:
 def unverified_line(gate: Gate, names: Names) -> str:
     """Why this gate neither passes nor fails."""
     if gate.hidden:
-        noise = f": noise alone puts {gate.errors.golden:.0%} outside" if gate.errors is not None else ""
+        noise = f": noise alone puts {gate.errors.expected:.0%} outside" if gate.errors is not None else ""
         return f"{gate.name} cannot be told from noise in this dtype{noise}"
     if gate.beyond is not None:
         size, explained = number_in_words(gate.worst), number_in_words(gate.unexplained)
@@ -62,7 +62,7 @@ def unverified_line(gate: Gate, names: Names) -> str:
     if gate.errors is not None and gate.errors.outcome != "pass":
         return (
             f"{gate.name} from the reference is {in_unit(gate, gate.errors.actual)}, {names.expected}'s "
-            f"{in_unit(gate, gate.errors.golden)}; its interval reaches {in_unit(gate, gate.errors.high)} (limit: "
+            f"{in_unit(gate, gate.errors.expected)}; its interval reaches {in_unit(gate, gate.errors.high)} (limit: "
             f"{in_unit(gate, gate.errors.limit)})"
         )
     high, limit = in_unit(gate, gate.high), in_unit(gate, gate.limit)

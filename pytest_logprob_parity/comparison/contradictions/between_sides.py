@@ -10,9 +10,9 @@ import numpy as np
 from ...trace import Trace
 from ..alignment import Alignment, partners_of
 from ..findings import Cause
-from ..sides import Names
-from .columns import Bools, Columns, Doubles, where
-from .contradiction import Contradiction, Side
+from ..sides import Names, Side
+from .contradiction import Contradiction
+from .side_columns import Bools, Columns, Doubles, where
 
 _FINE: Final = ("float32", "float64")
 _ENOUGH: Final = 5
@@ -71,12 +71,12 @@ def shifted_top_k(expected: Columns, actual: Columns, wrong: Side) -> Contradict
     """A top-k that stands one position from where it belongs, beside chosen logprobs that do not, by its likeliest token."""
     if not expected.trace.top_k or not actual.trace.top_k:
         return None
-    first, now = expected.ids[:, 0], actual.ids[:, 0]
+    expected_first, actual_first = expected.ids[:, 0], actual.ids[:, 0]
     for step, name, inside in _neighbours(expected):
-        moved = np.roll(first, step)
-        telling = inside & (moved != first) & (moved >= 0) & (now >= 0)
+        moved = np.roll(expected_first, step)
+        telling = inside & (moved != expected_first) & (moved >= 0) & (actual_first >= 0)
         count = int(np.count_nonzero(telling))
-        if count >= _ENOUGH and np.mean(now[telling] == moved[telling]) >= _MOST:
+        if count >= _ENOUGH and np.mean(actual_first[telling] == moved[telling]) >= _MOST:
             side = name if wrong == "actual" else {"before": "after", "after": "before"}[name]
             off = expected if wrong == "expected" else actual
             text = (
@@ -134,19 +134,19 @@ def other_ranks(expected: Columns, actual: Columns, agreed: Bools) -> Contradict
     count = int(np.count_nonzero(known))
     if count < 2 * _ENOUGH:
         return None
-    golden, now = expected.ranks[known].astype(np.float64), actual.ranks[known].astype(np.float64)
-    values, how_often = np.unique(now - golden, return_counts=True)
+    expected_ranks, actual_ranks = expected.ranks[known].astype(np.float64), actual.ranks[known].astype(np.float64)
+    values, how_often = np.unique(actual_ranks - expected_ranks, return_counts=True)
     constant, share = int(values[how_often.argmax()]), how_often.max() / count
     constant_off = bool(constant and share >= _MOST)
     if constant_off:
         found, how = int(how_often.max()), f"are {expected.name}'s {constant:+d}"
     else:
-        far = np.maximum(now / golden, golden / now) > _FACTOR
+        far = np.maximum(actual_ranks / expected_ranks, expected_ranks / actual_ranks) > _FACTOR
         found, how = int(np.count_nonzero(far)), f"differ from {expected.name}'s by more than a factor of {_FACTOR:g}"
         if found < max(_ENOUGH, _RANKS * count):
             return None
     text = f"{found:,} of {count:,} ranks of {actual.name} {how}, and the chosen logprobs agree"
-    fewer = not constant_off and bool((now <= golden).all() or (golden <= now).all())
+    fewer = not constant_off and bool((actual_ranks <= expected_ranks).all() or (expected_ranks <= actual_ranks).all())
     if fewer:  # see within: half of what should be counted, on one side
         text += "; one side counts too few, as vLLM does on CPUs without AVX-512"
     return Contradiction(
@@ -220,8 +220,8 @@ def shifted_tokens(expected: Trace, actual: Trace, rows: Alignment, names: Names
             )
 
 
-def _shift_of(expected: Trace, here: tuple[int, int], actual: Trace, there: tuple[int, int]) -> str:
-    e, a = expected.token_ids[slice(*here)], actual.token_ids[slice(*there)]
+def _shift_of(expected: Trace, expected_bounds: tuple[int, int], actual: Trace, actual_bounds: tuple[int, int]) -> str:
+    e, a = expected.token_ids[slice(*expected_bounds)], actual.token_ids[slice(*actual_bounds)]
     common = min(len(e), len(a))
     differs = np.flatnonzero(e[:common] != a[:common])
     if not len(differs):
@@ -229,8 +229,8 @@ def _shift_of(expected: Trace, here: tuple[int, int], actual: Trace, there: tupl
     place = int(differs[0])
     for more, fewer, kind in ((1, 0, "more"), (0, 1, "missing")):
         rest = min(len(a) - place - more, len(e) - place - fewer)
-        one = slice(here[0] + place + fewer, here[0] + place + fewer + rest)
-        other = slice(there[0] + place + more, there[0] + place + more + rest)
+        one = slice(expected_bounds[0] + place + fewer, expected_bounds[0] + place + fewer + rest)
+        other = slice(actual_bounds[0] + place + more, actual_bounds[0] + place + more + rest)
         if rest < _ENOUGH or not np.array_equal(expected.token_ids[one], actual.token_ids[other]):
             continue
         left, right = expected.logprobs[one].astype(np.float64), actual.logprobs[other].astype(np.float64)

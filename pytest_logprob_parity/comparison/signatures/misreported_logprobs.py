@@ -9,8 +9,9 @@ import numpy as np
 
 from ...trace import Trace
 from ..findings import SemanticCause
+from ..sides import Side
+from .logit_scale import ENOUGH
 from .positions import Doubles, Positions
-from .scale import ENOUGH
 
 #: A chosen logprob and the same token's entry in the top-k are one number; float32 may round it on the way.
 _SAME: Final = 1e-4
@@ -51,12 +52,11 @@ class Misreport:
     minor: bool = False
 
 
-def misreport(positions: Positions, *, golden: bool) -> Misreport | None:
+def misreport(positions: Positions, side: Side) -> Misreport | None:
     """How one side's chosen logprobs contradict its own top-k; None where they do not, or where it has none."""
-    trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
+    trace, rows, whose = positions.side(side)
     if not trace.top_k:
         return None
-    side = positions.names.expected if golden else positions.names.actual
     mine = trace.top_token_ids[rows] == trace.token_ids[rows][:, None]
     listed = np.where(mine, trace.top_logprobs[rows], np.nan).astype(np.float64)
     own = np.where(mine.any(axis=1), np.nanmax(np.where(mine, listed, -np.inf), axis=1), np.nan)
@@ -70,24 +70,24 @@ def misreport(positions: Positions, *, golden: bool) -> Misreport | None:
     cause, how = _explain(trace, rows, said, own, known)
     with np.errstate(invalid="ignore"):
         minor = (count < _ENOUGH and count < _FEW * of) or float(np.median(np.abs(said - own)[wrong])) < _ROUNDING
-    text = f"{side} reports for {count:,} of {of:,} chosen tokens another number than its own top-k: {how}"
+    text = f"{whose} reports for {count:,} of {of:,} chosen tokens another number than its own top-k: {how}"
     return Misreport(cause, text, minor)
 
 
-def no_logprobs(positions: Positions, *, golden: bool) -> Misreport | None:
+def no_logprobs(positions: Positions, side: Side) -> Misreport | None:
     """A side whose numbers are no logprobs: some are above 0, or the probabilities of a position add up to more than 1."""
-    trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
-    side, of = f"{positions.names.expected if golden else positions.names.actual}'s", len(rows)
+    trace, rows, name = positions.side(side)
+    whose, of = f"{name}'s", len(rows)
     chosen, top = trace.logprobs[rows].astype(np.float64), trace.top_logprobs[rows].astype(np.float64)
     above = int(np.count_nonzero(np.nan_to_num(np.column_stack([chosen, top]), nan=0.0, posinf=0.0).max(axis=1) > _ROUNDING))
     if above >= _ENOUGH:
-        text = f"{side} numbers are above 0 at {above:,} of {of:,} positions: probabilities, or a sign turned around"
+        text = f"{whose} numbers are above 0 at {above:,} of {of:,} positions: probabilities, or a sign turned around"
         return Misreport("wrong_values", text)
     total = np.where(trace.top_token_ids[rows] >= 0, np.exp(np.minimum(np.nan_to_num(top, nan=-np.inf), 0)), 0).sum(axis=1)
     beyond = int(np.count_nonzero(total > 1 + _ROUNDING))
     if trace.top_k and beyond >= _ENOUGH:
         text = (
-            f"{side} probabilities of one position add up to more than 1 at {beyond:,} of {of:,}, to {total.max():.3g} at most"
+            f"{whose} probabilities of one position add up to more than 1 at {beyond:,} of {of:,}, to {total.max():.3g} at most"
         )
         return Misreport("wrong_values", text)
     return None
@@ -115,7 +115,7 @@ def find_rewritten(positions: Positions) -> Misreport | None:
     """All numbers of one side times a factor, or plus a constant: no distribution comes out of another so, for each position
     has a normaliser of its own.
     """
-    golden, now = positions.names
+    names = positions.names
     x, y = positions.expected[positions.common], positions.actual[positions.common]
     if np.count_nonzero(np.abs(x) > _LARGE) < _ENOUGH_LARGE:
         return None
@@ -123,14 +123,16 @@ def find_rewritten(positions: Positions) -> Misreport | None:
     if np.count_nonzero(_all_listed(positions, constant)) < _ENOUGH:
         constant = 0.0  # of distributions that are flat, a truncation keeps the same mass everywhere
     for size, change, text in (
-        (factor - 1, y - factor * x, f"{factor:.4g} times {golden}'s{_LOGARITHMS.get(round(factor, 3), '')}"),
-        (constant, y - x - constant, f"{golden}'s {constant:+.4g}"),
+        (factor - 1, y - factor * x, f"{factor:.4g} times {names.expected}'s{_LOGARITHMS.get(round(factor, 3), '')}"),
+        (constant, y - x - constant, f"{names.expected}'s {constant:+.4g}"),
     ):
         if size == factor - 1 and abs(factor) < _EXACT:
             continue  # one number for all is told elsewhere, and what is certain at a temperature near 0
         exact = np.mean(np.abs(change) <= _EXACT * np.maximum(1, np.abs(y))) >= _ALL_BUT_FEW
         if exact and abs(size) > _CHANGED and np.sqrt(np.mean((y - x) ** 2)) > _ROUNDING:
-            return Misreport("wrong_values", f"every number of {now} is {text}: no distribution has a normaliser like that")
+            return Misreport(
+                "wrong_values", f"every number of {names.actual} is {text}: no distribution has a normaliser like that"
+            )
     return None
 
 
@@ -148,17 +150,17 @@ def find_shift(positions: Positions) -> Misreport | None:
     Over chosen logprobs alone, so that it is seen without a top-k.
     """
     finite = positions.common[:, 0]
-    golden, now = (np.where(finite, side[:, 0], np.nan) for side in (positions.expected, positions.actual))
+    expected, actual = (np.where(finite, side[:, 0], np.nan) for side in (positions.expected, positions.actual))
     owner = positions.sequences
-    apart = np.abs(now - golden)
+    apart = np.abs(actual - expected)
     for name, shift in (("before", 1), ("after", -1)):
-        moved = np.roll(golden, shift)
-        inside = (np.roll(owner, shift) == owner) & (np.roll(positions.rows, shift) + shift == positions.rows)
+        moved = np.roll(expected, shift)
+        inside = (np.roll(owner, shift) == owner) & (np.roll(positions.expected_rows, shift) + shift == positions.expected_rows)
         inside &= np.isfinite(moved) & finite
-        telling = inside & (np.abs(moved - golden) > _TELLING)
+        telling = inside & (np.abs(moved - expected) > _TELLING)
         if np.count_nonzero(telling) < _ENOUGH:
             continue
-        fits = np.abs(now - moved)[telling] <= 0.1 * np.abs(moved - golden)[telling]
+        fits = np.abs(actual - moved)[telling] <= 0.1 * np.abs(moved - expected)[telling]
         if np.mean(fits) >= _MOST and np.median(apart[telling]) > _TELLING:
             of = int(np.count_nonzero(telling))
             text = f"each number is that which {positions.names.expected} has for the token {name} ({of:,} positions)"
@@ -168,15 +170,15 @@ def find_shift(positions: Positions) -> Misreport | None:
 
 def find_shifted_rows(positions: Positions) -> Misreport | None:
     """A whole top-k that stands one position from where it belongs, by its likeliest token."""
-    if not positions.golden.top_k or not positions.now.top_k:
+    if not positions.expected_trace.top_k or not positions.actual_trace.top_k:
         return None
-    first = positions.golden.top_token_ids[positions.rows, 0]
-    now = positions.now.top_token_ids[positions.others, 0]
+    expected = positions.expected_trace.top_token_ids[positions.expected_rows, 0]
+    actual = positions.actual_trace.top_token_ids[positions.actual_rows, 0]
     for name, shift in (("before", 1), ("after", -1)):
-        moved = np.roll(first, shift)
-        beside = np.roll(positions.rows, shift) + shift == positions.rows
-        telling = beside & (np.roll(positions.sequences, shift) == positions.sequences) & (moved != first)
-        if np.count_nonzero(telling) >= _ENOUGH and np.mean((now == moved)[telling]) >= _MOST:
+        moved = np.roll(expected, shift)
+        beside = np.roll(positions.expected_rows, shift) + shift == positions.expected_rows
+        telling = beside & (np.roll(positions.sequences, shift) == positions.sequences) & (moved != expected)
+        if np.count_nonzero(telling) >= _ENOUGH and np.mean((actual == moved)[telling]) >= _MOST:
             of = int(np.count_nonzero(telling))
             text = f"each top-k is that which {positions.names.expected} has for the token {name} ({of:,} positions)"
             return Misreport("shifted_positions", text)
@@ -189,14 +191,14 @@ def find_rows_elsewhere(positions: Positions) -> Misreport | None:
     By all tokens of the list and the number of its likeliest one; where many others fit as well, answers are alike and nothing
     is told.
     """
-    if positions.golden.top_k < 2 or positions.now.top_k != positions.golden.top_k:
+    if positions.expected_trace.top_k < 2 or positions.actual_trace.top_k != positions.expected_trace.top_k:
         return None
-    place = positions.rows - positions.golden.sequence_offsets[positions.sequences]
-    sides = ((positions.golden, positions.rows), (positions.now, positions.others))
-    (ids, numbers), (ids_now, numbers_now) = (
+    place = positions.expected_rows - positions.expected_trace.sequence_offsets[positions.sequences]
+    sides = ((positions.expected_trace, positions.expected_rows), (positions.actual_trace, positions.actual_rows))
+    (ids, numbers), (actual_ids, actual_numbers) = (
         (np.sort(trace.top_token_ids[rows], axis=1), trace.top_logprobs[rows, 0].astype(np.float64)) for trace, rows in sides
     )
-    own = (ids == ids_now).all(axis=1) & (np.abs(numbers - numbers_now) <= _TELLING)
+    own = (ids == actual_ids).all(axis=1) & (np.abs(numbers - actual_numbers) <= _TELLING)
     at = {(int(s), int(t)): row for row, (s, t) in enumerate(zip(positions.sequences, place, strict=True))}
     by_place: dict[tuple[int, bytes], list[int]] = {}
     for row, (t, listed) in enumerate(zip(place.tolist(), ids, strict=True)):
@@ -207,12 +209,12 @@ def find_rows_elsewhere(positions: Positions) -> Misreport | None:
         if len(rows) < _PLACES:
             continue
         of += 1
-        first = by_place.get((int(place[rows[0]]), ids_now[rows[0]].tobytes()), [])
+        first = by_place.get((int(place[rows[0]]), actual_ids[rows[0]].tobytes()), [])
         partners = [
             int(positions.sequences[row])
             for row in first
             if positions.sequences[row] != sequence
-            and _fits(int(positions.sequences[row]), rows, at, place, ids, ids_now, numbers, numbers_now)
+            and _fits(int(positions.sequences[row]), rows, at, place, ids, actual_ids, numbers, actual_numbers)
         ]
         found += 0 < len(partners) <= _PARTNERS
     if of < 2 or found < _MOST * of:
@@ -220,12 +222,14 @@ def find_rows_elsewhere(positions: Positions) -> Misreport | None:
     return Misreport("wrong_token", f"the top-k of {found:,} sequences are those of another sequence, place by place")
 
 
-def _fits(partner: int, rows: Any, at: Any, place: Any, ids: Any, ids_now: Any, numbers: Any, numbers_now: Any) -> bool:
+def _fits(partner: int, rows: Any, at: Any, place: Any, ids: Any, actual_ids: Any, numbers: Any, actual_numbers: Any) -> bool:
     """Whether nearly all these rows are what another sequence has at the same place."""
-    there = [at.get((partner, int(place[row]))) for row in rows]
+    partners = [at.get((partner, int(place[row]))) for row in rows]
     same = [
-        other is not None and bool((ids[other] == ids_now[row]).all()) and abs(numbers[other] - numbers_now[row]) <= _TELLING
-        for row, other in zip(rows, there, strict=True)
+        other is not None
+        and bool((ids[other] == actual_ids[row]).all())
+        and abs(numbers[other] - actual_numbers[row]) <= _TELLING
+        for row, other in zip(rows, partners, strict=True)
     ]
     return bool(np.mean(same) >= _MOST)
 
@@ -235,7 +239,7 @@ def find_normaliser(positions: Positions) -> Misreport | None:
     or other logits of tokens that no list has.
     """
     two = positions.of(positions.common.sum(axis=1) >= 2)
-    if len(two.rows) < ENOUGH:
+    if len(two.expected_rows) < ENOUGH:
         return None
     off = two.off_line(1.0)
     constants = np.nanmean(off, axis=1)
@@ -300,7 +304,7 @@ def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -
 
 def _by_sequence(trace: Trace, rows: Any, said: Doubles, own: Doubles, wrong: Any) -> tuple[SemanticCause, str]:
     """What a whole sequence gives away: one value for all tokens, or those of another sequence; else only that it differs."""
-    owner = np.searchsorted(trace.sequence_offsets, rows, side="right") - 1
+    owner = trace.sequence_of_token[rows]
     of = np.unique(owner[wrong])
     constant = [np.ptp(said[owner == s]) < _ONE_VALUE for s in of]
     if np.mean(constant) > _MOST:

@@ -19,11 +19,11 @@ _NEARLY_ALL, _CHANCE = 0.99, 1e-4
 _SHARE, _EXACT = 0.05, 0.002
 
 
-def find_places(positions: Positions) -> Finding | None:
+def find_position_pattern(positions: Positions) -> Finding | None:
     """A finding where exactly the first tokens of the turns are off, or exactly those before `min_tokens`: other weights
     would move all that are unsure.
     """
-    if not len(positions.rows):
+    if not len(positions.expected_rows):
         return None
     off = positions.off_line(1.0)
     known: Bools = np.asarray(positions.common.any(axis=1))
@@ -32,7 +32,7 @@ def find_places(positions: Positions) -> Finding | None:
     sizes: Doubles = np.asarray(np.sqrt(squares.sum(axis=1) / np.maximum(positions.common.sum(axis=1), 1)))
     place = _places(positions)
     telling: Bools = np.asarray(known & (likeliest < _UNSURE))
-    least = positions.golden.sampling.min_tokens
+    least = positions.expected_trace.sampling.min_tokens
     if least and (far := _far(sizes, telling, place < least)).any():
         return _min_tokens(positions, off, far, least)
     far = _far(sizes, telling, place == 0)
@@ -46,37 +46,43 @@ def find_places(positions: Positions) -> Finding | None:
     return None
 
 
-def _far(sizes: Doubles, telling: Bools, here: Bools) -> Bools:
-    """Positions that are off, where all of them are `here`, and so many that this is no chance; else none."""
+def _far(sizes: Doubles, telling: Bools, inside: Bools) -> Bools:
+    """Positions that are off, where all of them are `inside`, and so many that this is no chance; else none."""
     none = np.zeros(len(sizes), bool)
-    if min(np.count_nonzero(telling & here), np.count_nonzero(telling & ~here)) < _ENOUGH:
+    if min(np.count_nonzero(telling & inside), np.count_nonzero(telling & ~inside)) < _ENOUGH:
         return none
-    usual = float(np.quantile(sizes[telling & ~here], _NEARLY_ALL))
+    usual = float(np.quantile(sizes[telling & ~inside], _NEARLY_ALL))
     far = np.asarray(telling & (sizes > max(_LEAST, _TIMES * usual)))
-    count, share = int(np.count_nonzero(far)), float(np.mean(here[telling]))
-    return none if (far & ~here).any() or count < _ENOUGH or share**count > _CHANCE else far
+    count, share = int(np.count_nonzero(far)), float(np.mean(inside[telling]))
+    return none if (far & ~inside).any() or count < _ENOUGH or share**count > _CHANCE else far
 
 
 def _places(positions: Positions) -> Any:
     """The place of each position in its turn."""
-    starts = np.array([segment.start for segment in positions.golden.segments()])
-    return positions.rows - starts[np.searchsorted(starts, positions.rows, side="right") - 1]
+    starts = np.array([segment.start for segment in positions.expected_trace.segments()])
+    return positions.expected_rows - starts[np.searchsorted(starts, positions.expected_rows, side="right") - 1]
 
 
 def _min_tokens(positions: Positions, off: Doubles, chosen: Bools, least: int) -> Finding:
     """`min_tokens` by name where a token that only one side lists there has the probability that the others lack."""
     names, constants = positions.names, np.nanmean(off[chosen], axis=1)
-    on_golden = float(np.median(constants)) < 0  # this run gives less to each: it has more tokens
-    trace, rows = (positions.now, positions.others) if on_golden else (positions.golden, positions.rows)
-    lacks, others = (positions.golden, positions.rows) if on_golden else (positions.now, positions.others)
+    on_expected = float(np.median(constants)) < 0  # this run gives less to each: it has more tokens
+    trace, rows = (
+        (positions.actual_trace, positions.actual_rows) if on_expected else (positions.expected_trace, positions.expected_rows)
+    )
+    lacks, others = (
+        (positions.expected_trace, positions.expected_rows) if on_expected else (positions.actual_trace, positions.actual_rows)
+    )
     ids, logprobs = trace.top_token_ids[rows[chosen]], trace.top_logprobs[rows[chosen]].astype(np.float64)
-    there, its = lacks.top_token_ids[others[chosen]], lacks.top_logprobs[others[chosen]]
-    excluded = set(np.unique(ids[np.isfinite(logprobs)]).tolist()) - set(np.unique(there[np.isfinite(its)]).tolist())
+    lacks_ids, lacks_logprobs = lacks.top_token_ids[others[chosen]], lacks.top_logprobs[others[chosen]]
+    excluded = set(np.unique(ids[np.isfinite(logprobs)]).tolist()) - set(
+        np.unique(lacks_ids[np.isfinite(lacks_logprobs)]).tolist()
+    )
     left_out = np.where(np.isin(ids, sorted(excluded)) & np.isfinite(logprobs), np.exp(logprobs), 0.0).sum(axis=1)
     listed = left_out > _LEAST
     taken = -np.log1p(-np.minimum(left_out[listed], 1 - 1e-9))
     fits = np.abs(np.abs(constants[listed]) - taken) <= _EXACT + _SHARE * taken
-    has, lacking = (names.actual, names.expected) if on_golden else names
+    has, lacking = (names.actual, names.expected) if on_expected else names
     text = f"only the first {least} tokens of each turn are off, as many as min_tokens says"
     if np.count_nonzero(listed) >= _ENOUGH and fits.mean() > 1 - _SHARE:
         tokens = ", ".join(str(i) for i in sorted(excluded)[:3])

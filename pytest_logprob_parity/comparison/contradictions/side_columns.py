@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...trace import Trace
-from .contradiction import Side
+from ..sides import Side
 
 Bools = npt.NDArray[np.bool_]
 Doubles = npt.NDArray[np.float64]
@@ -99,7 +99,7 @@ class Columns:
     @functools.cached_property
     def sequences(self) -> Longs:
         """The sequence number [n] of each token."""
-        return np.searchsorted(self.trace.sequence_offsets, self.rows, side="right") - 1
+        return self.trace.sequence_of_token[self.rows]
 
 
 def rounding(values: Doubles) -> Doubles:

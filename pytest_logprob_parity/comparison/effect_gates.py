@@ -9,13 +9,10 @@ from typing import Final
 import numpy as np
 
 from . import metrics as m
-from .differences import Differences, Setting
 from .gate import Errors, Gate, GateKey
-from .intervals import Interval, detectable_share, mean_interval, share_bound
-from .nucleus_flips import SupportFlips
+from .intervals import Interval, mean_interval
 from .objectives import Objective, k3_of, objective_of
-from .outliers import outlier_gates, outliers_of
-from .shown import Shown
+from .token_differences import Differences, Setting
 from .tolerance import Tolerance
 
 #: A clean build's distance to the reference may be larger than the golden's by so many times what of the golden's error it
@@ -33,29 +30,8 @@ _MEAN_ERRORS: Final = 3.0
 _HIDES: Final = 0.5
 
 
-def gates_of(
-    rows: Differences, nan: int, flips: SupportFlips, limits: Tolerance, setting: Setting, sequences: int
-) -> tuple[Gate, ...]:  # fmt: skip
-    """All that decides: NaN, nucleus flips, the effects that the objective feels, outlier tokens and sequences.
-
-    `sequences` is how many the golden has.
-    """
-    gates = [
-        Gate("nan", nan, 0, 0, nan, nan, "tokens"),
-        Gate("nucleus_flips", flips.count, flips.allowed, flips.unexplained, flips.count, flips.count, "tokens"),
-    ]
-    if not len(rows.d):
-        return tuple(gates)
-    outliers = outliers_of(rows, limits, setting, flips.deep)
-    # what the golden's own errors have too is noise, told by its number: an average of exponentials would hang on one token
-    bulk = rows.where(~outliers.noise)
-    return (*gates, *_effects(bulk, limits, setting), *outlier_gates(outliers, len(rows.d), limits, setting, sequences))
-
-
-# -- effects ------------------------------------------------------------------------------------------------------------
-
-
-def _effects(rows: Differences, limits: Tolerance, setting: Setting) -> list[Gate]:
+def effect_gates(rows: Differences, limits: Tolerance, setting: Setting) -> list[Gate]:
+    """The gates of what the objective feels of these differences; none where there are none."""
     if not len(rows.d):
         return []
     objective = objective_of(limits.objective)
@@ -104,28 +80,28 @@ def _gate(
         hidden = room[1] > _HIDES and key == "clip_share"
         passing = limit if hidden else limit + room[0]
         return Gate(key, direct.estimate, passing, limit + room[1], direct.low, direct.high, unit, hidden=hidden)
-    golden_error = rows.golden_error[known]
-    mine, golden = felt(rows.error[known]), felt(golden_error)
-    own = float(golden.mean())
+    expected_error = rows.expected_error[known]
+    of_actual, of_expected = felt(rows.actual_error[known]), felt(expected_error)
+    own = float(of_expected.mean())
     # where the reference says nothing: d, less what two builds with errors like the golden's make of it
-    two_builds = felt(np.roll(golden_error, len(golden_error) // 2) - golden_error)
+    two_builds = felt(np.roll(expected_error, len(expected_error) // 2) - expected_error)
     drawn = mean_interval(two_builds, rows.clusters[known])
     growth, beyond = felt(rows.d), felt(rows.d)
     # the covered ones are a sample: by its lower bound for passing, by its upper one for failing, and no less than may be noise
     # without a reference
     growth[~known] -= noise.fresh * max(2 * drawn.estimate - drawn.high, 0.0)
     beyond[~known] -= max((1 + _FAIL_ROOM) * noise.fresh * drawn.high, room[1])
-    growth[known] = beyond[known] = mine - golden
+    growth[known] = beyond[known] = of_actual - of_expected
     grown, least = mean_interval(growth, rows.clusters), mean_interval(beyond, rows.clusters)
 
     def with_room(room: float) -> float:
         """The golden's own where its error's square is larger by the room: a share of tails grows faster than that."""
         more = 1 + room * noise.fresh
-        return float(felt(golden_error * more**0.5).mean()) if key == "clip_share" else own * more
+        return float(felt(expected_error * more**0.5).mean()) if key == "clip_share" else own * more
 
     errors = Errors(
-        golden=own,
-        actual=float(mine.mean()),
+        expected=own,
+        actual=float(of_actual.mean()),
         limit=limit + with_room(_PASS_ROOM),
         fail_limit=limit + with_room(_FAIL_ROOM),
         low=own + least.low,
@@ -147,21 +123,23 @@ def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: _Noise
     passes, may_be = (_MEAN_ERRORS * of / tokens**0.5 for of in (noise.passes, noise.may_be))
     if not known.any():
         return Gate("mean_diff", direct.estimate, limit + passes, limit + 2 * may_be, direct.low, direct.high, "nats")
-    golden = units.golden_error[known]
-    of_golden = float(golden.mean())
-    size, spread = np.mean(golden**2), units.d[known].std()  # noise that both share moves no mean
-    golden = np.where(known, units.golden_error, of_golden)
-    mine = golden + units.d
-    own = float(mine.mean())
+    of_expected = units.expected_error[known]
+    mean_expected = float(of_expected.mean())
+    size, spread = np.mean(of_expected**2), units.d[known].std()  # noise that both share moves no mean
+    of_expected = np.where(known, units.expected_error, mean_expected)
+    of_actual = of_expected + units.d
+    mean_actual = float(of_actual.mean())
     room = _MEAN_ERRORS * min(float(np.sqrt(2 * noise.fresh * size)), float(spread)) / np.count_nonzero(known) ** 0.5
-    grown = mean_interval(np.copysign(1.0, own) * mine - np.copysign(1.0, of_golden) * golden, units.clusters)
+    grown = mean_interval(
+        np.copysign(1.0, mean_actual) * of_actual - np.copysign(1.0, mean_expected) * of_expected, units.clusters
+    )
     errors = Errors(
-        golden=abs(of_golden),
-        actual=abs(own),
-        limit=limit + room + abs(of_golden),
-        fail_limit=limit + 2 * room + abs(of_golden),
-        low=grown.low + abs(of_golden),
-        high=grown.high + abs(of_golden),
+        expected=abs(mean_expected),
+        actual=abs(mean_actual),
+        limit=limit + room + abs(mean_expected),
+        fail_limit=limit + 2 * room + abs(mean_expected),
+        low=grown.low + abs(mean_expected),
+        high=grown.high + abs(mean_expected),
     )
     return Gate("mean_diff", direct.estimate, limit + room, limit + 2 * room, direct.low, direct.high, "nats", errors=errors)
 
@@ -185,29 +163,3 @@ def _clip_noise(
     )
     tails = (0.005, 0.03 * noise.enlarged) if setting.half and not objective.by_sequence else (0.0, 0.0)
     return passes + tails[0], min(may_be + tails[1], 1.0)
-
-
-# -- what it shows ------------------------------------------------------------------------------------------------------
-
-
-def what_it_shows(rows: Differences, gates: tuple[Gate, ...]) -> Shown | None:
-    """What a comparison says of other prompts: an exact binomial bound over distinct prompts, whatever their noise."""
-    gate = next((g for g in gates if g.key == "outlier_sequences"), None)
-    if gate is None:
-        return None
-    off = np.where(rows.known, rows.error, rows.d)
-    names, first, places = np.unique(rows.sequences, return_index=True, return_inverse=True)
-    spread = m.sequence_rms(off, places, np.inf)
-    prompts = rows.prompts[first]
-    bad = len(np.unique(prompts[spread > gate.threshold]))
-    count = len(np.unique(prompts))
-    return Shown(
-        prompts=count,
-        sequences=len(names),
-        threshold=gate.threshold,
-        bad_prompts=bad,
-        share=share_bound(bad, count),
-        reach=detectable_share(count, int(gate.limit)),
-        tokens_allowed=int(next(g.limit for g in gates if g.key == "outlier_tokens")),
-        sequences_allowed=int(gate.limit),
-    )

@@ -8,8 +8,8 @@ from typing import Final
 
 import numpy as np
 
-from .columns import Bools, Columns, Doubles, largest_noise, rounding, where
 from .contradiction import Key
+from .side_columns import Bools, Columns, Doubles, largest_noise, rounding, where
 
 #: Probabilities of a position may add up to so much more than 1, and a logprob be so much above 0: rounding.
 _ROUNDING: Final = 0.02
@@ -69,7 +69,7 @@ def _no_distribution(side: Columns) -> tuple[Bools, str]:
         values, counts = np.unique(side.largest[flat], return_counts=True)
         if counts.max() >= max(_ENOUGH, _MOST * np.count_nonzero(known)):
             constant = flat & (side.largest == values[counts.argmax()])
-    told = [
+    in_words = [
         text
         for flagged, text in (
             (broken, "NaN"),
@@ -78,7 +78,7 @@ def _no_distribution(side: Columns) -> tuple[Bools, str]:
         )
         if flagged.any()
     ]
-    return np.asarray(broken | nothing | constant), " or ".join(told)
+    return np.asarray(broken | nothing | constant), " or ".join(in_words)
 
 
 def _above_zero(side: Columns, noise: float, whose: str) -> Check:
@@ -137,6 +137,6 @@ def _ranks(side: Columns, usable: Bools, noise: float, whose: str) -> Check:
     return Check("rank_and_top_k", small | large, int(np.count_nonzero(known)), text, decides=decides)
 
 
-def told(check: Check, side: Columns) -> str:
+def in_words(check: Check, side: Columns) -> str:
     """The check in words, with where its tokens stand."""
     return f"{check.text.format(count=f'{check.count:,}', of=f'{check.of:,}')} ({where(side, check.flagged)})"

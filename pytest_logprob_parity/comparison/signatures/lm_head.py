@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...checkpoint.lm_head_precision import ENOUGH, grid_of
-from ...trace import Trace
+from ...lm_head_precision import ENOUGH, grid_of
 from ..findings import Finding
+from ..sides import Side
 from .positions import Positions
 
 
-def head_finding(positions: Positions) -> Finding | None:
+def lm_head_finding(positions: Positions) -> Finding | None:
     """`head_precision` where the two sides' logits lie on different grids, or one side's on none, in engines of one dtype."""
-    if positions.golden.dtype != positions.now.dtype:
+    if positions.expected_trace.dtype != positions.actual_trace.dtype:
         return None
-    golden, now = logit_step(positions, golden=True), logit_step(positions, golden=False)
-    if golden is None or now is None or 0 < golden < 4 * now < 16 * golden or golden == now:
+    expected, actual = logit_step(positions, "expected"), logit_step(positions, "actual")
+    if expected is None or actual is None or 0 < expected < 4 * actual < 16 * expected or expected == actual:
         return None  # grids as near as these come of logits of another size
-    if not _within(positions, 2 * max(golden, now)):
+    if not _within(positions, 2 * max(expected, actual)):
         return None  # rounding moves no logit by more than a step: something else did
-    expected, actual = positions.names
-    text = f"{expected}'s logits {_words(golden)}, those of {actual} {_words(now)}"
-    return Finding("head", "head_precision", text, values={"expected_step": golden, "actual_step": now})
+    names = positions.names
+    text = f"{names.expected}'s logits {_words(expected)}, those of {names.actual} {_words(actual)}"
+    return Finding("head", "head_precision", text, values={"expected_step": expected, "actual_step": actual})
 
 
 def _within(positions: Positions, most: float) -> bool:
     """Whether the gaps between tokens, in logits, differ between the sides by no more than this at most positions."""
-    scale = [_temperature(trace) for trace in (positions.golden, positions.now)]
+    scale = [trace.applied_temperature for trace in (positions.expected_trace, positions.actual_trace)]
     two = positions.of(positions.common.sum(axis=1) >= 2)
     apart = np.where(two.common, two.actual, np.nan) * scale[1] - np.where(two.common, two.expected, np.nan) * scale[0]
     if not len(apart):
@@ -34,25 +34,20 @@ def _within(positions: Positions, most: float) -> bool:
     return bool(np.median(np.nanmax(apart, axis=1) - np.nanmin(apart, axis=1)) <= most)
 
 
-def logit_step(positions: Positions, *, golden: bool) -> float | None:
+def logit_step(positions: Positions, side: Side) -> float | None:
     """The grid that one side's likeliest logits lie on: its step, 0 for none, or None where that cannot be told.
 
     From differences between the two likeliest tokens of a position, times the temperature: the normaliser is not in them.
     Penalties would move them off the grid.
     """
-    trace, rows = (positions.golden, positions.rows) if golden else (positions.now, positions.others)
+    trace, rows, _ = positions.side(side)
     if trace.top_k < 2 or trace.sampling.penalizes:
         return None
     top = trace.top_logprobs[rows, :2].astype(np.float64)
     usable = np.isfinite(top).all(axis=1)
     if np.count_nonzero(usable) < ENOUGH:
         return None
-    return grid_of((top[usable, 0] - top[usable, 1]) * _temperature(trace))
-
-
-def _temperature(trace: Trace) -> float:
-    applies = trace.logprobs_mode == "processed_logprobs" and not trace.sampling.greedy
-    return trace.sampling.temperature if applies and trace.sampling.temperature else 1.0
+    return grid_of((top[usable, 0] - top[usable, 1]) * trace.applied_temperature)
 
 
 def _words(step: float) -> str:

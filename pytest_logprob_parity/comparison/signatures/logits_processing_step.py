@@ -9,21 +9,21 @@ from ..sides import Names
 
 
 @dataclass(frozen=True)
-class Stage:
+class ProcessingStep:
     """One step of processing that one side has and the other has not.
 
-    `on_golden` says which, `recorded` whether it is what the recorded sampling asks for; `finding` says it in words, `step` is
-    the step alone (`temperature 0.7`), `twice` that the numbers would look the same had the other side taken it twice.
+    `on_expected` says which, `recorded` whether it is what the recorded sampling asks for; `finding` says it in words, `name`
+    is the step alone (`temperature 0.7`), `twice` that the numbers would look the same had the other side taken it twice.
     """
 
     finding: Finding
-    on_golden: bool
+    on_expected: bool
     recorded: bool
-    step: str = ""
+    name: str = ""
     twice: bool = False
 
 
-def applied(step: str, names: Names, *, on_golden: bool, twice: bool = False) -> str:
+def applied(step: str, names: Names, *, on_expected: bool, twice: bool = False) -> str:
     """That one side took a step and the other did not: `top-p 0.9 was applied to the golden and not to this run`."""
-    one, other = names if on_golden else reversed(names)
+    one, other = names if on_expected else reversed(names)
     return f"{step} was applied to {one} and not to {other}{f', or twice to {one}' if twice else ''}"
