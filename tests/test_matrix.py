@@ -497,12 +497,18 @@ def test_a_full_disk_is_called_that_whatever_ended(tmp_path, monkeypatch):
 
 
 def test_what_installs_ends_with_the_run(tmp_path):
-    stop = threading.Event()
-    threading.Timer(0.3, stop.set).start()
-    began = time.monotonic()
+    stop, begun = threading.Event(), tmp_path / "begun"
+    code = f"import os, pathlib, time; pathlib.Path({str(begun)!r}).write_text(str(os.getpid())); time.sleep(600)"
+
+    def interrupt():
+        while not (begun.exists() and begun.read_text()):
+            time.sleep(0.05)
+        stop.set()
+
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(EngineError, match="environment x was not made: the run was interrupted"):
-        environments._run(Environment("x"), tmp_path, stop, [sys.executable, "-c", "import time; time.sleep(60)"])
-    assert time.monotonic() - began < 10
+        environments._run(Environment("x"), tmp_path, stop, [sys.executable, "-c", code])
+    assert not Path("/proc", begun.read_text()).exists()
 
 
 def test_answers_that_cannot_be_written_are_a_line(plan, tmp_path, capsys):
