@@ -1005,14 +1005,14 @@ def test_files_that_no_report_wrote_are_left_alone(project, pytester):
 
 
 def test_a_disk_that_fills_during_the_run_costs_the_report_and_no_verdict(project, pytester, report, monkeypatch):
-    from pytest_logprob_parity.trace import container
+    from pytest_logprob_parity import atomic
 
     before = {file.name: file.read_bytes() for file in report.iterdir()}
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(container, "replace_all", full)
+    monkeypatch.setattr(atomic, "replace_all", full)
     result = project("--parity-report=report", "-k", "stays")
     assert result.ret == 0
     result.stdout.fnmatch_lines(

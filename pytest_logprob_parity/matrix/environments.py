@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from ..atomic import write_whole
 from ..checkpoint.digests import digest_of
 from ..errors import EngineError
 
@@ -164,9 +165,7 @@ def _make(environment: Environment, folder: Path, python: Path, stop: threading.
         printed += run([str(python), str(script)], f"after_install {name}: ").splitlines()
         script.unlink()
     made = {"digest": environment.digest, "name": environment.name, "after_install": printed, "imports": _imports(folder)}
-    text = json.dumps(made)
-    (folder / f"{_READY}.part").write_text(text, "utf-8")
-    (folder / f"{_READY}.part").replace(folder / _READY)
+    write_whole(folder / _READY, json.dumps(made).encode())
 
 
 def _run(environment: Environment, folder: Path, stop: threading.Event, command: Sequence[str], step: str = "") -> str:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from .. import atomic
 from ..errors import UsageError
-from ..trace import container
 from .folder import check_library, check_ours, ignore, is_part, unwritable
 from .github import repository
 from .markdown import render_markdown
@@ -47,7 +47,7 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> Path:
 
     texts = {NAME: to_text(content), PAGE: render_page(content), SUMMARY: render_markdown(content)}
     try:
-        container.replace_all({folder / name: text.encode("utf-8") for name, text in texts.items()})
+        atomic.replace_all({folder / name: text.encode("utf-8") for name, text in texts.items()})
         ignore(folder)
     except OSError as error:
         raise unwritable(folder, error) from None
