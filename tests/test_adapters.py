@@ -104,7 +104,7 @@ def test_an_adapter_that_only_comes_near_is_no_cause(rollouts, steps, tmp_path):
     finding = named(rollouts, adapter=write_adapter(tmp_path / "alpha-9", alpha=9))  # nearly half of it
     assert (finding.layer, finding.cause, finding.candidates[0]) == ("weights", None, "adapter")
     assert finding.evidence.startswith("nearest: the adapter at twice its scale, which leaves RMS 0.0")
-    assert finding.evidence.endswith("another step's adapter comes first")
+    assert finding.evidence.endswith("the engine probably has the adapter of another step")
 
 
 def test_a_framework_scores_with_the_adapter_too(rollouts, steps, tmp_path):
