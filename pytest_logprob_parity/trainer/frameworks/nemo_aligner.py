@@ -1,4 +1,4 @@
-"""NeMo-Aligner (0.7): its trainer never divides by the temperature."""
+"""NeMo-Aligner (0.7): its trainer does not divide by the temperature."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def installed() -> Callable[[Any, Any, float], Any]:
 
 
 def metrics(pairs: Pairs) -> dict[str, float]:
-    """Its PPO's ratios over tokens, with the rollout's logprobs for the previous ones. It takes its own for these, so that
-    by itself it logs 1 at every first step, whatever the engine did.
+    """The ratios of its PPO over tokens, with the rollout's logprobs as the previous ones. NeMo-Aligner itself uses the
+    trainer's logprobs for both, and so logs 1 at every first step, whatever the engine did.
     """
     if not len(pairs.rollout):
         return {}
@@ -66,8 +66,8 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
     """A trace of a PPO rollout batch.
 
     `response_tokens` [B, S], prompt and response, padded on the right; `prompt_lengths`, `response_lengths` [B], the second
-    with the prompt; `logprobs` [B, S - 1], place t for token t + 1. They are the trainer's own, raw: the trace is labelled
-    so, and is what an engine's replay of the same tokens is to be held against. Raises UsageError for what is not so.
+    with the prompt; `logprobs` [B, S - 1], place t for token t + 1. They are the trainer's own, raw: the trace has these
+    labels. Compare it with an engine's replay of the same tokens. Raises UsageError for a batch that is not aligned so.
     """
     given = Batch("nemo-aligner", batch)
     ids = given.ids("response_tokens")

@@ -13,7 +13,7 @@ from .base import Doubles, Framework, Pairs, gather_minus_logsumexp, missing
 from .batches import Batch
 from .megatron import flat_rows, group_of_one
 
-#: What its global means add to the number of tokens.
+#: Its global means add this to the number of tokens.
 _EPSILON: Final = 1e-8
 
 
@@ -49,7 +49,9 @@ def installed() -> Callable[[Any, Any, float], Any]:
 
 
 def metrics(pairs: Pairs) -> dict[str, float]:
-    """What its loss logs of generation (g) and previous (p, the trainer's) logprobs: sums over tokens by n + 1e-8."""
+    """The metrics of its loss, of generation logprobs (the rollout's) and previous ones (the trainer's): sums over tokens
+    divided by n + 1e-8.
+    """
     d = pairs.d
     middle = np.logaddexp(pairs.trainer, pairs.rollout) - math.log(2)
 
@@ -94,7 +96,7 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
             raise given.refuse(f"token_mask of row {row} marks token {ends[row] - 1}, input_lengths is {length}: padded left?")
         first = int(np.argmax(written[row])) if written[row].any() else length
         if written[row].any() and first == 0:
-            raise given.refuse(f"token_mask of row {row} marks the first token of all, which nothing was given to predict")
+            raise given.refuse(f"token_mask of row {row} marks the first token of the row, which cannot have a logprob")
         sequences.append(
             {
                 "prompt_token_ids": ids[row, :first],

@@ -1,4 +1,4 @@
-"""OpenRLHF (0.11): logits to float32, divided by T in float32; its batch is shifted by one token."""
+"""OpenRLHF (0.11): the logits are divided by T in float32; the columns of its batch are shifted by one token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def logprobs(logits: Any, token_ids: Any, temperature: float) -> Any:
 
 
 def installed() -> Callable[[Any, Any, float], Any]:
-    """OpenRLHF's `log_probs_from_logits`, on a copy in float32: it divides its caller's logits in place. Raises EngineError."""
+    """OpenRLHF's `log_probs_from_logits`, on a float32 copy of the logits, which it divides in place. Raises EngineError."""
     try:
         from openrlhf.models.utils import log_probs_from_logits
     except Exception as error:
@@ -37,8 +37,8 @@ def installed() -> Callable[[Any, Any, float], Any]:
 
 
 def metrics(pairs: Pairs) -> dict[str, float]:
-    """`vllm_kl` and `is_filter_ratio` of PolicyLoss with is_correction_level="token"; over tokens. Its ppo_kl and
-    ppo_clip_ratio hold the trainer against itself.
+    """`vllm_kl` and `is_filter_ratio` of PolicyLoss with is_correction_level="token", over tokens. Its ppo_kl and
+    ppo_clip_ratio compare the trainer with itself, and are not included.
     """
     if not len(pairs.rollout):
         return {}
@@ -52,7 +52,7 @@ def read(experience: Any, *, sampling: Any = None, tokenizer: Any = None, **labe
     `sequences`, `attention_mask` [B, S] padded on the right; `action_mask`, `rollout_log_probs` [B, S - 1], whose place t is
     for token t + 1: 0 and 0.0 on the prompt and on what the environment wrote. The completion begins with the first action.
     `action_log_probs` [B, S - 1], the trainer's own, are `trainer_logprobs` of the trace.
-    `prompts`, texts, are held against the ids if a tokenizer is given. Raises UsageError for what is not aligned so.
+    `prompts`, texts, are compared with the ids if a tokenizer is given. Raises UsageError for a batch that is not aligned so.
     """
     given = Batch("openrlhf", experience)
     ids = given.ids("sequences")

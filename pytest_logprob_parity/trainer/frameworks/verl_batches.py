@@ -1,4 +1,4 @@
-"""What veRL's two trainers hold: a DataProto that is padded on both sides, jagged rows, and jagged rows that were padded."""
+"""Batches of veRL's two trainers: a DataProto padded on both sides, jagged rows, and jagged rows that were padded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ...trace import Trace
 from .batches import Array, Batch
 
 _NO_LOGPROBS: Final = (
-    "veRL has them with actor_rollout_ref.rollout.calculate_log_probs=True, and else no metric of them, in silence"
+    "veRL has them with actor_rollout_ref.rollout.calculate_log_probs=True; without it veRL logs no metric of them, and "
+    "does not warn"
 )
-#: The trainer's entropies, as its older trainer and `use_v1` call them.
+#: The names of the trainer's entropies in its older trainer and in `use_v1`.
 _ENTROPIES: Final = ("entropys", "entropy")
-#: What veRL's `to_padded_tensor()` fills up with, where it is not told otherwise.
+#: The default padding of veRL's `to_padded_tensor()`.
 _PADDING: Final = 0
 
 
@@ -27,8 +28,8 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
     (0: a tool wrote the token) and `rollout_log_probs` [B, R]. `old_log_probs` [B, R], the trainer's own, are
     `trainer_logprobs` of the trace, `entropys` or `entropy` its `trainer_entropies`. Rows of `use_v1` are jagged, or padded on
     the right without an attention_mask: with 0, or the padding token of `tokenizer`. `labels` are those of
-    Trace.from_sequences. Raises UsageError for what is not aligned so, and for a response_mask that rejection sampling has
-    overwritten.
+    Trace.from_sequences. Raises UsageError for a batch that is not aligned so, and for a response_mask that rejection sampling
+    has overwritten.
     """
     given = Batch("verl", batch)
     if given.is_jagged("responses"):
@@ -42,7 +43,7 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
 
 
 def in_hand(data: Any, *, sampling: Sampling, dtype: str) -> Trace:
-    """The two columns of a batch whose prompts are not there, or padded without a mask: rows of one `uid` are then of one."""
+    """The two columns of a batch, as a trace. Where it lacks prompts, or their mask, rows with one `uid` have one prompt."""
     given = Batch("verl", data)
     if given.get("prompts") is not None and given.get("attention_mask") is not None:
         return read(data, sampling=sampling, dtype=dtype)
@@ -54,7 +55,7 @@ def in_hand(data: Any, *, sampling: Sampling, dtype: str) -> Trace:
 
 
 def _columns(given: Batch, shape: tuple[int, ...]) -> dict[str, Array]:
-    """`mask`, `logprobs`, and what the trainer gave, of responses [B, R]."""
+    """`mask` and `logprobs` of the responses [B, R], and the trainer's logprobs and entropies if there are any."""
     aligned = {"one for each of responses, none shifted away": shape}
     written = given.mask("response_mask", aligned)
     values = given.column("rollout_log_probs", aligned, _NO_LOGPROBS)
@@ -79,7 +80,7 @@ def _padded(given: Batch) -> list[Mapping[str, Any]]:
     lengths = given.lengths("attention_mask of the responses", attention[:, width:], "right")
     columns = _columns(given, responses.shape)
     if (columns["mask"] & ~attention[:, width:]).any():
-        raise given.refuse("response_mask is 1 where attention_mask is 0: it is of other responses")
+        raise given.refuse("response_mask is 1 where attention_mask is 0: it belongs to other responses")
     return [
         {
             "prompt_token_ids": prompts[row, width - start :],
@@ -91,8 +92,8 @@ def _padded(given: Batch) -> list[Mapping[str, Any]]:
 
 
 def _padded_rows(given: Batch) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of responses without an attention_mask, each up to its last token that is trained on; those without one are left
-    out.
+    """Rows of responses without an attention_mask, each up to the last token of its response_mask; rows without such a token
+    are left out.
     """
     responses = given.ids("responses")
     columns = _columns(given, responses.shape)
@@ -103,30 +104,30 @@ def _padded_rows(given: Batch) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _without_padding(given: Batch, tokenizer: Any) -> list[Array]:
-    """Prompts [B, P] that were padded on the right, without that."""
+    """Prompts [B, P] without the padding on their right."""
     prompts = given.ids("prompts")
     known = {_PADDING, getattr(tokenizer, "pad_token_id", None)}
     ends = {int(token) for token in prompts[:, -1]} if prompts.shape[1] else set()
     rows = [row[: len(row) - _run(row)] if int(row[-1]) in known and len(ends) > 1 else row for row in prompts]
     for index, row in enumerate(rows):
         if not len(row):
-            raise given.refuse(f"prompts of row {index} are padding alone")
+            raise given.refuse(f"prompts of row {index} have only padding")
         if len(ends) > 1 and len(row) == prompts.shape[1] and _run(row) > 1 and int(row[-1]) not in known:
             raise given.refuse(
-                f"prompts of row {index} end in {_run(row)} times token {int(row[-1])}, others do not, and there is no "
-                "attention_mask: if that is padding, give the tokenizer, or the batch as it was before it was padded"
+                f"prompts of row {index} end with {_run(row)} times token {int(row[-1])}, others do not, and there is no "
+                "attention_mask: if this is padding, give the tokenizer, or the batch from before the padding"
             )
     return rows
 
 
 def _run(row: Array) -> int:
-    """How many times the last token of a row stands at its end."""
+    """How many times a row repeats its last token at its end."""
     other = np.flatnonzero(row != row[-1])
     return len(row) - (int(other[-1]) + 1 if len(other) else 0)
 
 
 def _jagged(given: Batch) -> list[Mapping[str, Any]]:
-    """Rows without padding: what `use_v1` trains on."""
+    """Rows without padding, as `use_v1` trains on them."""
     columns = {
         "prompt_token_ids": given.rows("prompts"),
         "token_ids": given.rows("responses"),
