@@ -31,7 +31,6 @@ from pytest_logprob_parity import (
 from pytest_logprob_parity.spec import PROFILES, RL_ON_CPU
 from pytest_logprob_parity.trainer.frameworks import FRAMEWORKS, framework
 from pytest_logprob_parity.trainer.frameworks.base import Pairs
-from pytest_logprob_parity.trainer.frameworks.trl import fused_head, installed_fused_head, selective
 from pytest_logprob_parity.trainer.frameworks.verl import MODES as VERLS_MODES
 from pytest_logprob_parity.trainer.scoring import score
 from pytest_logprob_parity.trainer.transformers_scorer import entropy_of
@@ -154,23 +153,16 @@ def test_the_real_function_is_the_formula(name, dtype, temperature):
     assert (real - formula).abs().max() <= (2e-6 if formula.dtype == torch.float32 else 0)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_trls_selective_log_softmax(dtype, temperature):
-    from trl.trainer.utils import selective_log_softmax
-
-    logits, ids = logits_and_ids(dtype)
-    real = selective_log_softmax(logits.clone(), ids, temperature)
-    assert (real - selective(logits, ids, temperature)).abs().max() <= (2e-6 if dtype == torch.float32 else 0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_trls_fused_head(dtype):
-    """The kernel that GRPOTrainer calls, on hidden states: float32 out, 1 / T after the matrix product."""
+    """The formula is that of the kernel which GRPOTrainer calls on hidden states: float32, 1 / T after the matrix product."""
+    from trl.kernels import ChunkedLogProbFunction
+
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(n, 64, generator=generator).to(dtype) / 3 for n in (40, 500))
     ids = torch.randint(500, (40,), generator=generator)
-    real, formula = installed_fused_head()(hidden, weight, ids, 0.7), fused_head(hidden, weight, ids, 0.7)
+    real = ChunkedLogProbFunction.apply(hidden, weight, None, ids, 0.7, 4096)[0]
+    formula = framework("trl").logprobs(hidden @ weight.T, ids, 0.7)
     assert real.dtype == formula.dtype == torch.float32
     assert (real - formula).abs().max() <= 4e-6
 

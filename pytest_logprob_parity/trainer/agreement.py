@@ -93,7 +93,8 @@ class _Question:
         """Why the scorer's logprobs differ from the rollouts', and notes."""
         assert self.asked is not None
         scorer, scored, batch_size = self.asked
-        return causes(comparison, self.rollouts, comparison.expected, scored, scorer, batch_size, self.limits(scored))
+        limits = self.limits(scored)
+        return causes(comparison, self.rollouts, scored=scored, scorer=scorer, batch_size=batch_size, limits=limits)
 
 
 class _Answer(NamedTuple):

@@ -44,43 +44,34 @@ _KEPT: Final = -3.0
 def causes(
     comparison: Comparison,
     rollouts: Trace | Golden,
-    expected: Trace,
+    *,
     scored: Trace,
     scorer: Scorer,
     batch_size: int,
     limits: Tolerance,
 ) -> tuple[list[Finding], list[Note]]:
-    """The findings of a comparison of the scorer's logprobs `scored` with the rollouts' own `expected`, and notes.
+    """The findings of a comparison of the scorer's logprobs `scored` with the rollouts' own, its `expected`, and notes.
 
     In this order: NaN and infinities, what the comparison found by itself, misplaced numbers, dropout and mask, adapters, LM
     head, temperature, and other faults, for which the scorer is called again. Where nothing is named there are candidates.
     """
+    expected, noise = comparison.expected, limits.fit_rms
     if (broken := not_a_number(expected, scored)) is not None:
         return [broken], []
-    trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
-    findings, notes = list(comparison.findings), list[Note]()
-    # a difference that is too small to fail on other prompts, and is beyond noise, has a cause too
-    failed = comparison.verdict == "fail" or (
-        comparison.verdict == "unverified" and any(note.key == "beyond_dtype" for note in comparison.notes)
-    )
-    if (
-        comparison.verdict == "unverified"
-        and not findings
-        and (undivided := undivided_temperature(expected, scored, limits.fit_rms))
-    ):
+    unverified = comparison.verdict == "unverified"
+    if unverified and not comparison.findings and (undivided := undivided_temperature(expected, scored, noise)):
         return [undivided], []
-    nearest = None
-    if failed and not findings and len(_by_version(trace, scored)) < 2:
-        columns = scored, expected, limits.fit_rms
-        elsewhere = misplaced(*columns, whose="the rollout") or few_off(*columns, whose="the rollout")
-        findings += [] if elsewhere is None else [elsewhere]
-    if failed and not findings and (again := _scored_again(expected, scored, scorer, limits.fit_rms)) is not None:
-        findings.append(again)
+    trace = rollouts.trace if isinstance(rollouts, Golden) else rollouts
+    one_version = len(_by_version(trace, scored)) < 2
+    findings, notes, nearest = list(comparison.findings), list[Note](), None
+    # a difference that is too small to fail on other prompts, and is beyond noise, has a cause too
+    failed = comparison.verdict == "fail" or (unverified and any(note.key == "beyond_dtype" for note in comparison.notes))
     if failed and not findings:
-        adapter = _recorded_adapter(rollouts, scorer)
-        if adapter is None:
-            adapter, nearest = _other_adapter(expected, scored, scorer, batch_size, _FITS * limits.fit_rms)
-        findings += [] if adapter is None else [adapter]
+        found = _misplaced(expected, scored, noise) if one_version else None
+        found = found or _scored_again(expected, scored, scorer, noise) or _recorded_adapter(rollouts, scorer)
+        if found is None:
+            found, nearest = _other_adapter(expected, scored, scorer, batch_size, _FITS * noise)
+        findings += [] if found is None else [found]
     head = _head_finding(trace, scorer)
     if head is not None and not any(f.layer in ("semantic", "weights") and f.cause for f in findings):
         if failed and comparison.metrics["rms_diff"] <= _by_a_head(trace):
@@ -88,20 +79,25 @@ def causes(
         else:
             notes.append(Note("head_precision", f"LM head precision: {head.evidence}"))
     if failed and not findings:
-        noise = limits.fit_rms
         found = (
             undivided_temperature(expected, scored, noise)
             or sampled_at_another_temperature(expected, scorer, noise)
             or _truncated(expected, scored)
             or nearest
         )
-        if found is None and len(_by_version(trace, scored)) < 2:
+        if found is None and one_version:
             found = _explained_by_the_scorer(expected, scored, scorer, noise)
         findings.append(found or _candidates(rollouts, scored, scorer))
     if zeros := int(np.count_nonzero(expected.mask & (expected.logprobs == 0) & (scored.logprobs < _UNLIKE_ZERO))):
         text = f"{zeros:,} of the rollouts' logprobs are exactly 0 where the trainer's are not: they may stand for missing ones"
         notes.append(Note("fillers", text))
     return findings, notes
+
+
+def _misplaced(expected: Trace, scored: Trace, noise: float) -> Finding | None:
+    """Rollouts whose numbers are those of other tokens, by the scorer's."""
+    columns = scored, expected, noise
+    return misplaced(*columns, whose="the rollout") or few_off(*columns, whose="the rollout")
 
 
 def _explained_by_the_scorer(trace: Trace, scored: Trace, scorer: Scorer, noise: float) -> Finding | None:

@@ -12,7 +12,7 @@ from ...comparison.result import Comparison
 from ...errors import UsageError
 from ...spec import Sampling
 from ...trace import Trace
-from .base import Framework, Pairs, field_of, gather_minus_logsumexp, has_field, log_softmax_then_gather, missing
+from .base import Framework, Pairs, field_of, gather_minus_logsumexp, has_field, missing
 from .batches import Batch, as_array
 from .callback import Watching
 
@@ -26,20 +26,6 @@ def logprobs(logits: Any, token_ids: Any, temperature: float) -> Any:
     return gather_minus_logsumexp(logits.float() * (1 / temperature), token_ids)
 
 
-def fused_head(hidden: Any, weight: Any, token_ids: Any, temperature: float) -> Any:
-    """The same from hidden states [N, H] and LM head weights [V, H], multiplied in their dtype: float32 [N]."""
-    return logprobs(hidden @ weight.T, token_ids, temperature)
-
-
-def selective(logits: Any, token_ids: Any, temperature: float) -> Any:
-    """What `selective_log_softmax` computes, as TRL's other trainers use it: / T in the dtype of the logits, and in float32
-    and float64 x_t - log sum exp x, else a log-softmax in that dtype. [..., L], in that dtype.
-    """
-    logits = logits / temperature if temperature != 1 else logits
-    exact = str(logits.dtype) in ("torch.float32", "torch.float64")
-    return (gather_minus_logsumexp if exact else log_softmax_then_gather)(logits, token_ids)
-
-
 def installed() -> Callable[[Any, Any, float], Any]:
     """TRL's `selective_log_softmax`, on the float32 that GRPOTrainer's fused head makes of its logits. Raises EngineError."""
     try:
@@ -47,19 +33,6 @@ def installed() -> Callable[[Any, Any, float], Any]:
     except Exception as error:
         raise missing("TRL", "trl.trainer.utils", error) from error
     return lambda logits, token_ids, temperature: selective_log_softmax(logits.float(), token_ids, temperature)
-
-
-def installed_fused_head() -> Callable[[Any, Any, Any, float], Any]:
-    """The kernel of GRPOTrainer itself, with the signature of `fused_head`. Raises EngineError."""
-    try:
-        from trl.kernels import ChunkedLogProbFunction
-    except Exception as error:
-        raise missing("TRL", "trl.kernels", error) from error
-
-    def function(hidden: Any, weight: Any, token_ids: Any, temperature: float) -> Any:
-        return ChunkedLogProbFunction.apply(hidden, weight, None, token_ids, temperature, 4096)[0]
-
-    return function
 
 
 def configured(config: Any) -> dict[str, Any]:
