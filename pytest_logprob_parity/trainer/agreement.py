@@ -56,15 +56,17 @@ def agreement(
             "these rollouts have no logprobs of a trainer (trainer_logprobs): read a batch that has the trainer's own, or give "
             "a scorer"
         )
-    asked = None if scorer is None else _Asked(scorer, score(trace, scorer, batch_size=batch_size, entropies=True), batch_size)
-    question = _Question(rollouts=rollouts, trace=trace, asked=asked, tolerance=tolerance, objective=objective)
-    answer = _by_scorer(question) if column is None else _by_column(question, column)
-    comparison = _with_what_was_seen(answer, question, column, left_out)
+    reference = (
+        None if scorer is None else _Reference(scorer, score(trace, scorer, batch_size=batch_size, entropies=True), batch_size)
+    )
+    inputs = _Inputs(rollouts=rollouts, trace=trace, reference=reference, tolerance=tolerance, objective=objective)
+    answer = _by_scorer(inputs) if column is None else _by_column(inputs, column)
+    comparison = _with_what_was_seen(answer, inputs, column, left_out)
     prints = rollouts.fingerprint.get("config") if isinstance(rollouts, Golden) else None
     return with_gap(comparison, tolerance, prints)
 
 
-class _Asked(NamedTuple):
+class _Reference(NamedTuple):
     """A scorer, and its logprobs in batches of `batch_size`."""
 
     scorer: Scorer
@@ -73,12 +75,12 @@ class _Asked(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Question:
+class _Inputs:
     """Rollouts that a trainer's logprobs are compared with, the scorer if there is one, and the limits."""
 
     rollouts: Trace | Golden
     trace: Trace
-    asked: _Asked | None
+    reference: _Reference | None
     tolerance: Tolerance | Mapping[str, Any] | str | None
     objective: str
 
@@ -91,8 +93,8 @@ class _Question:
 
     def causes(self, comparison: Comparison) -> tuple[list[Finding], list[Note]]:
         """Why the scorer's logprobs differ from the rollouts', and notes."""
-        assert self.asked is not None
-        scorer, scored, batch_size = self.asked
+        assert self.reference is not None
+        scorer, scored, batch_size = self.reference
         limits = self.limits(scored)
         return causes(comparison, self.rollouts, scored=scored, scorer=scorer, batch_size=batch_size, limits=limits)
 
@@ -105,47 +107,47 @@ class _Answer(NamedTuple):
     notes: list[Note]
 
 
-def _by_scorer(question: _Question) -> _Answer:
+def _by_scorer(inputs: _Inputs) -> _Answer:
     """The scorer stands for the trainer."""
-    assert question.asked is not None
-    comparison = question.judge(question.asked.scored)
-    return _Answer(comparison, *question.causes(comparison))
+    assert inputs.reference is not None
+    comparison = inputs.judge(inputs.reference.scored)
+    return _Answer(comparison, *inputs.causes(comparison))
 
 
-def _by_column(question: _Question, column: Trace) -> _Answer:
+def _by_column(inputs: _Inputs, column: Trace) -> _Answer:
     """The trainer's column is compared with the rollouts'. A scorer, where there is one, evaluates both: where they agree it
     has to agree with them, and where they differ it shows which of the two is wrong.
     """
-    comparison = question.judge(column)
+    comparison = inputs.judge(column)
     if (broken := not_a_number(comparison.expected, column)) is not None:
         return _Answer(comparison, [broken], [])
-    noise = question.limits(column).fit_rms
+    noise = inputs.limits(column).fit_rms
     agree = comparison.verdict != "fail" and all(gate.sure for gate in comparison.gates)
-    alone = list(comparison.findings) if agree else causes_in_two_columns(comparison, question.trace, column, noise)
-    if question.asked is None:
+    alone = list(comparison.findings) if agree else causes_in_two_columns(comparison, inputs.trace, column, noise)
+    if inputs.reference is None:
         return _Answer(comparison, alone, [])
-    scorer, scored, _ = question.asked
+    scorer, scored, _ = inputs.reference
     evaluation = ReferenceEvaluation.by(scorer, rollouts=comparison.expected, column=column, scored=scored)
     note = Note("third_opinion", evaluation.text(agree=agree))
-    by_scorer = question.judge(scored) if agree or evaluation.wrong == "rollouts" else comparison
+    by_scorer = inputs.judge(scored) if agree or evaluation.wrong == "rollouts" else comparison
     if agree and by_scorer.passed:
         return _Answer(comparison, alone, [note])
     if agree or evaluation.wrong == "rollouts":
-        findings, notes = question.causes(by_scorer)
+        findings, notes = inputs.causes(by_scorer)
         return _Answer(by_scorer if agree else comparison, findings, [note, *notes])
     if evaluation.wrong == "trainer":
-        findings = causes_of_a_wrong_trainer(comparison, question.trace, column, scored, scorer, noise)
+        findings = causes_of_a_wrong_trainer(comparison, inputs.trace, column, scored, scorer, noise)
         return _Answer(comparison, findings, [note])
     return _Answer(comparison, alone, [note])
 
 
-def _with_what_was_seen(answer: _Answer, question: _Question, column: Trace | None, left_out: list[Note]) -> Comparison:
+def _with_what_was_seen(answer: _Answer, inputs: _Inputs, column: Trace | None, left_out: list[Note]) -> Comparison:
     """The comparison with its findings, the entropies that a side has, and notes on what was compared and what was not."""
-    comparison, more, trace = answer.comparison, answer.notes, question.trace
+    comparison, more, trace = answer.comparison, answer.notes, inputs.trace
     if comparison.actual is column and comparison.passed and not comparison.metrics["n_changed"]:
         text = "the trainer's logprobs are bit-identical to the rollouts': if it copies them (a bypass), it was not checked"
         more = [*more, Note("copied", text)]
-    sides = (column, None if question.asked is None else question.asked.scored)
+    sides = (column, None if inputs.reference is None else inputs.reference.scored)
     knows = next((side for side in sides if side is not None and side.trainer_entropies is not None), None)
     entropies = {} if knows is None else entropy_numbers(comparison.expected, knows)
     drawn = entropy_note(trace, entropies, agree=comparison.passed)

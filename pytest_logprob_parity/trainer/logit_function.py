@@ -36,8 +36,8 @@ def explaining_logit_function(rollouts: Trace, scored: Trace, column: Trace, sco
     if not isinstance(scorer, GivesLogits):
         return None
     few = [*furthest_off(rollouts, scored, column, noise)[: _SEQUENCES // 2], *spread(rollouts, _SEQUENCES // 2)]
-    chosen, values, counts, given = _logits_of(rollouts, column, scorer, list(dict.fromkeys(few)))
-    if len(given) < _FEWEST or not np.isfinite(values).all():  # no such function where tokens are excluded
+    chosen, values, counts, numbers = _logits_of(rollouts, column, scorer, list(dict.fromkeys(few)))
+    if len(numbers) < _FEWEST or not np.isfinite(values).all():  # no such function where tokens are excluded
         return None
     temperature = rollouts.sampling.applied_temperature
     chosen, values = chosen / temperature, values / temperature
@@ -54,15 +54,15 @@ def explaining_logit_function(rollouts: Trace, scored: Trace, column: Trace, sco
         slopes = inside[0][of] - np.einsum("nb,nbk->nk", p / total, inside[1][of])
         return inside[0][of] @ function - (np.log(total) + largest)[:, 0], slopes
 
-    fit, rest = np.arange(len(given)) % 2 == 0, np.arange(len(given)) % 2 == 1
+    fit, rest = np.arange(len(numbers)) % 2 == 0, np.arange(len(numbers)) % 2 == 1
     bends = _STRAIGHT * np.diff(np.eye(_KNOTS), 2, axis=0)  # where no token lies, the line goes on
     found = least_squares(
-        lambda f: np.concatenate([logprobs(f, fit)[0] - given[fit], bends @ f]),
+        lambda f: np.concatenate([logprobs(f, fit)[0] - numbers[fit], bends @ f]),
         np.zeros(_KNOTS),
         jac=lambda f: np.concatenate([logprobs(f, fit)[1], bends]),
         max_nfev=100,
     )
-    before, left = (_rms(logprobs(function, rest)[0] - given[rest]) for function in (knots, found.x))
+    before, left = (_rms(logprobs(function, rest)[0] - numbers[rest]) for function in (knots, found.x))
     if left > _LEAVES * before:
         return None
     text = (
@@ -85,18 +85,18 @@ def _logits_of(
         start, stop = rollouts.bounds(sequence)
         ids = torch.tensor([[*rollouts.prompt(sequence), *rollouts.completion(sequence)]])
         logits = scorer.logits(ids, torch.ones_like(ids))[0][0, ids.shape[1] - 1 - (stop - start) :].double().cpu()
-        numbers = column.logprobs[start:stop].astype(np.float64)
-        for n in np.flatnonzero(rollouts.mask[start:stop] & np.isfinite(numbers)):
+        of_sequence = column.logprobs[start:stop].astype(np.float64)
+        for n in np.flatnonzero(rollouts.mask[start:stop] & np.isfinite(of_sequence)):
             row = logits[n]
             edges = torch.linspace(float(row.min()), float(row.max()), _BINS + 1, dtype=torch.float64)
             bins = (torch.bucketize(row, edges) - 1).clamp(0, _BINS - 1)
             counts = torch.bincount(bins, minlength=_BINS).double()
             sums = torch.bincount(bins, row, minlength=_BINS)
             means = torch.where(counts > 0, sums / counts.clamp(min=1), edges[:-1])
-            found.append((float(row[rollouts.token_ids[start + n]]), means.numpy(), counts.numpy(), numbers[n]))
+            found.append((float(row[rollouts.token_ids[start + n]]), means.numpy(), counts.numpy(), of_sequence[n]))
     found = found[:: max(len(found) // _TOKENS, 1)]
-    chosen, values, counted, given = (np.array(part) for part in zip(*found, strict=True)) if found else (np.empty(0),) * 4
-    return chosen, values, counted, given
+    chosen, values, counted, numbers = (np.array(part) for part in zip(*found, strict=True)) if found else (np.empty(0),) * 4
+    return chosen, values, counted, numbers
 
 
 def _hats(x: Doubles, knots: Doubles) -> Doubles:

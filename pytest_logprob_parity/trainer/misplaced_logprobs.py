@@ -29,7 +29,7 @@ _UNCERTAIN, _MOVED = -0.1, 0.5
 #: Numbers that differ by less than this (nats) are one value. This many tokens must have it.
 _ONE_VALUE: Final = 1e-6
 _GIVEN: Final = 5
-#: A row needs this many tokens to be told from others. This many others may be alike, as samples of one prompt are.
+#: A row needs this many tokens to be recognised. This many other rows may be alike, as samples of one prompt are.
 _LONG, _ALIKE = 6, 4
 #: This many sequences must begin to differ at a token, with this many uncertain tokens in all that agree before. Where another
 #: token stands there, it is this much less likely (nats).

@@ -173,18 +173,18 @@ def _supports(trace: Trace, declared: Declared) -> Any:
     """The truncated supports [N, K] that the scorer's distributions have to be over; None where they are over all tokens."""
     if not trace.sampling.truncates or trace.is_raw or trace.untruncated_logprobs is not None:
         return None
-    asked = trace.sampling.processing()
+    processing = trace.sampling.processing()
     if not declared.renormalises:
         raise UsageError(
-            f"these rollouts are of a truncated distribution ({asked}), and {declared.name} computes one over all tokens: "
+            f"these rollouts are of a truncated distribution ({processing}), and {declared.name} computes one over all tokens: "
             "give untruncated_logprobs (an engine's replay without truncation; goldens have them), or one that renormalises"
         )
     complete = listed_whole(trace) | ~trace.mask
     if not complete.all():
         raise UsageError(
-            f"these rollouts are of a truncated distribution ({asked}), and their top-{trace.top_k} logprobs do not list the "
-            f"whole truncated support of {int(np.count_nonzero(~complete))} of {int(trace.mask.sum())} tokens: record a larger "
-            "top-k, or give untruncated_logprobs"
+            f"these rollouts are of a truncated distribution ({processing}), and their top-{trace.top_k} logprobs do not list "
+            f"the whole truncated support of {int(np.count_nonzero(~complete))} of {int(trace.mask.sum())} tokens: record a "
+            "larger top-k, or give untruncated_logprobs"
         )
     return np.where(np.isfinite(trace.top_logprobs), trace.top_token_ids, -1)
 

@@ -230,27 +230,27 @@ def _of_other_tokens(
     sequences: Sequence[int],
 ) -> tuple[Any, Any]:
     """Scores other tokens after other contexts, in place of the first tokens of a sequence."""
-    asked, places = list[tuple[list[int], int]](), list[int]()
+    chosen, places = list[tuple[list[int], int]](), list[int]()
     for s in sequences:
         of_this = questions(trace.prompt(s), trace.completion(s))
-        asked += of_this
+        chosen += of_this
         places += range(trace.bounds(s)[0], trace.bounds(s)[0] + len(of_this))
-    if not asked:
+    if not chosen:
         return np.empty(0, np.int64), np.empty(0)
-    return np.array(places), _logprobs_of(trace, scorer, asked)
+    return np.array(places), _logprobs_of(trace, scorer, chosen)
 
 
 def _logprobs_of(rollouts: Trace, scorer: Scorer, questions: Sequence[tuple[list[int], int]]) -> Any:
     """The scorer's logprobs of these tokens, each after its context."""
     count = len(questions)
-    asked = Trace.from_arrays(
+    trace = Trace.from_arrays(
         prompt_token_ids=np.concatenate([context for context, _ in questions]),
         prompt_offsets=np.concatenate([[0], np.cumsum([len(context) for context, _ in questions])]),
         token_ids=np.array([token for _, token in questions]),
         sequence_offsets=np.arange(count + 1), logprobs=np.full(count, -1.0), sampling=rollouts.sampling.untruncated(),
         dtype=rollouts.dtype,
     )  # fmt: skip
-    return score(asked, scorer).logprobs
+    return score(trace, scorer).logprobs
 
 
 def _before(trace: Trace, sequence: int) -> list[int]:

@@ -92,8 +92,8 @@ class TransformersScorer:
         self.chunk_tokens = chunk_tokens
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
         head = "" if self.head_dtype == self.dtype else f", {self.head_dtype} head"
-        laid_on = "" if adapter is None else f", adapter {Path(adapter).name}"
-        self.name = f"transformers {self.dtype}{head}{', packed' if packed else ''}{laid_on}"
+        merged = "" if adapter is None else f", adapter {Path(adapter).name}"
+        self.name = f"transformers {self.dtype}{head}{', packed' if packed else ''}{merged}"
 
     @property
     def has_adapters(self) -> bool:
@@ -117,8 +117,8 @@ class TransformersScorer:
             return
         model, adapter = self._adapter
         for words, factor in _other_factors(Path(model), Path(adapter)):
-            given: dict[str, Any] = {"adapter": None} if factor == 0 else {"adapter": adapter, "adapter_factor": factor}
-            yield words, functools.partial(TransformersScorer, model, **self._settings, **given)
+            change: dict[str, Any] = {"adapter": None} if factor == 0 else {"adapter": adapter, "adapter_factor": factor}
+            yield words, functools.partial(TransformersScorer, model, **self._settings, **change)
 
     def __call__(
         self,
@@ -130,7 +130,7 @@ class TransformersScorer:
         kept_mask: Any = None,
         entropies: bool = False,
     ) -> Any:
-        """Logprobs [B, L - 1] (nats; float64 for a float64 head, else float32) of the tokens from the second one on.
+        """Logprobs [B, L - 1] (nats; float64 for a float64 LM head, else float32) of the tokens from the second one on.
 
         `token_ids`, `attention_mask` int [B, L], padded on either side; the logprob of a padded token is 0. With
         `kept_token_ids` [B, L - 1, K] (-1: none) the distribution is one over those where `kept_mask` [B, L - 1] is set.

@@ -25,10 +25,10 @@ class Batch:
     Every method raises UsageError with one line that begins with the framework's name.
     """
 
-    def __init__(self, framework: str, given: Any) -> None:
+    def __init__(self, framework: str, batch: Any) -> None:
         self._framework = framework
-        inner = getattr(given, "batch", None)
-        self._given = inner if inner is not None and hasattr(inner, "keys") else given
+        inner = getattr(batch, "batch", None)
+        self._columns = inner if inner is not None and hasattr(inner, "keys") else batch
 
     def refuse(self, text: str) -> UsageError:
         """The error with this text."""
@@ -36,15 +36,15 @@ class Batch:
 
     def get(self, name: str) -> Any:
         """The column as it is; None where it is missing or None."""
-        if hasattr(self._given, "keys"):
-            return self._given[name] if name in self._given.keys() else None  # noqa: SIM118 (a TensorDict is no mapping)
-        return getattr(self._given, name, None)
+        if hasattr(self._columns, "keys"):
+            return self._columns[name] if name in self._columns.keys() else None  # noqa: SIM118 (a TensorDict is no mapping)
+        return getattr(self._columns, name, None)
 
     def column(self, name: str, shape: Mapping[str, tuple[int, ...]] | None = None, why_missing: str = "") -> Array:
         """A column [B, L] or [B] as an array. `shape` has the shape that it must have, by the reason."""
         value = self.get(name)
         if value is None:
-            keys = list(self._given.keys()) if hasattr(self._given, "keys") else []
+            keys = list(self._columns.keys()) if hasattr(self._columns, "keys") else []
             has = f"; it has {', '.join(map(str, keys))}" if keys and not why_missing else ""
             raise self.refuse(f"no {name} in this batch{f': {why_missing}' if why_missing else has}")
         array = as_array(value)
@@ -126,9 +126,11 @@ class Batch:
             raise self.refuse(f"{rows[row]} is {value:.4g} at {place}: a logprob is at most 0; are these probabilities?")
         if not np.any(logprobs[written] != 0):
             raise self.refuse(f"{name} is 0.0 everywhere: it stands for missing logprobs")
-        for row, (values, here) in enumerate(zip(logprobs, written, strict=True)):
-            if here.sum() >= _ALL_ZERO and not np.any(values[here] != 0):
-                raise self.refuse(f"{rows[row]} is 0.0 for all of {int(here.sum())} tokens: it stands for missing logprobs")
+        for row, (values, is_written) in enumerate(zip(logprobs, written, strict=True)):
+            if is_written.sum() >= _ALL_ZERO and not np.any(values[is_written] != 0):
+                raise self.refuse(
+                    f"{rows[row]} is 0.0 for all of {int(is_written.sum())} tokens: it stands for missing logprobs"
+                )
         outside = np.argwhere(~written & np.isfinite(logprobs) & (logprobs != 0))
         if filled and len(outside):
             row, place = map(int, outside[0])

@@ -69,9 +69,9 @@ def read(records: Any, *, sampling: Any = None, tokenizer: Any = None, **labels:
     versions = []
     sequences: list[dict[str, Any]] = []
     for index, record in enumerate(_records(records, where)):
-        given = Batch("pipelinerl", record)
-        sequences.append(_sequence(given, f"record {index}", tokenizer))
-        versions.append(_version(given, f"record {index}"))
+        source = Batch("pipelinerl", record)
+        sequences.append(_sequence(source, f"record {index}", tokenizer))
+        versions.append(_version(source, f"record {index}"))
     if not sequences:
         raise where.refuse("no records")
     have = [index for index, sequence in enumerate(sequences) if "trainer_logprobs" in sequence]
@@ -84,50 +84,50 @@ def read(records: Any, *, sampling: Any = None, tokenizer: Any = None, **labels:
     return where.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
 
 
-def _sequence(given: Batch, name: str, tokenizer: Any) -> dict[str, Any]:
+def _sequence(source: Batch, name: str, tokenizer: Any) -> dict[str, Any]:
     """One record, called `name`, as a sequence of Trace.from_sequences."""
-    ids, values, first = _aligned(given, name)
-    counted = given.get("prompt_tokens")
+    ids, values, first = _aligned(source, name)
+    counted = source.get("prompt_tokens")
     if counted and int(counted) != first:
-        raise given.refuse(f"{name} has {first} prompt ids, the server counted {int(counted)}: it used another chat template")
-    text = given.get("text")
+        raise source.refuse(f"{name} has {first} prompt ids, the server counted {int(counted)}: it used another chat template")
+    text = source.get("text")
     if text:
-        _check_text(given, f"the text of {name}", text, ids.tolist(), tokenizer)
-    given.check_row(f"logprobs of {name}", values, np.ones(len(values), bool))
+        _check_text(source, f"the text of {name}", text, ids.tolist(), tokenizer)
+    source.check_row(f"logprobs of {name}", values, np.ones(len(values), bool))
     sequence: dict[str, Any] = {"prompt_token_ids": ids[:first], "token_ids": ids[first:], "logprobs": values}
-    if given.get("new_logprobs") is not None:
-        own = _column(given, name, "new_logprobs")
+    if source.get("new_logprobs") is not None:
+        own = _column(source, name, "new_logprobs")
         if len(own) != len(values):
-            raise given.refuse(f"{name} has {len(own)} new_logprobs and {len(values)} logprobs: one for each label")
-        given.check_row(f"new_logprobs of {name}", own, np.ones(len(own), bool))
+            raise source.refuse(f"{name} has {len(own)} new_logprobs and {len(values)} logprobs: one for each label")
+        source.check_row(f"new_logprobs of {name}", own, np.ones(len(own), bool))
         sequence["trainer_logprobs"] = own
-    if given.get("group_id") is not None:
-        sequence["group"] = str(given.get("group_id"))
+    if source.get("group_id") is not None:
+        sequence["group"] = str(source.get("group_id"))
     return sequence
 
 
-def _aligned(given: Batch, name: str) -> tuple[Any, Any, int]:
+def _aligned(source: Batch, name: str) -> tuple[Any, Any, int]:
     """The ids and logprobs of a record, and where its completion begins. Raises UsageError for labels that are not those of a
     prompt and a completion after it.
     """
-    ids, wanted, values = (_column(given, name, column) for column in ("input_ids", "labels", "logprobs"))
+    ids, wanted, values = (_column(source, name, column) for column in ("input_ids", "labels", "logprobs"))
     if len(wanted) != len(ids):
-        raise given.refuse(f"{name} has {len(ids)} input_ids and {len(wanted)} labels")
+        raise source.refuse(f"{name} has {len(ids)} input_ids and {len(wanted)} labels")
     places = np.flatnonzero(wanted != _NO_LABEL)
     if len(places) != len(values):
-        raise given.refuse(f"{name} has {len(values)} logprobs for {len(places)} labels: one for each label that is not -100")
+        raise source.refuse(f"{name} has {len(values)} logprobs for {len(places)} labels: one for each label that is not -100")
     if not len(places):
-        raise given.refuse(f"{name} has only the label -100: no token is trained on")
+        raise source.refuse(f"{name} has only the label -100: no token is trained on")
     if places[-1] + 1 != len(ids) or len(places) != len(ids) - places[0]:
-        raise given.refuse(
+        raise source.refuse(
             f"{name} has -100 inside or after its completion: PipelineRL puts the logprobs at the end of the sequence, beside "
             "other tokens than their own"
         )
     first = int(places[0])
     if not np.array_equal(wanted[first:], ids[first:]):
-        raise given.refuse(f"{name} has labels that are not its input_ids: they are shifted, or of another text")
+        raise source.refuse(f"{name} has labels that are not its input_ids: they are shifted, or of another text")
     if not first:
-        raise given.refuse(f"{name} has no prompt: its first token cannot have a logprob")
+        raise source.refuse(f"{name} has no prompt: its first token cannot have a logprob")
     return ids, values, first
 
 
@@ -169,25 +169,25 @@ def _check_text(where: Batch, what: str, text: str, ids: list[int], tokenizer: A
         where.check_text(what, text, ids, tokenizer)
 
 
-def _column(given: Batch, name: str, column: str) -> Any:
-    value = given.get(column)
+def _column(source: Batch, name: str, column: str) -> Any:
+    value = source.get(column)
     if value is None or not len(value):
-        raise given.refuse(f"{name} has no {column}")
+        raise source.refuse(f"{name} has no {column}")
     if column.endswith("logprobs"):
         return np.array([np.nan if v is None else v for v in value], np.float64)
     array = np.asarray(value)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise given.refuse(f"{name}: {column} are whole numbers, one for each token")
+        raise source.refuse(f"{name}: {column} are whole numbers, one for each token")
     return array
 
 
-def _version(given: Batch, name: str) -> int | None:
-    metadata = given.get("metadata") or {}
+def _version(source: Batch, name: str) -> int | None:
+    metadata = source.get("metadata") or {}
     version = metadata.get("model_version") if hasattr(metadata, "get") else getattr(metadata, "model_version", None)
     try:
         return None if version is None else int(version)
     except (TypeError, ValueError, OverflowError):
-        raise given.refuse(f"{name} has model_version {version!r}: a version of the weights is a whole number") from None
+        raise source.refuse(f"{name} has model_version {version!r}: a version of the weights is a whole number") from None
 
 
 PIPELINERL: Final = Framework(

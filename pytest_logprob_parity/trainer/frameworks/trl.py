@@ -83,25 +83,25 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
     """
     if isinstance(batch, (list, tuple)):
         return _read_rows(batch, sampling=sampling, tokenizer=tokenizer, labels=labels)
-    given = Batch("trl", batch)
-    prompts, completions = given.ids("prompt_ids"), given.ids("completion_ids")
-    starts = given.lengths("prompt_mask", given.mask("prompt_mask", {"that of prompt_ids": prompts.shape}), "left")
+    source = Batch("trl", batch)
+    prompts, completions = source.ids("prompt_ids"), source.ids("completion_ids")
+    starts = source.lengths("prompt_mask", source.mask("prompt_mask", {"that of prompt_ids": prompts.shape}), "left")
     aligned = {"one for each of completion_ids, none shifted away": completions.shape}
-    present = given.mask("completion_mask", aligned)
-    lengths = given.lengths("completion_mask", present, "right")
-    written = present & (given.mask("tool_mask", aligned) if given.get("tool_mask") is not None else True)
+    present = source.mask("completion_mask", aligned)
+    lengths = source.lengths("completion_mask", present, "right")
+    written = present & (source.mask("tool_mask", aligned) if source.get("tool_mask") is not None else True)
     why = "TRL has them with use_vllm and vllm_importance_sampling_correction"
-    values = given.column("sampling_per_token_logps", aligned, why)
+    values = source.column("sampling_per_token_logps", aligned, why)
     if len(prompts) != len(completions):
-        raise given.refuse(f"{len(prompts)} rows of prompt_ids, {len(completions)} of completion_ids")
+        raise source.refuse(f"{len(prompts)} rows of prompt_ids, {len(completions)} of completion_ids")
     rows = [row for row, length in enumerate(lengths) if length]
     if not rows:
-        raise given.refuse(
+        raise source.refuse(
             "completion_mask is 0 everywhere: mask_truncated_completions hides all of them, because all were truncated"
         )
     names = [f"sampling_per_token_logps of row {row}" for row in rows]
-    given.check_logprobs("sampling_per_token_logps", values[rows], written[rows], rows=names)
-    trainer = given.of_trainer("old_per_token_logps", aligned, written)
+    source.check_logprobs("sampling_per_token_logps", values[rows], written[rows], rows=names)
+    trainer = source.of_trainer("old_per_token_logps", aligned, written)
     sequences = [
         {
             "prompt_token_ids": prompts[row, prompts.shape[1] - start :],
@@ -113,7 +113,7 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
         if length
     ]
-    return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
+    return source.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
 
 
 #: The columns of AsyncGRPO's rows.
@@ -125,8 +125,8 @@ def _read_rows(rows: Sequence[Any], *, sampling: Any, tokenizer: Any, labels: An
     whole = Batch("trl", {})
     sequences: list[dict[str, Any]] = []
     for index, row in enumerate(rows):
-        given, name = Batch("trl", row), f"row {index}"
-        ids, mask, values = columns = [as_array(given.get(column)) for column in _ROW]
+        source, name = Batch("trl", row), f"row {index}"
+        ids, mask, values = columns = [as_array(source.get(column)) for column in _ROW]
         for column, array in zip(_ROW, columns, strict=True):
             if array is None or array.ndim != 1:
                 raise whole.refuse(f"{name} has no {column} [tokens]: rows of AsyncGRPO have {', '.join(_ROW)}")
@@ -149,7 +149,7 @@ def _read_rows(rows: Sequence[Any], *, sampling: Any, tokenizer: Any, labels: An
             "logprobs": values[first:stop],
             "mask": written,
         }
-        version = given.get("model_version")
+        version = source.get("model_version")
         if version is not None:
             sequence["weight_versions"] = np.full(stop - first, int(version))
         sequences.append(sequence)
@@ -160,9 +160,11 @@ def _read_rows(rows: Sequence[Any], *, sampling: Any, tokenizer: Any, labels: An
 
 def sampling_of(arguments: Any) -> Sampling:
     """The sampling of a GRPOConfig."""
-    given = {name: getattr(arguments, name, None) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
-    given["max_tokens"] = getattr(arguments, "max_completion_length", None)
-    return Sampling(**{name: value for name, value in given.items() if value is not None})
+    settings = {
+        name: getattr(arguments, name, None) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    }
+    settings["max_tokens"] = getattr(arguments, "max_completion_length", None)
+    return Sampling(**{name: value for name, value in settings.items() if value is not None})
 
 
 def watch(

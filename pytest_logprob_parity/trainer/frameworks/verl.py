@@ -64,11 +64,11 @@ def configured(config: Any) -> dict[str, Any]:
         inner = field_of(config, name)
         config = config if inner is None else inner
     names = ("rollout_is", "rollout_is_threshold", "rollout_is_batch_normalize")
-    given = {name: field_of(config, name) for name in names if has_field(config, name)}
-    if not given:
+    settings = {name: field_of(config, name) for name in names if has_field(config, name)}
+    if not settings:
         raise UsageError("verl: no rollout_correction in this configuration: give it, its algorithm, or the whole one")
-    given |= {name: field_of(actor, name) for name in ("loss_agg_mode", "loss_scale_factor")}
-    return {name: value for name, value in given.items() if value is not None or name == "rollout_is"}
+    settings |= {name: field_of(actor, name) for name in ("loss_agg_mode", "loss_scale_factor")}
+    return {name: value for name, value in settings.items() if value is not None or name == "rollout_is"}
 
 
 def metrics(
