@@ -97,7 +97,9 @@ def test_an_engine_kind_of_another_distribution_is_recorded_and_checked(project,
     run_inner().assert_outcomes(passed=1)
     sharper = run_inner("--parity-set", "sharpness=1.5")
     sharper.assert_outcomes(failed=1)
-    sharper.stdout.fnmatch_lines(["*findings*semantic: one of *temperature*the logits are 1.5000*", "*differs*config.sharpness*"])
+    sharper.stdout.fnmatch_lines(
+        ["*findings*semantic: one of *temperature*the logits are 1.5000*", "*differs*config.sharpness*"]
+    )
 
 
 def test_an_unknown_engine_kind_lists_those_of_other_distributions(chain):
