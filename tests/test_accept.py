@@ -8,7 +8,7 @@ from reporting import MOVED, command, one_line
 
 from conftest import MODEL
 from pytest_logprob_parity import Golden, Sampling, atomic
-from pytest_logprob_parity.report.results import read_results
+from pytest_logprob_parity.report.results_file import read_results
 from pytest_logprob_parity.trace import file_format
 
 ENGINE_TEST = f"""

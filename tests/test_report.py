@@ -15,8 +15,12 @@ from reporting import MOVED, PROJECT, command, one_line
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import Trace, UsageError
 from pytest_logprob_parity.check.two_files import compare_files
-from pytest_logprob_parity.report.results import LARGEST, PLOTS, cause_of, excess, from_the_top, read_results
-from pytest_logprob_parity.report.sequences import texts_of
+from pytest_logprob_parity.report.merge import from_the_top
+from pytest_logprob_parity.report.outcomes import excess
+from pytest_logprob_parity.report.results_file import LARGEST, read_results
+from pytest_logprob_parity.report.results_schema import PLOTS
+from pytest_logprob_parity.report.titles import cause_of
+from pytest_logprob_parity.report.worst_sequences import texts_of
 from pytest_logprob_parity.visible_text import visible, visible_token
 
 FILES = {"index.html", "results.json", "summary.md", ".gitignore"}
@@ -362,7 +366,9 @@ def test_without_a_terminal_trouble_is_told_and_github_has_its_annotations(proje
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     result = project("--parity-report=report", "-p", "no:terminal")
     assert [line[:31] for line in result.outlines] == ["::error file=test_it.py,line=25"]
-    monkeypatch.setattr("pytest_logprob_parity.report.run.write_report", lambda *_: (_ for _ in ()).throw(UsageError("full")))
+    monkeypatch.setattr(
+        "pytest_logprob_parity.report.run_report.write_report", lambda *_: (_ for _ in ()).throw(UsageError("full"))
+    )
     result = project("--parity-report=report", "-p", "no:terminal")
     assert [line for line in result.errlines if line.strip()] == ["logprob-parity: no report: full"]
 
@@ -938,15 +944,16 @@ def replaced(value, place, new):
 
 
 def test_a_report_that_would_be_too_large_to_read_keeps_the_numbers_and_leaves_plots_of_the_best_out(report, monkeypatch):
-    from pytest_logprob_parity.report import results
+    from pytest_logprob_parity.report import results_file as results
+    from pytest_logprob_parity.report.finite_json import to_text
 
     content = read_results(report / "results.json")
     assert results.fitting(content) == (content, 0)
     failed, passed = content["checks"]
-    most = len(results.to_text(content)) + len(results.to_text({**failed, "plots": None}))
+    most = len(to_text(content)) + len(to_text({**failed, "plots": None}))
     monkeypatch.setattr(results, "LARGEST", most)
     fitted, bare = results.fitting({**content, "checks": [failed, passed, failed]})
-    assert len(results.to_text(fitted)) <= most
+    assert len(to_text(fitted)) <= most
     assert (bare, [check["plots"] is None for check in fitted["checks"]]) == (1, [False, True, True])
     assert fitted["checks"][2]["metrics"] == failed["metrics"]
     monkeypatch.setattr(results, "LARGEST", 1000)
@@ -1033,8 +1040,8 @@ def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
     from pytest_logprob_parity.check.context import Checked
     from pytest_logprob_parity.comparison.compare import compare
     from pytest_logprob_parity.golden import Golden
-    from pytest_logprob_parity.report.entry import make_entry
-    from pytest_logprob_parity.report.results import to_text
+    from pytest_logprob_parity.report.check_entry import make_entry
+    from pytest_logprob_parity.report.finite_json import to_text
 
     scope = {}
     exec(PROJECT.format(texts=("x",)), scope)

@@ -33,7 +33,7 @@ from pytest_logprob_parity.errors import EngineError, IncomparableError, UsageEr
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.golden.fingerprint import differences
 from pytest_logprob_parity.reasons import reason_of
-from pytest_logprob_parity.report.results import read_results
+from pytest_logprob_parity.report.results_file import read_results
 from pytest_logprob_parity.spec.server_settings import ServerSettings
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=24, n=2, seed=1)

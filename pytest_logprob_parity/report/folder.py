@@ -23,7 +23,8 @@ from typing import Any, Final
 from ..atomic import write_whole
 from ..bounded import parse_json, read_text
 from ..errors import UsageError
-from .results import FORMAT, LARGEST, NAME
+from .results_file import LARGEST, NAME
+from .results_schema import FORMAT
 
 try:
     import fcntl

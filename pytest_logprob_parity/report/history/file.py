@@ -14,8 +14,9 @@ from ...atomic import write_whole
 from ...bounded import parse_json, read_bytes
 from ...errors import UsageError
 from ...json_shape import check_shape
-from ..results import LARGEST, to_text
-from .line import FORMAT, LINE, SCHEMA
+from ..finite_json import to_text
+from ..results_file import LARGEST
+from .run_record import FORMAT, RUN_RECORD, SCHEMA
 
 try:
     import fcntl
@@ -131,7 +132,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             told = f"schema {line.get('schema')!r:.20}, this version of pytest-logprob-parity reads {SCHEMA}"
             raise UsageError(f"{path}: line {number} has {told}; upgrade it")
         try:
-            check_shape(line, LINE, "it")
+            check_shape(line, RUN_RECORD, "it")
         except UsageError as error:
             raise UsageError(f"{path}: line {number} is not as pytest-logprob-parity writes it: {error}") from None
         lines.append(line)
