@@ -133,7 +133,14 @@ def diff_json(capsys):
 
 
 def matrix_json(capsys):
-    row = matrix.Row("a", "float32", "s", "fail", "too far", findings=(Finding("path", "engine_build", "it is another"),))
+    row = matrix.Row(
+        cell="a",
+        dtype="float32",
+        sampling="s",
+        verdict="fail",
+        headline="too far",
+        findings=(Finding("path", "engine_build", "it is another"),),
+    )
     return [json.loads(to_text("matrix", {"rows": [row.to_json()]}))]
 
 
