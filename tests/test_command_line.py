@@ -131,11 +131,11 @@ def diff_json(capsys):
 
 def matrix_json(capsys):
     row = matrix.Row(
-        "a",
-        "float32",
-        "s",
-        "fail",
-        "too far",
+        cell="a",
+        dtype="float32",
+        sampling="s",
+        verdict="fail",
+        headline="too far",
         findings=(Finding(layer="path", cause="engine_build", evidence="it is another"),),
     )
     return [json.loads(to_text("matrix", {"rows": [row.to_json()]}))]
