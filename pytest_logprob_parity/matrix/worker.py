@@ -7,23 +7,22 @@ The folder has `job.json` and the goldens to check; the answers are written besi
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
+from ..atomic import write_whole
 from ..check.ask import Answers, ask
-from ..check.record import check_numbers, measure_floor, with_untruncated
-from ..engines.pool import Engine, Pool
+from ..check.measure import Measured, measure
+from ..engines.pool import Pool
 from ..errors import ParityError
 from ..golden import Golden
 from ..spec import EngineSpec, Sampling
-from ..trace import Trace
-from ..trace.container import read, write
+from ..trace import FloatArray, Trace
+from ..trace.file_format import read, write
 
-_POLICY, _DRAWN = "policy_logprobs", "drawn_logprobs"
+_POLICY, _DRAWN, _OWN = "policy_logprobs", "drawn_logprobs", "own_logprobs"
 
 
 def work(folder: Path) -> None:
@@ -33,22 +32,31 @@ def work(folder: Path) -> None:
     with Pool(Path(job["root"]), lambda line: print(line, flush=True)) as pool:
         engine = pool.engine(spec)
         for name, sampling in job["record"].items():
-            record(engine, job["prompts"], Sampling.of(sampling), job["repeats"]).save(folder / f"{name}.golden.safetensors")
+            given = Sampling.of(sampling)
+            measured = measure(engine, job["prompts"], given, ("decode",), job["repeats"], "the golden of this cell")
+            save_recorded(folder, name, measured)
         for name in job["check"]:
             golden = Golden.load(folder / f"{name}.golden.safetensors")
             save_answers(folder, name, ask(engine, golden, ("decode", "regenerate")))
         config = engine.config
         told = {"engine": config.engine, "version": config.version, "config": dict(config.values)}
-    (folder / "done.json.part").write_text(json.dumps(told, default=str), "utf-8")
-    (folder / "done.json.part").replace(folder / "done.json")
+    write_whole(folder / "done.json", json.dumps(told, default=str).encode())
 
 
-def record(engine: Engine, prompts: list[Any], sampling: Sampling, repeats: int) -> Golden:
-    """A golden with its noise floor; what it can show is for whoever reads it to say. Raises EngineError for NaN."""
-    trace = engine.generate(prompts, sampling)
-    check_numbers(trace, "the golden of this cell")
-    golden = Golden(with_untruncated(engine, trace), engine.fingerprint())
-    return golden if repeats < 2 else dataclasses.replace(golden, floor=measure_floor(engine, golden.trace, repeats)[1])
+def save_recorded(folder: Path, name: str, measured: Measured) -> None:
+    """Write a golden that is not yet judged, named after the sampling: to judge needs more than a worker has."""
+    measured.golden.save(folder / f"{name}.golden.safetensors")
+    if measured.own is not None:
+        write(folder / f"{name}.own.safetensors", {_OWN: measured.own}, {})
+
+
+def load_recorded(folder: Path, name: str) -> tuple[Golden, FloatArray | None]:
+    """A golden that `save_recorded` wrote, to be judged, and its replay on its own schedule where it has a noise floor.
+
+    Raises GoldenError for files that are missing or damaged.
+    """
+    golden = Golden.load(folder / f"{name}.golden.safetensors")
+    return golden, None if golden.floor is None else read(folder / f"{name}.own.safetensors")[0][_OWN]
 
 
 def save_answers(folder: Path, name: str, answers: Answers) -> None:

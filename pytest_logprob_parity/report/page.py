@@ -12,7 +12,7 @@ from typing import Any, Final
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..comparison.result import LAYERS
+from ..comparison.findings import LAYERS
 from ..visible_text import visible, visible_token
 from .charts import Chart, charts_of, history_charts
 from .outcomes import IN_WORDS, OUTCOMES, counts_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..comparison.result import one_of
+from ..comparison.findings import one_of
 
 
 def title_of(check: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..trace import container
+from .. import atomic
 from .finite_json import to_text
 from .folder import check_library, check_ours, ignore, unwritable
 from .github import repository
@@ -47,7 +47,7 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> Path:
 
     texts = {NAME: to_text(content), PAGE: render_page(content), SUMMARY: render_markdown(content)}
     try:
-        container.replace_all({folder / name: text.encode("utf-8") for name, text in texts.items()})
+        atomic.replace_all({folder / name: text.encode("utf-8") for name, text in texts.items()})
         ignore(folder)
     except OSError as error:
         raise unwritable(folder, error) from None

@@ -11,7 +11,7 @@ from ..finite_json import finite
 from ..results_schema import DRIFTING
 
 if TYPE_CHECKING:
-    from ...check.compatibility import Checked
+    from ...check.context import Checked
     from ...comparison.result import Comparison
 
 FORMAT: Final = "logprob-parity history"
