@@ -42,9 +42,9 @@ def _beyond_floor(expected: Trace, floor: NoiseFloor, evidence: Evidence) -> Dif
         return Difference(None, "not bit for bit the same; only an engine can be asked again in the floor's shapes")
     if floor.changed == 0:
         return Difference(True, "beyond the noise of batch composition: other bits, where no drawn one moved any")
-    blocks = np.repeat(np.arange(expected.num_sequences) % floor.shapes.blocks, np.diff(expected.sequence_offsets))
+    blocks = np.repeat(np.arange(expected.num_sequences) % floor.compositions.blocks, np.diff(expected.sequence_offsets))
     test = block_permutation_test(floor.logprobs, evidence.draw(), blocks)
     if test is None:
-        return Difference(None, f"not bit for bit the same; too few sequences for {floor.shapes.blocks} blocks")
+        return Difference(None, f"not bit for bit the same; too few sequences for {floor.compositions.blocks} blocks")
     beyond = test.p_value <= ALPHA
     return Difference(beyond, f"{'beyond' if beyond else 'within'} the noise of batch composition, {test}", test.p_value)
