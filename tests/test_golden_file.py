@@ -13,7 +13,8 @@ import pytest
 
 from pytest_logprob_parity import Golden, GoldenError, MismatchError, Trace, check_golden
 from pytest_logprob_parity.golden import golden_path, unused_goldens
-from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
+from pytest_logprob_parity.golden.noise_floor import NoiseFloor
+from pytest_logprob_parity.trace.batch_composition import BatchCompositions
 
 SCHEMA_1 = Path(__file__).parent / "data" / "schema-1.safetensors"  # recorded by commit e505dbf on vLLM 0.32.0, bfloat16
 
@@ -103,7 +104,7 @@ def test_repeats_and_what_is_said_of_them_come_together(golden_file):
     from pytest_logprob_parity.trace import file_format
 
     trace = make_trace()
-    floor = NoiseFloor(np.stack([trace.logprobs] * 2), Shapes(), reproduces=True)
+    floor = NoiseFloor(np.stack([trace.logprobs] * 2), BatchCompositions(), reproduces=True)
     Golden(trace, floor=floor).save(golden_file)
     columns, metadata = file_format.read(golden_file)
     assert columns["floor_logprobs"].shape == (2, 50)

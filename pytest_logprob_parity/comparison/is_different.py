@@ -50,11 +50,11 @@ def _beyond_floor(expected: Trace, floor: NoiseFloor, evidence: Evidence) -> Dif
         return Difference(
             different=True, reason="beyond the noise of batch composition: other bits, where no drawn one moved any"
         )
-    blocks = np.repeat(np.arange(expected.num_sequences) % floor.shapes.blocks, np.diff(expected.sequence_offsets))
+    blocks = np.repeat(np.arange(expected.num_sequences) % floor.compositions.blocks, np.diff(expected.sequence_offsets))
     test = block_permutation_test(floor.logprobs, evidence.draw(), blocks)
     if test is None:
         return Difference(
-            different=None, reason=f"not bit for bit the same; too few sequences for {floor.shapes.blocks} blocks"
+            different=None, reason=f"not bit for bit the same; too few sequences for {floor.compositions.blocks} blocks"
         )
     beyond = test.p_value <= ALPHA
     return Difference(

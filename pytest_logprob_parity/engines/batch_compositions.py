@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EngineError
-from ..golden.noise_floor import Shapes
 from ..trace import FloatArray, Segment, Trace
+from ..trace.batch_composition import BatchCompositions
 from .backend import Backend
 from .replay import by_turn, first_difference, forced_request
 
 
-def replay_in_drawn_shapes(backend: Backend, trace: Trace, shapes: Shapes, number: int) -> FloatArray:
+def replay_in_drawn_shapes(backend: Backend, trace: Trace, shapes: BatchCompositions, number: int) -> FloatArray:
     """Forced decode of the tokens of `trace`, every block in a shape of its own: logprobs [N], NaN where masked.
 
     `number` tells the draws of one golden apart: the repeats of its floor are 0, 1, ...; equal numbers draw alike.
@@ -34,7 +34,7 @@ def replay_in_drawn_shapes(backend: Backend, trace: Trace, shapes: Shapes, numbe
     return logprobs
 
 
-def _some(others: Sequence[int], shapes: Shapes, rng: np.random.Generator) -> list[int]:
+def _some(others: Sequence[int], shapes: BatchCompositions, rng: np.random.Generator) -> list[int]:
     wanted = 0 if rng.random() < shapes.alone else int(rng.integers(1, shapes.fillers + 1))
     count = min(wanted, len(others))
     return [others[i] for i in rng.choice(len(others), count, replace=False)] if count else []

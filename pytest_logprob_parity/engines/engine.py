@@ -21,8 +21,8 @@ from .backend import Backend, ChecksumsWeights, Remarks, RunsOnWorker, Sleeps, T
 if TYPE_CHECKING:
     from ..checkpoint.adapter import Adapter
     from ..checkpoint.weight_update import WeightUpdate
-    from ..golden.noise_floor import Shapes
     from ..trace import FloatArray, ReplayPath, Trace
+    from ..trace.batch_composition import BatchCompositions
     from .backend import ResolvedConfig
 
 _T = TypeVar("_T")
@@ -214,7 +214,7 @@ class Engine:
         replays = self._guard(lambda backend: replay_all(backend, trace, paths, **options))
         return {path: self._versioned(replayed) for path, replayed in replays.items()}
 
-    def replay_in_drawn_shapes(self, trace: Trace, shapes: Shapes, number: int) -> FloatArray:
+    def replay_in_drawn_shapes(self, trace: Trace, shapes: BatchCompositions, number: int) -> FloatArray:
         """Forced decode of `trace` with every block in a shape drawn from `shapes`: logprobs [N]; see batch_compositions.py."""
         from .batch_compositions import replay_in_drawn_shapes
 

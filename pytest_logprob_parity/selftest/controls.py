@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..golden.noise_floor import Shapes
+from ..trace.batch_composition import BatchCompositions
 from .fault import Fault, NotPossibleError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _batch_compositions(number: int) -> Fault:
     @contextlib.contextmanager
     def plant(under_test: EngineUnderTest) -> Iterator[Answers]:
         floor = under_test.golden.floor
-        shapes = Shapes() if floor is None else floor.shapes
+        shapes = BatchCompositions() if floor is None else floor.compositions
         drawn = (0 if floor is None else floor.repeats) + number
         logprobs = under_test.engine.replay_in_drawn_shapes(under_test.golden.trace, shapes, drawn)
         clean = under_test.clean  # no top-k comes with these logprobs: that of another batch would contradict them
