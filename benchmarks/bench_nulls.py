@@ -1,6 +1,6 @@
 """The permutation test where nothing is different: 1,000 made-up nulls, and 1,000 put together from real replays.
 
-A real null takes, for each block by itself, R + 1 of the real replays in drawn shapes: that makes them exchangeable within
+A real null takes, for each block by itself, R + 1 of the real replays in sampled batch compositions: that makes them exchangeable within
 blocks, whatever the noise of the engine looks like. Then what must fail: tests that statistics rule out, on the same noise,
 and differences that are there.
 """
@@ -82,13 +82,13 @@ FAMILIES: dict[str, Callable[..., Array]] = {
 
 
 def record_replays(pool: Pool, dtype: str) -> tuple[Array, Array, Array]:
-    """A generating run [N], replays of its tokens in drawn shapes [REPLAYS, N], and whole runs of one shape each [6, N]."""
+    """A generating run [N], replays of its tokens in sampled batch compositions [REPLAYS, N], and whole runs of one shape each [6, N]."""
     engine = pool.engine(SPEC.replace(dtype=dtype))
     sampling = Sampling(temperature=0.7, top_p=0.95, ignore_eos=True, max_tokens=TOKENS, n=GROUP, seed=1)
     trace = engine.generate(long_prompts(engine.tokenizer, PROMPTS, PROMPT_LENGTH), sampling)
-    drawn = np.stack([engine.replay_in_drawn_shapes(trace, BatchCompositions(), number) for number in range(REPLAYS)])
+    drawn = np.stack([engine.replay_in_batch_compositions(trace, BatchCompositions(), number) for number in range(REPLAYS)])
     fixed = [BatchCompositions(batch_sizes=(s,), weights=(1.0,), alone=1.0, blocks=1) for s in (64, 1, 2, 3, 5, 7)]
-    whole = np.stack([engine.replay_in_drawn_shapes(trace, shapes, 0) for shapes in fixed])
+    whole = np.stack([engine.replay_in_batch_compositions(trace, shapes, 0) for shapes in fixed])
     floor = NoiseFloor(drawn, BatchCompositions(), reproduces=True)
     both = NoiseFloor(whole[:2], BatchCompositions(), reproduces=True)
     distinct = len({row.tobytes() for row in drawn})

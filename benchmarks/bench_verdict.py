@@ -77,7 +77,9 @@ def bench_floor(engine: Engine, path: Path) -> None:
             "the run alone": lambda: engine.generate(prompts, sampling),
             "recording without a floor": lambda: record(0),
             "decode replay": lambda: engine.replay(trace),
-            "a replay in drawn shapes": lambda: engine.replay_in_drawn_shapes(trace, BatchCompositions(), 0),
+            "a replay in sampled batch compositions": lambda: engine.replay_in_batch_compositions(
+                trace, BatchCompositions(), 0
+            ),
             f"recording with a floor of {REPEATS}": lambda: record(REPEATS),
             "a check on the same engine": lambda: check_golden(path, engine),
         },

@@ -317,7 +317,7 @@ class MadeUpEngine:
     def replay_all(self, trace, paths):
         return {path: trace.with_(replay=path) for path in paths}
 
-    def replay_in_drawn_shapes(self, trace, shapes, number):
+    def replay_in_batch_compositions(self, trace, shapes, number):
         return (trace.logprobs + self._change).astype(np.float32)
 
     def remarks(self):

@@ -50,7 +50,7 @@ def _drawn(golden: Golden, engine: Engine) -> Callable[[], FloatArray] | None:
     floor = golden.floor
     if floor is None:
         return None
-    return lambda: engine.replay_in_drawn_shapes(golden.trace, floor.compositions, floor.repeats)
+    return lambda: engine.replay_in_batch_compositions(golden.trace, floor.compositions, floor.repeats)
 
 
 def _policy_replay(trace: Trace, engine: Engine) -> FloatArray | None:

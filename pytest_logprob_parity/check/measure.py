@@ -73,7 +73,7 @@ def measure_floor(engine: Engine, trace: Trace, repeats: int) -> tuple[FloatArra
     own = engine.replay(trace).logprobs
     shapes = BatchCompositions()
     numbers = each("noise floor, repeat", range(repeats), repeats)
-    drawn = [engine.replay_in_drawn_shapes(trace, shapes, number) for number in numbers]
+    drawn = [engine.replay_in_batch_compositions(trace, shapes, number) for number in numbers]
     reproduces = bool(np.array_equal(own[trace.mask], trace.logprobs[trace.mask]))
     return own, NoiseFloor(np.stack(drawn), shapes, reproduces)
 

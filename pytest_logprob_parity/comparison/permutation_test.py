@@ -1,4 +1,4 @@
-"""Is it different? The block permutation test: is a replay in drawn shapes one of the golden's repeats, or another thing?"""
+"""Is it different? The block permutation test: is a replay in sampled batch compositions one of the golden's repeats, or another thing?"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..trace.batch_composition import BatchCompositions
-from .fault import Fault, NotPossibleError
+from .engine_under_test import NotPossibleError
+from .fault import Fault
 
 if TYPE_CHECKING:
     from ..check.ask import Answers
@@ -40,7 +41,7 @@ def _batch_compositions(number: int) -> Fault:
         floor = under_test.golden.floor
         shapes = BatchCompositions() if floor is None else floor.compositions
         drawn = (0 if floor is None else floor.repeats) + number
-        logprobs = under_test.engine.replay_in_drawn_shapes(under_test.golden.trace, shapes, drawn)
+        logprobs = under_test.engine.replay_in_batch_compositions(under_test.golden.trace, shapes, drawn)
         clean = under_test.clean  # no top-k comes with these logprobs: that of another batch would contradict them
         yield under_test.with_column(
             logprobs=logprobs, top_logprobs=clean.top_logprobs[:, :0], top_token_ids=clean.top_token_ids[:, :0],

@@ -27,7 +27,7 @@ class Replays(Protocol):
         """The tokens of `trace` with this engine's logprobs by `path`."""
         ...
 
-    def replay_in_drawn_shapes(self, trace: Trace, shapes: BatchCompositions, number: int) -> FloatArray:
+    def replay_in_batch_compositions(self, trace: Trace, compositions: BatchCompositions, number: int) -> FloatArray:
         """Logprobs [N] of the tokens, decoded in sampled batch compositions."""
         ...
 
@@ -125,8 +125,10 @@ def assert_trainer_chain(
 
 def _one_at_a_time(engine: Replays, rollouts: Trace) -> Trace:
     alone = BatchCompositions(batch_sizes=(1,), weights=(1.0,), alone=1.0, blocks=1)
-    return rollouts.with_(logprobs=engine.replay_in_drawn_shapes(rollouts, alone, 0), top_logprobs=rollouts.top_logprobs[:, :0],
-                          top_token_ids=rollouts.top_token_ids[:, :0])  # fmt: skip
+    logprobs = engine.replay_in_batch_compositions(rollouts, alone, 0)
+    return rollouts.with_(
+        logprobs=logprobs, top_logprobs=rollouts.top_logprobs[:, :0], top_token_ids=rollouts.top_token_ids[:, :0]
+    )
 
 
 def _judge(expected: Trace, actual: Trace, sides: tuple[str, str], tolerance: Any) -> Comparison:
