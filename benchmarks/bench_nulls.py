@@ -1,7 +1,8 @@
 """The permutation test where nothing is different: 1,000 made-up nulls, and 1,000 put together from real replays.
 
-A real null takes, for each block by itself, R + 1 of the real replays in sampled batch compositions: that makes them exchangeable within
-blocks, whatever the noise of the engine looks like. Then what must fail: tests that statistics rule out, on the same noise,
+A real null takes, for each block by itself, R + 1 of the real replays in sampled batch compositions: that makes them
+exchangeable within blocks, whatever the noise of the engine looks like. Then what must fail: tests that statistics rule out,
+on the same noise,
 and differences that are there.
 """
 
@@ -82,7 +83,9 @@ FAMILIES: dict[str, Callable[..., Array]] = {
 
 
 def record_replays(pool: Pool, dtype: str) -> tuple[Array, Array, Array]:
-    """A generating run [N], replays of its tokens in sampled batch compositions [REPLAYS, N], and whole runs of one shape each [6, N]."""
+    """A generating run [N], replays of its tokens in sampled batch compositions [REPLAYS, N], and whole runs of one batch
+    composition each [6, N].
+    """
     engine = pool.engine(SPEC.replace(dtype=dtype))
     sampling = Sampling(temperature=0.7, top_p=0.95, ignore_eos=True, max_tokens=TOKENS, n=GROUP, seed=1)
     trace = engine.generate(long_prompts(engine.tokenizer, PROMPTS, PROMPT_LENGTH), sampling)

@@ -39,7 +39,7 @@ def bench_verdict(path: Path) -> None:
     trace = synthetic_trace(SEQUENCES, TOKENS, k=5, group=GROUP)
     rng = np.random.default_rng(2)
     repeats = trace.logprobs + rng.normal(0, SIGMA, (REPEATS, trace.num_tokens)).astype(np.float32)
-    Golden(trace, floor=NoiseFloor(repeats, BatchCompositions(), reproduces=True)).save(path)
+    Golden(trace=trace, floor=NoiseFloor(repeats, BatchCompositions(), reproduces=True)).save(path)
     candidate = moved(trace, SIGMA)
 
     def verdict(golden: Golden) -> object:

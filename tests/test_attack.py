@@ -29,8 +29,9 @@ def make_golden(change=0.0, **changes):
     trace = moved(make_trace(), change)
     rows = np.stack([trace.logprobs + noise(trace, 0.002, seed) for seed in range(5)]).astype(np.float32)
     golden = Golden(
-        trace, PRINTS, "prompts", "test_it.py::test_it", "", NoiseFloor(rows, BatchCompositions(), True),
-        reference_of(trace, noise(trace, 0.005, 9)), {},
+        trace=trace, fingerprint=PRINTS, prompts_digest="prompts", node_id="test_it.py::test_it", name="",
+        floor=NoiseFloor(rows, BatchCompositions(), True),
+        reference=reference_of(trace, noise(trace, 0.005, 9)), tolerance={},
     )  # fmt: skip
     return dataclasses.replace(golden, **changes)
 
@@ -148,11 +149,12 @@ def tree(tmp_path, capsys):
         made = candidate or make_golden(-0.3)
         made.save(candidate_path(place))
         obtained = Obtained(
-            PLACE, file_format.read_metadata(path)["digest"], golden.node_id, "", "fail", "off", "rl", "compatible",
-            file_format.read_metadata(candidate_path(place))["digest"],
+            golden=PLACE, golden_digest=file_format.read_metadata(path)["digest"], node_id=golden.node_id,
+            name="", verdict="fail", headline="off", level="rl", setup="compatible",
+            candidate=file_format.read_metadata(candidate_path(place))["digest"],
         )  # fmt: skip
         obtained = dataclasses.replace(obtained, **dict(told))
-        dataclasses.replace(left, **changes).save(place, also={"obtained": {**vars(obtained)}})
+        dataclasses.replace(left, **changes).save(place, also={"obtained": dataclasses.asdict(obtained)})
         status, out, err = command(capsys, "accept", "--root", tmp_path, *arguments)
         return status, out + err, path.read_bytes() != before
 

@@ -114,7 +114,7 @@ def mismatch(path, engine, **arguments):
     return error.value.comparison
 
 
-# -- sampled batch compositions -----------------------------------------------------------------------------------------------------
+# -- sampled batch compositions ----------------------------------------------------------------------------------------
 
 
 class Recorder:
@@ -306,7 +306,7 @@ def test_another_version_is_compatible_and_says_so(compatible, engine):
 
 
 def test_ones_own_rollouts_have_no_fingerprint(recorded, engine, tmp_path):
-    Golden(Golden.load(recorded[0]).trace).save(tmp_path / "own.safetensors")
+    Golden(trace=Golden.load(recorded[0]).trace).save(tmp_path / "own.safetensors")
     assert check_golden(tmp_path / "own.safetensors", engine).setup == "unknown"
 
 

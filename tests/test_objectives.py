@@ -418,7 +418,7 @@ def test_statements_about_other_prompts_are_exact(prompts):
 def test_the_chance_that_a_clean_build_passes_and_the_prompts_that_bring_it_to_95_percent():
     def chance(prompts, rms, dtype="bfloat16", objective="token"):
         trace = make_trace(prompts, 16, dtype=dtype)
-        golden = Golden(trace, reference=reference_of(trace, spread(trace.num_tokens, rms, seed=1)))
+        golden = Golden(trace=trace, reference=reference_of(trace, spread(trace.num_tokens, rms, seed=1)))
         return chance_to_pass(golden, default_tolerance(dtype, objective=objective), 0.0)
 
     few, many = chance(4, 0.02), chance(24, 0.02)

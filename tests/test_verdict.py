@@ -629,10 +629,10 @@ def test_repeats_that_contain_nan_are_damage(tmp_path):
     repeats = np.stack([trace.logprobs] * 3)
     repeats[:, ~trace.mask] = np.nan  # masked tokens have none
     path = tmp_path / "g.safetensors"
-    Golden(trace, floor=NoiseFloor(repeats, BatchCompositions(), reproduces=True)).save(path)
+    Golden(trace=trace, floor=NoiseFloor(repeats, BatchCompositions(), reproduces=True)).save(path)
     assert Golden.load(path).floor.rms == 0
     repeats[1, 7] = np.nan
-    Golden(trace, floor=NoiseFloor(repeats, BatchCompositions(), reproduces=True)).save(path)
+    Golden(trace=trace, floor=NoiseFloor(repeats, BatchCompositions(), reproduces=True)).save(path)
     with pytest.raises(GoldenError, match=r"damaged: .*its noise floor contains NaN"):
         Golden.load(path)
 
@@ -666,7 +666,7 @@ def test_a_floor_without_a_number_says_nothing_and_one_of_other_tokens_is_refuse
 def test_a_floor_of_other_tokens_is_damage(tmp_path):
     trace = make_trace()
     floor = ShapeNoise(make_trace(51)).floor()
-    Golden(trace, floor=floor).save(tmp_path / "g.safetensors")
+    Golden(trace=trace, floor=floor).save(tmp_path / "g.safetensors")
     with pytest.raises(GoldenError, match=r"its noise floor is \[5, 2040\], its tokens are 2000"):
         Golden.load(tmp_path / "g.safetensors")
 
@@ -674,7 +674,7 @@ def test_a_floor_of_other_tokens_is_damage(tmp_path):
 def test_a_floor_comes_back_whole(tmp_path):
     trace = make_trace()
     floor = ShapeNoise(trace).floor()
-    Golden(trace, floor=floor, tolerance={"rms_diff": 0.1}).save(tmp_path / "g.safetensors")
+    Golden(trace=trace, floor=floor, tolerance={"rms_diff": 0.1}).save(tmp_path / "g.safetensors")
     golden = Golden.load(tmp_path / "g.safetensors")
     np.testing.assert_array_equal(golden.floor.logprobs, floor.logprobs)
     assert (golden.floor.compositions, golden.floor.reproduces, golden.tolerance) == (

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..notes import Note
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
     """Replays by path, and the `fingerprint` of the engine that made them.
 
@@ -37,11 +37,11 @@ def ask(engine: Engine, golden: Golden, paths: Sequence[ReplayPath]) -> Answers:
     replays = engine.replay_all(golden.trace, wanted)
     decoded = "decode" in wanted
     return Answers(
-        replays,
-        engine.fingerprint(),
-        _policy_replay(golden.trace, engine) if decoded else None,
-        _drawn(golden, engine) if decoded else None,
-        engine.remarks(),
+        replays=replays,
+        fingerprint=engine.fingerprint(),
+        policy_logprobs=_policy_replay(golden.trace, engine) if decoded else None,
+        draw=_drawn(golden, engine) if decoded else None,
+        remarks=engine.remarks(),
     )
 
 

@@ -50,7 +50,7 @@ def measure(
     began = time.monotonic()
     trace = _generate(engine, prompts, sampling, replay)
     generated = time.monotonic()
-    golden = Golden(trace, fingerprint=engine.fingerprint())
+    golden = Golden(trace=trace, fingerprint=engine.fingerprint())
     check_numbers(trace, name)
     own = None
     if repeats and engine.config.forces:

@@ -153,7 +153,7 @@ class Engine:
                 "checkpoint names are needed"
             )
         given = weights if isinstance(weights, Mapping) else self._pool.absolute(weights)
-        update = WeightUpdate(given, mode, clear_cache, at_token)
+        update = WeightUpdate(weights=given, mode=mode, clear_cache=clear_cache, at_token=at_token)
         model, adapter = self._pool.folders(self.spec)[0], None
         if isinstance(given, Path) and is_adapter(given):
             adapter = read_adapter(given, model)

@@ -22,7 +22,7 @@ from .refusals import check_trace_ids
 REPLAYS: Final[tuple[ReplayPath, ...]] = get_args(ReplayPath)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Plan:
     """Requests by turn, and how their answers become a trace."""
 

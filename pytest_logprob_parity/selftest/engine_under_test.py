@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,12 +146,10 @@ class EngineUnderTest:
     def _unversioned(answers: Answers, fingerprint: Mapping[str, Any] | None = None) -> Answers:
         """The answers of an engine that does not know that its weights were changed."""
         replays = {path: trace.with_(weight_versions=None) for path, trace in answers.replays.items()}
-        return Answers(
-            replays, fingerprint or answers.fingerprint, answers.policy_logprobs, answers.draw, answers.remarks
-        )  # fmt: skip
+        return dataclasses.replace(answers, replays=replays, fingerprint=fingerprint or answers.fingerprint)
 
     def _answers(self, replays: Mapping[Any, Trace]) -> Answers:
-        return Answers(replays, self.answers.fingerprint)
+        return Answers(replays=replays, fingerprint=self.answers.fingerprint)
 
 
 def first_line(error: BaseException) -> str:
