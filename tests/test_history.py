@@ -261,11 +261,11 @@ def test_hostile_texts_are_shown_and_never_obeyed(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda h: h["values"].update({'"><script>': [1]}), "which is no number that drifts"),
-        (lambda h: h.update(outside=["k9"]), "'k9', which is no number that drifts"),
+        (lambda h: h["values"].update({'"><script>': [1]}), "history.values has the key"),
+        (lambda h: h.update(outside=["k9"]), 'history.outside[0] is "k9", expected one of mean_diff, rms_diff, '),
         (lambda h: h["created"].append("x"), "columns of different lengths"),
-        (lambda h: h.update(created=["x"] * 2000), "history.created has 2000 items (limit: 1000)"),
-        (lambda h: h["bands"].update(k3={}), "is not a mapping with 'runs'"),
+        (lambda h: h.update(created=["x"] * 2000), "history.created has 2,000 items, expected 1 to 1000"),
+        (lambda h: h["bands"].update(k3={}), "history.bands.k3.runs is missing, expected a whole number"),
     ],
 )
 def test_the_history_in_a_report_is_held_to_its_shape(repo, pytester, capsys, change, told):
@@ -347,8 +347,8 @@ def test_a_run_that_is_too_large_is_refused(tmp_path, monkeypatch):
     [
         ({"schema": 2}, "line 11 has schema 2, this version of pytest-logprob-parity reads 1; upgrade it"),
         ({"format": "theirs"}, "line 11 is no run of a history"),
-        ({"checks": [{}]}, "line 11 is not as pytest-logprob-parity writes it: it.checks[0] is not a mapping with 'node_id'"),
-        ({"checks": 3}, "it.checks is not a list but 3"),
+        ({"checks": [{}]}, "line 11: checks[0].node_id is missing, expected a string; delete the line"),
+        ({"checks": 3}, "line 11: checks is 3, expected a list"),
     ],
 )
 def test_lines_that_are_none_of_ours(kept, capsys, line, told):

@@ -13,14 +13,15 @@ from .._version import __version__
 from ..bounded import parse_json, read_text
 from ..errors import UsageError
 from ..json_shape import check_shape
-from .consistency import check_consistency
+from .consistency import inconsistencies
 from .finite_json import finite, to_text
-from .outcomes import OUTCOMES, worst_first
+from .outcomes import worst_first
 from .results_schema import FORMAT, RESULTS, SCHEMA
 
 NAME: Final = "results.json"
 #: Bytes that are read, and written: 700 checks that fail with every plot, 30,000 that pass. Parsing takes ten times the memory.
 LARGEST: Final = 64 * 2**20
+_AGAIN: Final = "write it again: pytest --parity-report=DIR"
 
 
 def make_results(
@@ -63,9 +64,7 @@ def read_results(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UsageError(
-            f"{path}: cut short, or no results.json ({error}); write it again: pytest --parity-report=DIR"
-        ) from None
+        raise UsageError(f"{path}: cut short, or no results.json ({error}); {_AGAIN}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"{path}: no results.json of pytest-logprob-parity; give one that pytest --parity-report=DIR wrote")
     if content.get("schema") != SCHEMA:
@@ -73,12 +72,7 @@ def read_results(path: Path) -> dict[str, Any]:
             f"{path}: schema {content.get('schema')!r:.20}, this version of pytest-logprob-parity reads {SCHEMA}: render it "
             f"with the version that wrote it ({content.get('version')!r:.20})"
         )
-    try:
-        check_shape(content, RESULTS, "it")
-        for index, check in enumerate(content["checks"]):
-            if check["outcome"] not in OUTCOMES:
-                raise UsageError(f"it.checks[{index}].outcome is not one of {', '.join(OUTCOMES)} but {check['outcome']!r:.40}")
-        check_consistency(content)
-    except UsageError as error:
-        raise UsageError(f"{path}: not as pytest-logprob-parity writes it: {error}; write it again") from None
-    return content
+    check_shape(content, RESULTS, path, advice=_AGAIN)
+    for inconsistency in inconsistencies(content):
+        raise UsageError(f"{inconsistency}; {_AGAIN}", path)
+    return dict(content)

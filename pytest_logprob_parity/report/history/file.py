@@ -131,9 +131,6 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         if line.get("schema") != SCHEMA:
             told = f"schema {line.get('schema')!r:.20}, this version of pytest-logprob-parity reads {SCHEMA}"
             raise UsageError(f"{path}: line {number} has {told}; upgrade it")
-        try:
-            check_shape(line, RUN_RECORD, "it")
-        except UsageError as error:
-            raise UsageError(f"{path}: line {number} is not as pytest-logprob-parity writes it: {error}") from None
+        check_shape(line, RUN_RECORD, f"{path}: line {number}", advice="delete the line, or name another file")
         lines.append(line)
     return lines, skipped

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from ..._version import __version__
-from ...json_shape import NUMBER, Maybe
+from ...json_shape import NUMBER_OR_NULL, OrNull
 from ..finite_json import finite
 from ..results_schema import DRIFTING
 
@@ -24,8 +24,10 @@ MADE_BY: Final = ("engine", "dtype", "torch", "hardware")
 _TEXTS: Final = ("node_id", "name", "golden", "digest", "outcome", *MADE_BY)
 #: A check of a run; the last three are null where nothing was judged.
 CHECK_RECORD: Final = {
-    **dict.fromkeys(_TEXTS, str), **dict.fromkeys(("verdict", "level", "objective"), Maybe(str)), "metrics": {str: NUMBER},
-}  # fmt: skip
+    **dict.fromkeys(_TEXTS, str),
+    **dict.fromkeys(("verdict", "level", "objective"), OrNull(str)),
+    "metrics": {str: NUMBER_OR_NULL},
+}
 RUN_RECORD: Final = {"format": str, "schema": int, "created": str, "version": str, "project": str, "checks": [CHECK_RECORD]}
 
 
