@@ -194,7 +194,10 @@ def trainer_rows(pool: Pool, model: str, only: str) -> Iterator[Row]:
                 told = compare_with_trainer(rollouts, scorer, trainer_dtype=fault.dtype, objective=fault.objective)
                 verdict, findings = told.verdict, told.findings
             except UsageError as error:
-                verdict, findings = "fail", (Finding("semantic", "wrong_values", f"refused: {str(error).splitlines()[0]}"),)
+                verdict, findings = (
+                    "fail",
+                    (Finding(layer="semantic", cause="wrong_values", evidence=f"refused: {str(error).splitlines()[0]}"),),
+                )
         yield Row(
             "healthy" if fault in no_faults else "trainer", fault.report, fault.fault, fault.causes, verdict, findings, ()
         )

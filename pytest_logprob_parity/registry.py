@@ -10,10 +10,15 @@ from .errors import UsageError
 
 _T = TypeVar("_T")
 
+_ENGINES: Final = f"{__package__}.engines"
 _FRAMEWORKS: Final = f"{__package__}.trainer.frameworks"
 #: What this package registers: group -> name -> "module:attribute", as entry points say it. They are listed here and not in the
 #: package's metadata because a copy of the package on PYTHONPATH, which is how `matrix` runs it elsewhere, has no metadata.
 OWN_ENTRIES: Final[Mapping[str, Mapping[str, str]]] = {
+    "logprob_parity.engines": {
+        "vllm": f"{_ENGINES}.vllm.kind:VLLM",
+        "transformers": f"{_ENGINES}.transformers.kind:TRANSFORMERS",
+    },
     "logprob_parity.frameworks": {
         "trl": f"{_FRAMEWORKS}.trl:TRL",
         "verl": f"{_FRAMEWORKS}.verl:VERL",

@@ -120,17 +120,24 @@ def diff_json(capsys):
     plain, other = (GOLDENS / f"0.8.5-V0-{dtype}-T-0.7.safetensors" for dtype in ("bfloat16", "float32"))
     result = printed(capsys, "diff", plain, other)
     comparison = compare(expected=Golden.load(plain).trace, actual=Golden.load(other).trace)
-    errors = Errors(golden=0.1, actual=0.1, limit=0.2, fail_limit=0.3, low=0.1, high=0.1)
+    errors = Errors(expected=0.1, actual=0.1, limit=0.2, fail_limit=0.3, low=0.1, high=0.1)
     made = dataclasses.replace(
         comparison,
         gates=tuple(dataclasses.replace(gate, errors=errors) for gate in comparison.gates),
-        findings=(Finding("path", "engine_build", "it is another"),),
+        findings=(Finding(layer="path", cause="engine_build", evidence="it is another"),),
     )
     return [result, json.loads(to_text("diff", made.to_json()))]
 
 
 def matrix_json(capsys):
-    row = matrix.Row("a", "float32", "s", "fail", "too far", findings=(Finding("path", "engine_build", "it is another"),))
+    row = matrix.Row(
+        cell="a",
+        dtype="float32",
+        sampling="s",
+        verdict="fail",
+        headline="too far",
+        findings=(Finding(layer="path", cause="engine_build", evidence="it is another"),),
+    )
     return [json.loads(to_text("matrix", {"rows": [row.to_json()]}))]
 
 

@@ -395,7 +395,7 @@ def child():
 
     def make(limit=60):
         ours, theirs = Pipe()
-        command = [sys.executable, "-m", "pytest_logprob_parity.engines.process", str(theirs.fileno())]
+        command = [sys.executable, "-m", "pytest_logprob_parity.engines.child", str(theirs.fileno())]
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         log = tempfile.TemporaryFile()  # noqa: SIM115 - the backend closes it
@@ -455,7 +455,7 @@ def test_the_users_own_llm_is_used_as_it_is(questions):
     assert lines[-2:] == ["raw_logprobs", "1"]
 
 
-def test_the_users_own_llm_in_another_process_ends_in_order(pytester):
+def test_the_users_own_llm_in_another_process_ends_in_order(pytester, run_forked):
     """Nobody ends it, and nothing is printed after pytest's last line: left to itself, vLLM would log to a stream that pytest
     has closed.
     """
@@ -479,7 +479,7 @@ def test_the_users_own_llm_in_another_process_ends_in_order(pytester):
             golden_trace.check(parity_engine, prompts=[[9, 8, 7]], sampling=dict(max_tokens=8))
         """
     )
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--update-golden", timeout=300)
+    result = run_forked("-p", "no:cacheprovider", "--update-golden", timeout=300)
     result.assert_outcomes(passed=1)
     for word in ("Traceback", "Logging error", "[shutdown]"):
         assert word not in result.stderr.str()

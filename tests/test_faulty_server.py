@@ -17,6 +17,7 @@ from conftest import MODEL
 from pytest_logprob_parity import EngineSpec, ParityError, Sampling
 from pytest_logprob_parity.engines.backend import Request
 from pytest_logprob_parity.engines.pool import Pool
+from pytest_logprob_parity.engines.server import answer as answer_module
 from pytest_logprob_parity.engines.server import client as client_module
 from pytest_logprob_parity.engines.server.client import Client
 from pytest_logprob_parity.engines.server.wire import choices_of
@@ -286,7 +287,7 @@ def backends(monkeypatch):
 @pytest.mark.parametrize(("kind", "name"), FAULTS)
 def test_every_fault_is_one_line_that_says_what_was_wrong(kind, name, backends, monkeypatch):
     answer, told = {"decode": DECODE_FAULTS, "prefill": PREFILL_FAULTS, "native": NATIVE_FAULTS}[kind][name]
-    monkeypatch.setattr(client_module, "_MOST_WAITED", 0.5)
+    monkeypatch.setattr(answer_module, "_MOST_WAITED", 0.5)
     slow = "no answer" in told
     backend = backends(kind, answer, timeout=0.5 if slow else 5.0, retries=1 if slow or "tries" in told else 0)
     with pytest.raises(ParityError) as caught:
@@ -399,14 +400,14 @@ def test_a_server_that_says_when_is_asked_then(backends, monkeypatch):
     assert waits[3:] == [0.8, 1.6, 3.2]
     (note,) = backend.remarks()
     total = f"{sum(waits):.1f}"
-    assert note.text == f"requests sent again: 6 for status 503; {total} s waited before them ({backend._client.url})"
+    assert str(note) == f"requests sent again: 6 for status 503; {total} s waited before them ({backend._client.url})"
 
 
 def test_retry_after_waits_no_longer_than_an_answer_may_take(backends):
     answers = itertools.chain([[http_answer(b"", 429, Retry_After="50")]], itertools.repeat(None))
     backend = backends("decode", lambda content: next(answers) or [http_answer(content)], retries=1, timeout=0.4)
     backend.run([FORCED])
-    assert "1 for status 429; 0.4 s waited" in backend.remarks()[0].text
+    assert "1 for status 429; 0.4 s waited" in str(backend.remarks()[0])
 
 
 def test_the_bound_of_an_answer_is_by_what_was_asked(backends):

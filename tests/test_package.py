@@ -19,7 +19,7 @@ from pytest_logprob_parity import reasons
 from pytest_logprob_parity.matrix.plan import tomllib
 from pytest_logprob_parity.reasons import reason_of
 
-HEAVY = ("torch", "vllm", "transformers", "numpy", "safetensors", "jinja2", "matplotlib")
+HEAVY = ("torch", "vllm", "transformers", "numpy", "safetensors", "jinja2")
 
 
 def test_the_plugin_loads_nothing_heavy():

@@ -86,7 +86,7 @@ def _swapped(logprobs: Doubles, trace: Trace, _: Any) -> Doubles:
 
 def _sequence_mean(logprobs: Doubles, trace: Trace, _: Any) -> Doubles:
     means = [logprobs[a:b].mean() for a, b in map(trace.bounds, range(trace.num_sequences))]
-    column: Doubles = np.repeat(np.array(means, np.float64), np.diff(trace.sequence_offsets))
+    column: Doubles = np.array(means, np.float64)[trace.sequence_of_token]
     return column
 
 

@@ -154,7 +154,7 @@ class Reference:
             logits = logits.clone()
             for row, (prompt, written) in zip(rows, _contexts(rows, trace, prompts), strict=True):
                 _penalise(logits[row - rows.start], prompt, written, sampling)
-        return logits if sampling.greedy else logits / sampling.temperature
+        return logits if sampling.greedy else logits / sampling.applied_temperature
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
@@ -302,8 +302,9 @@ def _rotated(x: Any, cosines: Any, sines: Any) -> Any:
 
 def _contexts(rows: range, trace: Trace, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], list[int]]]:
     """The prompt and the tokens written so far, for each of the tokens `rows`."""
+    sequences = trace.sequence_of_token
     for row in rows:
-        sequence = int(np.searchsorted(trace.sequence_offsets, row, side="right")) - 1
+        sequence = int(sequences[row])
         start, _ = trace.bounds(sequence)
         yield prompts[int(trace.group[sequence])], trace.token_ids[start:row].tolist()
 

@@ -41,7 +41,7 @@ def ask(engine: Engine, golden: Golden, paths: Sequence[ReplayPath]) -> Answers:
         engine.fingerprint(),
         _policy_replay(golden.trace, engine) if decoded else None,
         _drawn(golden, engine) if decoded else None,
-        [Note(remark.key, remark.text) for remark in engine.remarks()],
+        engine.remarks(),
     )
 
 
@@ -50,7 +50,7 @@ def _drawn(golden: Golden, engine: Engine) -> Callable[[], FloatArray] | None:
     floor = golden.floor
     if floor is None:
         return None
-    return lambda: engine.replay_in_drawn_shapes(golden.trace, floor.shapes, floor.repeats)
+    return lambda: engine.replay_in_batch_compositions(golden.trace, floor.compositions, floor.repeats)
 
 
 def _policy_replay(trace: Trace, engine: Engine) -> FloatArray | None:

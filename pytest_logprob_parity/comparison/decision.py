@@ -10,9 +10,9 @@ from ..grammar import counted
 from .difference import Difference
 from .evidence import Evidence
 from .findings import Finding
+from .gate_sentences import BETWEEN, NOT_SHOWN, failed_line, unverified_line
 from .intervals import MIN_SEQUENCES
 from .measurement import Measurement
-from .sentences import BETWEEN, NOT_SHOWN, failed_line, unverified_line
 from .sides import in_words
 from .signatures.semantics import different_meaning
 from .vocabulary import Level, Verdict

@@ -37,7 +37,7 @@ def effect_gates(rows: Differences, limits: Tolerance, setting: Setting) -> list
     objective = objective_of(limits.objective)
     units = rows.by_sequence() if objective.by_sequence else rows
     enlarged = setting.enlarged if setting.half else 1.0
-    noise = _Noise(limits.noise_rms, limits.noise_rms * enlarged, enlarged, rows.fresh_noise)
+    noise = _Noise(passes=limits.noise_rms, may_be=limits.noise_rms * enlarged, enlarged=enlarged, fresh=rows.fresh_noise)
     passes, may_be = _PASS_NOISE * noise.passes**2 / 2, _FAIL_NOISE * noise.may_be**2 / 2
     gates = [
         _mean_gate(units, len(rows.d), limits, noise),
@@ -50,7 +50,7 @@ def effect_gates(rows: Differences, limits: Tolerance, setting: Setting) -> list
     return gates
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Noise:
     """The RMS (nats) of noise that passes, and that may be noise: below T=1 more may be, and no more passes.
 
@@ -74,43 +74,68 @@ def _gate(
     direct = mean_interval(felt(rows.d), rows.clusters)
     if key in limits.explicit:  # what is above 0 at all is above it on all prompts
         low = direct.low if limit else max(direct.low, direct.estimate)
-        return Gate(key, direct.estimate, limit, limit, low, direct.high, unit)
+        return Gate(key=key, value=direct.estimate, limit=limit, fail_limit=limit, low=low, high=direct.high, unit=unit)
     known = rows.known
     if not known.any():
         hidden = room[1] > _HIDES and key == "clip_share"
         passing = limit if hidden else limit + room[0]
-        return Gate(key, direct.estimate, passing, limit + room[1], direct.low, direct.high, unit, hidden=hidden)
-    golden_error = rows.golden_error[known]
-    mine, golden = felt(rows.error[known]), felt(golden_error)
-    own = float(golden.mean())
+        return Gate(
+            key=key,
+            value=direct.estimate,
+            limit=passing,
+            fail_limit=limit + room[1],
+            low=direct.low,
+            high=direct.high,
+            unit=unit,
+            hidden=hidden,
+        )
+    errors = _errors(key, rows, felt, limit, room[1], noise)
+    own = errors.expected
+    return Gate(
+        key=key,
+        value=direct.estimate,
+        limit=limit,
+        fail_limit=limit + (2 + _FAIL_ROOM) * own,
+        low=direct.low,
+        high=direct.high,
+        unit=unit,
+        errors=errors,
+        hidden=key == "clip_share" and own > _HIDES,
+    )
+
+
+def _errors(
+    key: GateKey, rows: Differences, felt: Callable[[m.Doubles], m.Doubles], limit: float, may_be_noise: float, noise: _Noise
+) -> Errors:  # fmt: skip
+    """How far both sides are from the reference, felt by the objective; by differences where the reference says nothing."""
+    known = rows.known
+    expected_error = rows.expected_error[known]
+    of_actual, of_expected = felt(rows.actual_error[known]), felt(expected_error)
+    own = float(of_expected.mean())
     # where the reference says nothing: d, less what two builds with errors like the golden's make of it
-    two_builds = felt(np.roll(golden_error, len(golden_error) // 2) - golden_error)
+    two_builds = felt(np.roll(expected_error, len(expected_error) // 2) - expected_error)
     drawn = mean_interval(two_builds, rows.clusters[known])
     growth, beyond = felt(rows.d), felt(rows.d)
     # the covered ones are a sample: by its lower bound for passing, by its upper one for failing, and no less than may be noise
     # without a reference
     growth[~known] -= noise.fresh * max(2 * drawn.estimate - drawn.high, 0.0)
-    beyond[~known] -= max((1 + _FAIL_ROOM) * noise.fresh * drawn.high, room[1])
-    growth[known] = beyond[known] = mine - golden
+    beyond[~known] -= max((1 + _FAIL_ROOM) * noise.fresh * drawn.high, may_be_noise)
+    growth[known] = beyond[known] = of_actual - of_expected
     grown, least = mean_interval(growth, rows.clusters), mean_interval(beyond, rows.clusters)
 
     def with_room(room: float) -> float:
         """The golden's own where its error's square is larger by the room: a share of tails grows faster than that."""
         more = 1 + room * noise.fresh
-        return float(felt(golden_error * more**0.5).mean()) if key == "clip_share" else own * more
+        return float(felt(expected_error * more**0.5).mean()) if key == "clip_share" else own * more
 
-    errors = Errors(
-        golden=own,
-        actual=float(mine.mean()),
+    return Errors(
+        expected=own,
+        actual=float(of_actual.mean()),
         limit=limit + with_room(_PASS_ROOM),
         fail_limit=limit + with_room(_FAIL_ROOM),
         low=own + least.low,
         high=own + grown.high,
     )
-    return Gate(
-        key, direct.estimate, limit, limit + (2 + _FAIL_ROOM) * own, direct.low, direct.high, unit, errors=errors,
-        hidden=key == "clip_share" and own > _HIDES,
-    )  # fmt: skip
 
 
 def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: _Noise) -> Gate:
@@ -118,28 +143,49 @@ def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: _Noise
     direct = _absolute(mean_interval(units.d, units.clusters))
     limit = limits.mean_diff
     if "mean_diff" in limits.explicit:
-        return Gate("mean_diff", direct.estimate, limit, limit, direct.low, direct.high, "nats")
+        return Gate(
+            key="mean_diff", value=direct.estimate, limit=limit, fail_limit=limit, low=direct.low, high=direct.high, unit="nats"
+        )
     known = units.known
     passes, may_be = (_MEAN_ERRORS * of / tokens**0.5 for of in (noise.passes, noise.may_be))
     if not known.any():
-        return Gate("mean_diff", direct.estimate, limit + passes, limit + 2 * may_be, direct.low, direct.high, "nats")
-    golden = units.golden_error[known]
-    of_golden = float(golden.mean())
-    size, spread = np.mean(golden**2), units.d[known].std()  # noise that both share moves no mean
-    golden = np.where(known, units.golden_error, of_golden)
-    mine = golden + units.d
-    own = float(mine.mean())
+        return Gate(
+            key="mean_diff",
+            value=direct.estimate,
+            limit=limit + passes,
+            fail_limit=limit + 2 * may_be,
+            low=direct.low,
+            high=direct.high,
+            unit="nats",
+        )
+    of_expected = units.expected_error[known]
+    mean_expected = float(of_expected.mean())
+    size, spread = np.mean(of_expected**2), units.d[known].std()  # noise that both share moves no mean
+    of_expected = np.where(known, units.expected_error, mean_expected)
+    of_actual = of_expected + units.d
+    mean_actual = float(of_actual.mean())
     room = _MEAN_ERRORS * min(float(np.sqrt(2 * noise.fresh * size)), float(spread)) / np.count_nonzero(known) ** 0.5
-    grown = mean_interval(np.copysign(1.0, own) * mine - np.copysign(1.0, of_golden) * golden, units.clusters)
-    errors = Errors(
-        golden=abs(of_golden),
-        actual=abs(own),
-        limit=limit + room + abs(of_golden),
-        fail_limit=limit + 2 * room + abs(of_golden),
-        low=grown.low + abs(of_golden),
-        high=grown.high + abs(of_golden),
+    grown = mean_interval(
+        np.copysign(1.0, mean_actual) * of_actual - np.copysign(1.0, mean_expected) * of_expected, units.clusters
     )
-    return Gate("mean_diff", direct.estimate, limit + room, limit + 2 * room, direct.low, direct.high, "nats", errors=errors)
+    errors = Errors(
+        expected=abs(mean_expected),
+        actual=abs(mean_actual),
+        limit=limit + room + abs(mean_expected),
+        fail_limit=limit + 2 * room + abs(mean_expected),
+        low=grown.low + abs(mean_expected),
+        high=grown.high + abs(mean_expected),
+    )
+    return Gate(
+        key="mean_diff",
+        value=direct.estimate,
+        limit=limit + room,
+        fail_limit=limit + 2 * room,
+        low=direct.low,
+        high=direct.high,
+        unit="nats",
+        errors=errors,
+    )
 
 
 def _absolute(signed: Interval) -> Interval:

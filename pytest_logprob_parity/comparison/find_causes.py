@@ -15,8 +15,7 @@ from .contradictions import Record, examine
 from .decision import proves
 from .findings import Finding
 from .measurement import Measurement
-from .signatures.find_steps import applied_temperature
-from .signatures.head import head_finding
+from .signatures.lm_head import lm_head_finding
 from .signatures.positions import GLANCE, MOST, positions_of
 from .signatures.semantics import bears_out, different_meaning, label_findings, left_unexplained, semantic_findings, unsure_of
 
@@ -71,7 +70,7 @@ def _meanings(measured: Measurement) -> tuple[list[Finding], list[Note]]:
 
 def _nearly_the_same(expected: Trace, actual: Trace) -> bool:
     """Whether the labels differ by a temperature alone, and by so little that unsure sizes do not bear it out."""
-    apart = applied_temperature(expected) / applied_temperature(actual) - 1
+    apart = expected.applied_temperature / actual.applied_temperature - 1
     one, other = ({} if trace.is_raw else trace.sampling.steps() for trace in (expected, actual))
     for steps in (one, other):
         steps.pop("temperature", None)
@@ -89,7 +88,7 @@ def _by_arithmetic(measured: Measurement) -> list[Finding]:
     if not measured.failed:  # a meaning that is proven fails at any size; what only may be one does not
         findings = [f for f in findings if proves(f, unsure=measured.unsure, beyond=measured.beyond_dtype)]
     unnamed = bool(measured.failed) and not any(finding.cause for finding in findings)
-    if unnamed and (head := head_finding(positions_of(expected, actual, rows, names=names))):
+    if unnamed and (head := lm_head_finding(positions_of(expected, actual, rows, names=names))):
         findings.append(head)
     return findings
 
@@ -128,4 +127,4 @@ def _nan_finding(measured: Measurement) -> Finding:
     text = f"{counted(count, 'logprobs')} {is_or_are(count)} NaN or +inf, in {of} of {sequences} sequences"
     if of < sequences:
         text += ": other weights would make them in all"
-    return Finding("path", None, text, ("engine_build", "kv_cache_dtype"))
+    return Finding(layer="path", cause=None, evidence=text, candidates=("engine_build", "kv_cache_dtype"))

@@ -28,7 +28,7 @@ GATE_NAMES: Final[Mapping[GateKey, str]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Errors:
     """How far both sides are from the reference, in the unit of a gate, and the interval and the limits of `actual`.
 
@@ -36,7 +36,7 @@ class Errors:
     `fail_limit` with the room beyond which noise explains it no longer.
     """
 
-    golden: float
+    expected: float
     actual: float
     limit: float
     fail_limit: float
@@ -51,7 +51,7 @@ class Errors:
     def to_json(self) -> dict[str, Any]:
         """As JSON values; what is not a number becomes None."""
         return {
-            "golden": finite_or_none(self.golden),
+            "golden": finite_or_none(self.expected),
             "actual": finite_or_none(self.actual),
             "limit": finite_or_none(self.limit),
             "fail_limit": finite_or_none(self.fail_limit),
@@ -60,7 +60,7 @@ class Errors:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
     """One number that decides, with its interval and limits, all in `unit`.
 

@@ -7,6 +7,7 @@ import numpy as np
 from ..grammar import counted
 from ..notes import Note
 from ..trace import Trace
+from .comparison_notes import beside_the_verdict, not_compared, without_floor
 from .decision import Found, decide
 from .difference import Difference
 from .evidence import Evidence
@@ -15,7 +16,6 @@ from .findings import Finding
 from .free_generation.judge import judge_free_run
 from .is_different import is_different
 from .measurement import Measurement, measure, policy_metrics
-from .remarks import beside_the_verdict, not_compared, without_floor
 from .result import Comparison
 from .tally import TALLY
 from .tolerance import Tolerance
@@ -97,7 +97,7 @@ def _difference(causes: Causes, findings: list[Finding], level: Level, evidence:
     measured = causes.measured
     decided = bool(measured.failed or findings)
     if not measured.compared and not decided:
-        return Difference(None, "nothing was compared")
+        return Difference(different=None, reason="nothing was compared")
     exact = measured.exact and not causes.record.new
     return is_different(measured.expected, exact=exact, decided=decided, level=level, evidence=evidence)
 
@@ -109,4 +109,11 @@ def _noise(measured: Measurement, verdict: Verdict) -> list[Finding]:
     rms = measured.numbers["rms_diff"]
     off = next((g for g in measured.gates if g.key == "outlier_tokens" and g.value), None)
     beside = "" if off is None else f", beside {counted(round(off.value), off.unit)} {off.name} nats (largest {off.worst:.3g})"
-    return [Finding("noise", "numerical_noise", f"RMS {rms:.2g} nats{beside}, within tolerance", values={"rms": rms})]
+    return [
+        Finding(
+            layer="noise",
+            cause="numerical_noise",
+            evidence=f"RMS {rms:.2g} nats{beside}, within tolerance",
+            values={"rms": rms},
+        )
+    ]

@@ -139,8 +139,16 @@ def gates_of(
     `sequences` is how many the golden has.
     """
     gates = [
-        Gate("nan", nan, 0, 0, nan, nan, "tokens"),
-        Gate("nucleus_flips", flips.count, flips.allowed, flips.unexplained, flips.count, flips.count, "tokens"),
+        Gate(key="nan", value=nan, limit=0, fail_limit=0, low=nan, high=nan, unit="tokens"),
+        Gate(
+            key="nucleus_flips",
+            value=flips.count,
+            limit=flips.allowed,
+            fail_limit=flips.unexplained,
+            low=flips.count,
+            high=flips.count,
+            unit="tokens",
+        ),
     ]
     if not len(rows.d):
         return tuple(gates)
@@ -159,14 +167,20 @@ def _differences(
         d = np.subtract(a, e, dtype=np.float64)
     else:
         d, sequences = a[finite].astype(np.float64) - e[finite], sequences[finite]
-    golden_error = error = np.full(len(d), np.nan)
+    expected_error = actual_error = np.full(len(d), np.nan)
     if reference is not None:
         truth = reference.logprobs[rows.expected][finite]
         with np.errstate(invalid="ignore"):
-            golden_error, error = (np.subtract(x[finite], truth, dtype=np.float64) for x in (e, a))
+            expected_error, actual_error = (np.subtract(x[finite], truth, dtype=np.float64) for x in (e, a))
         unknown = ~np.isfinite(truth)
-        golden_error[unknown] = error[unknown] = np.nan
-    return Differences(d, sequences, prompt_numbers(expected)[sequences], golden_error, error)
+        expected_error[unknown] = actual_error[unknown] = np.nan
+    return Differences(
+        d=d,
+        sequences=sequences,
+        prompts=prompt_numbers(expected)[sequences],
+        expected_error=expected_error,
+        actual_error=actual_error,
+    )
 
 
 def _numbers(
@@ -199,7 +213,7 @@ def _what_it_shows(rows: Differences, gates: tuple[Gate, ...]) -> Shown | None:
     gate = next((g for g in gates if g.key == "outlier_sequences"), None)
     if gate is None:
         return None
-    off = np.where(rows.known, rows.error, rows.d)
+    off = np.where(rows.known, rows.actual_error, rows.d)
     names, first, places = np.unique(rows.sequences, return_index=True, return_inverse=True)
     spread = m.sequence_rms(off, places, np.inf)
     prompts = rows.prompts[first]

@@ -15,7 +15,7 @@ CONFIDENCE: Final = 0.95
 POWER: Final = 0.9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shown:
     """What a comparison says of other prompts, exact whatever the noise (Clopper-Pearson over distinct prompts).
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+Side: TypeAlias = Literal["expected", "actual"]
 
 #: What the two sides of a comparison are called, unless they are others: a rollout and a trainer, say.
 SIDES: Final = ("golden", "now")

@@ -13,19 +13,19 @@ from . import metrics as m
 Integers = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Differences:
     """The n tokens that have a finite logprob on both sides, in order.
 
-    `d` is actual - expected, `sequences` and `prompts` the number of each token's sequence and distinct prompt, `golden_error`
-    and `error` what expected and actual are from the reference (NaN where there is none). Nats.
+    `d` is actual - expected, `sequences` and `prompts` the number of each token's sequence and distinct prompt,
+    `expected_error` and `actual_error` what the two sides are from the reference (NaN where there is none). Nats.
     """
 
     d: m.Doubles
     sequences: Integers
     prompts: Integers
-    golden_error: m.Doubles
-    error: m.Doubles
+    expected_error: m.Doubles
+    actual_error: m.Doubles
 
     @property
     def clusters(self) -> Integers:
@@ -35,7 +35,7 @@ class Differences:
     @property
     def known(self) -> npt.NDArray[np.bool_]:
         """Where there is a reference."""
-        return np.asarray(np.isfinite(self.error) & np.isfinite(self.golden_error))
+        return np.asarray(np.isfinite(self.actual_error) & np.isfinite(self.expected_error))
 
     @property
     def fresh_noise(self) -> float:
@@ -45,12 +45,18 @@ class Differences:
         error and whatever is wrong with it besides, and gives the share of that alone.
         """
         known = self.known
-        both = float(np.square(self.error[known]).sum() + np.square(self.golden_error[known]).sum())
+        both = float(np.square(self.actual_error[known]).sum() + np.square(self.expected_error[known]).sum())
         return min(float(np.square(self.d[known]).sum()) / both, 1.0) if both else 0.0
 
     def where(self, kept: npt.NDArray[np.bool_]) -> Differences:
         """The rows that are kept."""
-        return Differences(self.d[kept], self.sequences[kept], self.prompts[kept], self.golden_error[kept], self.error[kept])
+        return Differences(
+            d=self.d[kept],
+            sequences=self.sequences[kept],
+            prompts=self.prompts[kept],
+            expected_error=self.expected_error[kept],
+            actual_error=self.actual_error[kept],
+        )
 
     def by_sequence(self) -> Differences:
         """One row for each sequence: the means of its tokens."""
@@ -61,35 +67,41 @@ class Differences:
             return np.asarray(np.bincount(rows, values) / counts, np.float64)
 
         first = np.unique(rows, return_index=True)[1]
-        return Differences(mean(self.d), names, self.prompts[first], mean(self.golden_error), mean(self.error))
+        return Differences(
+            d=mean(self.d),
+            sequences=names,
+            prompts=self.prompts[first],
+            expected_error=mean(self.expected_error),
+            actual_error=mean(self.actual_error),
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What is known of the noise: the golden's dtype, how much the temperature enlarges it, whether tokens are routed to
-    experts, and the dtype now.
+    """What is known of the noise: the dtype of both sides, how much the temperature enlarges it, and whether tokens are routed
+    to experts.
     """
 
-    dtype: str
+    expected_dtype: str
     enlarged: float
     routed: bool | None
-    now: str
+    actual_dtype: str
 
     def nats(self, by_dtype: dict[str, float]) -> float:
         """What is listed for the coarser of both dtypes, enlarged by the temperature where it is one of half precision."""
-        known = [{"float64": "float32"}.get(dtype, dtype) for dtype in (self.dtype, self.now)]
+        known = [{"float64": "float32"}.get(dtype, dtype) for dtype in (self.expected_dtype, self.actual_dtype)]
         listed = [by_dtype.get(dtype, by_dtype["bfloat16"]) for dtype in known]
         return max(listed) * (1.0 if set(known) == {"float32"} else self.enlarged)
 
     @property
     def fine(self) -> bool:
         """Whether the dtype is float32 or finer."""
-        return self.dtype in ("float32", "float64")
+        return self.expected_dtype in ("float32", "float64")
 
     @property
-    def coarser_now(self) -> bool:
+    def coarser_actual(self) -> bool:
         """Whether a golden in float32 is held against half precision: that is what it has to say, and no noise of its own."""
-        return self.fine and self.now not in ("float32", "float64")
+        return self.fine and self.actual_dtype not in ("float32", "float64")
 
     @property
     def half(self) -> bool:
@@ -97,11 +109,13 @@ class Setting:
         return not self.fine
 
 
-def setting_of(expected: Trace, routed: bool | None, now: str) -> Setting:
-    """What is known of the noise of these tokens, where the dtype is `now` now.
+def setting_of(expected: Trace, routed: bool | None, actual_dtype: str) -> Setting:
+    """What is known of the noise of these tokens, where the actual side's dtype is `actual_dtype`.
 
     Noise of logits is divided by the temperature, where that is below 1 and the logprobs are processed by it.
     """
     temperature = expected.sampling.temperature
     low = expected.logprobs_mode == "processed_logprobs" and 0 < temperature < 1
-    return Setting(expected.dtype, 1 / temperature if low else 1.0, routed, now)
+    return Setting(
+        expected_dtype=expected.dtype, enlarged=1 / temperature if low else 1.0, routed=routed, actual_dtype=actual_dtype
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from ..trace import Forcing
 
 if TYPE_CHECKING:
     from ..checkpoint.weight_update import WeightUpdate
+    from ..notes import Note
 
 _T = TypeVar("_T")
 
@@ -154,21 +155,10 @@ class TellsDigests(Protocol):
     digests: Mapping[str, str]
 
 
-#: What a remark is about.
-RemarkKey: TypeAlias = Literal["unverified_pins", "sent_again"]
-
-
-class Remark(NamedTuple):
-    """What a report should say of an engine beside its numbers."""
-
-    key: RemarkKey
-    text: str
-
-
 @runtime_checkable
 class Remarks(Protocol):
     """A backend that has something to say beside its answers."""
 
-    def remarks(self) -> list[Remark]:
+    def remarks(self) -> list[Note]:
         """The remarks since the last time."""
         ...

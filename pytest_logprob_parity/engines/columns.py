@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..trace import FINISH_REASONS
+from ..trace import empty_top_k
 from .backend import Backend, Completion
 
 
@@ -25,8 +25,7 @@ class Rows:
         return cls(
             np.full(tokens, np.nan, np.float32),
             np.zeros(tokens, np.int32),
-            np.full((tokens, k), -1, np.int32),
-            np.full((tokens, k), -np.inf, np.float32),
+            *empty_top_k(tokens, k),
         )
 
     def fill(self, start: int, completion: Completion) -> None:
@@ -45,7 +44,3 @@ def labels(backend: Backend) -> dict[str, Any]:
         "engine_version": config.version,
         "dtype": config.dtype,
     }
-
-
-def finish_code(reason: str) -> int:
-    return FINISH_REASONS.index(reason) if reason in FINISH_REASONS else 0

@@ -11,17 +11,18 @@ import numpy as np
 
 from .. import machine
 from ..errors import EngineError, ParityError, UsageError
+from ..notes import Note
 from ..reasons import reason_of
 from ..spec import EngineSpec, Sampling
 from ..spec.server_settings import SERVER
 from ..visible_text import visible_line
-from .backend import Backend, ChecksumsWeights, Remark, Remarks, RunsOnWorker, Sleeps, TakesWeights
+from .backend import Backend, ChecksumsWeights, Remarks, RunsOnWorker, Sleeps, TakesWeights
 
 if TYPE_CHECKING:
     from ..checkpoint.adapter import Adapter
     from ..checkpoint.weight_update import WeightUpdate
-    from ..golden.noise_floor import Shapes
     from ..trace import FloatArray, ReplayPath, Trace
+    from ..trace.batch_composition import BatchCompositions
     from .backend import ResolvedConfig
 
 _T = TypeVar("_T")
@@ -213,11 +214,11 @@ class Engine:
         replays = self._guard(lambda backend: replay_all(backend, trace, paths, **options))
         return {path: self._versioned(replayed) for path, replayed in replays.items()}
 
-    def replay_in_drawn_shapes(self, trace: Trace, shapes: Shapes, number: int) -> FloatArray:
-        """Forced decode of `trace` with every block in a shape drawn from `shapes`: logprobs [N]; see batch_compositions.py."""
-        from .batch_compositions import replay_in_drawn_shapes
+    def replay_in_batch_compositions(self, trace: Trace, compositions: BatchCompositions, number: int) -> FloatArray:
+        """Forced decode of `trace`, every block in a batch composition sampled from `compositions`: logprobs [N]."""
+        from .batch_compositions import replay_in_batch_compositions
 
-        return self._guard(lambda backend: replay_in_drawn_shapes(backend, trace, shapes, number))
+        return self._guard(lambda backend: replay_in_batch_compositions(backend, trace, compositions, number))
 
     def on_worker(self, work: Callable[[Any], _T]) -> list[_T]:
         """Run `work` on the worker of a vLLM that lives in this process. Raises UsageError for any other engine."""
@@ -255,12 +256,12 @@ class Engine:
         laid_on = {} if adapter is None else {"adapter": str(adapter)}
         return {"name": name, **digests, **laid_on}
 
-    def remarks(self) -> list[Remark]:
+    def remarks(self) -> list[Note]:
         """What a report should say of this engine beside its numbers: pins that nobody could verify, trouble on the way."""
         backend = self._backend()
         unverified = backend.config.unverified
         text = f"could not be verified, for the engine does not tell: {', '.join(unverified)}"
-        told = [Remark("unverified_pins", text)] if unverified else []
+        told = [Note("unverified_pins", text)] if unverified else []
         return told + (backend.remarks() if isinstance(backend, Remarks) else [])
 
     def _check_here(self, what: str) -> None:

@@ -11,9 +11,9 @@ from ..checkpoint.prompts import Prompt
 from ..checkpoint.weight_update import WeightUpdate
 from ..errors import UsageError
 from ..spec import Sampling
-from ..trace import NO_SEED, BoolArray, Trace, offsets_of
+from ..trace import NO_SEED, BoolArray, Trace, finish_code, offsets_of
 from .backend import Backend, Completion, Request, TakesWeights
-from .columns import Rows, finish_code, labels
+from .columns import Rows, labels
 from .refusals import check_ids, check_lengths
 
 

@@ -46,6 +46,9 @@ class Pool:
 
     #: How many engines in processes of their own are kept alive on a CPU.
     processes = 2
+    #: Whether on a CPU the vLLM in this process keeps its place, and each further one gets a process of its own: faster than
+    #: shutting one down for the next, and it costs the memory of both.
+    keeps_place = False
 
     def __init__(
         self,
@@ -254,7 +257,7 @@ class Pool:
         return backend
 
     def _start_where_possible(self, spec: EngineSpec) -> tuple[Backend, bool]:
-        from .process import start_in_process
+        from .kinds import kind_of, start_in_process
 
         if spec.engine == SERVER:
             return self._connect(spec), False
@@ -262,14 +265,16 @@ class Pool:
         gpu = _has_gpu()
         came_back = any(start.spec == spec for start in self.starts)
         beside = spec in self._beside  # another's place would be taken, and its weight updates lost
-        if spec.engine == "vllm" and (gpu or came_back or beside or self._adopted or self._place_is_spoilt):
+        may_live_apart = kind_of(spec).may_live_apart
+        is_taken = self.keeps_place and any(s not in self._apart for s in self._rivals(spec))
+        if may_live_apart and (gpu or came_back or beside or self._adopted or self._place_is_spoilt or is_taken):
             return self._start_apart(spec, gpu=gpu)
         self._make_room([s for s in self._rivals(spec) if s not in self._apart], keep=0)
         try:
             return start_in_process(spec, model, tokenizer, self.models.loaded_adapter(spec)), False
         except EngineError as error:
             settings_are_wrong = error.__cause__ is None or isinstance(error.__cause__, ValueError)
-            if settings_are_wrong or spec.engine != "vllm" or not any(start.spec.engine != SERVER for start in self.starts):
+            if settings_are_wrong or not may_live_apart or not any(start.spec.engine != SERVER for start in self.starts):
                 raise
         started = self._start_apart(spec, gpu=gpu)
         self._place_is_spoilt = True  # by what has lived in this process before; the next ones need not try

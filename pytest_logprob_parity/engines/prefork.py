@@ -37,7 +37,16 @@ _MODULES: Final = (
 )
 #: Environment variables that may differ between the preloaded process and a fork: no library reads them while it is imported,
 #: or the engine's start sets them.
-_MAY_DIFFER: Final = ("PYTEST_", "PY_COLORS", "HOME", "USERPROFILE", "PWD", "OLDPWD", "VLLM_ENABLE_V1_MULTIPROCESSING")
+_MAY_DIFFER: Final = (
+    "PYTEST_",
+    "GITHUB_",
+    "PY_COLORS",
+    "HOME",
+    "USERPROFILE",
+    "PWD",
+    "OLDPWD",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+)
 #: How long a fork may take to show that it can compute, in seconds.
 _PROBE_SECONDS: Final = 20
 _FDS: Final = 3
@@ -143,7 +152,7 @@ _preloaded: list[Preloaded] = []
 
 
 def fork(connection: int, log: int) -> Forked:
-    """Fork a process for an engine, as `python -m pytest_logprob_parity.engines.process` would be one; see Preloaded.fork.
+    """Fork a process for an engine, as `python -m pytest_logprob_parity.engines.child` would be one; see Preloaded.fork.
 
     The first call of a process, and the first after its environment has changed, takes the imports' time.
     """
@@ -219,7 +228,7 @@ class _Server:
 
     def _become_child(self, to_close: tuple[int, ...], connection: int, log: int, report: int, message: bytes) -> None:
         """Be an engine's process to the end."""
-        from . import process
+        from . import child
 
         code = 1
         try:
@@ -238,9 +247,9 @@ class _Server:
             os.chdir(folder)
             if not self.is_fit:
                 os.set_inheritable(connection, True)
-                os.execv(sys.executable, [sys.executable, "-m", process.__name__, str(connection)])
+                os.execv(sys.executable, [sys.executable, "-m", child.__name__, str(connection)])
             sys.path[0] = folder
-            process.main(connection, last=True)
+            child.main(connection, last=True)
             code = 0
         except BaseException:
             traceback.print_exc()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,10 +16,11 @@ from typing import Any, Final
 
 from ..checkpoint.adapter import Adapter
 from ..checkpoint.weight_update import WeightUpdate
-from ..errors import EngineError, ParityError
-from ..reasons import RemoteError, reason_of
+from ..errors import EngineError
+from ..reasons import RemoteError
 from ..spec import EngineSpec
-from .backend import Backend, Completion, Request, ResolvedConfig
+from . import child
+from .backend import Completion, Request, ResolvedConfig
 from .prefork import Forked, fork
 from .time_limits import TimeLimits, no_answer
 
@@ -160,54 +160,10 @@ class ProcessBackend:
 
 def _start(descriptor: int, log: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", __name__, str(descriptor)],
+        [sys.executable, "-m", child.__name__, str(descriptor)],
         pass_fds=[descriptor],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # a Ctrl-C is ours to handle; close() ends the whole group
     )
-
-
-def main(descriptor: int, *, last: bool = False) -> None:
-    """The child: start one engine, answer until the line closes.
-
-    `last`: nothing of the process runs after this; an engine on CPUs that has no children of its own needs no shutting down.
-    """
-    connection: Connection[Any, Any] = Connection(descriptor)
-    backend: Backend | None = None
-    try:
-        while True:
-            try:
-                verb, *arguments = connection.recv()
-            except EOFError:
-                return
-            try:
-                if verb == "start":
-                    backend = start_in_process(*arguments)
-                    connection.send((None, backend.config))
-                else:
-                    assert backend is not None
-                    connection.send((None, getattr(backend, verb)(*arguments)))
-            except ParityError as error:
-                connection.send((type(error)(str(error)), None))
-            except Exception as error:
-                connection.send((RemoteError(reason_of(error)), None))
-    finally:
-        if backend is not None and not (last and not multiprocessing.active_children()):
-            backend.close()
-
-
-def start_in_process(spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None = None) -> Backend:
-    """Start the engine of `spec` in this process. Raises UsageError and EngineError."""
-    if spec.engine == "transformers":
-        from .transformers.backend import TransformersBackend
-
-        return TransformersBackend.start(spec, model, tokenizer, adapter)
-    from .vllm.backend import VllmBackend
-
-    return VllmBackend.start(spec, model, tokenizer, adapter)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

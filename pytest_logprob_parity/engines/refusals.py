@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..spec import Sampling
-from ..trace import Trace
+from ..trace import Trace, rows_of
 from .backend import Backend
 
 
@@ -31,7 +31,7 @@ def check_trace_ids(backend: Backend, trace: Trace) -> None:
     ):
         wrong = np.flatnonzero((ids < 0) | (ids >= size))
         if len(wrong):
-            row = int(np.searchsorted(offsets, wrong[0], side="right")) - 1
+            row = int(rows_of(offsets)[wrong[0]])
             raise _no_token(backend, f"{what} {row} of the trace", int(wrong[0] - offsets[row]), int(ids[wrong[0]]))
 
 

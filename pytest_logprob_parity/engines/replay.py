@@ -13,9 +13,9 @@ from typing import Any, Final, get_args
 import numpy as np
 
 from ..errors import EngineError, UsageError
-from ..trace import NO_SEED, ReplayPath, Segment, Trace, TracePath, offsets_of
+from ..trace import NO_SEED, ReplayPath, Segment, Trace, TracePath, finish_code, offsets_of
 from .backend import Backend, Completion, Request
-from .columns import Rows, finish_code, labels
+from .columns import Rows, labels
 from .generate import turn_seed
 from .refusals import check_trace_ids
 
@@ -53,7 +53,7 @@ def replay_all(backend: Backend, trace: Trace, paths: Sequence[ReplayPath], **op
         "decode": _plan_decode, "prefill": _plan_prefill, "regenerate": _plan_regenerate, "window": _plan_window,
     }  # fmt: skip
     limit = backend.config.max_model_len
-    longest = int(np.max(np.diff(trace.prompt_offsets)[trace.group] + np.diff(trace.sequence_offsets), initial=0))
+    longest = int(trace.total_lengths.max(initial=0))
     if limit is not None and longest > limit:
         raise UsageError(f"the trace has a sequence of {longest:,} tokens with its prompt; max_model_len is {limit:,}")
     check_trace_ids(backend, trace)

@@ -13,13 +13,17 @@ import numpy as np
 from ..check.ask import Answers, ask
 from ..checkpoint.rewrite import rewrite_checkpoint
 from ..checkpoint.weight_update import tied_heads
-from ..engines.pool import Engine, Pool
+from ..engines.engine import Engine
+from ..engines.pool import Pool
 from ..errors import EngineError, ParityError, UsageError
 from ..golden import Golden
 from ..spec import EngineSpec
 from ..trace import ReplayPath, Trace
 from .checkpoint_tensors import CheckpointTensors
-from .fault import NotPossibleError
+
+
+class NotPossibleError(Exception):
+    """This engine, version, hardware or golden does not allow a fault; the text says why."""
 
 
 class EngineUnderTest:

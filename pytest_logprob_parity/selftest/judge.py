@@ -10,7 +10,7 @@ import numpy as np
 
 from ..check.ask import Answers
 from ..check.check import judge_answers
-from ..check.compatibility import Context
+from ..check.context import Context
 from ..comparison.result import Comparison, Finding
 from ..comparison.tolerance import default_tolerance
 from ..diagnosis.reference_evaluation import read_against, weigh

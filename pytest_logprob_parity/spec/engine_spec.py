@@ -11,11 +11,10 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 from ..errors import UsageError
 from ..suggest import nearest
 from .engine_arguments import is_secret
+from .engine_kinds import ENGINE_KINDS
 from .profiles import PROFILES, profile_pins
 from .server_settings import SERVER, SERVER_SETTINGS, server_settings
 
-#: Engine kinds.
-ENGINES: Final = ("vllm", "transformers", SERVER)
 #: A model's dtype; `auto` is what its config.json says.
 Dtype: TypeAlias = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 DTYPES: Final[tuple[Dtype, ...]] = get_args(Dtype)
@@ -68,7 +67,7 @@ class EngineSpec:
             if value is not None and not isinstance(value, str):
                 raise UsageError(f"EngineSpec({field}={value!r}): must be a string")
         for field, value, known in (
-            ("engine", engine, ENGINES),
+            ("engine", engine, ENGINE_KINDS),
             ("profile", profile, PROFILES),
             ("dtype", dtype, DTYPES),
         ):

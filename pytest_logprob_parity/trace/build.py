@@ -174,6 +174,6 @@ def complete_columns(columns: Mapping[str, Any]) -> dict[str, npt.NDArray[Any] |
         "seeds": np.full(sequences, NO_SEED),
         **dict.fromkeys(OPTIONAL),
     }
-    there = {name: column for name, column in columns.items() if column is not None}
-    complete = {**defaults, **there, "sequence_offsets": offsets}
-    return {name: None if column is None else column_of(name, column) for name, column in complete.items()}
+    complete = {**columns, "sequence_offsets": offsets}
+    complete |= {name: default for name, default in defaults.items() if complete.get(name) is None}
+    return {name: None if column is None and name in OPTIONAL else column_of(name, column) for name, column in complete.items()}

@@ -1,4 +1,4 @@
-"""The limits between an engine and a trainer, whose precisions may differ: those of the coarser dtype."""
+"""The limits between an engine and a trainer: those of the coarser of their dtypes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ..comparison.objectives import DEFAULT_OBJECTIVE
-from ..comparison.precision_gaps import GAPS
 from ..comparison.tolerance import DTYPES, Tolerance, default_tolerance, make_tolerance
-from .frameworks import framework
 
 #: Precisions, the finest first; a comparison has the limits of the coarser side.
 FINEST_FIRST: Final = ("float64", "float32", "float16", "bfloat16")
@@ -20,18 +18,16 @@ def trainer_tolerance(
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     objective: str = DEFAULT_OBJECTIVE,
 ) -> Tolerance:
-    """The limits between an engine and a trainer: those of the coarser dtype for decode against prefill, changed by
-    `tolerance`; a name means the thresholds of that framework, or a declared gap.
+    """The limits between an engine and a trainer: those of the coarser dtype for decode compared with prefill, changed
+    by `tolerance`, or those of the difference in precision that it names.
     """
     known = [dtype for dtype in (rollout_dtype, trainer_dtype) if dtype in DTYPES]
     coarser = max(known, key=FINEST_FIRST.index) if len(known) == 2 else "unknown"
     limits = default_tolerance(coarser, ("decode", "prefill"), objective)
-    if isinstance(tolerance, str) and tolerance not in GAPS:
-        tolerance = framework(tolerance).tolerance
     return make_tolerance(limits, tolerance)
 
 
 def is_coarser(one: str, other: str) -> bool:
-    """Whether dtype `one` is coarser than `other`; what is not known may be."""
+    """Whether dtype `one` is coarser than `other`, or one of them is unknown."""
     known = one in FINEST_FIRST and other in FINEST_FIRST
     return not known or FINEST_FIRST.index(one) > FINEST_FIRST.index(other)

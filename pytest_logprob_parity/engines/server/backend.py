@@ -7,10 +7,11 @@ from pathlib import PurePath
 from typing import Any, Final
 
 from ...errors import EngineError, IncomparableError
+from ...notes import Note
 from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret
 from ...spec.server_settings import SERVER, server_settings
-from ..backend import Completion, Remark, Request, ResolvedConfig
+from ..backend import Completion, Request, ResolvedConfig
 from .client import Client, DownError
 from .readback import name_of, read_server
 from .wire import completion_of, largest_answer, post_of
@@ -81,11 +82,11 @@ class ServerBackend:
             if again := self._client.take_retried():
                 self._retried.append(again)
 
-    def remarks(self) -> list[Remark]:
+    def remarks(self) -> list[Note]:
         """What there was to say of its answers since it was last asked: requests that had to be sent again."""
         told, self._retried = self._retried, []
         text = f"requests sent again: {'; '.join(told)} ({self._client.url})"
-        return [Remark("sent_again", text)] if told else []
+        return [Note("sent_again", text)] if told else []
 
     def close(self) -> None:
         """Close the connections; the server stays as it is."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ...trace import empty_top_k, top_k_columns
 from ..backend import Completion, Request
 
 
@@ -29,7 +30,7 @@ def _columns(tokens: Any, logprobs: Any, k: int) -> tuple[Any, Any, Any, Any]:
     """Chosen logprobs and ranks [L], top ids and logprobs [L, k] of vLLM's logprobs, flat or one dict a position."""
     length = len(tokens)
     if length == 0:
-        return np.empty(0, np.float32), np.empty(0, np.int32), np.empty((0, k), np.int32), np.empty((0, k), np.float32)
+        return np.empty(0, np.float32), np.empty(0, np.int32), *empty_top_k(0, k)
     if hasattr(logprobs, "start_indices"):
         starts = np.asarray(logprobs.start_indices[:length])
         widths = np.asarray(logprobs.end_indices[:length]) - starts
@@ -43,12 +44,10 @@ def _columns(tokens: Any, logprobs: Any, k: int) -> tuple[Any, Any, Any, Any]:
                 return values[:, 0].copy(), ranks, ids[:, 1:].copy(), values[:, 1:].copy()
     chosen = np.full(length, np.nan, np.float32)
     ranks = np.zeros(length, np.int32)
-    top_ids = np.full((length, k), -1, np.int32)
-    top_logprobs = np.full((length, k), -np.inf, np.float32)
+    tops: list[list[tuple[int, float]]] = []
     for i, (token, position) in enumerate(zip(tokens.tolist(), logprobs, strict=True)):
         if position and token in position:
             chosen[i], ranks[i] = position[token].logprob, position[token].rank or 0
         top = sorted((position or {}).items(), key=lambda item: (item[1].rank or 0, -item[1].logprob))[:k]
-        top_ids[i, : len(top)] = [t for t, _ in top]
-        top_logprobs[i, : len(top)] = [v.logprob for _, v in top]
-    return chosen, ranks, top_ids, top_logprobs
+        tops.append([(t, v.logprob) for t, v in top])
+    return chosen, ranks, *top_k_columns(tops, k)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Final
 
+from ...comparison.precision_gaps import GAPS
 from ...errors import UsageError
 from ...registry import Registry
 from ...suggest import nearest
@@ -31,6 +32,12 @@ def framework(name: str) -> Framework:
     except KeyError:
         known = ", ".join(FRAMEWORKS)
         raise UsageError(f"no framework {name!r}{nearest(str(name), FRAMEWORKS)}; known are {known}") from None
+
+
+def limits_of(tolerance: Any) -> Any:
+    """The thresholds of the framework that `tolerance` names; anything else as it is. Raises UsageError."""
+    named = isinstance(tolerance, str) and tolerance not in GAPS
+    return framework(tolerance).tolerance if named else tolerance
 
 
 def with_metrics(comparison: Comparison, name: str, config: Any = None) -> Comparison:
