@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,54 @@ class SharedPool:
         config.stash[POOL] = self._pool
 
 
+#: What takes longest, first: two workers then end together.
+SLOW_FIRST = (
+    "test_docs.py", "test_server.py", "test_selftest.py", "test_diagnosis.py", "test_engine.py", "test_weights.py",
+    "test_adapters.py", "test_plugin.py", "test_matrix.py", "test_in_hand.py", "test_frameworks.py", "test_gaps.py",
+    "test_noise_floor.py", "test_rl_run.py", "test_head.py", "test_migration.py",
+)  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption("--nightly", action="store_true", help="run the tests that take long, and only those")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow files first, each in its own order; what takes long on its own."""
+    others = [item for item in items if bool(item.get_closest_marker("nightly")) != config.option.nightly]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+    place = {name: i for i, name in enumerate(SLOW_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Whole files to a worker, in the order above: their engines are started once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def pytest_configure(config):
+    """A place for the processes that tests/forked_python.py forks from; they end with this one."""
+    if "FORKED_PYTHON_HOME" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="forked-python-")
+        (Path(folder) / "owner").write_text(str(os.getpid()))
+        python = Path(folder) / "python"
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{ROOT}/tests/forked_python.py" "$@"\n')
+        python.chmod(0o755)
+        os.environ["FORKED_PYTHON_HOME"] = folder
+        config.add_cleanup(lambda: (os.environ.pop("FORKED_PYTHON_HOME"), shutil.rmtree(folder, ignore_errors=True)))
+
+
+def forked_python():
+    """A Python to start many processes with; see tests/forked_python.py."""
+    return str(Path(os.environ["FORKED_PYTHON_HOME"]) / "python")
+
+
 def pytest_runtest_setup(item):
     """Tests marked `gpu` run where there is one."""
     if item.get_closest_marker("gpu"):
@@ -67,7 +118,14 @@ def pool(request):
     """The engines of this whole run; tests go back and forth between a few of them, each of 2 GB."""
     engines = pool_of(request.config)
     engines.processes = 3
+    engines.keeps_place = True
     return engines
+
+
+@pytest.fixture
+def in_this_process(pool, monkeypatch):
+    """For tests that change vLLM's code, or ask the worker: an engine that starts now takes the place of the one here."""
+    monkeypatch.setattr(pool, "keeps_place", False)
 
 
 @pytest.fixture
@@ -80,6 +138,18 @@ def run_inner(pytester, pool):
             return pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments, plugins=[SharedPool(pool)])
         finally:
             pool.notify = notify
+
+    return run
+
+
+@pytest.fixture
+def run_forked(pytester, monkeypatch):
+    """`pytester.runpytest_subprocess` in a fork of a process that has imported torch and vLLM."""
+
+    def run(*arguments, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(pytester, "_getpytestargs", lambda: (forked_python(), "-m", "pytest"), raising=False)
+            return pytester.runpytest_subprocess(*arguments, **options)
 
     return run
 

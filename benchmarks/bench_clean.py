@@ -23,11 +23,11 @@ from common import report_number
 
 from pytest_logprob_parity.check.ask import Answers
 from pytest_logprob_parity.check.check import judge_answers
-from pytest_logprob_parity.check.compatibility import Context
+from pytest_logprob_parity.check.context import Context
 from pytest_logprob_parity.check.reference_pass import by_turns
+from pytest_logprob_parity.checkpoint.digests import model_digests
 from pytest_logprob_parity.comparison.result import Comparison
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.golden.fingerprint import model_digests
 from pytest_logprob_parity.golden.reference import Reference
 from pytest_logprob_parity.matrix.worker import load_answers
 from pytest_logprob_parity.trace import Trace

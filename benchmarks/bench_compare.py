@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from common import moved, report_ratio, synthetic_trace, time_in_turns
 
-from pytest_logprob_parity.comparison.verdict import compare
+from pytest_logprob_parity.comparison.compare import compare
 from pytest_logprob_parity.golden import Golden
 
 ROUNDS = 15

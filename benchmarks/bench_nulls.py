@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from common import REPO, SPEC, long_prompts, report_number, share_the_machine
 
-from pytest_logprob_parity.comparison.permutation import block_permutation_test
+from pytest_logprob_parity.comparison.permutation_test import block_permutation_test
 from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.golden.noise_floor import REPEATS, NoiseFloor, Shapes
 from pytest_logprob_parity.spec import Sampling

@@ -24,8 +24,9 @@ from common import REPO, share_the_machine
 from pytest_logprob_parity import EngineSpec, Sampling
 from pytest_logprob_parity.check.ask import Answers, ask
 from pytest_logprob_parity.check.check import check_golden, judge_answers
-from pytest_logprob_parity.check.compatibility import Context
-from pytest_logprob_parity.engines.pool import Engine, Pool
+from pytest_logprob_parity.check.context import Context
+from pytest_logprob_parity.engines.engine import Engine
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.matrix.worker import load_answers, save_answers
 from pytest_logprob_parity.trace import Trace
@@ -69,8 +70,8 @@ class Case:
 
 def stale_block(engine: Engine, trace: Trace) -> Trace:
     """Keys and values of positions 16 to 31 come from another position, in every layer: one block of the cache is stale."""
-    from pytest_logprob_parity.selftest.anatomy import Anatomy
-    from pytest_logprob_parity.selftest.sites import EngineSite
+    from catalogue.anatomy import Anatomy
+    from catalogue.engine_site import EngineSite
 
     def change(_: int, positions: Any, keys: Any, values: Any) -> tuple[Any, Any]:
         stale = (positions >= 16) & (positions < 32)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(REPO / "tests"))
 from chromium import Chromium, find
 
 from pytest_logprob_parity.check.check import check_golden
-from pytest_logprob_parity.check.compatibility import Checked
+from pytest_logprob_parity.check.context import Checked
 from pytest_logprob_parity.comparison.message import failure_message
 from pytest_logprob_parity.comparison.result import MismatchError
 from pytest_logprob_parity.engines.pool import Pool
@@ -45,7 +45,7 @@ def real_checks(folder: Path) -> list[Checked]:
 
 
 def _checks(pool: Pool, path: Path, changes: dict[str, object]) -> Iterator[Checked]:
-    from pytest_logprob_parity.check.compatibility import Context
+    from pytest_logprob_parity.check.context import Context
 
     seen: list[Checked] = []
     try:

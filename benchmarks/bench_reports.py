@@ -18,18 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from catalogue.anatomy import Anatomy, load_checkpoint
 from common import REPO, report_number, share_the_machine
 
 from pytest_logprob_parity import EngineSpec, Sampling
 from pytest_logprob_parity.check.ask import Answers
 from pytest_logprob_parity.check.check import check_golden, judge_answers
-from pytest_logprob_parity.check.compatibility import Context
+from pytest_logprob_parity.check.context import Context
 from pytest_logprob_parity.comparison.result import Comparison, Finding
 from pytest_logprob_parity.diagnosis.reference_evaluation import read_against, weigh
-from pytest_logprob_parity.engines.pool import Engine, Pool
+from pytest_logprob_parity.engines.engine import Engine
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.errors import UsageError
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.selftest.anatomy import Anatomy, load_checkpoint
 from pytest_logprob_parity.selftest.prompts import make_prompts
 from pytest_logprob_parity.trace import Trace
 
@@ -193,7 +194,10 @@ def trainer_rows(pool: Pool, model: str, only: str) -> Iterator[Row]:
                 told = compare_with_trainer(rollouts, scorer, trainer_dtype=fault.dtype, objective=fault.objective)
                 verdict, findings = told.verdict, told.findings
             except UsageError as error:
-                verdict, findings = "fail", (Finding("semantic", "wrong_values", f"refused: {str(error).splitlines()[0]}"),)
+                verdict, findings = (
+                    "fail",
+                    (Finding(layer="semantic", cause="wrong_values", evidence=f"refused: {str(error).splitlines()[0]}"),),
+                )
         yield Row(
             "healthy" if fault in no_faults else "trainer", fault.report, fault.fault, fault.causes, verdict, findings, ()
         )

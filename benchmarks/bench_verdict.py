@@ -15,9 +15,11 @@ import numpy as np
 from common import REPO, SPEC, long_prompts, moved, report_number, share_the_machine, synthetic_trace, time_in_turns
 
 from pytest_logprob_parity.check.check import check_golden
+from pytest_logprob_parity.comparison.evidence import Evidence
+from pytest_logprob_parity.comparison.judge import judge
 from pytest_logprob_parity.comparison.tolerance import default_tolerance, with_floor
-from pytest_logprob_parity.comparison.verdict import Evidence, judge
-from pytest_logprob_parity.engines.pool import Engine, Pool
+from pytest_logprob_parity.engines.engine import Engine
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.golden.noise_floor import REPEATS, NoiseFloor, Shapes
 from pytest_logprob_parity.spec import Sampling
@@ -41,7 +43,7 @@ def bench_verdict(path: Path) -> None:
 
     def verdict(golden: Golden) -> object:
         limits = with_floor(default_tolerance(trace.dtype), golden.floor)
-        evidence = Evidence(golden.floor, draw=lambda: candidate.logprobs, setup="compatible")
+        evidence = Evidence(floor=golden.floor, draw=lambda: candidate.logprobs, setup="compatible")
         return judge(golden.trace, candidate, limits, "noise", evidence)
 
     read = Golden.load(path)

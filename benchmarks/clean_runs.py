@@ -37,7 +37,8 @@ from bench_models import KINDS, make_model
 
 from pytest_logprob_parity.check.ask import Answers, ask
 from pytest_logprob_parity.check.measure import measure
-from pytest_logprob_parity.engines.pool import Engine, Pool
+from pytest_logprob_parity.engines.engine import Engine
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.matrix.worker import save_answers
 from pytest_logprob_parity.spec import EngineSpec, Sampling

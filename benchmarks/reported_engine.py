@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from catalogue.anatomy import load_checkpoint
+from catalogue.engine_site import EngineSite
 
-from pytest_logprob_parity.selftest.anatomy import load_checkpoint
-from pytest_logprob_parity.selftest.sites import EngineSite
 from pytest_logprob_parity.trace import Trace
 
 #: The goldens that faults are planted against: how they are sampled.
@@ -48,7 +48,7 @@ class Fault:
 
 
 class Worker(EngineSite):
-    """The model and the sampler of a vLLM worker, with what reports need beside a selftest's operations."""
+    """The model and the sampler of a vLLM worker, with what reports need beside the catalogue's operations."""
 
     other_step: Path
 

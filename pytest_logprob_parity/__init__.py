@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from .checkpoint.adapter import merge_adapter
     from .checkpoint.probe import write_probe
     from .comparison.assertions import assert_logprobs_close, assert_tokens_equal
+    from .comparison.compare import compare
     from .comparison.result import Comparison, Finding, MismatchError
     from .comparison.tolerance import Tolerance
-    from .comparison.verdict import compare
-    from .engines.pool import Engine, Pool, open_engine
+    from .engines.engine import Engine
+    from .engines.pool import Pool, open_engine
     from .errors import EngineError, GoldenError, IncomparableError, ParityError, UsageError
     from .golden import Golden
     from .spec import EngineSpec, Sampling
     from .trace import Trace
     from .trainer.chain import assert_trainer_chain, trainer_chain
     from .trainer.parity import assert_trainer_parity
-    from .trainer.scoring import Scorer, scorer
+    from .trainer.scorer import Scorer, scorer
     from .trainer.transformers_scorer import TransformersScorer
     from .weight_updates.check import assert_weight_update
     from .weight_updates.cold_engine import assert_updated_equals_cold
@@ -69,15 +70,16 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
         "check.check": ("check_golden",),
         "comparison.result": ("Comparison", "Finding", "MismatchError"),
         "comparison.tolerance": ("Tolerance",),
-        "comparison.verdict": ("compare",),
+        "comparison.compare": ("compare",),
         "errors": ("EngineError", "GoldenError", "IncomparableError", "ParityError", "UsageError"),
         "golden": ("Golden",),
-        "engines.pool": ("Engine", "Pool", "open_engine"),
+        "engines.engine": ("Engine",),
+        "engines.pool": ("Pool", "open_engine"),
         "spec": ("EngineSpec", "Sampling"),
         "trace": ("Trace",),
         "trainer.chain": ("assert_trainer_chain", "trainer_chain"),
         "trainer.parity": ("assert_trainer_parity",),
-        "trainer.scoring": ("Scorer", "scorer"),
+        "trainer.scorer": ("Scorer", "scorer"),
         "trainer.transformers_scorer": ("TransformersScorer",),
         "checkpoint.adapter": ("merge_adapter",),
         "checkpoint.probe": ("write_probe",),

@@ -227,7 +227,7 @@ def _installs(packages):
 
 def mask(line):
     """A line without what another machine, another day or another stream of random numbers may print."""
-    from pytest_logprob_parity.golden.fingerprint import hardware
+    from pytest_logprob_parity.machine import hardware
 
     for processor in (PROCESSOR, hardware()["device"]):
         line = line.replace(processor, "PROCESSOR")

@@ -96,7 +96,7 @@ PLUGINS = {
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-def test_an_async_llm_is_held_against_the_golden_of_another_engine(pytester, run_inner, monkeypatch, plugin):
+def test_an_async_llm_is_held_against_the_golden_of_another_engine(pytester, run_inner, monkeypatch, plugin, run_forked):
     """Recorded in this process, checked on an AsyncLLM with vLLM's raw logprobs: the same bits where raw is processed, and a
     failure where it is not. A run that leaves the AsyncLLM to the interpreter's end prints nothing after it.
     """
@@ -109,7 +109,7 @@ def test_an_async_llm_is_held_against_the_golden_of_another_engine(pytester, run
     run_inner("--parity-level=bitwise").assert_outcomes(passed=2, skipped=3)
     monkeypatch.setenv("OWN", plugin)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=300)
+    result = run_forked("-p", "no:cacheprovider", timeout=300)
     stopped = "E *EngineError: own engine (AsyncLLM): no answer to 'generate' within 1 s; its engine core was ended, *"
     result.stdout.fnmatch_lines(
         ["logprob-parity: own engine, vllm 0.32.0: differs from profile rl: logprobs_mode is 'raw_logprobs'*",

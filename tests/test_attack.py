@@ -11,10 +11,10 @@ from made_up import make_trace, moved, noise, reference_of
 from reporting import command
 from safetensors import deserialize
 
-from pytest_logprob_parity import Golden, GoldenError, Sampling
+from pytest_logprob_parity import Golden, GoldenError, Sampling, atomic
 from pytest_logprob_parity.check.obtained import Obtained, candidate_path
 from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
-from pytest_logprob_parity.trace import container
+from pytest_logprob_parity.trace import file_format
 
 PRINTS = {
     "name": "m", "model": "a", "tokenizer": "b", "chat_template": "c", "engine": {"kind": "vllm", "version": "0.32.0"},
@@ -73,7 +73,7 @@ def test_what_safetensors_refuses_is_refused(tmp_path):
         except Exception:
             path.write_bytes(mutated)
             with pytest.raises(GoldenError):
-                container.read(path)
+                file_format.read(path)
             agreed += 1
         else:
             assert name
@@ -112,7 +112,7 @@ def test_what_is_no_regular_file_of_a_bounded_size_is_never_read(tmp_path, capsy
         os.mkfifo(path)
     elif kind == "large":
         with path.open("wb") as file:
-            file.truncate(container.MOST_BYTES + 1)
+            file.truncate(file_format.MOST_BYTES + 1)
     else:
         path.symlink_to("/dev/null" if kind == "device" else "/dev/zero")
     for verb in (["show", path], ["diff", path, path], ["accept", path]):
@@ -147,8 +147,8 @@ def tree(tmp_path, capsys):
         made = candidate or make_golden(-0.3)
         made.save(candidate_path(place))
         obtained = Obtained(
-            PLACE, container.read_metadata(path)["digest"], golden.node_id, "", "fail", "off", "rl", "compatible",
-            container.read_metadata(candidate_path(place))["digest"],
+            PLACE, file_format.read_metadata(path)["digest"], golden.node_id, "", "fail", "off", "rl", "compatible",
+            file_format.read_metadata(candidate_path(place))["digest"],
         )  # fmt: skip
         obtained = dataclasses.replace(obtained, **dict(told))
         dataclasses.replace(left, **changes).save(place, also={"obtained": {**vars(obtained)}})
@@ -304,9 +304,9 @@ def test_goldens_that_cannot_all_be_written_are_all_put_back(tmp_path, monkeypat
     for path in paths[:2]:
         path.write_bytes(b"old")
     real = os.replace
-    monkeypatch.setattr(container.os, "replace", lambda name, path: 1 / 0 if path == paths[3] else real(name, path))
+    monkeypatch.setattr(atomic.os, "replace", lambda name, path: 1 / 0 if path == paths[3] else real(name, path))
     with pytest.raises(ZeroDivisionError):
-        container.replace_all(dict.fromkeys(paths, b"new"))
+        atomic.replace_all(dict.fromkeys(paths, b"new"))
     assert [path.read_bytes() for path in paths[:2]] == [b"old", b"old"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
@@ -446,7 +446,7 @@ def test_a_link_in_place_of_a_gitignore_is_not_written_through(pytester, run_inn
 @pytest.mark.parametrize("text", ["[", "[]", "5", "[" * 10_000])
 def test_a_model_folder_with_a_configuration_that_is_none(tmp_path, text):
     from pytest_logprob_parity import UsageError
-    from pytest_logprob_parity.golden.fingerprint import model_digests
+    from pytest_logprob_parity.checkpoint.digests import model_digests
 
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UsageError, match=r"config\.json"):

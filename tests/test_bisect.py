@@ -80,7 +80,9 @@ def test_a_cause_can_be_searched_for_whatever_else_fails_on_the_way():
     def attempt(version):
         failing = answer(False)
         if version in ("1", "2"):
-            failing = dataclasses.replace(failing, findings=(Finding("semantic", "temperature", "as it was"),))
+            failing = dataclasses.replace(
+                failing, findings=(Finding(layer="semantic", cause="temperature", evidence="as it was"),)
+            )
         return Tried(version, answer(True) if version == "5" else failing)
 
     switch = bisect(["1", "2", "3", "4", "5"], attempt, lambda _: None, cause="temperature")

@@ -25,9 +25,6 @@ from pytest_logprob_parity.cli.verb import tell
 from pytest_logprob_parity.comparison.result import LEVELS, Errors
 from pytest_logprob_parity.matrix import run as matrix
 from pytest_logprob_parity.report.history.drift import series_of
-from pytest_logprob_parity.selftest import table
-from pytest_logprob_parity.selftest.fault import Case
-from pytest_logprob_parity.selftest.run import Row
 
 VERBS = verbs_of(make_parser())
 
@@ -123,11 +120,11 @@ def diff_json(capsys):
     plain, other = (GOLDENS / f"0.8.5-V0-{dtype}-T-0.7.safetensors" for dtype in ("bfloat16", "float32"))
     result = printed(capsys, "diff", plain, other)
     comparison = compare(expected=Golden.load(plain).trace, actual=Golden.load(other).trace)
-    errors = Errors(golden=0.1, actual=0.1, limit=0.2, fail_limit=0.3, low=0.1, high=0.1)
+    errors = Errors(expected=0.1, actual=0.1, limit=0.2, fail_limit=0.3, low=0.1, high=0.1)
     made = dataclasses.replace(
         comparison,
         gates=tuple(dataclasses.replace(gate, errors=errors) for gate in comparison.gates),
-        findings=(Finding("path", "engine_build", "it is another"),),
+        findings=(Finding(layer="path", cause="engine_build", evidence="it is another"),),
     )
     return [result, json.loads(to_text("diff", made.to_json()))]
 
@@ -139,14 +136,9 @@ def matrix_json(capsys):
         sampling="s",
         verdict="fail",
         headline="too far",
-        findings=(Finding("path", "engine_build", "it is another"),),
+        findings=(Finding(layer="path", cause="engine_build", evidence="it is another"),),
     )
     return [json.loads(to_text("matrix", {"rows": [row.to_json()]}))]
-
-
-def selftest_json(capsys):
-    row = Row(Case(name="f", size="s", group="model"), "m", "float32", None, "fail", "too far")
-    return [json.loads(to_text("selftest", {"rows": table.to_json([row])}))]
 
 
 def history_json(capsys):
@@ -168,7 +160,6 @@ def documented(verb):
         ("show", show_json),
         ("diff", diff_json),
         ("matrix", matrix_json),
-        ("selftest", selftest_json),
         ("history", history_json),
     ],
 )

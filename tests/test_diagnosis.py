@@ -119,7 +119,7 @@ def test_what_lies_below_what_matters_accuses_nobody():
     assert Reading(1e-4, 6e-3, 1.0, matters=1e-3).off == "now"
     truth = np.random.default_rng(0).normal(-1, 0.5, 400).astype(np.float32)
     tiny = read_against(_trace(truth), _trace(truth + np.float32(6e-6)), _trace(truth), 0.01)
-    given = [Finding("path", "engine_build", "the only difference")]
+    given = [Finding(layer="path", cause="engine_build", evidence="the only difference")]
     assert (tiny.now > 2 * tiny.golden, weigh(given, tiny)) == (True, given)
     excluded = np.where(np.arange(400) < 9, -np.inf, truth).astype(np.float32)
     assert read_against(_trace(excluded), _trace(truth + 1), _trace(excluded), 0.5).off == "now"  # warnings are errors

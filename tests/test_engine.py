@@ -1,5 +1,6 @@
 """Real engines: pinned and read back, replayed bit for bit, one start for each spec, and clear when they fail."""
 
+import contextlib
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import uuid
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -261,7 +263,9 @@ def test_a_request_that_is_refused_leaves_the_engine_alive(pool, engine, bad):
     with pytest.raises(UsageError, match=r"vllm 0\.32\.0 refuses a request: "):
         engine.generate(["1 + 1"], Sampling(**bad))
     with pytest.raises(UsageError, match=r"refuses a request: .*out of vocabulary"):
-        engine._backend().run([Request(prompt, Sampling()) for prompt in ([10, 11], [999_999])])  # the first was taken already
+        engine._backend().run(
+            [Request(prompt_token_ids=prompt, sampling=Sampling()) for prompt in ([10, 11], [999_999])]
+        )  # the first was taken already
     assert engine.generate(["1 + 1"], Sampling(max_tokens=2)).num_sequences == 1
     assert len(pool.starts) == starts
 
@@ -278,7 +282,7 @@ def test_a_tool_call_is_no_turn_to_write_and_images_are_refused():
 
 
 def test_one_start_for_each_spec_and_a_process_for_the_one_that_comes_back(questions):
-    before = _engine_processes()
+    mark = {"OFFSPRING": uuid.uuid4().hex}
     code = textwrap.dedent(f"""
         import numpy as np
         from pytest_logprob_parity import EngineSpec, Pool, Sampling
@@ -294,11 +298,11 @@ def test_one_start_for_each_spec_and_a_process_for_the_one_that_comes_back(quest
             assert np.array_equal(again.logprobs, first.logprobs)
             print([(s.spec.dtype, s.own_process) for s in pool.starts])
     """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **mark})
     assert done.stdout.splitlines()[-1:] == ["[('bfloat16', False), ('float32', False), ('bfloat16', True)]"], done.stderr[
         -3000:
     ]
-    assert _engine_processes() == before
+    _check_none_is_left(mark)
 
 
 def test_nothing_is_left_behind_after_a_crash():
@@ -354,7 +358,7 @@ def test_a_request_that_the_stopped_process_does_not_even_read(child):
     stopped = child(limit=0.5)
     os.kill(stopped._process.pid, signal.SIGSTOP)
     with pytest.raises(EngineError, match="no answer to 'run' of 400 requests within"):
-        stopped.run([Request(list(range(5000)), Sampling())] * 400)
+        stopped.run([Request(prompt_token_ids=list(range(5000)), sampling=Sampling())] * 400)
 
 
 def test_a_stopped_process_is_closed_in_order(child):
@@ -391,12 +395,12 @@ def child():
 
     def make(limit=60):
         ours, theirs = Pipe()
-        command = [sys.executable, "-m", "pytest_logprob_parity.engines.process", str(theirs.fileno())]
+        command = [sys.executable, "-m", "pytest_logprob_parity.engines.child", str(theirs.fileno())]
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         log = tempfile.TemporaryFile()  # noqa: SIM115 - the backend closes it
         children.append(ProcessBackend(process, ours, log, "the engine"))
-        children[-1].config = ResolvedConfig("transformers", "5", "float32", {})
+        children[-1].config = ResolvedConfig(engine="transformers", version="5", dtype="float32", values={})
         children[-1]._seconds = limit
         return children[-1]
 
@@ -451,7 +455,7 @@ def test_the_users_own_llm_is_used_as_it_is(questions):
     assert lines[-2:] == ["raw_logprobs", "1"]
 
 
-def test_the_users_own_llm_in_another_process_ends_in_order(pytester):
+def test_the_users_own_llm_in_another_process_ends_in_order(pytester, run_forked):
     """Nobody ends it, and nothing is printed after pytest's last line: left to itself, vLLM would log to a stream that pytest
     has closed.
     """
@@ -475,7 +479,7 @@ def test_the_users_own_llm_in_another_process_ends_in_order(pytester):
             golden_trace.check(parity_engine, prompts=[[9, 8, 7]], sampling=dict(max_tokens=8))
         """
     )
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--update-golden", timeout=300)
+    result = run_forked("-p", "no:cacheprovider", "--update-golden", timeout=300)
     result.assert_outcomes(passed=1)
     for word in ("Traceback", "Logging error", "[shutdown]"):
         assert word not in result.stderr.str()
@@ -532,5 +536,16 @@ def test_no_vllm_installed():
     assert done.stdout.count("\n") == 1
 
 
-def _engine_processes():
-    return subprocess.run(["pgrep", "-f", "pytest_logprob_parity.engines.process"], capture_output=True, text=True).stdout
+def _check_none_is_left(mark):
+    """No process with this in its environment lives on; its own children inherit it, those of other tests do not."""
+    (wanted,) = (f"{name}={value}".encode() for name, value in mark.items())
+    for _ in range(100):
+        left = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    left.append((folder / "cmdline").read_text())
+        if not left:
+            return
+        time.sleep(0.1)
+    raise AssertionError(left)

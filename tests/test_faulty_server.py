@@ -17,6 +17,7 @@ from conftest import MODEL
 from pytest_logprob_parity import EngineSpec, ParityError, Sampling
 from pytest_logprob_parity.engines.backend import Request
 from pytest_logprob_parity.engines.pool import Pool
+from pytest_logprob_parity.engines.server import answer as answer_module
 from pytest_logprob_parity.engines.server import client as client_module
 from pytest_logprob_parity.engines.server.client import Client
 from pytest_logprob_parity.engines.server.wire import choices_of
@@ -24,8 +25,8 @@ from pytest_logprob_parity.errors import EngineError
 from pytest_logprob_parity.spec.server_settings import ServerSettings
 
 SAMPLING = Sampling(temperature=0.7, max_tokens=3, logprobs=2)
-FORCED = Request([9, 8], SAMPLING, forced_token_ids=[5, 6, 7])
-SCORED = Request([9, 8], SAMPLING, scored_token_ids=[5, 6])
+FORCED = Request(prompt_token_ids=[9, 8], sampling=SAMPLING, forced_token_ids=[5, 6, 7])
+SCORED = Request(prompt_token_ids=[9, 8], sampling=SAMPLING, scored_token_ids=[5, 6])
 ABOUT = {
     "logprob_parity": "0.1.0", "version": "0.32.0", "cpu": True, "served": MODEL, "refused": "", "unverified": [],
     "model": {"name": MODEL, "digests": {}}, "values": {"dtype": "float32", "max_model_len": 1024}, "vocabulary": 384,
@@ -286,7 +287,7 @@ def backends(monkeypatch):
 @pytest.mark.parametrize(("kind", "name"), FAULTS)
 def test_every_fault_is_one_line_that_says_what_was_wrong(kind, name, backends, monkeypatch):
     answer, told = {"decode": DECODE_FAULTS, "prefill": PREFILL_FAULTS, "native": NATIVE_FAULTS}[kind][name]
-    monkeypatch.setattr(client_module, "_MOST_WAITED", 0.5)
+    monkeypatch.setattr(answer_module, "_MOST_WAITED", 0.5)
     slow = "no answer" in told
     backend = backends(kind, answer, timeout=0.5 if slow else 5.0, retries=1 if slow or "tries" in told else 0)
     with pytest.raises(ParityError) as caught:
@@ -414,7 +415,7 @@ def test_the_bound_of_an_answer_is_by_what_was_asked(backends):
     padded = edited(lambda content: content.update(text="x" * 3 * 2**20))
     with pytest.raises(EngineError, match="with more than 1,"):
         backends("decode", padded).run([FORCED])
-    many = Request([9, 8], Sampling(max_tokens=1000, logprobs=5))
+    many = Request(prompt_token_ids=[9, 8], sampling=Sampling(max_tokens=1000, logprobs=5))
     stopped = edited(lambda content: (content.update(text="x" * 3 * 2**20), put("choices/0/finish_reason", "stop")(content)))
     assert len(backends("decode", stopped).run([many])[0].token_ids) == 3
 

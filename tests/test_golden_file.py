@@ -100,20 +100,20 @@ def test_without_a_noise_floor_only_level_noise_shows_nothing():
 
 def test_repeats_and_what_is_said_of_them_come_together(golden_file):
     """A file that has one and not the other was not written by us."""
-    from pytest_logprob_parity.trace import container
+    from pytest_logprob_parity.trace import file_format
 
     trace = make_trace()
     floor = NoiseFloor(np.stack([trace.logprobs] * 2), Shapes(), reproduces=True)
     Golden(trace, floor=floor).save(golden_file)
-    columns, metadata = container.read(golden_file)
+    columns, metadata = file_format.read(golden_file)
     assert columns["floor_logprobs"].shape == (2, 50)
     header = {"trace": metadata["trace"], "golden": metadata["golden"]}
-    container.write(golden_file, {k: v for k, v in columns.items() if k != "floor_logprobs"}, header)
+    file_format.write(golden_file, {k: v for k, v in columns.items() if k != "floor_logprobs"}, header)
     assert "parts are missing" in one_line(golden_file)
-    container.write(golden_file, columns, header | {"golden": metadata["golden"] | {"floor": None}})
+    file_format.write(golden_file, columns, header | {"golden": metadata["golden"] | {"floor": None}})
     assert "parts are missing" in one_line(golden_file)
     wrong = metadata["golden"]["floor"] | {"shapes": {"blocks": 0}}
-    container.write(golden_file, columns, header | {"golden": metadata["golden"] | {"floor": wrong}})
+    file_format.write(golden_file, columns, header | {"golden": metadata["golden"] | {"floor": wrong}})
     assert "damaged: its golden header does not hold what it should" in one_line(golden_file)
 
 

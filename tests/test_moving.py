@@ -12,7 +12,7 @@ from pytest_logprob_parity import Golden
 from pytest_logprob_parity.check.obtained import Obtained, candidate_path
 from pytest_logprob_parity.check.variants import name_of, to_compare, to_record
 from pytest_logprob_parity.golden import golden_path, variant_path
-from pytest_logprob_parity.trace import container
+from pytest_logprob_parity.trace import file_format
 
 SOURCE = """
 import numpy as np
@@ -205,10 +205,10 @@ def recorded(repo):
     """`recorded(prints, ...)`: a golden of each of these fingerprints, the first without a variant."""
 
     def make(*prints):
-        columns, metadata = container.read(repo)
+        columns, metadata = file_format.read(repo)
         for number, known in enumerate(prints):
             path = repo if number == 0 else variant_path(repo, name_of(known))
-            container.write(path, columns, {**metadata, "golden": {**metadata["golden"], "fingerprint": known}})
+            file_format.write(path, columns, {**metadata, "golden": {**metadata["golden"], "fingerprint": known}})
         return repo
 
     return make

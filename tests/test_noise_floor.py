@@ -119,7 +119,7 @@ def mismatch(path, engine, **arguments):
 class Recorder:
     """A backend that forces what it is asked to, and remembers how many requests each call had."""
 
-    config = ResolvedConfig("fake", "1", "float32", {})
+    config = ResolvedConfig(engine="fake", version="1", dtype="float32", values={})
 
     def __init__(self, *, obeys=True):
         self.calls, self._obeys = [], obeys
@@ -130,7 +130,10 @@ class Recorder:
 
     def _answer(self, tokens, prompt):
         said = tokens if self._obeys else tokens + 1
-        return Completion(said, np.full(len(said), -1.0 - prompt, np.float32), *[np.empty((len(said), 0))] * 3, "length")
+        return Completion(
+            token_ids=said, logprobs=np.full(len(said), -1.0 - prompt, np.float32), finish_reason="length",
+            **dict.fromkeys(("ranks", "top_token_ids", "top_logprobs"), np.empty((len(said), 0))),
+        )  # fmt: skip
 
 
 def plain_trace(sequences):

@@ -8,10 +8,11 @@ from made_up import OBJECTIVES, gate, keys, make_trace, moved, outcomes, referen
 
 from pytest_logprob_parity import Sampling, UsageError, check_golden, compare
 from pytest_logprob_parity.check.chance_to_pass import chance_to_pass
+from pytest_logprob_parity.comparison.evidence import Evidence
 from pytest_logprob_parity.comparison.intervals import POWER, detectable_share, mean_interval, share_bound
+from pytest_logprob_parity.comparison.judge import judge
 from pytest_logprob_parity.comparison.objectives import OBJECTIVES as BY_NAME
 from pytest_logprob_parity.comparison.tolerance import LIMITS, Tolerance, default_tolerance, make_tolerance
-from pytest_logprob_parity.comparison.verdict import Evidence, judge
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
 
@@ -255,7 +256,7 @@ def test_an_engine_nearer_to_the_reference_than_its_golden_passes_however_far_it
     result = compare(expected=trace, actual=moved(trace, now - golden), reference=reference_of(trace, golden))
     errors = gate(result, "k3").errors
     assert (result.verdict, errors.outcome) == ("pass", "pass")
-    assert (errors.golden, errors.actual) == (pytest.approx(0.05**2 / 2, rel=0.1), pytest.approx(0.038**2 / 2, rel=0.1))
+    assert (errors.expected, errors.actual) == (pytest.approx(0.05**2 / 2, rel=0.1), pytest.approx(0.038**2 / 2, rel=0.1))
     assert gate(result, "k3").high > gate(result, "k3").limit  # by the difference alone it would not pass
     exact = compare(expected=trace, actual=moved(trace, -golden), reference=reference_of(trace, golden))
     assert (exact.verdict, gate(exact, "k3").errors.actual) == ("pass", pytest.approx(0, abs=1e-12))

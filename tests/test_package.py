@@ -15,11 +15,11 @@ import pytest
 
 import pytest_logprob_parity
 from conftest import ROOT
-from pytest_logprob_parity.engines import builds
-from pytest_logprob_parity.engines.backend import reason_of
+from pytest_logprob_parity import reasons
 from pytest_logprob_parity.matrix.plan import tomllib
+from pytest_logprob_parity.reasons import reason_of
 
-HEAVY = ("torch", "vllm", "transformers", "numpy", "safetensors", "jinja2", "matplotlib")
+HEAVY = ("torch", "vllm", "transformers", "numpy", "safetensors", "jinja2")
 
 
 def test_the_plugin_loads_nothing_heavy():
@@ -56,7 +56,7 @@ def test_a_misspelt_name_is_an_attribute_error():
 @pytest.fixture
 def installed(monkeypatch):
     """`installed(torch="2.13.0+cpu")`: nothing else is."""
-    return lambda **versions: monkeypatch.setattr(builds, "installed_version", versions.get)
+    return lambda **versions: monkeypatch.setattr(reasons, "installed_version", versions.get)
 
 
 def test_a_cuda_build_beside_a_torch_for_cpus_is_named_with_its_fix(installed):

@@ -295,17 +295,17 @@ def test_the_marker_is_registered(pytester):
 
 
 @pytest.mark.parametrize("arguments", [(), ("-n", "2")])
-def test_a_misspelt_setting_is_that_tests_error_with_the_nearest_name(pytester, arguments):
+def test_a_misspelt_setting_is_that_tests_error_with_the_nearest_name(pytester, arguments, run_forked):
     pytester.makepyfile(TEST.replace('dtype="bfloat16"', 'dtpye="bfloat16"') + "\ndef test_other(): pass")
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *arguments)
+    result = run_forked("-p", "no:cacheprovider", *arguments)
     result.assert_outcomes(errors=1, passed=1)
     result.stdout.fnmatch_lines(["E*UsageError: 'dtpye' is neither*did you mean 'dtype'?"])
 
 
 @pytest.mark.parametrize("setting", ["profile=[1]", "seed=[1]", "seed=1.5", "revision={}"])
-def test_a_setting_of_the_wrong_type_is_that_tests_error(pytester, setting):
+def test_a_setting_of_the_wrong_type_is_that_tests_error(pytester, setting, run_forked):
     pytester.makepyfile(TEST + "\ndef test_other(): pass")
-    result = pytester.runpytest_subprocess("--parity-set", setting)
+    result = run_forked("--parity-set", setting)
     result.assert_outcomes(errors=1, passed=1)
     result.stdout.fnmatch_lines([f"E*UsageError: EngineSpec({setting.partition('=')[0]}=*"])
 
@@ -362,7 +362,7 @@ def test_several_checks_in_a_test_have_names(pytester, run_inner):
     run_inner().stdout.fnmatch_lines(["E*UsageError: a second check in one test needs a name*"])
 
 
-def test_limits_from_the_ini_file_and_the_call(pytester, run_inner, recorded):
+def test_limits_from_the_ini_file_and_the_call(pytester, run_inner, recorded, run_forked):
     lax = "mean_diff=9, rms_diff=9, clip_share=1, outlier=99, sequence_rms=99, support_flips=1, support_depth=9"
     other = ("--parity-set", f"model={MODEL}-step2")
     pytester.makeini("[pytest]\nparity_tolerance =\n" + "\n".join(f"  bfloat16.{p}" for p in lax.split(", ")))
@@ -371,7 +371,7 @@ def test_limits_from_the_ini_file_and_the_call(pytester, run_inner, recorded):
     pytester.makepyfile(test_it=TEST.replace("sampling=SAMPLING", "sampling=SAMPLING, tolerance={'rms_diff': 0}"))
     run_inner(*other).assert_outcomes(failed=1)
     pytester.makeini("[pytest]\nparity_tolerance = rms_dif = 3")
-    bad = pytester.runpytest_subprocess()
+    bad = run_forked()
     assert bad.ret == pytest.ExitCode.USAGE_ERROR
     bad.stderr.fnmatch_lines(["*tolerance has no limit 'rms_dif', did you mean 'rms_diff'?*"])
 
@@ -409,9 +409,9 @@ def test_what_fails_is_said_by_the_call_the_option_and_the_ini_file_in_this_orde
         ("parity_golden_dir = ./parity-obtained/x", "parity_golden_dir: parity-obtained is where failing checks *"),
     ],
 )
-def test_ini_values_that_are_none(pytester, line, told):
+def test_ini_values_that_are_none(pytester, line, told, run_forked):
     pytester.makeini(f"[pytest]\n{line}")
-    bad = pytester.runpytest_subprocess()
+    bad = run_forked()
     assert bad.ret == pytest.ExitCode.USAGE_ERROR
     bad.stderr.fnmatch_lines([f"*{told}*"])
 
@@ -435,7 +435,7 @@ def test_ones_own_rollouts_are_source_and_candidate(pytester, run_inner):
     run_inner().stdout.fnmatch_lines(["E*fail: Logprobs are not close*"])
 
 
-def test_the_users_own_engine(pytester):
+def test_the_users_own_engine(pytester, run_forked):
     """A conftest hands over an LLM that the repo built; nothing is pinned, and what differs from `rl` is shown."""
     pytester.makeconftest(
         f"""
@@ -450,7 +450,7 @@ def test_the_users_own_engine(pytester):
         """
     )
     pytester.makepyfile(test_it=TEST.replace(f'@pytest.mark.logprob_parity(model={MODEL!r}, dtype="bfloat16")\n', ""))
-    result = pytester.runpytest_subprocess("--update-golden", timeout=300)
+    result = run_forked("--update-golden", timeout=300)
     result.assert_outcomes(passed=1)
     told = "logprob-parity: own engine, vllm 0.32.0: differs from profile rl: logprobs_mode is 'raw_logprobs' (rl: *"
     result.stdout.fnmatch_lines([told])
@@ -501,9 +501,9 @@ def test_help_and_typos(pytester):
     bad.stderr.fnmatch_lines(["*--parity-set: 'nonsense' is not KEY=VALUE*"])
 
 
-def test_header_names_engine_and_versions(pytester):
+def test_header_names_engine_and_versions(pytester, run_forked):
     pytester.makepyfile("def test(): pass")
-    result = pytester.runpytest_subprocess()
+    result = run_forked()
     result.stdout.fnmatch_lines(["logprob-parity: vllm 0.32.0, transformers *, torch *; goldens in golden"])
     assert not summary(result)
 
@@ -533,14 +533,14 @@ def test_tests_of_one_engine_come_together_and_others_keep_their_places(pytester
     assert collected(run_inner("--collect-only", "-q", "-k", "test_b or a2")) == ["test_a2", "test_b"]
 
 
-def test_stepwise_and_last_failed_find_their_test_again(pytester):
+def test_stepwise_and_last_failed_find_their_test_again(pytester, run_forked):
     pytester.makepyfile(test_it=THREE.replace('order.append("plain")', "assert 0"))
-    first = pytester.runpytest_subprocess("--stepwise")
+    first = run_forked("--stepwise")
     first.assert_outcomes(passed=1, failed=1)
-    again = pytester.runpytest_subprocess("--stepwise")
+    again = run_forked("--stepwise")
     again.assert_outcomes(failed=1, deselected=1)
-    pytester.runpytest_subprocess("--lf").assert_outcomes(failed=1)
-    pytester.runpytest_subprocess("-x").assert_outcomes(passed=1, failed=1)
+    run_forked("--lf").assert_outcomes(failed=1)
+    run_forked("-x").assert_outcomes(passed=1, failed=1)
 
 
 def test_unused_goldens_are_named_when_everything_was_collected(pytester, run_inner, recorded):

@@ -177,8 +177,8 @@ def test_plots_and_tokens_are_the_traces_numbers(report, pytester):
 
 
 @pytest.mark.parametrize("arguments", [("-n", "2"), ("-n", "2", "--dist=loadfile"), ("-p", "no:cacheprovider")])
-def test_workers_and_one_process_leave_the_same_report(report, pytester, arguments):
-    pytester.runpytest_subprocess("--parity-report=workers", *arguments).assert_outcomes(passed=1, failed=1)
+def test_workers_and_one_process_leave_the_same_report(report, pytester, arguments, run_forked):
+    run_forked("--parity-report=workers", *arguments).assert_outcomes(passed=1, failed=1)
     alone, workers = (read_results(folder / "results.json") for folder in (report, pytester.path / "workers"))
     assert workers["checks"] == alone["checks"]
     assert {file.name for file in (pytester.path / "workers").iterdir()} == FILES
@@ -375,9 +375,9 @@ def test_without_a_terminal_trouble_is_told_and_github_has_its_annotations(proje
     ],
     ids=["Ctrl-C", "an internal error"],
 )
-def test_it_is_written_of_a_run_that_ends_early(project, pytester, hook, last):
+def test_it_is_written_of_a_run_that_ends_early(project, pytester, hook, last, run_forked):
     pytester.makeconftest(hook)
-    pytester.runpytest_subprocess("--parity-report=report").stdout.fnmatch_lines([last])
+    run_forked("--parity-report=report").stdout.fnmatch_lines([last])
     assert [c["outcome"] for c in read_results(pytester.path / "report" / "results.json")["checks"]] == ["failed"]
 
 
@@ -873,8 +873,9 @@ def test_whatever_stands_in_results_they_are_rendered_or_refused_in_one_line(rep
     from pytest_logprob_parity.report.charts import charts_of
     from pytest_logprob_parity.report.github import workflow_commands
     from pytest_logprob_parity.report.markdown import render_markdown
-    from pytest_logprob_parity.report.page import render_page
+    from pytest_logprob_parity.report.page import _environment, render_page
 
+    svg = _environment().get_template("charts.svg.jinja").module.svg
     content = json.loads((report / "results.json").read_text())
     check = content["checks"][0]
     check |= {"free_run": {"turns": 2, "diverged": 1, "stops_changed": 0, "first": ["a"]}}
@@ -902,7 +903,9 @@ def test_whatever_stands_in_results_they_are_rendered_or_refused_in_one_line(rep
         for wrong in (None, -1, 0, 10**99, 1e-300, [], [1] * 3000):
             attempt(
                 {**bare, "plots": replaced(plots, place, wrong)},
-                lambda read, name=place[0]: charts_of({**ONE_PLOT, name: read["checks"][0]["plots"][name]}, "x"),
+                lambda read, name=place[0]: [
+                    svg(chart) for chart in charts_of({**ONE_PLOT, name: read["checks"][0]["plots"][name]}, "x")
+                ],
             )
     assert len(refused) > len(rendered) > 100  # the negative control: both happen
     assert not any("\n" in told for told in refused)
@@ -1002,14 +1005,14 @@ def test_files_that_no_report_wrote_are_left_alone(project, pytester):
 
 
 def test_a_disk_that_fills_during_the_run_costs_the_report_and_no_verdict(project, pytester, report, monkeypatch):
-    from pytest_logprob_parity.trace import container
+    from pytest_logprob_parity import atomic
 
     before = {file.name: file.read_bytes() for file in report.iterdir()}
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(container, "replace_all", full)
+    monkeypatch.setattr(atomic, "replace_all", full)
     result = project("--parity-report=report", "-k", "stays")
     assert result.ret == 0
     result.stdout.fnmatch_lines(
@@ -1020,15 +1023,15 @@ def test_a_disk_that_fills_during_the_run_costs_the_report_and_no_verdict(projec
 
 def test_libraries_that_are_missing_are_named_before_anything_runs(project, report, capsys, monkeypatch):
     monkeypatch.setattr("pytest_logprob_parity.report.folder.find_spec", lambda name: None)
-    told = "a report needs Jinja2 and matplotlib: pip install 'pytest-logprob-parity[report]'"
+    told = "a report needs Jinja2: pip install 'pytest-logprob-parity[report]'"
     result = project("--parity-report=report")
     assert [line for line in result.errlines if line.strip()] == [f"ERROR: {told}"]
     assert told in one_line(capsys, "report", report)
 
 
 def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
-    from pytest_logprob_parity.check.compatibility import Checked
-    from pytest_logprob_parity.comparison.verdict import compare
+    from pytest_logprob_parity.check.context import Checked
+    from pytest_logprob_parity.comparison.compare import compare
     from pytest_logprob_parity.golden import Golden
     from pytest_logprob_parity.report.entry import make_entry
     from pytest_logprob_parity.report.results import to_text
@@ -1038,7 +1041,9 @@ def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
     sizes = []
     for sequences, length in ((200, 64), (20, 5000)):
         golden = scope["rollouts"](sequences=sequences, length=length)
-        checked = Checked(Golden(golden), compare(expected=golden, actual=golden.with_(logprobs=golden.logprobs - 0.3)))
+        checked = Checked(
+            golden=Golden(golden), comparison=compare(expected=golden, actual=golden.with_(logprobs=golden.logprobs - 0.3))
+        )
         about = dict.fromkeys(("node_id", "name", "file", "message", "obtained", "refusal"), "")
         about |= {"golden": "g", "line": 0, "commands": []}
         sizes.append(len(to_text(make_entry(about, "failed", "", checked.comparison, checked, tmp_path))))

@@ -1,11 +1,14 @@
 """The report's page in a real headless Chromium: what a reader clicks, types, hovers over and sees."""
 
+import itertools
 import re
 
 import chromium
 import pytest
 from reporting import PROJECT
 from test_report import HOSTILE
+
+from conftest import forked_python
 
 pytestmark = pytest.mark.skipif(chromium.find() is None, reason="no Chromium on this machine: apt-get install chromium")
 
@@ -29,7 +32,6 @@ def report(tmp_path_factory):
     """The folder of the report of four checks, made by a real run, whose tokens are hostile."""
     import os
     import subprocess
-    import sys
 
     root = tmp_path_factory.mktemp("repo")
     (root / "test_it.py").write_text(
@@ -37,7 +39,7 @@ def report(tmp_path_factory):
     )
 
     def run(*arguments, **env):
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+        command = [forked_python(), "-m", "pytest", "-p", "no:cacheprovider", *arguments]
         subprocess.run(command, cwd=root, env={**os.environ, **env}, check=False, capture_output=True)
 
     run("--update-golden")
@@ -64,7 +66,9 @@ def test_it_opens_offline_worst_first_and_the_worst_is_unfolded(page):
     assert page.run("document.title") == "Logprob parity: 2 fail, 1 misused, 1 pass"
     assert page.run("[...document.querySelectorAll('.check')].map(c => c.open)") == [True, False, False, False]
     assert page.run("document.querySelectorAll('.check')[0].querySelectorAll('figure svg').length") == 4
-    assert page.run("[...document.querySelectorAll('figure svg')].every(s => s.getAttribute('aria-label').length > 20)")
+    for name, least in (("aria-labelledby", 10), ("aria-describedby", 60)):
+        told = f"document.getElementById(s.getAttribute('{name}')).textContent"
+        assert page.run(f"[...document.querySelectorAll('figure svg')].every(s => {told}.length > {least})")
 
 
 def test_search_and_filters_narrow_it_down_and_the_address_remembers(page):
@@ -163,6 +167,30 @@ def test_a_narrow_window_does_not_scroll_sideways_and_cuts_no_limit_off(page, wi
     assert page.run(label) == '"limit "'  # each number says what it is, where there is no head
 
 
+@pytest.mark.parametrize("width", [320, 500, 1200])
+def test_no_text_of_a_chart_overlaps_another_one_or_is_cut_off(page, width):
+    page.look(width=width)
+    boxes = page.run(
+        "[...document.querySelectorAll('.check:first-of-type figure svg')].map(svg => [svg, ...svg.querySelectorAll('text')]"
+        ".map(e => (({left, top, right, bottom}) => [left, top, right, bottom, e.textContent])(e.getBoundingClientRect())))"
+    )
+    assert len(boxes) == 4
+    for (left, top, right, bottom, _), *texts in boxes:
+        assert len(texts) > 8
+        for text in texts:
+            assert left - 1 <= text[0]
+            assert top - 1 <= text[1]
+            assert text[2] <= right + 1
+            assert text[3] <= bottom + 1
+        apart = 2  # a line's height is more than that of its letters
+        overlapping = [
+            (a[4], b[4])
+            for a, b in itertools.combinations(texts, 2)
+            if a[0] < b[2] and b[0] < a[2] and a[1] + apart < b[3] and b[1] + apart < a[3]
+        ]
+        assert overlapping == []
+
+
 def test_a_wide_window_has_a_table_with_a_head(page):
     """The negative control: the labels of a narrow window are not in a wide one."""
     page.look(width=1200)
@@ -201,7 +229,7 @@ def test_it_looks_like_something(page):
     """Not blank: a picture of a page has many colours, in light and in dark."""
     import io
 
-    from PIL import Image  # matplotlib, which draws the page's plots, needs it
+    from PIL import Image
 
     for dark in (False, True):
         page.look(dark=dark)

@@ -1,143 +1,207 @@
-"""selftest: faults planted in a real engine, their true effect by float64, and a verdict that has to match."""
+"""`logprob-parity selftest`: faults planted in the user's own engine and model, and which of them a check catches."""
 
 import ast
 import json
 import math
-import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from docs_story import mask
 
-from conftest import MODEL, ROOT
-from pytest_logprob_parity import EngineSpec, Sampling
-from pytest_logprob_parity.errors import UsageError
+from conftest import ROOT
+from pytest_logprob_parity import Sampling
+from pytest_logprob_parity.cli import main
 from pytest_logprob_parity.selftest import table
-from pytest_logprob_parity.selftest.anatomy import Anatomy, load_checkpoint
-from pytest_logprob_parity.selftest.catalogue import catalogue
-from pytest_logprob_parity.selftest.fault import Case
+from pytest_logprob_parity.selftest.checkpoint_tensors import CheckpointTensors
+from pytest_logprob_parity.selftest.fault import NotPossibleError, Row
 from pytest_logprob_parity.selftest.prompts import make_prompts
-from pytest_logprob_parity.selftest.reference import Reference
-from pytest_logprob_parity.selftest.run import Row
-from pytest_logprob_parity.selftest.truth import OBJECTIVES, Quantity, TrueEffect, true_effect
+from pytest_logprob_parity.selftest.report_faults import report_faults
+from pytest_logprob_parity.selftest.sampler_faults import sampler_faults
+from pytest_logprob_parity.selftest.setting_faults import setting_faults
+from pytest_logprob_parity.selftest.truth import OBJECTIVES, growth, true_effect
+from pytest_logprob_parity.selftest.weight_faults import matrix_faults, vocabulary_faults
 
 TINY = ROOT / "models" / "tiny-arith"
-STEP_2 = load_checkpoint(ROOT / "models" / "tiny-arith-step2")
+PAGE = ROOT / "docs" / "how-to" / "selftest.md"
+
+# -- the command, on the real engine -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return Reference(TINY)
+def selftest(*arguments, code=""):
+    """Run the command in a process of its own, `code` first; its exit status, output and messages."""
+    run = "import sys; from pytest_logprob_parity.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", f"{code}\n{run}", "selftest", "--model", str(TINY), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
-@pytest.fixture(scope="module")
-def faults(reference):
-    return catalogue(reference.anatomy, reference.checkpoint, STEP_2, 160, 16)
+def test_faults_of_each_kind_are_caught_and_the_controls_pass():
+    """The lines are those of the page, but for the numbers."""
+    only = (
+        "asked again,other batch,loaded again,twice,nobody asked,late,neighbouring,NaN,noise on all,exchanged,LM head,raw and"
+    )
+    status, output, messages = selftest("--only", only)
+    assert status == 0, output + messages[-3000:]
+    lines = output.splitlines()
+    assert sum(" fail " in line for line in lines) >= 14
+    assert "are caught; false alarms 0 of 4." in output
+    assert messages.count("# started ") == 2  # weights are changed in the running engine
+    shown = {words(line) for line in PAGE.read_text().splitlines()}
+    assert [line for line in lines[1:-3] if words(line) not in shown] == []
 
 
-@pytest.fixture(scope="module")
-def traces(pool, reference):
-    """A float32 golden of 16 sequences, and what float64 says of it."""
-    engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
-    prompts = make_prompts(engine.tokenizer, 2)
-    trace = engine.generate(prompts, Sampling(temperature=0.7, n=8, max_tokens=16, ignore_eos=True, seed=1))
-    return prompts, trace, reference.read(trace, prompts, trace.sampling)
+def words(line):
+    """A line of the table without what varies between machines: all but fault, size and verdict."""
+    return mask(line[:79]).rstrip()
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory):
-    """A mixture of experts with random weights and tiny-arith's tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, MixtralConfig
-
-    folder = tmp_path_factory.mktemp("mixture")
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=384, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=512,
-        sliding_window=None, initializer_range=0.15, bos_token_id=0, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(TINY / name, folder / name)
-    return folder
-
-
-def test_the_catalogue_has_forty_faults_in_three_sizes_each(faults):
-    sizes = {}
-    for fault in faults:
-        if fault.group not in ("place", "experts"):
-            sizes.setdefault(fault.name, set()).add(fault.size)
-    assert len(sizes) >= 40
-    assert all(len(of) >= 3 for of in sizes.values())
-
-
-def test_no_two_faults_have_one_name_and_size(faults):
-    assert len({(f.name, f.size) for f in faults}) == len(faults)
-
-
-def test_experts_have_faults_of_their_own(faults, mixture):
-    anatomy = Anatomy.of(mixture)
-    assert (anatomy.experts, anatomy.experts_per_token) == (4, 2)
-    there = {f.name for f in catalogue(anatomy, load_checkpoint(mixture), {}, 160, 16) if f.group == "experts"}
-    assert len(there) >= 8
-    assert not any(f.group == "experts" for f in faults)
+def test_a_selftest_whose_verdict_is_broken_says_so():
+    """Everything passes: no fault is caught, and no control complains."""
+    broken = """
+import dataclasses
+from pytest_logprob_parity.selftest import judge
+sound = judge.judge_answers
+def judge_answers(*given):
+    comparison, differences = sound(*given)
+    return dataclasses.replace(comparison, verdict="pass", headline="all is well", findings=()), differences
+judge.judge_answers = judge_answers
+"""
+    only = ("--only", "asked again,late,NaN", "--prompts", "8", "--sampling", "max_tokens=16")
+    status, output, messages = selftest(*only, "--json", code=broken)
+    found = json.loads(output)
+    assert status == 1, messages[-3000:]
+    assert {row["outcome"] for row in found["rows"]} == {"pass"}
+    assert found["summary"].startswith(
+        "On this machine, with this golden, 0 of 3 faults are caught; not caught: tokens one step"
+    )
+    assert found["status"] == 1
+    assert all(row["missed"] for row in found["rows"] if row["multiple"] is None or row["multiple"] > 2)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
-    [({"model_type": "gemma2"}, "model_type 'gemma2' is not supported"), ({"sliding_window": 32}, "sliding_window=32")],
+    ("arguments", "says"),
+    [
+        ([], "give --model, or --golden"),
+        (["--model", "no-such-folder"], "no such folder"),
+        (["--model", str(TINY), "--prompts", "0"], "--prompts 0: 1 or more"),
+        (["--model", str(TINY), "--set", "dtype"], "'dtype' is not KEY=VALUE"),
+        (["--model", str(TINY), "--sampling", "temprature=1"], "did you mean 'temperature'?"),
+        (["--golden", "missing.safetensors"], "there is no such file"),
+    ],
 )
-def test_a_model_that_the_reference_does_not_compute_is_refused(mixture, tmp_path, change, says):
-    config = json.loads((mixture / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UsageError, match=says):
-        Anatomy.of(tmp_path)
+def test_what_cannot_be_run_is_one_line(arguments, says, capsys):
+    assert main(["selftest", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.splitlines()) == 1
 
 
-def test_the_reference_is_the_model(traces):
-    _, trace, truth = traces
-    assert np.abs(trace.logprobs - truth.logprobs).max() < 1e-4
+# -- faults that are found without knowing an architecture ----------------------------------------------------------------
 
 
-def test_the_reference_is_the_mixture(mixture, traces):
-    """Held against transformers: other code for the router, the experts and everything else."""
+@pytest.fixture
+def tensors():
+    """A checkpoint of names that no architecture has: three layers, two matrices with a row for each of 11 token ids."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    prompts, trace, _ = traces
-    truth = Reference(mixture).read(trace, prompts, Sampling(temperature=1.0))
-    model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32, local_files_only=True).eval()
-    ids = torch.tensor([[*prompts[int(trace.group[i])], *trace.completion(i)] for i in range(trace.num_sequences)])
-    with torch.no_grad():
-        logprobs = model(ids).logits[:, 159:-1].log_softmax(-1).gather(-1, ids[:, 160:, None])
-    assert np.abs(logprobs.flatten().numpy() - truth.logprobs).max() < 1e-3
+    draws = torch.Generator().manual_seed(0)
+    shapes = {"words.weight": (11, 4), "tail.projection": (11, 4), "tail.gain": (4,)}
+    for layer in range(3):
+        shapes |= {f"trunk.{layer}.mix.w": (8, 4), f"trunk.{layer}.part.{layer % 2}.w": (4, 4), f"trunk.{layer}.gain": (4,)}
+    return {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+
+
+def test_tensors_have_their_roles_by_shape(tensors):
+    found = CheckpointTensors.of(tensors, 11)
+    assert found.vocabulary == ("words.weight", "tail.projection")
+    assert set(found.matrices) == {n for n in tensors if n.startswith("trunk.") and not n.endswith("gain")}
+    assert sorted(found.layers) == [0, 1, 2]
+    assert found.same_layers() == (0, 2)  # layer 1 has other parts
+
+
+@pytest.mark.parametrize("fault", [*matrix_faults(), *vocabulary_faults()], ids=lambda fault: f"{fault.name}, {fault.size}")
+def test_a_fault_of_the_weights_changes_what_it_names_and_nothing_else(fault, tensors):
+    import contextlib
+
+    checkpoint, changed = CheckpointTensors.of(tensors, 11), {}
+
+    class UnderTest:
+        checkpoint = None
+
+        @contextlib.contextmanager
+        def with_weights(self, planted):
+            changed.update(planted)
+            yield None
+
+    UnderTest.checkpoint = checkpoint
+    with fault.plant(UnderTest()):
+        pass
+    really = {name for name, tensor in changed.items() if not tensor.equal(tensors[name])}
+    wanted = set(checkpoint.vocabulary) if "LM head" in fault.name else set(tensors) - set(checkpoint.vocabulary)
+    assert really
+    assert really <= wanted
+    assert all(changed[name].shape == tensors[name].shape for name in changed)
 
 
 @pytest.mark.parametrize(
-    "sampling", [{"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2, "presence_penalty": 0.3}]
+    ("make", "says"),
+    [
+        (lambda: sampler_faults(Sampling(temperature=0)), "the golden is greedy: its temperature plays no part"),
+        (lambda: sampler_faults(Sampling(temperature=1)), "at T=1 applying it twice changes nothing"),
+        (lambda: setting_faults({"logprobs_mode": "raw_logprobs"}, raw_is_processed=True), "they are the same numbers"),
+    ],
 )
-def test_the_reference_processes_logits_as_engines_do(pool, reference, traces, sampling):
-    prompts, trace, _ = traces
-    asked = trace.with_(sampling=Sampling(temperature=0.7, **sampling))
-    said = pool.engine(EngineSpec(MODEL, dtype="float32")).replay(asked)
-    truth = reference.read(asked, prompts, asked.sampling)
-    excluded = np.isneginf(said.logprobs)
-    np.testing.assert_array_equal(np.isneginf(truth.logprobs), excluded)
-    assert np.abs(said.logprobs[~excluded] - truth.logprobs[~excluded]).max() < 1e-4
-    assert (truth.depth[excluded] > 0).all()
-    assert np.isnan(truth.depth[~excluded]).all()
+def test_what_the_golden_does_not_allow_is_said(make, says):
+    reasons = []
+    for fault in make():
+        try:
+            with fault.plant(None):
+                pass
+        except NotPossibleError as error:
+            reasons.append(str(error))
+        except AttributeError:
+            continue  # it asks the engine, which is None here
+    assert any(says in reason for reason in reasons)
 
 
-def test_the_reference_is_as_before_once_a_fault_is_undone(reference, traces, faults):
-    prompts, trace, truth = traces
-    first = {f.name: f for f in reversed(faults) if f.site is not None and f.golden == "plain"}  # the largest size of each
-    for fault in first.values():
-        fault.site(reference)
-    assert np.abs(reference.read(trace, prompts, trace.sampling).logprobs - truth.logprobs).max() > 0.1
-    reference.undo()
-    np.testing.assert_array_equal(reference.read(trace, prompts, trace.sampling).logprobs, truth.logprobs)
+def test_no_two_faults_have_one_name_and_size():
+    faults = [
+        *sampler_faults(Sampling(temperature=0.7, top_p=0.9)),
+        *report_faults(),
+        *matrix_faults(),
+        *vocabulary_faults(),
+        *setting_faults({"logprobs_mode": "processed_logprobs", "dtype": "bfloat16"}, raw_is_processed=False),
+    ]
+    assert len({(fault.name, fault.size) for fault in faults}) == len(faults)
+    assert {fault.kind for fault in faults} == {"sampler", "report", "weights", "setting"}
+
+
+# -- what the table says ---------------------------------------------------------------------------------------------------
+
+
+def row(outcome, multiple=0.0, kind="report"):
+    return Row(fault="f", size="s", kind=kind, outcome=outcome, rms=0.1, multiple=multiple)
+
+
+@pytest.mark.parametrize(
+    ("rows", "status", "says"),
+    [
+        ([row("fail", 3), row("pass", kind="control")], 0, "1 of 1 faults are caught; false alarms 0 of 1."),
+        ([row("error", 3)], 0, "1 of 1 faults are caught; false alarms 0 of 0."),
+        ([row("pass", 3)], 1, "0 of 1 faults are caught; not caught: f (s); false alarms 0 of 0."),
+        ([row("unverified", 3)], 1, "not caught: f (s)"),
+        ([row("fail", 3), row("fail", kind="control")], 1, "false alarms 1 of 1: f (s)."),
+        ([row("pass", 1.9), row("unverified", 0.6), row("pass", 0.1)], 0, "2 near the limit (0.5 to 2 times), 1 too small"),
+        ([row("fail", 0.1)], 0, "1 too small to matter (of these 1 fail all the same)"),
+        ([row("not possible")], 1, "1 not possible here"),
+        ([row("unverified", kind="control"), row("fail", 3)], 0, "Unverified although nothing was wrong: f (s)"),
+    ],
+)
+def test_the_summary_and_the_status(rows, status, says):
+    assert says in "\n".join(table.summary(rows, "token"))
+    assert table.exit_status(rows) == status
 
 
 # -- the truth: every number below was computed by hand ------------------------------------------------------------------
@@ -273,104 +337,26 @@ def test_the_truth_refuses_what_does_not_fit():
         true_effect(np.zeros(4), np.zeros(4), np.array([0, 3]))
 
 
+def test_what_a_fault_adds_to_the_distance_from_the_model():
+    model, rounding = np.full(4, -3.0), np.array([0.1, -0.1, 0.1, -0.1])
+    clean = model + rounding
+    offsets = np.array([0, 4])
+    # the other rounding errors of a sound engine: as far from the model as before
+    told = growth(model, clean, model - rounding, offsets)
+    assert told.multiple == pytest.approx(0, abs=1e-9)
+    assert true_effect(clean, model - rounding, offsets).size == "material"
+    # nearer to the model than before is no fault
+    assert growth(model, clean, model, offsets).multiple == 0
+    # no more than the change itself, and that alone where the model knows no token
+    small = clean + 1e-3
+    change = values(true_effect(clean, small, offsets))
+    assert all(q.value <= change[q.name] for q in growth(model, clean, small, offsets).quantities)
+    assert values(growth(np.full(4, np.nan), clean, small, offsets)) == change
+    broken = np.array([np.nan, -3, -3, -3])
+    assert growth(model, clean, broken, offsets).largest.name == "NaN or +inf"
+
+
 def test_prompts_are_of_one_length_and_all_different(engine):
     prompts = make_prompts(engine.tokenizer, 25)
     assert {len(p) for p in prompts} == {160}
     assert len({tuple(p) for p in prompts}) == 25
-
-
-def row(multiple, verdict, **about):
-    """A row with an effect of so many limits; None for a fault that fails by construction."""
-    effect = None if multiple is None else TrueEffect("token", (Quantity("k3", multiple, 1.0),))
-    differs = about.pop("differs", True)
-    return Row(Case(name="f", size="s", group="model", **about), "m", "float32", effect, verdict, "", differs=differs)
-
-
-@pytest.mark.parametrize(
-    ("multiple", "verdict", "about", "right"),
-    [
-        (3, "fail", {}, True),
-        (3, "pass", {}, False),
-        (3, "unverified", {}, False),  # not failing is missing it, under whatever name
-        (0.4, "fail", {}, False),
-        (0.4, "fail", {"semantic": True}, True),
-        (0.4, "unverified", {}, True),
-        (1, "fail", {}, True),
-        (1, "pass", {}, True),
-        (None, "error", {}, True),
-        (None, "pass", {}, False),
-        (None, "fail", {"differs": False}, False),
-    ],
-)
-def test_the_truth_and_not_the_verdict_says_what_is_right(multiple, verdict, about, right):
-    assert row(multiple, verdict, **about).right is right
-
-
-@pytest.mark.parametrize(
-    ("verdicts", "reached"),
-    [
-        (["fail"] * 20, True),
-        (["fail"] * 19 + ["unverified"], True),
-        (["fail"] * 18 + ["unverified"] * 2, False),
-        (["fail"] * 19 + ["pass"], False),
-    ],
-)
-def test_no_material_case_passes_and_nearly_all_fail(verdicts, reached):
-    rows = [row(3, verdict) for verdict in verdicts]
-    assert table.reached(rows) is reached
-    assert table.reached([*rows, row(0.1, "fail")]) is False
-    assert f"material cases: 20, {verdicts.count('fail') / 20:.1%} fail" in "\n".join(table.summary(rows, "token"))
-
-
-def run_selftest(tmp_path, *arguments):
-    """Run the command; its exit status, output, messages and rows."""
-    out = tmp_path / "rows.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest_logprob_parity.cli", "selftest", "--json", str(out), *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert out.is_file(), done.stderr[-3000:]
-    return done.returncode, done.stdout, done.stderr, json.loads(out.read_text())["rows"]
-
-
-def test_a_part_of_the_catalogue_on_the_real_engine(tmp_path):
-    """One fault of each kind: asked, reported, distribution, arithmetic, weights, few tokens, free run, not forced."""
-    chosen = (
-        "temperature,shifted,log2,normaliser,attention scale,stale KV block,rope base,all positions,weights of another,"
-        "int,corrupted,another seed,greedy,force"
-    )
-    status, output, _, rows = run_selftest(
-        tmp_path, "--dtype", "float32", "--dtype", "bfloat16", "--sequences", "64", "--tokens", "24", "--only", chosen
-    )
-    assert status == 0, output
-    assert len({row["fault"] for row in rows}) >= 12
-    assert {row["expected"] for row in rows} == {"fail", "no fail", ""}
-    assert "WRONG" not in output
-
-
-def test_what_is_planted_in_the_engine_is_planted_in_the_reference(mixture, tmp_path):
-    """In float32 the engine's own difference is the true effect, for each kind of site, on two models in one command.
-
-    Runs that were kept need no engine.
-    """
-    chosen = (
-        "another expert,one expert fewer,two experts,shares scaled,one token off,positions stop,after a position,LM head,"
-        "one prompt,range of ids,balanced,few bits"
-    )
-    arguments = ("--model", MODEL, "--model", str(mixture), "--dtype", "float32", "--sequences", "16", "--tokens", "16",
-                 "--only", chosen, "--runs", str(tmp_path / "runs"))  # fmt: skip
-    _, _, messages, rows = run_selftest(tmp_path, *arguments)
-    assert "# started vllm" in messages
-    assert {row["model"] for row in rows} == {"tiny-arith", mixture.name}
-    assert {row["fault"] for row in rows if row["group"] == "experts"} >= {"another expert for some tokens", "one expert fewer"}
-    for row in rows:
-        if row["truth"] == "material":
-            rounded = "few bits" in row["fault"]  # the engine rounds other numbers than the reference
-            assert row["seen"] == pytest.approx(row["effect"], rel=0.1 if rounded else 0.05), row
-        elif row["truth"] == "immaterial":
-            assert row["seen"] < 1, row
-    _, _, messages, again = run_selftest(tmp_path, *arguments)
-    assert "# started" not in messages
-    assert again == rows

@@ -24,7 +24,7 @@ from gateway import COMPLETIONS, Gateway
 
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import EngineSpec, ParityError, Sampling, check_golden
-from pytest_logprob_parity.engines.backend import Request, reason_of
+from pytest_logprob_parity.engines.backend import Request
 from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.engines.replay import forced_request
 from pytest_logprob_parity.engines.server.client import Client
@@ -32,6 +32,7 @@ from pytest_logprob_parity.engines.server.wire import completion_of, post_of
 from pytest_logprob_parity.errors import EngineError, IncomparableError, UsageError
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.golden.fingerprint import differences
+from pytest_logprob_parity.reasons import reason_of
 from pytest_logprob_parity.report.results import read_results
 from pytest_logprob_parity.spec.server_settings import ServerSettings
 
@@ -495,10 +496,8 @@ def test_ctrl_c_leaves_no_thread_and_no_request(gateway, clients, trace):
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
     try:
         timer.start()
-        began = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             there.replay(trace)
-        assert time.monotonic() - began < 5
         timer.join()
     finally:
         signal.signal(signal.SIGINT, handler)
@@ -590,7 +589,7 @@ def test_raw_and_processed_are_told_apart_by_measuring(gateway, server, clients)
 
 def test_native_trace_replay_goes_by_the_generate_route():
     """The wire alone: Model Runner V2, which replays traces itself, runs on GPUs only."""
-    request = Request([9, 8], Sampling(temperature=0.7, logprobs=2), forced_token_ids=[5, 6, 7])
+    request = Request(prompt_token_ids=[9, 8], sampling=Sampling(temperature=0.7, logprobs=2), forced_token_ids=[5, 6, 7])
     path, body = post_of(request, "native", "m")
     assert (path, body["model"], body["token_ids"]) == ("/inference/v1/generate", "m", [9, 8])
     assert body["sampling_params"]["trace_decode_token_ids"] == [5, 6, 7]
@@ -819,15 +818,22 @@ def test_the_option_goes_with_settings_of_a_server(pytester, run_inner):
     result.stdout.fnmatch_lines(["E*no server answers at http://127.0.0.1:1: connection refused; start one: *"])
 
 
-def test_a_server_that_is_down_is_one_line_with_the_command_that_starts_one(clients, golden, pytester, run_inner):
+def test_a_server_that_is_down_is_one_line_with_the_command_that_starts_one(
+    clients, golden, pytester, run_inner, monkeypatch
+):  # fmt: skip
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr("pytest_logprob_parity.engines.server.client.asyncio.sleep", sleep)
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         url = f"http://127.0.0.1:{port}"
-        began = time.monotonic()
         with pytest.raises(EngineError) as caught:
             check_golden(golden, clients(url, max_num_seqs=8))
-        assert time.monotonic() - began < 2
+        assert waits == []  # nobody waits for one that is not there
         assert str(caught.value) == (
             f"no server answers at {url}: connection refused; start one: logprob-parity serve {MODEL} max_num_seqs=8 "
             f"--dtype float32 --port {port}"
@@ -894,10 +900,9 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
 def test_an_answer_that_comes_by_drops_has_no_more_time_than_another(pieces):
-    url, began = pieces(HEAD + b"Content-Length: 40\r\n\r\n", *[b" "] * 40), time.monotonic()
+    url = pieces(HEAD + b"Content-Length: 40\r\n\r\n", *[b" "] * 40)  # all of it would be no JSON
     with pytest.raises(EngineError, match=r"no answer within 0.5 s; timeout=SECONDS allows more$"):
         posted(url, 0.5)
-    assert time.monotonic() - began < 2
     assert posted(pieces(HEAD + b"Content-Length: 4\r\n\r\n", b"tr", b"ue"), 5) == [True]
 
 
@@ -915,7 +920,7 @@ def test_a_body_that_cannot_be_read_is_a_line(pieces):
 def test_numbers_out_of_range_are_no_completion(told, clients):
     """As no engine writes them; the gateway before the engine may."""
     there = clients(told({}))
-    backend, request = there._backend(), Request([9], Sampling(), forced_token_ids=[5])
+    backend, request = there._backend(), Request(prompt_token_ids=[9], sampling=Sampling(), forced_token_ids=[5])
     logprobs = {"token_logprobs": [-1.0], "top_logprobs": [{"token_id:5": -1.0}]}
     choice = {"index": 0, "token_ids": [2**40], "finish_reason": "length", "logprobs": logprobs}
     backend._client.post_all = lambda posts, read, settings, largest: [read(0, {"choices": [choice]})]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from pytest_logprob_parity import Sampling, Trace, compare
+from pytest_logprob_parity.comparison.evidence import Evidence
+from pytest_logprob_parity.comparison.judge import judge
 from pytest_logprob_parity.comparison.result import SIDES
 from pytest_logprob_parity.comparison.tolerance import default_tolerance
-from pytest_logprob_parity.comparison.verdict import Evidence, judge
 
 VOCABULARY, SEQUENCES, LENGTH, PROMPT = 512, 60, 20, 12
 

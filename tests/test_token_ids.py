@@ -22,7 +22,7 @@ from pytest_logprob_parity.engines.server.guard import (
 )
 from pytest_logprob_parity.engines.vllm.forced_decode import FORCED, forced_token, install
 from pytest_logprob_parity.errors import GoldenError
-from pytest_logprob_parity.trace import container
+from pytest_logprob_parity.trace import file_format
 
 NO_IDS = ["abc", 5, True, None, {"0": 1}, [8], [10**12], [-1], [1.5], [6.0], [True], ["7"], [[1]], [None], [{}], []]
 
@@ -74,8 +74,11 @@ def test_the_v0_engine_draws_on_as_well(ids, monkeypatch):
 
 def test_a_real_engine_outlives_them(engine):
     """Past every check: handed to the engine itself. It draws in their place, and forces the others of the batch."""
-    good = Request([9, 8], Sampling(max_tokens=2), forced_token_ids=[5, 6])
-    bad = [Request([9, 8], Sampling(max_tokens=2), forced_token_ids=ids) for ids in ([384, 5], [-1, 5], [10**12, 5])]
+    good = Request(prompt_token_ids=[9, 8], sampling=Sampling(max_tokens=2), forced_token_ids=[5, 6])
+    bad = [
+        Request(prompt_token_ids=[9, 8], sampling=Sampling(max_tokens=2), forced_token_ids=ids)
+        for ids in ([384, 5], [-1, 5], [10**12, 5])
+    ]
     answers = engine._backend().run([good, *bad, good])
     assert answers[0].token_ids.tolist() == answers[-1].token_ids.tolist() == [5, 6]
     for answer in answers[1:-1]:
@@ -128,7 +131,7 @@ def test_a_file_with_ids_below_zero_is_damaged(tmp_path, column, id_):
     assert loaded.top_token_ids.tolist() == [[5], [-1]]  # a place of the top-k that is not used
     columns = {name: np.array(values) for name, values in trace.to_columns().items()}
     columns[column].flat[-1] = id_
-    container.write(tmp_path / "bad.safetensors", columns, {"trace": trace.to_metadata()})
+    file_format.write(tmp_path / "bad.safetensors", columns, {"trace": trace.to_metadata()})
     with pytest.raises(GoldenError, match=rf"damaged: .* column {column}, row \d: token id {id_} is no token") as caught:
         Trace.load(tmp_path / "bad.safetensors")
     assert caught.value.replaceable

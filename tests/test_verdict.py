@@ -8,10 +8,12 @@ import pytest
 from made_up import gate, keys, make_trace, moved, noise, outcomes, reference_of
 
 from pytest_logprob_parity import GoldenError, Sampling, Trace, UsageError, check_golden, compare
-from pytest_logprob_parity.comparison.free_run import compare_free_run, judge_free_run, predicted_divergences
-from pytest_logprob_parity.comparison.permutation import block_permutation_test
+from pytest_logprob_parity.comparison.evidence import Evidence
+from pytest_logprob_parity.comparison.free_generation.compare import compare_free_run
+from pytest_logprob_parity.comparison.free_generation.judge import judge_free_run, predicted_divergences
+from pytest_logprob_parity.comparison.judge import judge
+from pytest_logprob_parity.comparison.permutation_test import block_permutation_test
 from pytest_logprob_parity.comparison.tolerance import default_tolerance, with_floor
-from pytest_logprob_parity.comparison.verdict import Evidence, judge
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
 

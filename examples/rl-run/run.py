@@ -33,7 +33,8 @@ from pytest_logprob_parity import (
     assert_weight_update,
     write_probe,
 )
-from pytest_logprob_parity.engines.pool import Engine, Pool
+from pytest_logprob_parity.engines.engine import Engine
+from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.trainer.frameworks import framework
 from pytest_logprob_parity.trainer.frameworks.base import Pairs
 

@@ -12,13 +12,14 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from ..atomic import replace_all
 from ..comparison.result import Comparison
 from ..comparison.tolerance import default_tolerance, make_tolerance
 from ..errors import GoldenError, ParityError, UsageError
 from ..golden import SUFFIX, Golden, is_place_of, variant_path
 from ..golden.fingerprint import differences
 from ..grammar import counted
-from ..trace import Trace, container
+from ..trace import Trace, file_format
 from ..visible_text import visible, visible_line
 from .compatibility import another_part
 from .loosened import cut, loosened_by
@@ -111,11 +112,11 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
 def accept(proposals: Sequence[Proposal]) -> None:
     """Write the goldens of these proposals, all of them or none. Raises GoldenError; old goldens then stay."""
     for proposal in proposals:  # somebody took time to answer
-        now = container.read_metadata(proposal.target)["digest"] if proposal.target.exists() else ""
+        now = file_format.read_metadata(proposal.target)["digest"] if proposal.target.exists() else ""
         if now != proposal.before or proposal.target.resolve() != proposal.target:
             raise GoldenError("changed since it was shown; nothing was written: accept again", proposal.target)
     try:
-        container.replace_all({proposal.target: proposal.data for proposal in proposals})
+        replace_all({proposal.target: proposal.data for proposal in proposals})
     except OSError as error:
         raise GoldenError(
             f"{error.filename or proposals[0].target}: not written ({error.strerror or error}); all goldens are as they were"
@@ -210,7 +211,7 @@ def _inside(root: Path, golden: str) -> Path:
 
 def _load_candidate(path: Path, obtained: Obtained) -> tuple[Golden, bytes]:
     """The candidate and its bytes: what was compared is what will be written."""
-    data = container.read_bytes(path)
+    data = file_format.read_bytes(path)
     candidate = Golden.parse(data, path)
     if candidate.digest != obtained.candidate:
         raise GoldenError(

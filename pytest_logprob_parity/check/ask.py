@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..engines.replay import can_regenerate
+from ..notes import Note
 from ..trace import FloatArray, ReplayPath, Trace
 
 if TYPE_CHECKING:
-    from ..comparison.result import Note
-    from ..engines.pool import Engine
+    from ..engines.engine import Engine
     from ..golden import Golden
+    from ..notes import Note
 
 
 @dataclass(frozen=True)

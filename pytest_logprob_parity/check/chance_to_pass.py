@@ -8,11 +8,11 @@ from typing import Final
 
 import numpy as np
 
-from ..comparison.differences import Differences, setting_of
-from ..comparison.effects import gates_of
+from ..comparison.gate import Gate
 from ..comparison.intervals import MIN_SEQUENCES, Integers, distinct_sequences, prompt_numbers
+from ..comparison.measurement import gates_of
 from ..comparison.nucleus_flips import SupportFlips
-from ..comparison.result import Gate
+from ..comparison.token_differences import Differences, setting_of
 from ..comparison.tolerance import Tolerance
 from ..golden import Golden
 
@@ -84,9 +84,11 @@ def _judged(
         by_sequence = rng.lognormal(-(_BETWEEN_SEQUENCES**2) / 2, _BETWEEN_SEQUENCES, len(tokens))[sequences]
         d, error = scale * size * by_sequence * rng.normal(size=len(rows)), errors
     kept = np.isfinite(trace.logprobs[rows]) & trace.mask[rows]
-    differences = Differences(*(column[kept] for column in (d, sequences, of_prompt, errors, error)))
+    differences = Differences(
+        d=d[kept], sequences=sequences[kept], prompts=of_prompt[kept], expected_error=errors[kept], actual_error=error[kept]
+    )
     setting = setting_of(trace, golden.routed, trace.dtype)
-    gates = gates_of(differences, 0, SupportFlips(0, 0, 0), limits, setting, len(tokens))
+    gates = gates_of(differences, 0, SupportFlips(count=0, allowed=0, unexplained=0), limits, setting, len(tokens))
     kinds = distinct_sequences(trace)
     distinct = sum(len(np.unique(kinds[group])) for group in members)  # a prompt drawn again stands for another one
     return gates if distinct >= MIN_SEQUENCES else ()

@@ -10,23 +10,28 @@ from typing import Any, Final
 import numpy as np
 
 from ..checkpoint.prompts import check_prompts
-from ..comparison.free_run import compare_free_run
+from ..comparison.compare import check_level
+from ..comparison.declared_gap import with_gap
+from ..comparison.evidence import Evidence
+from ..comparison.free_generation.compare import compare_free_run
+from ..comparison.judge import judge
 from ..comparison.message import failure_message
 from ..comparison.objectives import DEFAULT_OBJECTIVE, objective_of
-from ..comparison.precision_gaps import with_gap
-from ..comparison.result import Comparison, Level, MismatchError, Note, Verdict
+from ..comparison.result import Comparison, MismatchError
 from ..comparison.suspected_causes import adapter_finding, suspect_settings, suspects
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor, with_reference
-from ..comparison.verdict import Evidence, check_level, judge
-from ..engines.pool import Engine
+from ..comparison.vocabulary import Level, Verdict
+from ..engines.engine import Engine
 from ..engines.replay import REPLAYS, can_regenerate
 from ..errors import GoldenError, UsageError
 from ..golden import Golden, describe, fingerprint, is_there
 from ..golden.noise_floor import REPEATS
+from ..notes import Note
 from ..spec import Sampling
 from ..trace import ReplayPath, Trace, TracePath
 from .ask import Answers, ask
-from .compatibility import Checked, Context, check_belongs, renamed, with_temperature_note
+from .compatibility import check_belongs, renamed, with_temperature_note
+from .context import Checked, Context
 from .prefill_fallback import as_unforced, why_unforced, without_decode
 from .record import record
 from .variants import name_of, of_other_kinds
@@ -85,13 +90,18 @@ def check_golden(
     if context.node_id and isinstance(engine, Trace):
         _check_is_another(golden, engine)
     check_belongs(golden, engine, given, asked, context)
-    if isinstance(engine, Trace):
-        limits = _limits(golden, engine.path, tolerance, context)
-        evidence = Evidence(golden.floor, golden.reference, golden.routed, policy_logprobs=engine.untruncated_logprobs)
-        checked = Checked(golden, with_gap(judge(golden.trace, engine, limits, level, evidence), tolerance))
-    else:
-        checked = _compare_engine(golden, engine, replay, tolerance, level, context)
-    comparison, differences = checked.comparison, checked.differences
+    checked = _compare(golden, engine, replay, tolerance, level, context)
+    checked = dataclasses.replace(checked, comparison=_annotated(checked.comparison, golden, asked, context))
+    comparison = checked.comparison
+    if context.observe is not None:
+        context.observe(dataclasses.replace(checked, limits=_limits(golden, comparison.actual.path, tolerance, context)))
+    if not comparison.passed:
+        raise MismatchError(_message(checked, context), comparison)
+    return comparison
+
+
+def _annotated(comparison: Comparison, golden: Golden, asked: Sampling | None, context: Context) -> Comparison:
+    """The comparison with what there is to say beside it: recorded limits, another temperature, a framework's metrics."""
     if golden.tolerance:
         kept = ", ".join(f"{name} {value:g}" for name, value in sorted(golden.tolerance.items()))
         note = Note(
@@ -103,20 +113,18 @@ def check_golden(
         from ..trainer.frameworks import with_metrics
 
         comparison = with_metrics(comparison, context.metrics)
-    if context.observe is not None:
-        limits = _limits(golden, comparison.actual.path, tolerance, context)
-        context.observe(dataclasses.replace(checked, comparison=comparison, limits=limits))
-    if not comparison.passed:
-        message = failure_message(
-            comparison,
-            golden=context.shown_path,
-            about=describe(golden),
-            differences=differences,
-            accept=context.accept,
-            beside=_beside(checked, context),
-        )
-        raise MismatchError(message, comparison)
     return comparison
+
+
+def _message(checked: Checked, context: Context) -> str:
+    return failure_message(
+        checked.comparison,
+        golden=context.shown_path,
+        about=describe(checked.golden),
+        differences=checked.differences,
+        accept=context.accept,
+        beside=_beside(checked, context),
+    )
 
 
 def _check_is_another(golden: Golden, trace: Trace) -> None:
@@ -136,6 +144,19 @@ def _beside(checked: Checked, context: Context) -> str:
 # -- checking ---------------------------------------------------------------------------------------------------------
 
 
+def _compare(
+    golden: Golden, engine: Engine | Trace, replay: Sequence[ReplayPath], tolerance: Any, level: Level, context: Context
+) -> Checked:
+    """Hold an engine, or a trace in hand, against a golden that belongs to it."""
+    if not isinstance(engine, Trace):
+        return _compare_engine(golden, engine, replay, tolerance, level, context)
+    limits = _limits(golden, engine.path, tolerance, context)
+    evidence = Evidence(
+        floor=golden.floor, reference=golden.reference, routed=golden.routed, policy_logprobs=engine.untruncated_logprobs
+    )
+    return Checked(golden=golden, comparison=with_gap(judge(golden.trace, engine, limits, level, evidence), tolerance))
+
+
 def _compare_engine(
     golden: Golden, engine: Engine, replay: Sequence[ReplayPath], tolerance: Any, level: Level, context: Context
 ) -> Checked:
@@ -152,7 +173,13 @@ def _compare_engine(
     comparison, differences = judge_answers(golden, answers, tolerance, level, context)
     if reason:
         comparison = as_unforced(comparison, trace, reason)
-    return Checked(golden, comparison, differences, answers.fingerprint, answers.policy_logprobs)
+    return Checked(
+        golden=golden,
+        comparison=comparison,
+        differences=differences,
+        fingerprint=answers.fingerprint,
+        policy_logprobs=answers.policy_logprobs,
+    )
 
 
 def judge_answers(
@@ -183,25 +210,33 @@ def judge_answers(
             policy_logprobs=answers.policy_logprobs if path == "decode" else None,
         )
         comparison = judge(trace, replays[path], limits[path], level, evidence)
-        other = adapter_finding(differences)
-        if comparison.verdict == "fail":
-            updated = replays[path].weight_versions is not None
-            findings = comparison.findings or tuple(suspects(differences, answers.fingerprint, updated=updated))
-            if comparison.findings and not any(finding.cause for finding in findings):
-                findings = (*findings, *suspect_settings(differences, name=False))
-            if other is not None and other not in findings:
-                findings = (*findings, other)
-            comparison = dataclasses.replace(comparison, findings=findings)
-        elif other is not None and comparison.verdict == "unverified":
-            comparison = dataclasses.replace(comparison, findings=(*comparison.findings, other))
-        elif other is not None:
-            note = Note("another_adapter", f"another adapter: {other.evidence}")
-            headline = f"{comparison.headline}; {note}"
-            comparison = dataclasses.replace(comparison, headline=headline, notes=(*comparison.notes, note))
+        comparison = _with_suspects(comparison, differences, answers.fingerprint, replays[path])
         judged.append(with_gap(comparison, tolerance, answers.fingerprint.get("config", {})))
     worst_first: tuple[Verdict, ...] = ("fail", "unverified", "pass")
     worst = min(judged, key=lambda c: worst_first.index(c.verdict))
     return dataclasses.replace(worst, notes=(*worst.notes, *answers.remarks)), differences
+
+
+def _with_suspects(
+    comparison: Comparison, differences: Sequence[tuple[str, Any, Any]], fingerprint: Mapping[str, Any], replayed: Trace
+) -> Comparison:
+    """The comparison with what the differences of the fingerprints make suspect; an adapter of another content always."""
+    other = adapter_finding(differences)
+    if comparison.verdict == "fail":
+        updated = replayed.weight_versions is not None
+        findings = comparison.findings or tuple(suspects(differences, fingerprint, updated=updated))
+        if comparison.findings and not any(finding.cause for finding in findings):
+            findings = (*findings, *suspect_settings(differences, name=False))
+        if other is not None and other not in findings:
+            findings = (*findings, other)
+        return dataclasses.replace(comparison, findings=findings)
+    if other is not None and comparison.verdict == "unverified":
+        return dataclasses.replace(comparison, findings=(*comparison.findings, other))
+    if other is not None:
+        note = Note("another_adapter", f"another adapter: {other.evidence}")
+        headline = f"{comparison.headline}; {note}"
+        return dataclasses.replace(comparison, headline=headline, notes=(*comparison.notes, note))
+    return comparison
 
 
 def _limits(golden: Golden, path: TracePath, tolerance: Any, context: Context) -> Tolerance:

@@ -7,63 +7,24 @@ import difflib
 import itertools
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from ..checkpoint.digests import digest_of
 from ..checkpoint.prompts import tokenize
-from ..comparison.result import Note
-from ..engines.pool import Engine
+from ..engines.engine import Engine
 from ..errors import IncomparableError, ParityError
-from ..golden import Golden, fingerprint
+from ..golden import Golden
+from ..notes import Note
 from ..spec import Sampling
 from ..trace import Trace
+from .context import Context
 
 if TYPE_CHECKING:
     from ..comparison.result import Comparison
-    from ..comparison.tolerance import Tolerance
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What a check is told by whoever runs it: where it belongs, what to show people, and standing settings.
-
-    `orphans` gives goldens that no test asks for: a missing one may be among them. `beside` gives the command that records a
-    variant of this name.
-    """
-
-    node_id: str = ""
-    name: str = ""
-    shown_path: str = ""
-    accept: str = "check_golden(..., update=True)"
-    tolerance_lines: tuple[str, ...] = ()
-    max_megabytes: float | None = None
-    metrics: str = ""
-    objective: str = "token"
-    reference: str = "auto"
-    observe: Callable[[Checked], None] | None = None
-    orphans: Callable[[], Sequence[Path]] = tuple
-    beside: Callable[[str], str] | None = None
-    golden_dir: str = "golden"
-
-
-@dataclasses.dataclass(frozen=True)
-class Checked:
-    """What a check saw: for whoever runs it to keep, or to report.
-
-    `differences` are those of the two fingerprints (dotted name, the golden's value, the value now), `fingerprint` is the
-    engine's, {} for a trace in hand, `policy_logprobs` [N] are without truncation, where both sides have them; `limits`
-    are those that it was judged by.
-    """
-
-    golden: Golden
-    comparison: Comparison
-    differences: Sequence[tuple[str, Any, Any]] = ()
-    fingerprint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    policy_logprobs: Any = None
-    limits: Tolerance | None = None
 
 
 #: Parts of a fingerprint without which two goldens are not about the same thing.
@@ -88,7 +49,7 @@ def check_belongs(
             f"{context.shown_path} was recorded with {name}={getattr(recorded, name)!r}, the test now samples with "
             f"{name}={getattr(sampling, name)!r}. {again}"
         )
-    if given is not None and fingerprint.digest_of(given) != golden.prompts_digest:
+    if given is not None and digest_of(given) != golden.prompts_digest:
         _check_prompt_tokens(golden.trace, engine, given, context, again)
     if isinstance(engine, Engine) and golden.fingerprint:
         now = engine.model_fingerprint()

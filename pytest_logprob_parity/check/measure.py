@@ -22,7 +22,7 @@ from ..progress import doing, each
 from ..spec import Sampling
 
 if TYPE_CHECKING:
-    from ..engines.pool import Engine
+    from ..engines.engine import Engine
     from ..trace import FloatArray, ReplayPath, Trace
 
 

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, get_args
 
-from ..bounded import write_new
-from ..comparison.result import LEVELS, Level, Setup, Verdict
+from ..atomic import write_new
 from ..comparison.tolerance import Tolerance
+from ..comparison.vocabulary import LEVELS, Level, Verdict
 from ..errors import GoldenError, ParityError, UsageError
 from ..golden import SUFFIX, Golden
-from ..trace import container
+from ..golden.setup import Setup
+from ..trace import file_format
 from ..visible_text import visible_line
-from .compatibility import Checked
+from .context import Checked
 
 #: The folder, below the root.
 OBTAINED: Final = "parity-obtained"
@@ -97,14 +98,14 @@ def _candidate(path: Path, record: Callable[[Path], object] | None) -> tuple[str
         return "", "parity_obtained = trace: only the trace was kept"
     try:
         record(path)
-        return str(container.read_metadata(path)["digest"]), ""
+        return str(file_format.read_metadata(path)["digest"]), ""
     except ParityError as error:
         return "", error.reason_beside(path).splitlines()[0]
 
 
 def read(path: Path) -> Obtained:
     """What an obtained trace says of its check. Raises GoldenError for a file that is none."""
-    about = container.read_metadata(path).get(_KEY)
+    about = file_format.read_metadata(path).get(_KEY)
     if about is None:
         raise GoldenError(f"a trace or golden, but none that a failing check left in {OBTAINED}/", path)
     try:
@@ -146,7 +147,7 @@ def find(places: Sequence[Path], junk: list[GoldenError]) -> Iterator[tuple[Path
 
 def is_obtained(path: Path) -> bool:
     """Whether a readable file is an obtained trace. Raises GoldenError for one whose head is damaged."""
-    return _KEY in container.read_metadata(path)
+    return _KEY in file_format.read_metadata(path)
 
 
 def folder_for(root: Path) -> Path:

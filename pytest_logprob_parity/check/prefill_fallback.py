@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from ..comparison.result import Comparison, Difference, Note
+from ..comparison.difference import Difference
+from ..comparison.result import Comparison
+from ..notes import Note
 from ..spec.server_settings import SERVER
 from ..trace import ReplayPath, Trace
 
 if TYPE_CHECKING:
-    from ..engines.pool import Engine
+    from ..engines.engine import Engine
 
 _DECODES: Final[tuple[ReplayPath, ...]] = ("decode", "window")
 
@@ -44,6 +46,6 @@ def as_unforced(comparison: Comparison, golden: Trace, reason: str) -> Compariso
         findings=(),
         gates=(),
         shown=None,
-        difference=Difference(None, "raw logprobs say nothing of processed ones"),
+        difference=Difference(different=None, reason="raw logprobs say nothing of processed ones"),
         notes=(Note("to_verify", f"to verify: {reason}"), *comparison.notes),
     )

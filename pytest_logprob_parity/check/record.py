@@ -9,21 +9,26 @@ from typing import Any, Final
 
 import numpy as np
 
+from ..checkpoint.digests import digest_of
 from ..comparison.alignment import align
-from ..comparison.differences import setting_of
-from ..comparison.result import Comparison, Note
+from ..comparison.compare import compare
+from ..comparison.evidence import Evidence
+from ..comparison.judge import judge
+from ..comparison.result import Comparison
 from ..comparison.signatures.semantics import semantic_findings
+from ..comparison.token_differences import setting_of
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, parse_tolerance, with_floor
-from ..comparison.verdict import Evidence, compare, judge
-from ..engines.pool import Engine
+from ..engines.engine import Engine
 from ..errors import EngineError, GoldenError, UsageError
-from ..golden import Golden, fingerprint
+from ..golden import Golden
 from ..grammar import counted
+from ..notes import Note
 from ..progress import doing
 from ..spec import Sampling
 from ..trace import FloatArray, ReplayPath, Trace
 from .chance_to_pass import WANTED, chance_to_pass
-from .compatibility import Context, check_belongs
+from .compatibility import check_belongs
+from .context import Context
 from .measure import check_numbers, disagreement, measure, replays_of
 from .reference_pass import reference_of
 
@@ -61,7 +66,7 @@ def record(
         golden = Golden(engine)
     else:
         measured = measure(engine, prompts, sampling, replay, repeats, context.shown_path)
-        golden = dataclasses.replace(measured.golden, prompts_digest=fingerprint.digest_of(prompts))
+        golden = dataclasses.replace(measured.golden, prompts_digest=digest_of(prompts))
     golden = dataclasses.replace(golden, node_id=context.node_id, name=context.name, tolerance=_as_mapping(tolerance))
     explicit = {**parse_tolerance(context.tolerance_lines, golden.trace.dtype, ("decode",)), **golden.tolerance}
     if isinstance(engine, Trace):
@@ -83,7 +88,11 @@ def record(
     golden.save(path, context.max_megabytes)
     written = Golden.load(path)
     same = Evidence(
-        written.floor, written.reference, written.routed, setup="same", policy_logprobs=golden.trace.untruncated_logprobs
+        floor=written.floor,
+        reference=written.reference,
+        routed=written.routed,
+        setup="same",
+        policy_logprobs=golden.trace.untruncated_logprobs,
     )
     proof = judge(written.trace, golden.trace, limits, "rl", same)
     floor = "no noise floor: the defaults of its dtype stand in" if written.floor is None else written.floor.describe()

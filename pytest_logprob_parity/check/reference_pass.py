@@ -14,7 +14,7 @@ from ..progress import doing
 
 if TYPE_CHECKING:
     from ..checkpoint.lm_head import Head
-    from ..engines.pool import Engine
+    from ..engines.engine import Engine
     from ..trace import Segment, Trace
 
 #: Who may compute it (ini `parity_reference`): whichever runs, one of the two, or nobody.
@@ -68,7 +68,7 @@ def _by_transformers(engine: Engine, trace: Trace, seconds: float) -> Reference:
     from ..engines.transformers.backend import end_tokens_of
 
     began = time.monotonic()
-    model = _load(engine, int((np.diff(trace.prompt_offsets)[trace.group] + np.diff(trace.sequence_offsets)).max(initial=0)))
+    model = _load(engine, int(trace.total_lengths.max(initial=0)))
     head, stop_ids = Head(model, "float32"), end_tokens_of(model, engine.tokenizer)
     logprobs = np.full(trace.num_tokens, np.nan, np.float32)
     segments: list[list[Segment]] = [[] for _ in range(trace.num_sequences)]

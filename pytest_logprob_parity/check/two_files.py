@@ -6,14 +6,16 @@ import dataclasses
 from pathlib import Path
 
 from ..comparison.alignment import align
-from ..comparison.result import Level, Note
+from ..comparison.evidence import Evidence
+from ..comparison.judge import judge
 from ..comparison.suspected_causes import suspects
 from ..comparison.tolerance import Tolerance, default_tolerance, make_tolerance, with_floor, with_reference
-from ..comparison.verdict import Evidence, judge
+from ..comparison.vocabulary import Level
 from ..errors import IncomparableError
 from ..golden import Golden
 from ..golden.fingerprint import differences, setup_class
-from .compatibility import Checked
+from ..notes import Note
+from .context import Checked
 from .obtained import Obtained, is_obtained, read
 
 
@@ -53,11 +55,15 @@ def compare_goldens(expected: Golden, actual: Golden, level: Level = "rl", limit
         apart.append(("sampling", expected.trace.sampling.processing(), actual.trace.sampling.processing()))
     policy = actual.trace.untruncated_logprobs
     setup = setup_class(expected.fingerprint if both else {}, apart)
-    evidence = Evidence(expected.floor, expected.reference, expected.routed, setup=setup, policy_logprobs=policy)
+    evidence = Evidence(
+        floor=expected.floor, reference=expected.reference, routed=expected.routed, setup=setup, policy_logprobs=policy
+    )
     comparison = judge(expected.trace, actual.trace, limits or limits_of(expected, actual), level, evidence)
     if both and comparison.verdict == "fail" and not comparison.findings:  # as a check of an engine says it
         comparison = dataclasses.replace(comparison, findings=tuple(suspects(apart)))
-    return Checked(expected, comparison, apart, actual.fingerprint, policy)
+    return Checked(
+        golden=expected, comparison=comparison, differences=apart, fingerprint=actual.fingerprint, policy_logprobs=policy
+    )
 
 
 def limits_of(expected: Golden, actual: Golden) -> Tolerance:

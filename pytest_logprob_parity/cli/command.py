@@ -14,7 +14,7 @@ from typing import Any, Final
 from .. import progress
 from .._version import __version__
 from ..errors import EngineError, ParityError
-from ..spec import nearest
+from ..suggest import nearest
 from ..visible_text import visible_line
 from . import accept, bisect, diagnose, diff, history, matrix, move, prune, report, selftest, serve, show
 from .completion import SHELLS, PrintCompletion

@@ -34,7 +34,7 @@ def add(verbs: Verbs) -> None:
 def run(given: argparse.Namespace) -> int:
     """Exit status 0 where the golden passes, 1 where it does not."""
     from ..check.check import check_golden
-    from ..check.compatibility import Context
+    from ..check.context import Context
     from ..comparison.result import MismatchError
     from ..diagnosis.ablation import Budget, ablate
     from ..engines.pool import Pool

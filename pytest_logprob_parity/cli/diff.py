@@ -7,12 +7,12 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..comparison.result import LEVELS
+from ..comparison.vocabulary import LEVELS
 from .json_output import to_text
 from .verb import Verbs, add_verb, say
 
 if TYPE_CHECKING:
-    from ..check.compatibility import Checked
+    from ..check.context import Checked
 
 
 def add(verbs: Verbs) -> None:

@@ -48,7 +48,7 @@ def tell(text: str) -> None:
 
 def check_model(model: str, recorded: str | None) -> None:
     """Raise UsageError where there is no such model; the golden knows a name, not where this machine keeps it."""
-    from ..golden.fingerprint import find_model
+    from ..checkpoint.digests import find_model
 
     try:
         find_model(model, Path.cwd())

@@ -10,11 +10,12 @@ import numpy as np
 from ..errors import ParityError
 from ..golden.reference import Reference
 from ..trace import Trace
+from .compare import compare
 from .message import failure_message
 from .objectives import DEFAULT_OBJECTIVE
-from .result import TALLY, Comparison, MismatchError
+from .result import Comparison, MismatchError
+from .tally import TALLY
 from .tolerance import Tolerance
-from .verdict import compare
 
 
 def assert_logprobs_close(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from ..grammar import counted
-from ..trace import Trace
-from .alignment import Alignment
+from .difference import Difference
+from .evidence import Evidence
+from .findings import Finding
+from .gate_sentences import BETWEEN, NOT_SHOWN, failed_line, unverified_line
 from .intervals import MIN_SEQUENCES
-from .result import Difference, Finding, FreeRun, Gate, Level, Names, Setup, Verdict, in_words, names_of
+from .measurement import Measurement
+from .sides import in_words
 from .signatures.semantics import different_meaning
-from .wording import BETWEEN, NOT_SHOWN, failed_line, unverified_line
+from .vocabulary import Level, Verdict
 
 #: Below this share of the golden's tokens compared, a comparison proves too little to pass.
 COVERAGE: Final = 0.95
@@ -43,114 +46,149 @@ def _scaled(finding: Finding) -> bool:
     return finding.cause is None and abs(slope - 1) > max(_SCALED, _ERRORS * error)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Found:
     """Everything that a verdict rests on.
 
-    `sequences` counts the distinct ones, `exact` is every bit the same, `reproduces` that recording got every bit back.
-    `record` says how the actual side's record contradicts itself, "" where it does not.
+    `record` says how the actual side's record contradicts itself, "" where it does not; `free_problem` what is wrong with free
+    generation, "" where nothing is.
     """
 
-    expected: Trace
-    actual: Trace
-    rows: Alignment
-    numbers: Mapping[str, float]
-    gates: Sequence[Gate]
-    failed: Sequence[Gate]
+    measured: Measurement
     findings: Sequence[Finding]
+    record: str
     free_problem: str
-    free_run: FreeRun | None
     difference: Difference
     level: Level
-    setup: Setup
-    has_floor: bool
-    reproduces: bool
-    sequences: int
-    exact: bool
-    sides: tuple[str, str]
-    record: str = ""
+    evidence: Evidence
 
     @property
-    def names(self) -> Names:
-        """What sentences call the two sides."""
-        return names_of(self.sides)
+    def labels_differ(self) -> bool:
+        """Whether the labels of the two sides say that their columns mean different things."""
+        return different_meaning(self.measured.expected, self.measured.actual) is not None
+
+    @property
+    def reproduces(self) -> bool:
+        """Whether recording got every bit back, from requests that ran in equal batches."""
+        floor = self.evidence.floor
+        return floor is not None and floor.reproduces and self.evidence.same_schedule
 
 
 def decide(found: Found) -> tuple[Verdict, str]:
     """The verdict and its headline. What is wrong fails first; what is not shown comes next; the rest passes."""
-    if not found.rows.tokens:
+    measured = found.measured
+    if not measured.rows.tokens:
         return "unverified", "Nothing was compared: the two traces have no tokens in common"
     if reason := _failure(found):
         return "fail", reason
     if reason := _not_shown(found):
         return "unverified", reason
-    count = int(found.numbers["n_tokens"])
+    count = int(measured.numbers["n_tokens"])
     things = "1 logprob agrees" if count == 1 else f"{count} logprobs agree"
-    if found.exact:
+    if measured.exact:
         return "pass", f"{things} bit for bit"
-    if found.has_floor:
+    if found.evidence.floor is not None:
         return "pass", f"{things} within tolerance"
     return "pass", f"{things} within tolerance (no noise floor)"
 
 
 def _failure(found: Found) -> str:
     """Why it fails; empty where it does not."""
-    numbers, tokens = found.numbers, found.rows.tokens
-    if found.record and not different_meaning(found.expected, found.actual):
+    reasons = (_other_meaning, _not_close, _generates_otherwise, _not_bit_identical, _beyond_noise)
+    return next((text for reason in reasons if (text := reason(found))), "")
+
+
+def _other_meaning(found: Found) -> str:
+    """The record contradicts itself, or the two columns are other quantities."""
+    expected, actual = found.measured.expected, found.measured.actual
+    if found.record and not found.labels_differ:
         return found.record
-    if proven := [f for f in found.findings if f.cause in _OTHER_MEANING]:
-        if different_meaning(found.expected, found.actual):
-            here, there = (in_words(side) for side in found.sides)
-            claim = f"{found.expected.distribution()} {here}, {found.actual.distribution()} {there}"
-            return f"The logprobs do not mean the same: {claim}"
-        return f"The logprobs do not mean what their label says: {proven[0].evidence}"
-    if numbers["n_nan"]:
-        return f"{int(numbers['n_nan'])} of {tokens} logprobs are NaN or +inf"
-    if found.failed:
-        return f"Logprobs are not close: {failed_line(max(found.failed, key=lambda g: g.excess), found.names)}"
-    if scaled := [f for f in found.findings if _scaled(f)]:
-        return f"Logprobs are not close: {scaled[0].evidence}"
-    if found.free_problem:
-        return found.free_problem
-    if found.setup == "same" and found.reproduces and numbers["n_changed"]:
-        count = int(numbers["n_changed"])
-        return f"{count} of {tokens} logprobs are not bit-identical, although they were when recorded: the engine is the same"
-    missing = found.rows.wanted - tokens
-    if found.level == "bitwise" and missing and found.actual.replay != "window":
-        whose = f"{found.names.expected}'s {found.rows.wanted} tokens"
-        return f"{missing} of {whose} did not come back, so they are not the same bit for bit"
-    if numbers["n_tokens"] and found.level == "bitwise" and not found.exact:
-        return f"{int(numbers['n_changed'])} of {tokens} logprobs are not the same bit for bit"
-    if found.level == "bitwise" and found.free_run is not None and not found.free_run.same:
-        return f"What was written freely did not come back token for token: {found.free_run}"
-    if numbers["n_tokens"] and found.level == "noise" and found.difference.different:
-        return f"The logprobs differ: {found.difference.reason}"
+    proven = [f for f in found.findings if f.cause in _OTHER_MEANING]
+    if proven and found.labels_differ:
+        on_expected, on_actual = (in_words(side) for side in found.measured.sides)
+        claim = f"{expected.distribution()} {on_expected}, {actual.distribution()} {on_actual}"
+        return f"The logprobs do not mean the same: {claim}"
+    return f"The logprobs do not mean what their label says: {proven[0].evidence}" if proven else ""
+
+
+def _not_close(found: Found) -> str:
+    """Logprobs are no numbers, a gate fails, or the logits have another scale."""
+    measured = found.measured
+    if measured.numbers["n_nan"]:
+        return f"{int(measured.numbers['n_nan'])} of {measured.rows.tokens} logprobs are NaN or +inf"
+    if measured.failed:
+        worst = max(measured.failed, key=lambda gate: gate.excess)
+        return f"Logprobs are not close: {failed_line(worst, measured.names)}"
+    scaled = [f for f in found.findings if _scaled(f)]
+    return f"Logprobs are not close: {scaled[0].evidence}" if scaled else ""
+
+
+def _generates_otherwise(found: Found) -> str:
+    """What is wrong with free generation."""
+    return found.free_problem
+
+
+def _not_bit_identical(found: Found) -> str:
+    """Bits differ where none may: on the engine that recorded them, or at level bitwise."""
+    measured, numbers = found.measured, found.measured.numbers
+    tokens, wanted, changed = measured.rows.tokens, measured.rows.wanted, int(numbers["n_changed"])
+    if found.evidence.setup == "same" and found.reproduces and changed:
+        return f"{changed} of {tokens} logprobs are not bit-identical, although they were when recorded: the engine is the same"
+    if found.level != "bitwise":
+        return ""
+    if tokens < wanted and measured.actual.replay != "window":
+        whose = f"{measured.names.expected}'s {wanted} tokens"
+        return f"{wanted - tokens} of {whose} did not come back, so they are not the same bit for bit"
+    if numbers["n_tokens"] and not measured.exact:
+        return f"{changed} of {tokens} logprobs are not the same bit for bit"
+    free_run = found.evidence.free_run
+    if free_run is not None and not free_run.same:
+        return f"What was written freely did not come back token for token: {free_run}"
     return ""
+
+
+def _beyond_noise(found: Found) -> str:
+    """At level noise: the two sides are different."""
+    differs = found.measured.numbers["n_tokens"] and found.level == "noise" and found.difference.different
+    return f"The logprobs differ: {found.difference.reason}" if differs else ""
 
 
 def _not_shown(found: Found) -> str:
     """Why a comparison in which nothing failed does not show that all is well; empty where it does."""
-    numbers = found.numbers
+    measured = found.measured
+    if reason := _too_few_tokens(measured):
+        return reason
+    if found.level == "noise" and not measured.exact and found.difference.different is None:
+        return f"Not shown to be a regression: {found.difference.reason}"
+    if measured.exact and (found.evidence.setup != "compatible" or found.level == "bitwise"):
+        return ""  # there is no effect whose size could be unsure; another engine has to show it on enough sequences
+    if (count := measured.distinct_sequences) < MIN_SEQUENCES:
+        few = "1 distinct sequence is" if count == 1 else f"{count} distinct sequences are"
+        return f"{NOT_SHOWN}: {few} too few to generalise to other prompts, {MIN_SEQUENCES} are needed: record more prompts"
+    return _unsure_gate(measured)
+
+
+def _too_few_tokens(measured: Measurement) -> str:
+    """Why the tokens that were compared are too few to show anything; empty where they are not."""
+    numbers = measured.numbers
     if not numbers["n_tokens"]:
         return "Nothing was compared: no token has a finite logprob on both sides"
     if numbers["n_excluded"] > numbers["n_tokens"]:
         return f"Most tokens, {int(numbers['n_excluded'])}, are excluded on both sides: {NOT_SHOWN.lower()}"
-    if numbers["coverage"] < COVERAGE and found.actual.replay != "window":
-        return (
-            f"Only {numbers['coverage']:.1%} of the tokens could be compared ({COVERAGE:.0%} needed): "
-            f"{counted(found.rows.diverged_sequences, 'sequences')} diverge, {found.rows.missing_sequences} are missing, "
-            f"{int(numbers['n_missing'])} tokens have no logprob in {found.names.expected}"
-        )
-    if found.level == "noise" and not found.exact and found.difference.different is None:
-        return f"Not shown to be a regression: {found.difference.reason}"
-    if found.exact and (found.setup != "compatible" or found.level == "bitwise"):
-        return ""  # there is no effect whose size could be unsure; another engine has to show it on enough sequences
-    if found.sequences < MIN_SEQUENCES:
-        few = "1 distinct sequence is" if found.sequences == 1 else f"{found.sequences} distinct sequences are"
-        return f"{NOT_SHOWN}: {few} too few to generalise to other prompts, {MIN_SEQUENCES} are needed: record more prompts"
-    unsure = [g for g in found.gates if not g.sure]
-    if unsure:
-        worst = max(unsure, key=lambda g: (g.hidden, g.excess))
-        more = "" if any(g.hidden or g.beyond for g in unsure) else f": {BETWEEN if worst.between else 'record more prompts'}"
-        return f"{NOT_SHOWN}: {unverified_line(worst, found.names)}{more}"
-    return ""
+    if numbers["coverage"] >= COVERAGE or measured.actual.replay == "window":
+        return ""
+    return (
+        f"Only {numbers['coverage']:.1%} of the tokens could be compared ({COVERAGE:.0%} needed): "
+        f"{counted(measured.rows.diverged_sequences, 'sequences')} diverge, {measured.rows.missing_sequences} are missing, "
+        f"{int(numbers['n_missing'])} tokens have no logprob in {measured.names.expected}"
+    )
+
+
+def _unsure_gate(measured: Measurement) -> str:
+    """The gate that is furthest from passing, of those that neither pass nor fail; empty where all pass."""
+    unsure = [g for g in measured.gates if not g.sure]
+    if not unsure:
+        return ""
+    worst = max(unsure, key=lambda g: (g.hidden, g.excess))
+    more = "" if any(g.hidden or g.beyond for g in unsure) else f": {BETWEEN if worst.between else 'record more prompts'}"
+    return f"{NOT_SHOWN}: {unverified_line(worst, measured.names)}{more}"

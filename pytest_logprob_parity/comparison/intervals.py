@@ -9,14 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..trace import Trace
+from .shown import CONFIDENCE as CONFIDENCE
+from .shown import POWER as POWER
 
 Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
-#: What is said of other prompts holds with this probability.
-CONFIDENCE: Final = 0.95
-#: A fault is said to be found where it is found with this probability.
-POWER: Final = 0.9
 #: One-sided: an effect fails only where noise between prompts explains it more rarely than once in 200, for a check has several
 #: effects and a CI has many checks; it passes at the usual level.
 FAIL_CONFIDENCE: Final = 0.995
@@ -25,7 +23,7 @@ PASS_CONFIDENCE: Final = 0.95
 MIN_SEQUENCES: Final = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Interval:
     """An estimate, and the two one-sided bounds that decide: `low` at FAIL_CONFIDENCE, `high` at PASS_CONFIDENCE."""
 

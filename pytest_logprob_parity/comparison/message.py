@@ -6,11 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from ..golden.setup import Setup
 from ..grammar import counted
 from ..trace import Trace
 from ..visible_text import visible_line
+from .gate import OUTLIERS
 from .objectives import objective_of
-from .result import OUTLIERS, SIDES, Comparison, Level, MismatchError, Setup, TokenDiff, Verdict, in_words
+from .result import Comparison, MismatchError
+from .sides import SIDES, in_words
+from .token_diff import TokenDiff
+from .vocabulary import Level, Verdict
 
 _LABEL: Final = 13
 _SHOWN_DIFFERENCES: Final = 12
@@ -51,7 +56,7 @@ def failure_message(
 ) -> str:
     """The whole message, complete without -vv.
 
-    `golden` names the file, `about` describes it, `differences` are those of the fingerprints, `accept` is the command
+    `expected` names the file, `about` describes it, `differences` are those of the fingerprints, `accept` is the command
     that makes the new numbers the golden, `beside` the one that makes them a golden beside it, for this machine; empty where
     there is none.
     """
@@ -143,7 +148,7 @@ def _table(comparison: Comparison) -> list[str]:
     for gate in with_errors:
         errors = gate.errors
         assert errors is not None
-        row = "".join(f"{x:>10.3g}" for x in (errors.golden, errors.actual, errors.high, errors.limit))
+        row = "".join(f"{x:>10.3g}" for x in (errors.expected, errors.actual, errors.high, errors.limit))
         lines.append(f"  {gate.name:<44}{row} {gate.unit}{_MARKS[gate.outcome]}")
     return lines
 
@@ -177,9 +182,9 @@ def _worst_tokens(comparison: Comparison) -> list[str]:
     head = f"{'sequence':>8} {'position':>8}  {f'{sides[0]} (rank)':>16} {f'{sides[1]} (rank)':>16}"
     lines = [head + (f" {'d':>9}" if subtracted else "") + "  token, after"]
     for token in comparison.worst:
-        golden = f"{token.expected:.4f} ({token.expected_rank or '?'})"
-        now = "excluded" if math.isinf(token.actual) else f"{token.actual:.4f} ({token.actual_rank or '?'})"
-        line = f"{token.sequence:>8} {token.position:>8}  {golden:>16} {now:>16}"
+        expected = f"{token.expected:.4f} ({token.expected_rank or '?'})"
+        actual = "excluded" if math.isinf(token.actual) else f"{token.actual:.4f} ({token.actual_rank or '?'})"
+        line = f"{token.sequence:>8} {token.position:>8}  {expected:>16} {actual:>16}"
         if subtracted:
             line += f" {token.diff:>+9.3g}"
         lines.append(f"{line}  {token.text!r} after {_before(comparison.expected, token)!r}")
@@ -194,9 +199,10 @@ def _before(trace: Trace, token: TokenDiff) -> str:
 
 
 def _difference_lines(differences: Sequence[tuple[str, Any, Any]], sides: tuple[str, str]) -> list[str]:
-    here, there = (in_words(side) for side in sides)
+    on_expected, on_actual = (in_words(side) for side in sides)
     lines = [
-        visible_line(f"{name}: {golden!r} {here}, {now!r} {there}") for name, golden, now in differences[:_SHOWN_DIFFERENCES]
+        visible_line(f"{name}: {expected!r} {on_expected}, {actual!r} {on_actual}")
+        for name, expected, actual in differences[:_SHOWN_DIFFERENCES]
     ]
     if len(differences) > _SHOWN_DIFFERENCES:
         lines.append(f"and {len(differences) - _SHOWN_DIFFERENCES} more")

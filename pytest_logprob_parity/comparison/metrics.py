@@ -76,8 +76,8 @@ def sequence_rms(d: Doubles, sequences: npt.NDArray[np.int64], limit: float) -> 
 
 def sequence_numbers(trace: Trace, rows: Any) -> npt.NDArray[np.int64]:
     """The sequence number of each selected token."""
-    numbers = np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
-    return np.asarray(numbers[rows], np.int64)
+    numbers: npt.NDArray[np.int64] = trace.sequence_of_token[rows]
+    return numbers
 
 
 def top_k_metrics(expected: Trace, actual: Trace, rows: Alignment) -> dict[str, float]:

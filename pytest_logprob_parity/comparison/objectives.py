@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
-from ..spec import nearest
+from ..suggest import nearest
 
 Doubles = npt.NDArray[np.float64]
 ObjectiveName = Literal["token", "sequence", "truncated", "unclipped"]
@@ -19,7 +19,7 @@ ObjectiveName = Literal["token", "sequence", "truncated", "unclipped"]
 _MAX_LOG_RATIO: Final = 150.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
     """The effects that an update of this kind feels, with the limit of each. d = actual - expected, in nats; r = exp(d).
 

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from . import metrics as m
-from .differences import Differences, Setting
+from .gate import Gate, GateKey
 from .objectives import k3_of
-from .result import Gate, GateKey, Verdict
+from .token_differences import Differences, Setting
 from .tolerance import Tolerance, budget
+from .vocabulary import Verdict
 
 #: An outlier token is so many times the 95th percentile of the golden's errors; no noise explains one of so many times their
 #: largest.
@@ -43,7 +44,7 @@ _DRAWN: Final = 0.05
 _TAIL: Final = 1500
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Outliers:
     """Outlier tokens and sequences: errors where they are known, differences else. Limits are in nats.
 
@@ -70,7 +71,7 @@ class Outliers:
     sequence_unexplained: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Thresholds:
     """Beyond how many nats a token is an outlier, and is explained by no noise; the same for the RMS of a sequence."""
 
@@ -87,39 +88,43 @@ def outliers_of(rows: Differences, limits: Tolerance, setting: Setting, deep: Ma
     Where the reference covers a part of the sequences, the others are judged as without one: by their differences.
     """
     known = rows.known
-    golden = np.where(known, rows.golden_error, 0.0)
-    off = np.where(known, rows.error, rows.d)
+    expected_error = np.where(known, rows.expected_error, 0.0)
+    off = np.where(known, rows.actual_error, rows.d)
     names, places = np.unique(rows.sequences, return_inverse=True)
     covered = np.bincount(places, known) > 0
-    wholes_now, wholes = (m.sequence_rms(x, places, np.inf) for x in (off, golden))
+    actual_wholes, expected_wholes = (m.sequence_rms(x, places, np.inf) for x in (off, expected_error))
     without = _without_reference(limits, setting)
-    with_ = _with_reference(golden[known], wholes[covered], limits, setting) if known.any() else without
+    with_ = _with_reference(expected_error[known], expected_wholes[covered], limits, setting) if known.any() else without
     if "sequence_rms" in limits.explicit:  # what a caller sets holds for differences, and noise excuses none of them
-        wholes_now, wholes = m.sequence_rms(rows.d, places, np.inf), np.zeros_like(wholes)
+        actual_wholes, expected_wholes = m.sequence_rms(rows.d, places, np.inf), np.zeros_like(expected_wholes)
     if "outlier" in limits.explicit:
-        off, golden = rows.d, np.zeros_like(golden)
+        off, expected_error = rows.d, np.zeros_like(expected_error)
     token, unexplained = (np.where(known, *pair) for pair in ((with_.token, without.token),
                           (with_.token_unexplained, without.token_unexplained)))  # fmt: skip
     sequence, sequence_unexplained = (np.where(covered, *pair) for pair in ((with_.sequence, without.sequence),
                                       (with_.sequence_unexplained, without.sequence_unexplained)))  # fmt: skip
-    is_now, was = np.abs(off) > token, np.abs(golden) > token
-    fresh = ~was | (np.abs(off) > _SAME_OUTLIER * np.abs(golden))
+    is_outlier, was_outlier = np.abs(off) > token, np.abs(expected_error) > token
+    fresh = ~was_outlier | (np.abs(off) > _SAME_OUTLIER * np.abs(expected_error))
     worst, worst_unexplained = _furthest(np.abs(off)[fresh], unexplained[fresh], with_.token_unexplained)
     worst_rms, worst_rms_unexplained = _furthest(
-        wholes_now[wholes <= sequence], sequence_unexplained[wholes <= sequence], with_.sequence_unexplained
+        actual_wholes[expected_wholes <= sequence],
+        sequence_unexplained[expected_wholes <= sequence],
+        with_.sequence_unexplained,
     )
-    bulk = rows.where(~(is_now | was))
+    bulk = rows.where(~(is_outlier | was_outlier))
     return Outliers(
-        noise=_noise(was, is_now, golden, off),
+        noise=_noise(was_outlier, is_outlier, expected_error, off),
         covered=float(known.mean()) or 1.0,
-        new=len(deep.keys() | set(np.unique(rows.sequences[is_now & fresh]).tolist())),
-        gone=len(np.unique(places[was & ~is_now])),
+        new=len(deep.keys() | set(np.unique(rows.sequences[is_outlier & fresh]).tolist())),
+        gone=len(np.unique(places[was_outlier & ~is_outlier])),
         largest=worst,
-        bearable=_bearable(golden[known], bulk.fresh_noise, limits, setting),
+        bearable=_bearable(expected_error[known], bulk.fresh_noise, limits, setting),
         token=with_.token,
         token_unexplained=worst_unexplained,
-        new_sequences=len({i for i, n in deep.items() if n > 1} | {*names[(wholes_now > sequence) & (wholes <= sequence)]}),
-        gone_sequences=int(np.count_nonzero((wholes > sequence) & (wholes_now <= sequence))),
+        new_sequences=len(
+            {i for i, n in deep.items() if n > 1} | {*names[(actual_wholes > sequence) & (expected_wholes <= sequence)]}
+        ),
+        gone_sequences=int(np.count_nonzero((expected_wholes > sequence) & (actual_wholes <= sequence))),
         largest_rms=worst_rms,
         sequence=with_.sequence,
         sequence_unexplained=worst_rms_unexplained,
@@ -134,37 +139,37 @@ def _furthest(off: m.Doubles, unexplained: m.Doubles, otherwise: float) -> tuple
     return float(off[worst]), float(unexplained[worst])
 
 
-def _bearable(golden: m.Doubles, fresh: float, limits: Tolerance, setting: Setting) -> float:
+def _bearable(expected_error: m.Doubles, fresh: float, limits: Tolerance, setting: Setting) -> float:
     """Up to how many nats an outlier may be noise: a ratio of 7, more where the golden's errors have such, or, where they are
     not known, where the temperature enlarges them. `fresh` is the share of the golden's error that is drawn anew: an engine
     that computes as the golden did draws none.
     """
     declared = _ALLOWED_TIMES * limits.outlier  # a declared gap has outliers of a size of its own
-    if not len(golden):
+    if not len(expected_error):
         return max(_ALLOWED_NATS * (setting.enlarged if setting.half else 1.0), declared)
-    drawn = _SAME_OUTLIER * float(np.abs(golden).max()) if fresh > _DRAWN else 0.0
+    drawn = _SAME_OUTLIER * float(np.abs(expected_error).max()) if fresh > _DRAWN else 0.0
     return max(_ALLOWED_NATS, declared, drawn)
 
 
 def _noise(
-    was: npt.NDArray[np.bool_], is_now: npt.NDArray[np.bool_], golden: m.Doubles, off: m.Doubles
+    was_outlier: npt.NDArray[np.bool_], is_outlier: npt.NDArray[np.bool_], expected_error: m.Doubles, off: m.Doubles
 ) -> npt.NDArray[np.bool_]:
     """The outliers [n] of both sides that are one noise: now's n-th largest is held against the golden's n-th largest, by its
     size, twice that of the golden's at most, and by how an update feels it (k3), four times as much at most. Together they are
     felt less than that: 1 + 3 / sqrt(n) times as much, for n of them scatter less than one.
     """
-    now, then = np.flatnonzero(is_now), np.flatnonzero(was)
-    beyond = np.zeros(len(was), bool)
-    felt, own = k3_of(off[now]), k3_of(golden[then])
-    for mine, its, times in ((felt, own, _AS_FELT), (np.abs(off[now]), np.abs(golden[then]), _SAME_OUTLIER)):
+    actual, expected = np.flatnonzero(is_outlier), np.flatnonzero(was_outlier)
+    beyond = np.zeros(len(was_outlier), bool)
+    felt, own = k3_of(off[actual]), k3_of(expected_error[expected])
+    for mine, its, times in ((felt, own, _AS_FELT), (np.abs(off[actual]), np.abs(expected_error[expected]), _SAME_OUTLIER)):
         order = np.argsort(-mine)
-        paired = np.zeros(len(now))
-        paired[: min(len(its), len(now))] = -np.sort(-its)[: len(now)]
-        beyond[now[order]] |= mine[order] > times * paired
-    excused = ~beyond[now]
+        paired = np.zeros(len(actual))
+        paired[: min(len(its), len(actual))] = -np.sort(-its)[: len(actual)]
+        beyond[actual[order]] |= mine[order] > times * paired
+    excused = ~beyond[actual]
     if felt[excused].sum() > (1 + (_AS_FELT - 1) / max(int(excused.sum()), 1) ** 0.5) * own.sum():
-        return np.zeros(len(was), bool)
-    return np.asarray((was | is_now) & ~beyond)
+        return np.zeros(len(was_outlier), bool)
+    return np.asarray((was_outlier | is_outlier) & ~beyond)
 
 
 def outlier_gates(found: Outliers, tokens: int, limits: Tolerance, setting: Setting, sequences: int) -> list[Gate]:
@@ -185,8 +190,21 @@ def outlier_gates(found: Outliers, tokens: int, limits: Tolerance, setting: Sett
         # a tie in a router moves a token by nats, in the golden's own errors too: up to a size that proves no fault
         tie = setting.routed and worst <= _TIE[key] * unexplained
         beyond: Verdict | None = None if worst <= unexplained else "unverified" if tie else "fail"
-        gates.append(Gate(key, count, allowed, most, count, count, "sequences", threshold=threshold, worst=worst,
-                          unexplained=unexplained, beyond=beyond))  # fmt: skip
+        gates.append(
+            Gate(
+                key=key,
+                value=count,
+                limit=allowed,
+                fail_limit=most,
+                low=count,
+                high=count,
+                unit="sequences",
+                threshold=threshold,
+                worst=worst,
+                unexplained=unexplained,
+                beyond=beyond,
+            )
+        )
     return gates
 
 
@@ -201,10 +219,10 @@ def _without_reference(limits: Tolerance, setting: Setting) -> _Thresholds:
     )
 
 
-def _with_reference(errors: m.Doubles, wholes: m.Doubles, limits: Tolerance, setting: Setting) -> _Thresholds:
+def _with_reference(errors: m.Doubles, expected_wholes: m.Doubles, limits: Tolerance, setting: Setting) -> _Thresholds:
     """By the golden's own errors [n], and their RMS by sequence."""
     without, errors = _without_reference(limits, setting), np.abs(errors)
-    if setting.coarser_now:
+    if setting.coarser_actual:
         return without
     if setting.fine:
         unexplained = max(_FINE_NATS, _FINE * float(errors.max()))
@@ -215,8 +233,8 @@ def _with_reference(errors: m.Doubles, wholes: m.Doubles, limits: Tolerance, set
     return _by_hand(
         max(limits.outlier, _OUTLIER * float(np.quantile(errors, 0.95))),
         max(2.0, _UNEXPLAINED * float(errors.max()), 2 * setting.enlarged if few else 0.0),
-        max(limits.sequence_rms, _SEQUENCE * float(wholes.max())),
-        max(0.3, _SEQUENCE_UNEXPLAINED * float(wholes.max()), 0.3 * setting.enlarged if few else 0.0),
+        max(limits.sequence_rms, _SEQUENCE * float(expected_wholes.max())),
+        max(0.3, _SEQUENCE_UNEXPLAINED * float(expected_wholes.max()), 0.3 * setting.enlarged if few else 0.0),
         limits,
     )
 
@@ -229,4 +247,9 @@ def _by_hand(
         token, token_unexplained = limits.outlier, max(_UNEXPLAINED * limits.outlier, token_unexplained)
     if "sequence_rms" in limits.explicit:
         sequence, sequence_unexplained = limits.sequence_rms, max(2 * limits.sequence_rms, sequence_unexplained)
-    return _Thresholds(token, max(token_unexplained, token), sequence, max(sequence_unexplained, sequence))
+    return _Thresholds(
+        token=token,
+        token_unexplained=max(token_unexplained, token),
+        sequence=sequence,
+        sequence_unexplained=max(sequence_unexplained, sequence),
+    )

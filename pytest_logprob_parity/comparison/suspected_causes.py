@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from .result import LAYERS, Cause, Finding, Layer
+from .findings import LAYERS, Cause, Finding, Layer
 
 #: Part of a fingerprint -> (layer, cause) that it can bring about.
 SUSPECTS: Final[Mapping[str, tuple[Layer, Cause]]] = {
@@ -58,10 +58,10 @@ _TELLS: Final = "`logprob-parity diagnose` asks transformers what the checkpoint
 
 def adapter_finding(differences: Sequence[tuple[str, Any, Any]]) -> Finding | None:
     """`adapter` where golden and engine have adapters of other content, or one of them has none; both by name."""
-    for name, golden, now in differences:
+    for name, expected, actual in differences:
         if name == "adapter":
-            text = f"{golden or 'no adapter'} in the golden, {now or 'no adapter'} now"
-            return Finding("weights", "adapter", text)
+            text = f"{expected or 'no adapter'} in the golden, {actual or 'no adapter'} now"
+            return Finding(layer="weights", cause="adapter", evidence=text)
     return None
 
 
@@ -82,7 +82,7 @@ def suspects(
         "weights_differ", "stale_weights", *(("stale_kv_cache",) if cached else ()),
     )  # fmt: skip
     text = f"{agree}, and they do not read weights: not told apart: how the engine computes, or its weights; {_TELLS}"
-    return [Finding("path", None, text, candidates)]
+    return [Finding(layer="path", cause=None, evidence=text, candidates=candidates)]
 
 
 def suspect_settings(differences: Sequence[tuple[str, Any, Any]], *, name: bool = True) -> list[Finding]:
@@ -97,17 +97,17 @@ def suspect_settings(differences: Sequence[tuple[str, Any, Any]], *, name: bool 
         return [adapter, *(suspect_settings(others, name=name) if others else [])]
     another_version = any(name == "engine.version" for name, _, _ in differences)
     found: dict[Layer, dict[Cause, list[str]]] = {}
-    for whole, golden, now in differences:
+    for whole, expected, actual in differences:
         setting = "config.hf_overrides" if whole.startswith("config.hf_overrides.") else whole
         # One of the two versions does not say, or the server does not; an override that is not there is none.
-        unsaid = setting.startswith(("config.", "hardware.", "libraries.")) and (golden is None or now is None)
+        unsaid = setting.startswith(("config.", "hardware.", "libraries.")) and (expected is None or actual is None)
         if setting in SUSPECTS and (not unsaid or setting == "config.hf_overrides"):
             layer, cause = SUSPECTS[setting]
         elif setting not in SUSPECTS and setting.startswith(("config.", "engine.")) and not (unsaid and another_version):
             layer, cause = _UNLISTED
         else:
             continue
-        found.setdefault(layer, {}).setdefault(cause, []).append(f"{whole} {golden!r} -> {now!r}")
+        found.setdefault(layer, {}).setdefault(cause, []).append(f"{whole} {expected!r} -> {actual!r}")
     listed = any(setting in SUSPECTS or setting.startswith("config.hf_overrides.") for setting, _, _ in differences)
     alone = name and sum(len(causes) for causes in found.values()) == 1 and listed
     findings = []
@@ -116,7 +116,7 @@ def suspect_settings(differences: Sequence[tuple[str, Any, Any]], *, name: bool 
             causes = tuple(found[layer])
             evidence = "; ".join(text for texts in found[layer].values() for text in texts)
             if alone:
-                findings.append(Finding(layer, causes[0], f"the only difference: {evidence}"))
+                findings.append(Finding(layer=layer, cause=causes[0], evidence=f"the only difference: {evidence}"))
             else:
-                findings.append(Finding(layer, None, evidence, causes))
+                findings.append(Finding(layer=layer, cause=None, evidence=evidence, candidates=causes))
     return findings

@@ -13,14 +13,14 @@ import numpy as np
 from ..errors import UsageError
 from ..golden.noise_floor import NoiseFloor
 from ..golden.reference import Reference
-from ..spec import nearest
+from ..suggest import nearest
 from ..trace import FloatArray, TracePath
 from .intervals import poisson_quantile
 from .objectives import DEFAULT_OBJECTIVE, objective_of
 from .precision_gaps import gap_of
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
     """Limits on d = actual - expected, in nats unless said otherwise.
 
@@ -184,9 +184,9 @@ _GAP_ERRORS: Final = 3.0
 _UNKNOWN_TIE: Final = 2.0
 
 
-def with_reference(limits: Tolerance, golden: FloatArray, reference: Reference | None) -> Tolerance:
+def with_reference(limits: Tolerance, expected: FloatArray, reference: Reference | None) -> Tolerance:
     """Limits for a golden, logprobs [N]: what is a near tie goes by its largest distance to its model, where that is known."""
-    errors = np.empty(0) if reference is None else np.abs(reference.errors(golden))
+    errors = np.empty(0) if reference is None else np.abs(reference.errors(expected))
     errors = errors[np.isfinite(errors)]
     if not len(errors):
         return dataclasses.replace(limits, near_tie=_UNKNOWN_TIE * limits.near_tie)

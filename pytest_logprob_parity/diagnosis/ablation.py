@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..comparison.result import LAYERS, Finding, Layer
+from ..comparison.findings import LAYERS, Layer
+from ..comparison.result import Finding
 from ..comparison.suspected_causes import SUSPECTS
 from ..comparison.tolerance import default_tolerance, with_floor
 from ..engines.pool import Pool
@@ -169,63 +170,88 @@ def ablate(
     """
     if spec.engine == SERVER:
         raise UsageError("a server's settings cannot be moved: run it with engine='vllm', without --parity-server")
-    began, started, left = time.monotonic(), 0, 0
     trace = golden.trace
     limits = with_floor(default_tolerance(trace.dtype), golden.floor)
     floor = golden.floor.rms if golden.floor is not None and np.isfinite(golden.floor.rms) else 0.0
     noise = max(_OTHER_BUILDS * floor, limits.fit_rms / 5)
     engine = pool.engine(spec)
     with doing("diagnosing: replaying the golden as it fails"):
-        now = engine.replay(trace)
-    steps = [Step((), _rms(trace, now))]
-    replays: dict[tuple[str, ...], Trace] = {(): now}
+        actual = engine.replay(trace)
     differs = _differences(
         {**golden.fingerprint.get("config", {}), "dtype": golden.fingerprint.get("dtype")},
         {**engine.config.values, "dtype": engine.config.dtype},
     )
-    notify(f"as it fails: RMS {steps[0].rms:.3g} nats; settings that differ: {', '.join(differs) or 'none'}")
-
-    def measure(moved: tuple[str, ...]) -> Step | None:
-        nonlocal started, left
-        if any(set(step.moved) == set(moved) for step in steps):
-            return None
-        if started >= budget.engines or time.monotonic() - began > budget.minutes * 60:
-            left += 1
-            return None
-        started += 1
-        try:
-            with doing(f"diagnosing, engine {started} of {budget.engines} at most: {' + '.join(moved)}"):
-                replayed = pool.engine(_moved(spec, moved, differs)).replay(trace)
-            step = Step(moved, _rms(trace, replayed))
-            replays[moved] = replayed
-        except ParityError as error:
-            step = Step(moved, float("nan"), str(error).splitlines()[0])
-        steps.append(step)
-        notify(f"{' + '.join(moved)}: " + (step.problem or f"RMS {step.rms:.3g} nats"))
-        return step
-
-    for name in differs:
-        measure((name,))
-    helped = tuple(s.moved[0] for s in steps[1:] if not s.problem and _takes_away(steps[0], s))
-    rest = [name for name in differs if name not in helped]
-    measure(helped)
-    if len(differs) > 1 and _least(steps) > noise:
-        whole = measure(tuple(differs))
-        if whole is not None and not whole.problem and whole.rms < 0.9 * _least(steps[:-1]):
-            for size in (1, 2):  # what helps only in company
-                if _least([step for step in steps if step is not whole]) > max(1.05 * whole.rms, noise):
-                    for company in itertools.combinations(rest, size):
-                        measure((*helped, *company))
-    text = f"{left} more steps were left out: the budget is {budget.engines} engines and {budget.minutes:g} minutes"
-    found = Ablation(tuple(steps), differs, noise, left_out=text if left > 0 else "")
+    search = _Search(trace, spec, pool, budget, notify, differs, actual)
+    notify(f"as it fails: RMS {search.steps[0].rms:.3g} nats; settings that differ: {', '.join(differs) or 'none'}")
+    search.run(noise)
+    found = Ablation(tuple(search.steps), differs, noise, left_out=search.left_out)
     if not read:
         return found
     moved: tuple[str, ...] = ()
     if found.best.rms > noise:  # two meanings are held against no reading, even where other weights hide what they are worth
-        moved = found.best.moved or next((m for m in replays if m == ("logprobs_mode",)), ())
-    reading = _reading(golden, replays[moved], spec, pool, limits.outlier, notify)
+        moved = found.best.moved or next((m for m in search.replays if m == ("logprobs_mode",)), ())
+    reading = _reading(golden, search.replays[moved], spec, pool, limits.outlier, notify)
     other_build = golden.fingerprint.get("engine") != engine.fingerprint()["engine"]
     return dataclasses.replace(found, reading=reading, reading_of=moved if reading is not None else (), other_build=other_build)
+
+
+class _Search:
+    """Replays of one golden, each with some settings at the golden's values, within a budget of engines and minutes."""
+
+    def __init__(
+        self, trace: Trace, spec: EngineSpec, pool: Pool, budget: Budget, notify: Callable[[str], None],
+        differs: Mapping[str, tuple[Any, Any]], actual: Trace,
+    ) -> None:  # fmt: skip
+        self.steps = [Step((), _rms(trace, actual))]
+        self.replays: dict[tuple[str, ...], Trace] = {(): actual}
+        self._trace, self._spec, self._pool, self._budget, self._notify, self._differs = (
+            trace, spec, pool, budget, notify, differs
+        )  # fmt: skip
+        self._began, self._started, self._left = time.monotonic(), 0, 0
+
+    def run(self, noise: float) -> None:
+        """Move each setting alone, then those that helped together, then what helps only in that company."""
+        for name in self._differs:
+            self._measure((name,))
+        helped = tuple(s.moved[0] for s in self.steps[1:] if not s.problem and _takes_away(self.steps[0], s))
+        rest = [name for name in self._differs if name not in helped]
+        self._measure(helped)
+        if len(self._differs) < 2 or not _least(self.steps) > noise:
+            return
+        whole = self._measure(tuple(self._differs))
+        if whole is None or whole.problem or not whole.rms < 0.9 * _least(self.steps[:-1]):
+            return
+        for size in (1, 2):
+            if _least([step for step in self.steps if step is not whole]) > max(1.05 * whole.rms, noise):
+                for company in itertools.combinations(rest, size):
+                    self._measure((*helped, *company))
+
+    @property
+    def left_out(self) -> str:
+        """What the budget did not allow; "" where it allowed all."""
+        if not self._left:
+            return ""
+        engines, minutes = self._budget.engines, self._budget.minutes
+        return f"{self._left} more steps were left out: the budget is {engines} engines and {minutes:g} minutes"
+
+    def _measure(self, moved: tuple[str, ...]) -> Step | None:
+        """Replay with these settings at the golden's values; None where that is done already, or beyond the budget."""
+        if any(set(step.moved) == set(moved) for step in self.steps):
+            return None
+        if self._started >= self._budget.engines or time.monotonic() - self._began > self._budget.minutes * 60:
+            self._left += 1
+            return None
+        self._started += 1
+        try:
+            with doing(f"diagnosing, engine {self._started} of {self._budget.engines} at most: {' + '.join(moved)}"):
+                replayed = self._pool.engine(_moved(self._spec, moved, self._differs)).replay(self._trace)
+            step = Step(moved, _rms(self._trace, replayed))
+            self.replays[moved] = replayed
+        except ParityError as error:
+            step = Step(moved, float("nan"), str(error).splitlines()[0])
+        self.steps.append(step)
+        self._notify(f"{' + '.join(moved)}: " + (step.problem or f"RMS {step.rms:.3g} nats"))
+        return step
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

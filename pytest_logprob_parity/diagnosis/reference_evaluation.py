@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..comparison.alignment import align
-from ..comparison.result import Finding, PathCause
+from ..comparison.findings import PathCause
+from ..comparison.result import Finding
 from ..trace import Trace
 
 #: A side is off when it is so many times as far from the reading as the other side,
@@ -67,7 +68,7 @@ def read_against(expected: Trace, actual: Trace, reading: Trace, outlier: float)
         apart = np.abs(now - golden)
     cut = min(outlier, float(np.quantile(apart[known], 0.9))) if known.any() else outlier
     telling = known & (apart >= cut) & (apart > 0)
-    owner = np.searchsorted(expected.sequence_offsets, places, side="right") - 1
+    owner = expected.sequence_of_token[places]
     squares = np.bincount(owner[known], np.minimum(apart[known], _CUT) ** 2)
     sizes = np.sqrt(squares / np.maximum(np.bincount(owner[known]), 1))[np.unique(owner[known])]
     carry = float(np.mean(sizes > _CARRIES * sizes.max())) if len(sizes) and sizes.max() > 0 else 1.0
@@ -92,9 +93,14 @@ def weigh(findings: Sequence[Finding], reading: Reading, *, other_build: bool = 
         text = f"this run computes something else from the weights of the checkpoint, as the golden did not; {reading}"
         if reading.share <= _FEW:
             text += f"; {reading.share:.0%} of the sequences carry it"
-        path = Finding("path", None, text, candidates)
-        stale = Finding("weights", None, "an engine whose weights or cache in memory are not those of the checkpoint would "
-                        "look the same; load them anew to rule that out", ("stale_kv_cache", "stale_weights"))  # fmt: skip
+        path = Finding(layer="path", cause=None, evidence=text, candidates=candidates)
+        stale = Finding(
+            layer="weights",
+            cause=None,
+            evidence="an engine whose weights or cache in memory are not those of the checkpoint would "
+            "look the same; load them anew to rule that out",
+            candidates=("stale_kv_cache", "stale_weights"),
+        )
         kept = [f for f in findings if f.layer == "semantic"]
         named = [f for f in findings if f.layer == "path" and f.cause]
         return [*kept, *(named or [path]), stale]
@@ -103,6 +109,11 @@ def weigh(findings: Sequence[Finding], reading: Reading, *, other_build: bool = 
         kept = [f for f in findings if f.layer == "semantic"]
         if other_build:
             text += ": another checkpoint, or the golden's engine computed something else from this one"
-            return [Finding("path", None, text, ("engine_build", "weights_differ", "stale_weights")), *kept]
-        return [Finding("weights", "weights_differ", text), *kept]
+            return [
+                Finding(
+                    layer="path", cause=None, evidence=text, candidates=("engine_build", "weights_differ", "stale_weights")
+                ),
+                *kept,
+            ]
+        return [Finding(layer="weights", cause="weights_differ", evidence=text), *kept]
     return list(findings)

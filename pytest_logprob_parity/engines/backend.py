@@ -1,23 +1,25 @@
-"""What an engine kind must do: take requests in one batched call, and say what it really runs."""
+"""What an engine kind must do, and what it may do besides: small protocols, with the data that they exchange."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import EngineError
 from ..spec import PROFILES, Sampling
-from ..spec.engine_arguments import is_secret
-from ..trace import FORCINGS, Forcing
-from .builds import mixed_builds
+from ..trace import Forcing
+
+if TYPE_CHECKING:
+    from ..checkpoint.weight_update import WeightUpdate
+    from ..notes import Note
+
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One sequence to write, to be forced along, or to score.
 
@@ -33,7 +35,7 @@ class Request:
     scored_token_ids: Sequence[int] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K]."""
 
@@ -45,7 +47,7 @@ class Completion:
     finish_reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
     """What a started engine really uses, read back from it.
 
@@ -88,11 +90,6 @@ class ResolvedConfig:
         return {k: (v, self.values[k]) for k, v in pins.items() if k in self.values and self.values[k] != v}
 
 
-def forcing_of(told: str) -> tuple[Forcing | None, str]:
-    """What a worker or a server tells of forcing, `sampler`, `native` or a reason: the key, or None and the reason."""
-    return next(((forcing, "") for forcing in FORCINGS if told == forcing), (None, told))
-
-
 class Backend(Protocol):
     """A started engine."""
 
@@ -107,77 +104,61 @@ class Backend(Protocol):
         ...
 
 
-#: What stands for a secret among the values of a configuration.
-_SECRET: Final = "..."
-#: How many characters of an engine's own reason a message shows.
-_REASON_WIDTH: Final = 300
+@runtime_checkable
+class TakesWeights(Protocol):
+    """A backend that takes weight updates: between requests, or while requests run."""
+
+    def update_weights(self, update: WeightUpdate) -> None:
+        """Take new weights while no request runs."""
+        ...
+
+    def run_through(self, requests: Sequence[Request], update: WeightUpdate) -> tuple[list[Completion], list[int]]:
+        """Answer all requests with a weight update on the way; also how many tokens each had written by then."""
+        ...
 
 
-class RemoteError(Exception):
-    """What an engine in another process died of; its text is that of `reason_of` there."""
+@runtime_checkable
+class Sleeps(Protocol):
+    """A backend that can give its memory away for a while."""
+
+    def sleep(self, level: int) -> None:
+        """Keep the weights on the host (1), or nowhere (2)."""
+        ...
+
+    def wake_up(self, tags: list[str] | None) -> None:
+        """Take the memory back: of `weights`, of `kv_cache`, or of all."""
+        ...
 
 
-def reason_of(error: BaseException) -> str:
-    """The engine's own reason, in one line: the innermost cause's type and first telling line, and a fix that is known."""
-    if isinstance(error, RemoteError):
-        return str(error)
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
-    if type(error).__name__ == "ValidationError" and len(lines) > 1:  # pydantic: a count, then fields with their reasons below
-        lines = [": ".join(lines[1:3])] if not lines[1].startswith(" ") and len(lines) > 2 else lines[1:]
-    text = " ".join(lines[0].split(" [type=")[0].split()) if lines else "no message"
-    return f"{type(error).__name__}: {text}"[:_REASON_WIDTH] + mixed_builds(text)
+@runtime_checkable
+class RunsOnWorker(Protocol):
+    """A backend whose workers live in this process."""
+
+    def on_worker(self, work: Callable[[Any], Any]) -> list[Any]:
+        """Run `work(worker)` on each worker."""
+        ...
 
 
-def no_answer(engine: object, what: str, seconds: float, kind: Literal["start", "call"], told: str) -> EngineError:
-    """The error of an engine that did not answer in time: `told` is what is known of it and what became of it."""
-    more = f"ini parity_{kind}_timeout (without pytest: {kind}_timeout=) allows more, 0 sets no limit"
-    return EngineError(f"{engine}: no answer to {what} within {seconds:g} s; {told}; {more}")
+@runtime_checkable
+class ChecksumsWeights(Protocol):
+    """A backend with checksums of its own of the weights in its memory."""
+
+    def weight_checksums(self) -> dict[str, str]:
+        """The checksum of each parameter; empty where it has none."""
+        ...
 
 
-def check_readback(asked: Mapping[str, Any], got: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """Compare what was asked with what was read back; returns the settings that could not be read back.
+@runtime_checkable
+class TellsDigests(Protocol):
+    """A backend that tells the digests of the model that it serves."""
 
-    Raises EngineError naming the setting, what was asked and what came.
-    """
-    unverified = []
-    for setting, value in asked.items():
-        if setting not in got:
-            unverified.append(setting)
-        elif not _same_setting(value, got[setting]):
-            if is_secret(setting):
-                raise EngineError(f"{name} did not take {setting}: the started engine uses another value")
-            uses = json_value(got[setting])
-            if isinstance(value, Mapping) and isinstance(uses, Mapping):
-                uses = {key: uses.get(key) for key in value}
-            raise EngineError(f"{name} did not take {setting}: asked for {value!r}, the started engine uses {uses!r}")
-    return tuple(sorted(unverified))
+    digests: Mapping[str, str]
 
 
-def _same_setting(asked: Any, got: Any) -> bool:
-    """Whether a value as given is the one that is used: enums by value or name, dtypes by name, objects by their fields."""
-    if asked == "auto" or asked is None:
-        return True
-    if isinstance(asked, Mapping):
-        fields = got if isinstance(got, Mapping) else getattr(got, "__dict__", {})
-        return all(key in fields and _same_setting(value, fields[key]) for key, value in asked.items())
-    if isinstance(asked, (list, tuple)) and isinstance(got, (list, tuple, set)):
-        return len(asked) == len(got) and all(_same_setting(a, g) for a, g in zip(asked, got, strict=True))
-    if isinstance(asked, bool) or isinstance(got, bool):
-        return asked is got
-    names = (got, getattr(got, "value", got), getattr(got, "name", got), str(got), str(got).removeprefix("torch."))
-    return any(asked == name or str(asked) == str(name) for name in names)
+@runtime_checkable
+class Remarks(Protocol):
+    """A backend that has something to say beside its answers."""
 
-
-def json_value(value: Any) -> Any:
-    """A configuration value as JSON: dtypes and enums by name, objects by their fields, secrets as `...`."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return getattr(value, "name", value)
-    if isinstance(value, Mapping):
-        return {str(k): _SECRET if v and is_secret(str(k)) else json_value(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_value(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return json_value({f.name: getattr(value, f.name, None) for f in dataclasses.fields(value) if f.init})
-    return getattr(value, "name", str(value).removeprefix("torch."))
+    def remarks(self) -> list[Note]:
+        """The remarks since the last time."""
+        ...

@@ -16,10 +16,13 @@ from typing import Any, Final
 
 from ..checkpoint.adapter import Adapter
 from ..checkpoint.weight_update import WeightUpdate
-from ..errors import EngineError, ParityError
+from ..errors import EngineError
+from ..reasons import RemoteError
 from ..spec import EngineSpec
-from .backend import Backend, Completion, RemoteError, Request, ResolvedConfig, no_answer, reason_of
-from .time_limits import TimeLimits
+from . import child
+from .backend import Completion, Request, ResolvedConfig
+from .prefork import Forked, fork
+from .time_limits import TimeLimits, no_answer
 
 #: How long a child that was told to end may take to do so, and one that was killed, in seconds.
 _CLOSE_SECONDS: Final = 20
@@ -34,7 +37,9 @@ class ProcessBackend:
     that does not answer within the limits is ended.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], connection: Connection[Any, Any], log: Any, name: str) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes] | Forked, connection: Connection[Any, Any], log: Any, name: str
+    ) -> None:
         self._process = process
         self._connection = connection
         self._log = log
@@ -44,21 +49,21 @@ class ProcessBackend:
 
     @classmethod
     def start(
-        cls, spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None = None, limits: TimeLimits | None = None
+        cls,
+        spec: EngineSpec,
+        model: Path,
+        tokenizer: Path,
+        adapter: Adapter | None = None,
+        limits: TimeLimits | None = None,
+        *,
+        forked: bool = False,
     ) -> ProcessBackend:
-        """Start the engine of `spec` in a child process. Raises what starting it there raised, and EngineError where that
-        takes longer than its limit.
+        """Start the engine of `spec` in a child process, `forked` from one that has imported vLLM. Raises what starting it
+        there raised, and EngineError where that takes longer than its limit.
         """
         ours, theirs = Pipe()
         log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process does
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C is ours to handle; close() ends the whole group
-        )
+        process = fork(theirs.fileno(), log.fileno()) if forked else _start(theirs.fileno(), log)
         theirs.close()
         backend = cls(process, ours, log, str(spec))
         limits = limits or TimeLimits()
@@ -153,42 +158,12 @@ class ProcessBackend:
         return " / ".join(lines[-_LAST_LINES:])[-_LAST_CHARACTERS:] if lines else "it left no message"
 
 
-def main(descriptor: int) -> None:
-    """The child: start one engine, answer until the line closes."""
-    connection: Connection[Any, Any] = Connection(descriptor)
-    backend: Backend | None = None
-    try:
-        while True:
-            try:
-                verb, *arguments = connection.recv()
-            except EOFError:
-                return
-            try:
-                if verb == "start":
-                    backend = start_in_process(*arguments)
-                    connection.send((None, backend.config))
-                else:
-                    assert backend is not None
-                    connection.send((None, getattr(backend, verb)(*arguments)))
-            except ParityError as error:
-                connection.send((type(error)(str(error)), None))
-            except Exception as error:
-                connection.send((RemoteError(reason_of(error)), None))
-    finally:
-        if backend is not None:
-            backend.close()
-
-
-def start_in_process(spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None = None) -> Backend:
-    """Start the engine of `spec` in this process. Raises UsageError and EngineError."""
-    if spec.engine == "transformers":
-        from .transformers.backend import TransformersBackend
-
-        return TransformersBackend.start(spec, model, tokenizer, adapter)
-    from .vllm.backend import VllmBackend
-
-    return VllmBackend.start(spec, model, tokenizer, adapter)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+def _start(descriptor: int, log: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", child.__name__, str(descriptor)],
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a Ctrl-C is ours to handle; close() ends the whole group
+    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from ..errors import UsageError
+from ..errors import EngineError, UsageError
 
 
 @dataclass(frozen=True)
@@ -31,3 +31,9 @@ def _seconds(value: Any, name: str) -> float:
     if not 0 <= seconds < math.inf:
         raise UsageError(f"{name}: {value!r} must be a number of seconds, or 0 for no limit")
     return min(seconds, threading.TIMEOUT_MAX)
+
+
+def no_answer(engine: object, what: str, seconds: float, kind: Literal["start", "call"], told: str) -> EngineError:
+    """The error of an engine that did not answer in time: `told` is what is known of it and what became of it."""
+    more = f"ini parity_{kind}_timeout (without pytest: {kind}_timeout=) allows more, 0 sets no limit"
+    return EngineError(f"{engine}: no answer to {what} within {seconds:g} s; {told}; {more}")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from ..golden.fingerprint import installed_version
+from ..machine import installed_version
 
 _GPUS: Final = ("/dev/nvidiactl", "/dev/kfd")
 

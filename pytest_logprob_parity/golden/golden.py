@@ -13,10 +13,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..bounded import write_new
+from ..atomic import PART, write_new
 from ..errors import GoldenError, UsageError
 from ..grammar import counted
-from ..trace import Trace, container
+from ..trace import Trace, file_format
 from ..visible_text import visible_line
 from .noise_floor import NoiseFloor, Shapes
 from .reference import Reference
@@ -82,7 +82,7 @@ class Golden:
             },
         }
         try:
-            container.write(path, columns, metadata)
+            file_format.write(path, columns, metadata)
         except OSError as error:
             raise GoldenError(f"not written ({error.strerror or error}); the old golden is as it was", path) from None
 
@@ -90,12 +90,12 @@ class Golden:
     def load(cls, path: str | Path) -> Golden:
         """Read a golden. Raises GoldenError, in one line, for a file that is missing or cannot be trusted."""
         path = Path(path)
-        return cls.parse(container.read_bytes(path), path)
+        return cls.parse(file_format.read_bytes(path), path)
 
     @classmethod
     def parse(cls, data: bytes, path: Path) -> Golden:
         """A golden from the bytes of its file; `path` is for messages. Raises GoldenError as `load` does."""
-        columns, metadata = container.parse(data, path)
+        columns, metadata = file_format.parse(data, path)
         repeats, column = columns.pop(_FLOOR, None), columns.pop(_REFERENCE, None)
         trace = Trace.from_file_parts(columns, metadata, path)
         if "golden" not in metadata:
@@ -103,7 +103,7 @@ class Golden:
         try:
             golden = cls._from_header(trace, dict(metadata["golden"]), repeats, column)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, UsageError) as error:
-            raise container.damaged(path, f"its golden header does not hold what it should ({error})") from None
+            raise file_format.damaged(path, f"its golden header does not hold what it should ({error})") from None
         return replace(golden, digest=metadata["digest"])
 
     @classmethod
@@ -200,7 +200,7 @@ def ignore_parts(folder: Path) -> None:
     """Keep the unfinished files of killed runs out of git: a .gitignore in the folder of the goldens, where it has none."""
     ignore = folder / ".gitignore"
     with contextlib.suppress(OSError):  # the goldens are written, and that is what counts
-        write_new(ignore, f".*{container.PART}\n")
+        write_new(ignore, f".*{PART}\n")
 
 
 def variants_at(path: Path) -> list[Path]:
@@ -231,7 +231,7 @@ def claims_in(folder: Path) -> list[Claim]:
     found = []
     for path in _goldens_in(folder):
         try:
-            about = container.read_metadata(path).get("golden", {})
+            about = file_format.read_metadata(path).get("golden", {})
             node_id, name = about.get("node_id", ""), about.get("name", "")
         except (GoldenError, AttributeError):
             continue

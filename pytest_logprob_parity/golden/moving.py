@@ -12,9 +12,10 @@ from typing import Final
 
 import pytest
 
+from ..atomic import replace_all
 from ..errors import GoldenError, UsageError
 from ..plugin.stash import SESSION, UNCOMPARED
-from ..trace import container
+from ..trace import file_format
 from .golden import SUFFIX, Claim, claims_in, golden_path, variant_of, variant_path
 
 #: A test's place in a command: `FILE::TEST`.
@@ -80,11 +81,11 @@ def move(made: Sequence[Move]) -> None:
     """
     files = {}
     for step in made:
-        columns, metadata = container.read(step.old)
+        columns, metadata = file_format.read(step.old)
         about = {**metadata["golden"], "node_id": step.node_id, "name": step.name}
-        files[step.new] = container.packed(columns, {**metadata, "golden": about})
+        files[step.new] = file_format.packed(columns, {**metadata, "golden": about})
     try:
-        container.replace_all(files)
+        replace_all(files)
     except OSError as error:
         raise GoldenError(f"not written ({error.strerror or error}); nothing was moved", error.filename) from None
     for step in made:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from ..check.check import judge_answers
-from ..check.compatibility import Context
-from ..comparison.result import Comparison, Verdict
+from ..check.context import Context
+from ..comparison.result import Comparison
+from ..comparison.vocabulary import Verdict
 from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden
 from ..progress import doing

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from ..atomic import write_whole
+from ..checkpoint.digests import digest_of
 from ..errors import EngineError
-from ..golden.fingerprint import digest_of
 from .installer import CommandError, DiskFullError, clean_variables, installer_of, run_command
 from .releases import requirements_of
 
@@ -186,8 +187,7 @@ def _make(environment: Environment, folder: Path, python: Path, stop: threading.
         "after_install": _after_install(environment, folder, python, stop),
         "imports": _imports(folder),
     }
-    (folder / f"{_READY}.part").write_text(json.dumps(made), "utf-8")
-    (folder / f"{_READY}.part").replace(folder / _READY)
+    write_whole(folder / _READY, json.dumps(made).encode())
 
 
 def _after_install(environment: Environment, folder: Path, python: Path, stop: threading.Event) -> list[str]:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from ..checkpoint.digests import find_model
 from ..errors import EngineError, GoldenError, ParityError, UsageError
-from ..golden.fingerprint import find_model
 from .environments import Environment, installed_in, python_of
 from .install_failure import FULL
 from .installer import DiskFullError

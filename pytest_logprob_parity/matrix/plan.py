@@ -13,8 +13,9 @@ from typing import Any, Final, TypeAlias
 from ..bounded import read_text
 from ..checkpoint.prompts import check_prompts
 from ..errors import UsageError
-from ..spec import DTYPES, EngineSpec, Sampling, nearest
+from ..spec import DTYPES, EngineSpec, Sampling
 from ..spec.settings import check_slips
+from ..suggest import nearest
 from .environments import Environment
 from .releases import release_of
 

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from ..errors import EngineError, UsageError
-from ..golden.fingerprint import installed_version
+from ..machine import installed_version
 from .installer import CommandError, find_pip, run_command
 
 #: Nothing that text models need, and builds that want CUDA beside a CPU torch; and triton, whose version torch decides: the

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..check.check import judge_answers
-from ..check.compatibility import Context
+from ..check.context import Context
 from ..check.record import check_recorded
+from ..checkpoint.digests import digest_of, find_model, find_tokenizer
 from ..checkpoint.prompts import check_prompts, load_tokenizer, tokenize
-from ..comparison.result import Finding, Verdict
+from ..comparison.result import Finding
+from ..comparison.vocabulary import Verdict
 from ..errors import EngineError, ParityError
 from ..golden import Golden
-from ..golden.fingerprint import digest_of, find_model, find_tokenizer
 from ..progress import each
 from .executors import Executor, Job, answered, today
 from .goldens import ASKED, asked_of, check_is_of_plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..comparison.result import one_of
+from ..comparison.findings import one_of
 from .run import Row
 
 

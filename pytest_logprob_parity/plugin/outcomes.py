@@ -92,6 +92,9 @@ class Outcomes:
         own, verbosity = self._session, terminalreporter.config.getoption("verbose")
         for line in summary(self._all_records(), sorted(own.unused), sorted(own.uncompared), verbosity):
             terminalreporter.write_line(line.text, **({line.colour: True} if line.colour else {}))
+        for lines in self._config.hook.pytest_parity_summary(config=self._config, records=self._all_records()):
+            for text in lines or ():
+                terminalreporter.write_line(visible_line(text))
         self._say(terminalreporter)
 
     def pytest_unconfigure(self) -> None:

@@ -16,7 +16,7 @@ from ..errors import GoldenError, ParityError
 from .stash import PROPERTY, SESSION, note_outcome, tell
 
 if TYPE_CHECKING:
-    from ..check.compatibility import Checked, Context
+    from ..check.context import Checked, Context
     from ..comparison.result import Comparison
     from ..errors import Kind
     from ..report.results import Outcome
@@ -101,7 +101,7 @@ class Records:
 
     def note_error(self, error: BaseException) -> None:
         """Leave the record of what went wrong outside of a check: in a marker, a fixture, a call to an engine."""
-        from ..check.compatibility import Context
+        from ..check.context import Context
 
         self.note(Context(node_id=self._node_id), *told_of(error))
 
@@ -145,7 +145,7 @@ class Records:
 
     def write_part_of(self, error: ParityError, golden: str) -> str:
         """The part of the report of an error that no check told of; "" where there is no report."""
-        from ..check.compatibility import Context
+        from ..check.context import Context
 
         if self._session.report is None:
             return ""

@@ -20,19 +20,21 @@ from ..spec.server_settings import SERVER
 from ..visible_text import visible_line
 
 if TYPE_CHECKING:
-    from ..comparison.result import Comparison, Level
+    from ..comparison.result import Comparison
+    from ..comparison.vocabulary import Level
     from ..engines.pool import Pool
     from ..golden import Claim
     from ..spec import EngineSpec
 
 PROPERTY: Final = "logprob_parity"
+MARKER: Final = "logprob_parity"
 #: An exception's attribute: RAISED where it came out of a fixture of ours, NOTED where a check has left its record.
 ORIGIN: Final = "logprob_parity_origin"
 RAISED: Final = "raised"
 NOTED: Final = "noted"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Session:
     """What the plugin knows of this run: options as they were given, and what has happened so far.
 
@@ -45,17 +47,17 @@ class Session:
     set_settings: dict[str, Any]
     level: Level
     repeats: int
+    objective: str
+    reference: str
     report: Path | None = None
-    keep_candidates: bool = True
-    server: str = ""
-    objective: str = "token"
-    reference: str = "auto"
-    warn_unverified: bool = False
-    unchecked: str = ""
-    variant: str = ""
-    root: Path = Path()
-    history: Path | None = None
-    limits: TimeLimits = field(default_factory=TimeLimits)
+    history: Path | None
+    keep_candidates: bool
+    server: str
+    warn_unverified: bool
+    unchecked: str
+    variant: str
+    root: Path
+    limits: TimeLimits
     node_ids: dict[str, Path] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
     uncompared: set[str] = field(default_factory=set)

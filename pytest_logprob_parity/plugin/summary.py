@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from ..comparison.result import one_of
+from ..comparison.findings import one_of
 from ..errors import ParityError
 from ..grammar import counted
 from ..visible_text import visible_line

@@ -1,273 +1,259 @@
-"""The plots as inline SVG, drawn by matplotlib; colours are the page's own variables, so they follow light and dark."""
+"""The charts of one check: for each its axes, its marks and what it says in words. charts.svg.jinja writes them as SVG."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, NamedTuple
 
-import matplotlib as mpl
-import numpy as np
-from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from .chart_paths import CROSS, FONT, HEIGHT, SQUARE, WIDTH, Axes, Number, Text
+from .chart_scales import LinearScale, LogScale, Scale, log_scale, text_width
 
-from ..errors import UsageError
-
-#: Colours that nothing else has, and the page's variables that take their places.
-_COLOURS: Final = {"#010203": "--ink", "#010204": "--faint", "#010205": "--now", "#010206": "--noise", "#010207": "--bad"}
-_INK, _FAINT, _NOW, _NOISE, _BAD = _COLOURS
-#: Blue of the scatter's cells: a picture in the SVG knows no variables, so it is one that both backgrounds bear.
-_CELL: Final = (0.20, 0.50, 0.90)
-_STYLE: Final[dict[Any, Any]] = {
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.unicode_minus": False,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.4,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "legend.handlelength": 1.2,
-    "path.simplify": True,
+#: Strengths of a cell's colour, by the logarithm of how many tokens it holds.
+_STRENGTHS: Final = 5
+#: A log axis begins at this share of its greatest value, or above; and no number below `_SMALLEST` is told from 0.
+_REACH: Final = 1e-5
+_SMALLEST: Final = 1e-300
+#: A legend's samples as paths.
+_SAMPLES: Final[Mapping[str, str]] = {
+    "line": "h14", "area": "m0 4h14v-8h-14z", "dot": "m7 0h0", "cross": f"m7 0{CROSS}", "square": f"m7 0{SQUARE}",
 }  # fmt: skip
 
 
-class Chart(NamedTuple):
-    """A plot, what it is called, and what it says in a sentence, for those who do not see it too."""
+class Mark(NamedTuple):
+    """A path, and the classes of page.css that say how it looks."""
 
+    style: str
+    path: str
+
+
+class Entry(NamedTuple):
+    """An entry of a legend."""
+
+    sample: Mark
+    text: Text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A chart as the template needs it. `caption` says what it shows, `description` also what its axes span."""
+
+    width: ClassVar[int] = WIDTH
+    height: ClassVar[int] = HEIGHT
+    key: str
     title: str
-    svg: Markup
     caption: str
+    axes: Axes
+    x_label: str
+    y_label: str
+    marks: Sequence[Mark]
+    legend: Sequence[Entry] = ()
+
+    @property
+    def description(self) -> str:
+        """The chart in words, for readers who do not see it."""
+        spans = []
+        for name, label, ticks in (("x", self.x_label, self.axes.x_ticks()), ("y", self.y_label, self.axes.y_ticks())):
+            spans.append(f"{name} axis: {label}, {ticks[0].text} to {ticks[-1].text}.")
+        return " ".join([self.caption, *spans])
 
 
-def charts_of(plots: Mapping[str, Any] | None, salt: str) -> list[Chart]:
-    """The plots of one check that there is something to show in; `salt` keeps their ids apart from other checks'."""
+def charts_of(plots: Mapping[str, Any] | None, key: str) -> list[Chart]:
+    """The charts of one check's `plots` in results.json; `key` keeps their ids apart from those of other checks."""
     if plots is None:
         return []
-    charts = []
-    for name, (title, draw, caption) in _CHARTS.items():
-        if plots[name] is not None:
-            text = caption(plots[name])
-            try:
-                charts.append(Chart(title, _svg(draw, plots[name], f"{salt}-{name}", f"{title}. {text}"), text))
-            except (ValueError, IndexError, OverflowError) as error:
-                raise UsageError(f"plot {name!r} is not as pytest-logprob-parity writes it: {error}") from None
-    return charts
+    return [draw(plots[name], f"{key}-{name}") for name, draw in _CHARTS.items() if plots[name] is not None]
 
 
-def history_chart(history: Mapping[str, Any] | None, salt: str) -> list[Chart]:
-    """One check over runs: the number that left its band, else the RMS; the runs of the newest run's golden are joined."""
+def _scatter(data: Mapping[str, Any], key: str) -> Chart:
+    edges, points = data["edges"], data["points"]
+    scale = LinearScale(edges[0], edges[-1])
+    axes, last = Axes.of(scale, scale), len(edges) - 2
+    counts = {(x, y): count for x, y, count in data["cells"] if count and x <= last and y <= last}
+    most = max(counts.values(), default=1)
+    strengths: dict[int, list[tuple[int, int]]] = {}
+    for cell, count in counts.items():
+        share = math.log(count) / math.log(most) if most > 1 else 1.0
+        strengths.setdefault(1 + round((_STRENGTHS - 1) * share), []).append(cell)
+    marks = [Mark(f"cell s{strength}", axes.cells(edges, cells)) for strength, cells in sorted(strengths.items())]
+    marks += [Mark("ink dashed", axes.line([edges[0], edges[-1]], [edges[0], edges[-1]]))]
+    marks += [Mark("bad line", axes.crosses(points))]
+    tokens = "1 token" if most == 1 else f"1 to {most:,} tokens"
+    return Chart(
+        key=key,
+        title="Logprobs, golden against now",
+        caption="The stronger the colour of a cell, the more tokens it holds. Crosses: the tokens with the greatest |d|. On the"
+        " dashed line nothing changed. What is beyond an axis lies at its end.",
+        axes=axes,
+        x_label="logprob in the golden (nats)",
+        y_label="logprob now (nats)",
+        marks=marks,
+        legend=_legend(("cell s1", "area", ""), ("cell s5", "area", tokens), ("bad line", "cross", "greatest |d|"),
+                       ("ink dashed", "line", "no change")),
+    )  # fmt: skip
+
+
+def _histogram(data: Mapping[str, Any], key: str) -> Chart:
+    edges, counts, floor = data["edges"], data["counts"], data["floor"]
+    axes = Axes.of(LinearScale(edges[0], edges[-1]), _counts_scale([*counts, *(floor or ())]))
+    marks = [Mark("noise area", axes.stairs(edges, floor))] if floor is not None else []
+    marks += [Mark("now line", axes.stairs(edges, counts))]
+    noise = " Grey: the noise floor of the golden, scaled to as many tokens." if floor is not None else ""
+    return Chart(
+        key=key,
+        title="Differences",
+        caption=f"How many tokens have which d. The outermost bins also hold the tokens beyond them.{noise}",
+        axes=axes,
+        x_label="d = now − golden (nats)",
+        y_label="tokens (log)",
+        marks=marks,
+        legend=_legend(
+            ("now line", "line", "now − golden"), *([("noise area", "area", "noise floor")] if floor is not None else [])
+        ),
+    )
+
+
+def _by_position(data: Mapping[str, Any], key: str) -> Chart:
+    places, floor = data["positions"], data["floor"]
+    median, high, most = data["median"], data["p95"], data["max"]
+    axes = Axes.of(_span(places, whole=True), _sizes_scale([*median, *high, *most], floor))
+    marks = [Mark("now area", axes.between(places, median, high)), Mark("now line", axes.line(places, high))]
+    marks += [Mark("ink thick", axes.line(places, median)), Mark("bad dots", axes.dots(places, most))]
+    marks += [Mark("noise dashed", axes.horizontal(floor))] if floor else []
+    return Chart(
+        key=key,
+        title="Difference by position",
+        caption="Over all sequences. A |d| that grows along the completion points to the KV cache, a step to a block or to a"
+        " chunk.",
+        axes=axes,
+        x_label="position in the completion",
+        y_label="|d| (nats, log)",
+        marks=marks,
+        legend=_legend(("bad dots", "dot", "maximum"), ("now line", "line", "95 %"), ("ink thick", "line", "median"),
+                       *([("noise dashed", "line", "noise floor (RMS)")] if floor else [])),
+    )  # fmt: skip
+
+
+def _ratio(data: Mapping[str, Any], key: str) -> Chart:
+    edges, counts, clip = data["edges"], data["counts"], data["clip"]
+    axes = Axes.of(LinearScale(edges[0], edges[-1]), _counts_scale(counts))
+    marks = [Mark("now bars", axes.stairs(edges, counts))]
+    marks += [Mark("bad dashed", axes.vertical(1 - clip) + axes.vertical(1 + clip))]
+    outside = f" {data['outside']:.2%} of the tokens are outside." if data["outside"] is not None else ""
+    return Chart(
+        key=key,
+        title="Policy ratio",
+        caption=f"How many tokens have which policy ratio. Dashed: PPO's clip at 1 ± {clip:g}.{outside}",
+        axes=axes,
+        x_label="policy ratio exp(d)",
+        y_label="tokens (log)",
+        marks=marks,
+        legend=_legend(("now bars", "area", "tokens"), ("bad dashed", "line", f"PPO's clip at 1 ± {clip:g}")),
+    )
+
+
+def _divergence(data: Mapping[str, Any], key: str) -> Chart:
+    edges, counts = data["edges"], data["counts"]
+    most = max((count for count in counts if count is not None), default=0)
+    axes = Axes.of(LinearScale(edges[0], edges[-1], whole=True), LinearScale(0, max(most, 1) * 1.05, whole=True))
+    return Chart(
+        key=key,
+        title="First divergence of the free generation",
+        caption=f"With the same seeds, {data['diverged']:,} of {data['turns']:,} completions differ from the golden.",
+        axes=axes,
+        x_label="position of the first other token",
+        y_label="completions",
+        marks=[Mark("now bars", axes.stairs(edges, counts))],
+    )
+
+
+_CHARTS: Final = {
+    "scatter": _scatter, "histogram": _histogram, "by_position": _by_position, "ratio": _ratio, "divergence": _divergence,
+}  # fmt: skip
+
+
+def history_charts(history: Mapping[str, Any] | None, key: str) -> list[Chart]:
+    """One number over runs: the one that leaves its band, else the RMS; none where fewer than 2 runs have it."""
     if history is None or len(history["created"]) < 2:
         return []
     metric = next(iter(history["outside"]), "rms_diff")
-    if not any(value is not None for value in history["values"].get(metric, ())):
+    values = history["values"].get(metric, ())
+    known = [value for value in values if value is not None]
+    if not known:
         return []
-    title = f"{metric} over {len(history['created'])} runs"
-    text = _drift_told(history)
-    try:
-        return [
-            Chart(
-                title, _svg(lambda axes, data: _drift(axes, data, metric), history, f"{salt}-history", f"{title}. {text}"), text
-            )
-        ]
-    except (ValueError, IndexError, OverflowError) as error:
-        raise UsageError(f"plot of the history is not as pytest-logprob-parity writes it: {error}") from None
+    band, digests, runs = history["bands"].get(metric), history["digest"], range(1, len(values) + 1)
+    ends = (band["low"], band["high"]) if band is not None else ()
+    axes = Axes.of(_span(runs, whole=True), _span([*known, *ends], room=0.05))
+    same = [value if digest == digests[-1] else None for value, digest in zip(values, digests, strict=True)]
+    other = [value if digest != digests[-1] else None for value, digest in zip(values, digests, strict=True)]
+    marks = [Mark("noise area", axes.band(*ends))] if band is not None else []
+    marks += [
+        Mark("faint line", axes.squares(runs, other)),
+        Mark("now line", axes.line(runs, same)),
+        Mark("now dots", axes.dots(runs, same)),
+    ]
+    leaves = metric in history["outside"] and values[-1] is not None
+    marks += [Mark("bad line", axes.crosses([(runs[-1], values[-1])]))] if leaves else []
+    legend = [("now dots", "dot", "this golden")]
+    legend += [("faint line", "square", "another golden")] if any(value is not None for value in other) else []
+    legend += [("noise area", "area", "band")] if band is not None else []
+    legend += [("bad line", "cross", "outside of it")] if leaves else []
+    chart = Chart(
+        key=f"{key}-history",
+        title=f"{metric} over {len(values)} runs",
+        caption=_history_caption(history),
+        axes=axes,
+        x_label="run",
+        y_label=f"{metric} (share)" if metric == "share_outside_clip" else f"{metric} (nats)",
+        marks=marks,
+        legend=_legend(*legend),
+    )
+    return [chart]
 
 
-def _drift_told(history: Mapping[str, Any]) -> str:
+def _history_caption(history: Mapping[str, Any]) -> str:
     bands = history["bands"]
-    first, last = history["created"][0][:10], history["created"][-1][:10]
-    when = f"{first} to {last}, all runs in order; red: the newest one leaves its band."
+    when = f"Runs from {history['created'][0][:10]} to {history['created'][-1][:10]}, in order."
     if not bands:
-        return f"{when} No band: it takes 8 runs before on the same golden."
+        return f"{when} There is no band: it takes 8 earlier runs on the same golden."
     runs = max(band["runs"] for band in bands.values())
-    told = f" Grey: the band of {runs} runs before on the same golden."
     left = [
         f"{name} {value:.4g} ({bands[name]['low']:.4g} to {bands[name]['high']:.4g})"
         for name in history["outside"]
         if (value := history["values"][name][-1]) is not None
     ]
-    told += f" Outside of its band, a warning and no verdict: {', '.join(left)}." if left else ""
-    return when + told
+    outside = f" The newest run is outside of its band, a warning and no verdict: {', '.join(left)}." if left else ""
+    return f"{when} The band is of the {runs} earlier runs on the same golden.{outside}"
 
 
-def _drift(axes: Axes, data: Mapping[str, Any], metric: str) -> None:
-    values = _numbers(data["values"][metric])
-    places = np.arange(1, len(values) + 1)
-    same = np.array([digest == data["digest"][-1] for digest in data["digest"]])
-    if (band := data["bands"].get(metric)) is not None:
-        axes.axhspan(float(band["low"]), float(band["high"]), color=_NOISE, alpha=0.3, linewidth=0)
-    axes.plot(places[~same], values[~same], color=_FAINT, linestyle="", marker="o", markersize=2.4)
-    axes.plot(places[same], values[same], color=_NOW, linewidth=1.1, marker="o", markersize=2.4)
-    if metric in data["outside"]:
-        axes.plot(places[-1:], values[-1:], color=_BAD, linestyle="", marker="o", markersize=5)
-    _axes(axes, "run", "share" if metric == "share_outside_clip" else "nats")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+def _legend(*entries: tuple[str, str, str]) -> list[Entry]:
+    """A row of entries (style, sample, text); one without a text stands close to the next one."""
+    legend, x = [], 6.0
+    for style, sample, text in entries:
+        legend.append(Entry(Mark(style, f"M{x:g} 8{_SAMPLES[sample]}"), Text(x + 18, 11, text)))
+        x = round(x + 18 + text_width(text, FONT - 1) + 8 * bool(text), 1)
+    return legend
 
 
-def _svg(draw: Callable[[Axes, Mapping[str, Any]], None], data: Mapping[str, Any], salt: str, label: str) -> Markup:
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
-        figure = Figure(figsize=(4.2, 2.7))
-        figure.patch.set_visible(False)
-        axes = figure.add_axes((0.15, 0.17, 0.82, 0.74))
-        axes.patch.set_visible(False)
-        draw(axes, data)
-        buffer = io.StringIO()
-        canvas: Any = FigureCanvasSVG(figure)
-        canvas.print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return Markup(_lean(buffer.getvalue(), salt, label))  # of our own numbers and words alone
+def _span(values: Sequence[float], *, room: float = 0.0, whole: bool = False) -> LinearScale:
+    """An axis over all values, and `room`, a share of their range, on both sides; with `whole`, of whole numbers."""
+    low, high = min(values), max(values)
+    wide = (high - low) * room
+    if low == high:
+        wide = abs(low) * room or 0.5
+    return LinearScale(low - wide, high + wide, whole)
 
 
-def _lean(svg: str, salt: str, label: str) -> str:
-    """What matplotlib wrote, without its prologue, its unused ids and fonts, and with our colours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    head = f'role="img" aria-label="{escape(label)}"'
-    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', lambda match: f'<svg viewBox="{match[1]}" {head}>', svg, count=1)
-    used = set(re.findall(r"#([\w-]+)", svg))
-    svg = re.sub(r' id="([\w-]+)"', lambda match: match[0] if match[1] in used else "", svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    svg = svg.replace(' xlink:href="', ' href="').replace("stroke-linejoin: miter", "")
-    for colour, variable in _COLOURS.items():
-        svg = svg.replace(colour, f"var({variable})")
-    svg = re.sub(r'="[^"]*"', lambda match: re.sub(r"(\d\.\d\d)\d+", r"\1", match[0]), svg)
-    return re.sub(r"\s*\n\s*", "\n", svg)
+def _counts_scale(counts: Sequence[Number]) -> Scale:
+    """A log axis for counts, of which many are 0."""
+    return log_scale([count for count in counts if count is not None], threshold=1)
 
 
-def _axes(axes: Axes, x: str, y: str, ticks: int = 5) -> None:
-    axes.set_xlabel(x, labelpad=2)
-    axes.set_ylabel(y, labelpad=2)
-    axes.xaxis.set_major_locator(MaxNLocator(ticks))
-    axes.grid(visible=True, axis="y")
-
-
-def _scatter(axes: Axes, data: Mapping[str, Any]) -> None:
-    edges = _numbers(data["edges"])
-    size = len(edges) - 1
-    image = np.zeros((size, size, 4))
-    image[..., :3] = _CELL
-    for x, y, count in data["cells"]:
-        if 0 <= x < size and 0 <= y < size:
-            image[y, x, 3] = np.log1p(float(count))
-    image[..., 3] = np.where(image[..., 3] > 0, 0.25 + 0.75 * image[..., 3] / max(image[..., 3].max(), 1e-9), 0)
-    extent = (edges[0], edges[-1], edges[0], edges[-1])
-    axes.imshow(image, origin="lower", extent=extent, aspect="auto", interpolation="none")
-    axes.plot(edges[[0, -1]], edges[[0, -1]], color=_INK, linewidth=0.7, linestyle=(0, (4, 3)))
-    points = np.array(data["points"], np.float64).reshape(-1, 2)
-    axes.plot(points[:, 0], points[:, 1], linestyle="", marker="o", markersize=2.4, color=_BAD, markeredgewidth=0)
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(edges[0], edges[-1])
-    _axes(axes, "golden, nats", "now, nats")
-
-
-def _by_position(axes: Axes, data: Mapping[str, Any]) -> None:
-    places = _numbers(data["positions"])
-    floor = data["floor"]
-    for name, style in (("max", _BAD), ("p95", _NOW), ("median", _INK)):
-        axes.plot(places, _numbers(data[name]), color=style, linewidth=1.1, label={"p95": "95 %"}.get(name, name))
-    values = _numbers([*data["max"], *data["p95"], *data["median"]])
-    if floor:
-        axes.axhline(floor, color=_NOISE, linewidth=1.2, linestyle=(0, (4, 3)), label="noise floor, RMS")
-    if (positive := values[values > 0]).size:
-        least, smallest = float(positive.max()) * 1e-5, float(np.quantile(positive, 0.05))
-        axes.set_yscale("symlog", linthresh=max(least, min(smallest, floor or smallest)))
-        axes.set_ylim(bottom=0)
-        _few_decades(axes)
-    _axes(axes, "position in the completion", "|d|, nats")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderpad=0, columnspacing=1)
-
-
-def _histogram(axes: Axes, data: Mapping[str, Any]) -> None:
-    edges = _numbers(data["edges"])
-    if data["floor"] is not None:
-        axes.stairs(_numbers(data["floor"]), edges, fill=True, color=_NOISE, alpha=0.45, linewidth=0, label="noise floor")
-    axes.stairs(_numbers(data["counts"]), edges, color=_NOW, linewidth=1.2, label="now - golden")
-    _log_counts(axes, [*data["counts"], *(data["floor"] or ())])
-    _axes(axes, "d = now - golden, nats", "tokens")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderpad=0, columnspacing=1)
-
-
-def _ratio(axes: Axes, data: Mapping[str, Any]) -> None:
-    edges, clip = _numbers(data["edges"]), float(data["clip"])
-    axes.stairs(_numbers(data["counts"]), edges, fill=True, color=_NOW, alpha=0.55, linewidth=0)
-    for bound in (1 - clip, 1 + clip):
-        axes.axvline(bound, color=_BAD, linewidth=1.1, linestyle=(0, (4, 3)))
-    axes.set_xlim(edges[0], edges[-1])
-    _log_counts(axes, data["counts"])
-    _axes(axes, "policy ratio exp(d)", "tokens")
-
-
-def _divergence(axes: Axes, data: Mapping[str, Any]) -> None:
-    axes.stairs(_numbers(data["counts"]), _numbers(data["edges"]), fill=True, color=_NOW, alpha=0.55, linewidth=0)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _axes(axes, "position of the first other token", "completions")
-
-
-def _numbers(values: Any) -> Any:
-    """Numbers for matplotlib: null is NaN, which it leaves out."""
-    return np.array([np.nan if value is None else value for value in values], np.float64)
-
-
-def _log_counts(axes: Axes, counts: Any) -> None:
-    most = np.nanmax(_numbers(counts), initial=1.0)
-    axes.set_yscale("symlog", linthresh=1, linscale=0.3)
-    axes.set_ylim(0, most * 1.8)
-    _few_decades(axes)
-
-
-def _few_decades(axes: Axes) -> None:
-    """At most five powers of ten on the y axis, and no lines between them."""
-    ticks = [tick for tick in axes.yaxis.get_major_locator()() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
-    axes.set_yticks(ticks[:: -(-len(ticks) // 5)] if ticks else [])
-    axes.minorticks_off()
-
-
-def _furthest(data: Mapping[str, Any]) -> str:
-    return (
-        "Each cell is stronger the more tokens it holds; the tokens furthest off are red dots; on the diagonal nothing changed."
-    )
-
-
-_CHARTS: Final[Mapping[str, tuple[str, Any, Callable[[Mapping[str, Any]], str]]]] = {
-    "scatter": ("Logprobs, golden against now", _scatter, _furthest),
-    "histogram": (
-        "Differences",
-        _histogram,
-        lambda data: (
-            "Tokens by d, the outermost bins with all beyond them"
-            + ("." if data["floor"] is None else "; behind them the recording engine's own noise, scaled to as many tokens.")
-        ),
-    ),
-    "by_position": (
-        "Difference by position",
-        _by_position,
-        lambda data: "Over all sequences: a drift along the completion points at the KV cache, a step at a block or chunk.",
-    ),
-    "ratio": (
-        "Policy ratio",
-        _ratio,
-        lambda data: (
-            f"Dashed: PPO's clip at 1 ± {data['clip']:g}"
-            + ("." if data["outside"] is None else f"; {data['outside']:.2%} of the tokens are outside.")
-        ),
-    ),
-    "divergence": (
-        "First divergence of the free run",
-        _divergence,
-        lambda data: f"{data['diverged']} of {data['turns']} completions wrote other tokens under the same seeds.",
-    ),
-}
+def _sizes_scale(sizes: Sequence[Number], floor: Number) -> LogScale:
+    """A log axis for |d|: below its smallest twentieth, or the noise floor, it is linear, so that 0 is on it too."""
+    positive = sorted(size for size in (*sizes, floor) if size is not None and size > _SMALLEST)
+    if not positive:
+        return log_scale([], threshold=1)
+    smallest = positive[len(positive) // 20]
+    return log_scale(positive, threshold=max(positive[-1] * _REACH, min(smallest, floor or smallest), _SMALLEST))

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ..check.two_files import compare_files
 from ..comparison.message import failure_message
-from ..comparison.result import Verdict
+from ..comparison.vocabulary import Verdict
 from ..errors import UsageError
 from ..golden import SUFFIX
 from .entry import make_entry

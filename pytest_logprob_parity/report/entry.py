@@ -8,12 +8,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..check.compatibility import Checked
+from ..check.context import Checked
+from ..checkpoint.digests import find_model
 from ..comparison.message import side
 from ..comparison.result import Comparison
 from ..errors import ParityError
 from ..golden import describe
-from ..golden.fingerprint import find_model
 from .history.line import made_by
 from .plots import plots_of, short
 from .results import Outcome, finite

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from ..atomic import write_whole
 from ..bounded import parse_json, read_text
 from ..errors import UsageError
 from .results import FORMAT, LARGEST, NAME
@@ -56,8 +57,7 @@ class Run:
         Raises OSError where these cannot be written.
         """
         if results is not None and _alive(self.folder, besides=self.path):
-            (self.path / f"{NAME}.part").write_text(results, "ascii")
-            os.replace(self.path / f"{NAME}.part", self.path / NAME)
+            write_whole(self.path / NAME, results.encode("ascii"))
         else:
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
@@ -80,9 +80,9 @@ def report_of(run: Path) -> Path:
 def prepare(folder: Path) -> Run:
     """Make the folder of a report, so that a run learns of a wrong one before it has spent its time.
 
-    Raises UsageError where the report's libraries are missing or where nothing can be written there.
+    Raises UsageError where the report's library is missing or where nothing can be written there.
     """
-    check_libraries()
+    check_library()
     check_ours(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -183,11 +183,10 @@ def check_ours(folder: Path) -> None:
         raise UsageError(f"{folder / there[0]} is there already, and is no report's: name another folder")
 
 
-def check_libraries() -> None:
-    """Raise UsageError where a library that renders reports is missing."""
-    missing = [name for name, module in (("Jinja2", "jinja2"), ("matplotlib", "matplotlib")) if find_spec(module) is None]
-    if missing:
-        raise UsageError(f"a report needs {' and '.join(missing)}: pip install 'pytest-logprob-parity[report]'")
+def check_library() -> None:
+    """Raise UsageError where the library that renders reports is missing."""
+    if find_spec("jinja2") is None:
+        raise UsageError("a report needs Jinja2: pip install 'pytest-logprob-parity[report]'")
 
 
 def unwritable(folder: Path, error: OSError) -> UsageError:
@@ -198,8 +197,7 @@ def unwritable(folder: Path, error: OSError) -> UsageError:
 def write_part(run: Path, entry: Mapping[str, Any]) -> str:
     """Leave the entry of one check for the process that reports; gives its name. Raises OSError."""
     name = f"{uuid.uuid4().hex}.json"
-    (run / f"{name}.part").write_text(json.dumps(entry, allow_nan=False), "ascii")
-    os.replace(run / f"{name}.part", run / name)
+    write_whole(run / name, json.dumps(entry, allow_nan=False).encode("ascii"))
     return name
 
 

@@ -9,28 +9,30 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, Final
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..comparison.result import LAYERS
+from ..comparison.findings import LAYERS
 from ..visible_text import visible, visible_token
-from .charts import Chart, charts_of, history_chart
+from .charts import Chart, charts_of, history_charts
 from .results import IN_WORDS, OUTCOMES, cause_of, counts_of, title_of
 
+_PAGE: Final = "page.html"
+_CHART: Final = "charts.svg.jinja"
 #: Steps of a token's colour, as shares of the |d| that counts as an outlier.
 _STEPS: Final = (0.02, 0.1, 0.3, 1.0)
 #: That |d| in nats, where no gate names one.
 _OUTLIER: Final = 0.5
-#: Checks whose plots are drawn, the worst ones: a plot takes 60 ms.
+#: Checks whose charts are drawn, the worst ones: the charts of a check are about 20 kB.
 _DRAWN: Final = 400
 _STATES: Final = {"masked": "masked", "not compared": "uncompared", "no number": "lost", "excluded": "lost"}
 
 
 def render_page(content: Mapping[str, Any]) -> str:
     """The HTML of the content of a results.json, which `read_results` or `make_results` gave."""
-    script, style = (files(__package__).joinpath(name).read_text("utf-8") for name in ("page.js", "page.css"))
+    script, style = _own_file("page.js"), _own_file("page.css")
     checks = [_check(check, index) for index, check in enumerate(content["checks"])]
-    return _environment().from_string(files(__package__).joinpath("page.html").read_text("utf-8")).render(
+    return _environment().get_template(_PAGE).render(
         title=_title(content),
         project=content["project"],
         created=content["created"],
@@ -46,8 +48,15 @@ def render_page(content: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def _own_file(name: str) -> str:
+    return files(__package__).joinpath(name).read_text("utf-8")
+
+
 def _environment() -> Environment:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_finalize, trim_blocks=True)
+    templates = DictLoader({name: _own_file(name) for name in (_PAGE, _CHART)})
+    environment = Environment(
+        loader=templates, autoescape=True, undefined=StrictUndefined, finalize=_finalize, trim_blocks=True
+    )
     environment.filters |= {"number": _number, "plain": _plain}
     return environment
 
@@ -99,7 +108,7 @@ def _check(check: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 def _charts(check: Mapping[str, Any], salt: str) -> list[Chart]:
-    return [*charts_of(check["plots"], salt), *history_chart(check.get("history"), salt)]
+    return [*charts_of(check["plots"], salt), *history_charts(check.get("history"), salt)]
 
 
 def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:

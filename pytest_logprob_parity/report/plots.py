@@ -8,8 +8,9 @@ from typing import Any, Final
 import numpy as np
 
 from ..comparison.alignment import align
+from ..comparison.free_generation.result import FreeRun
 from ..comparison.metrics import CLIP
-from ..comparison.result import Comparison, FreeRun
+from ..comparison.result import Comparison
 from ..golden.noise_floor import NoiseFloor
 
 #: Bins of a histogram, cells a side of the scatter, and places along a completion, at most.
@@ -32,7 +33,7 @@ def plots_of(comparison: Comparison, floor: NoiseFloor | None) -> dict[str, Any]
         return None
     e, a = (column.astype(np.float64) for column in (expected.logprobs[rows.expected], actual.logprobs[rows.actual]))
     finite = np.isfinite(e) & np.isfinite(a)
-    starts = np.repeat(expected.sequence_offsets[:-1], np.diff(expected.sequence_offsets))
+    starts = expected.sequence_offsets[expected.sequence_of_token]
     places = (np.arange(expected.num_tokens) - starts)[rows.expected][finite]
     e, a = e[finite], a[finite]
     subtracted = bool(np.isfinite(comparison.metrics["mean_diff"])) and bool(len(e))

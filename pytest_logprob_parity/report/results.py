@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from .._version import __version__
 from ..bounded import parse_json, read_text
-from ..comparison.result import one_of
+from ..comparison.findings import one_of
 from ..errors import Kind, UsageError
 from ..json_shape import COUNT, NUMBER, WHOLE, Maybe, Optional, UpTo, check_shape
 from ..visible_text import visible_token

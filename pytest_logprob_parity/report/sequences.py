@@ -37,7 +37,7 @@ def worst_sequences(comparison: Comparison) -> list[dict[str, Any]]:
         d[known] = actual.logprobs[partner[known]].astype(np.float64) - expected.logprobs[known]
     lost = known & ~np.isfinite(d) & ~(np.isneginf(expected.logprobs))
     size = np.where(np.isfinite(d), np.abs(d), 0.0)
-    numbers = np.repeat(np.arange(expected.num_sequences), np.diff(expected.sequence_offsets))
+    numbers = expected.sequence_of_token
     many = expected.num_sequences
     tokens = np.maximum(np.bincount(numbers[known], minlength=many), 1)
     rms = np.sqrt(np.bincount(numbers, size**2, many) / tokens)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from .. import atomic
 from ..errors import UsageError
-from ..trace import container
-from .folder import check_libraries, check_ours, ignore, is_part, unwritable
+from .folder import check_library, check_ours, ignore, is_part, unwritable
 from .github import repository
 from .markdown import render_markdown
 from .results import NAME, fitting, make_results, merge, read_results, to_text
@@ -38,16 +38,16 @@ def project_of(root: Path) -> str:
 def write_report(folder: Path, content: Mapping[str, Any]) -> Path:
     """Write the report of a results.json's content; gives the page's path.
 
-    Raises UsageError where libraries are missing or the folder cannot be written; an older report then stays.
+    Raises UsageError where the report's library is missing or the folder cannot be written; an older report then stays.
     """
-    check_libraries()
+    check_library()
     check_ours(folder)
     content, _ = fitting(content)
     from .page import render_page
 
     texts = {NAME: to_text(content), PAGE: render_page(content), SUMMARY: render_markdown(content)}
     try:
-        container.replace_all({folder / name: text.encode("utf-8") for name, text in texts.items()})
+        atomic.replace_all({folder / name: text.encode("utf-8") for name, text in texts.items()})
         ignore(folder)
     except OSError as error:
         raise unwritable(folder, error) from None

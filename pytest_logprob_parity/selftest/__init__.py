@@ -1,1 +1,1 @@
-"""Faults planted in a real engine, their true effect by a float64 reference, and whether the verdicts see them."""
+"""Plants faults in the user's own engine and model, and says which of them a check catches."""

@@ -1,169 +1,111 @@
-"""What a fault is: what it does, in which size, on which golden, and which tokens carry it."""
+"""What a fault is, and what came of it: one row of the selftest's table."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
 
-import numpy as np
+from .truth import IMMATERIAL, MATERIAL
 
-from ..spec import Sampling
-from ..trace import BoolArray, Trace
-from .sites import Site
-from .truth import Doubles
+if TYPE_CHECKING:
+    from ..check.ask import Answers
+    from .engine_under_test import EngineUnderTest
 
-#: The goldens that faults are planted against: how they are sampled. `plain` is recorded in every dtype.
-GOLDENS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "plain": {},
-    "top-p": {"top_p": 0.9},
-    "top-k": {"top_k": 5},
-    "penalty": {"repetition_penalty": 1.1},
-}
+#: What a fault is planted in; `control` is no fault at all.
+Kind = Literal["setting", "sampler", "report", "weights", "control"]
+KINDS: Final[tuple[Kind, ...]] = ("control", "sampler", "report", "weights", "setting")
 
-#: Where a fault sits. Those of `place` and `experts` hit part of what runs: some positions, prompts, token ids, experts.
-Group = Literal["request", "report", "distribution", "model", "weights", "few", "free generation", "place", "experts"]
-Where = Callable[[Trace, np.random.Generator], BoolArray]
+#: What a check said: a verdict, or `error` where it ended with an error, which is as red as `fail`.
+Outcome = Literal["pass", "unverified", "fail", "error", "not possible"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """What a fault is called. `semantic` ones have a cause that is proven whatever its size: they may fail where immaterial."""
+class NotPossibleError(Exception):
+    """This engine, version, hardware or golden does not allow a fault; the text says why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """One fault in one size. `plant` gives the answers of an engine that has it, and takes it back afterwards.
+
+    `recomputes` says that the engine computes anew: its rounding errors are then other ones, fault or no fault. `unchanged`
+    says that a check would find nothing changed, so that any other bit fails; only controls are judged like that.
+    """
 
     name: str
     size: str
-    group: Group
-    semantic: bool = False
+    kind: Kind
+    plant: Callable[[EngineUnderTest], AbstractContextManager[Answers]]
+    recomputes: bool = False
+    unchanged: bool = False
+
+    def is_named(self, texts: tuple[str, ...]) -> bool:
+        """Whether its kind is one of the texts, or its name contains one; for no texts True."""
+        return not texts or any(text == self.kind or text in self.name for text in texts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fault(Case):
-    """One fault in one size. All that is set is planted together, in the engine's run and in the reference's.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One fault, judged.
 
-    Planted in the engine:
-    - `site` operates on the model; `settings` start another engine (the reference then gets `reference` instead)
-    - `sampling` and `prompt` change the request
-    - `shift` says by how many nats [N] the sampler reports each token of the golden wrongly
-    - `free_run` changes the trace whose seeds and sampling the free generation takes; `unforced` frees one request in so many
-
-    Written into the trace, after a run:
-    - `reported` changes the column of logprobs
-    - `where` says which tokens [N] carry the fault; the others keep the logprobs of the run without it. Both runs are real
-
-    Faults of equal `run` share one run of the engine, whatever they are called.
+    `rms` (nats) is the root mean square of the change against the engine without the fault, over the same tokens; None where
+    no token has a number. `multiple` is how many times the objective's limit the fault's largest effect is, and `quantity` the
+    name of that effect. `cause` is what the check names, `said` its headline, or why the fault is not possible here.
     """
 
-    golden: str = "plain"
-    site: Callable[[Site], None] | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    reference: Callable[[Any], None] | None = None
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    prompt: Callable[[list[int]], list[int]] | None = None
-    shift: Callable[[Trace, np.random.Generator], Doubles] | None = None
-    reported: Callable[[Doubles, Trace, np.random.Generator], Doubles] | None = None
-    where: Where | None = None
-    free_run: Callable[[Trace], Trace] | None = None
-    unforced: int = 0
-    run: str = ""
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    fault: str
+    size: str
+    kind: Kind
+    outcome: Outcome
+    rms: float | None = None
+    multiple: float = 0.0
+    quantity: str = ""
+    cause: str = ""
+    said: str = ""
+
+    @classmethod
+    def without_answer(cls, fault: Fault, outcome: Outcome, said: str) -> Row:
+        """The row of a fault about which there is no answer to compare: not possible here, or the engine broke."""
+        row = cls(fault=fault.name, size=fault.size, kind=fault.kind, outcome=outcome, said=said)
+        return row if outcome == "not possible" else dataclasses.replace(row, multiple=math.inf, quantity="no answer")
 
     @property
-    def run_key(self) -> tuple[str, ...]:
-        """Faults of equal keys need one run of the engine: they differ in `where` and `reported` alone."""
-        planted = self.site is not None or self.prompt is not None or self.shift is not None
-        inside = self.run or (f"{self.name}, {self.size}" if planted else "")
-        return (inside, self.golden, str(sorted(self.settings.items())), str(sorted(self.sampling.items())))
+    def planted(self) -> bool:
+        """Whether this is a fault, and was possible here."""
+        return self.kind != "control" and self.outcome != "not possible"
 
     @property
-    def case(self) -> Case:
-        """Its name and size alone, which another process can be sent."""
-        return Case(name=self.name, size=self.size, group=self.group, semantic=self.semantic)
+    def failed(self) -> bool:
+        """Whether the check failed, or ended with an error."""
+        return self.outcome in ("fail", "error")
 
+    @property
+    def size_class(self) -> Literal["matters", "near the limit", "too small"]:
+        """Whether the fault matters to the objective: at twice its limit it does, below half of it it does not."""
+        if self.multiple >= MATERIAL:
+            return "matters"
+        return "too small" if self.multiple <= IMMATERIAL else "near the limit"
 
-def each(name: str, group: Group, sizes: Mapping[str, Mapping[str, Any]], **common: Any) -> Iterator[Fault]:
-    """One fault in several sizes, each with what is its own."""
-    for size, own in sizes.items():
-        yield Fault(name=name, size=size, group=group, **{**common, **own})
+    @property
+    def missed(self) -> bool:
+        """Whether the fault matters and the check did not fail."""
+        return self.planted and self.size_class == "matters" and not self.failed
 
+    @property
+    def false_alarm(self) -> bool:
+        """Whether the check failed with no fault there."""
+        return self.kind == "control" and self.failed
 
-def spread(name: str, group: Group, **common: Any) -> Iterator[Fault]:
-    """The same fault, of one run, in all sequences, in twenty, and in two."""
-    sizes = {"all": None, "20 sequences": sequences(20), "2 sequences": sequences(2)}
-    run = name if "site" in common else ""
-    for size, where in sizes.items():
-        yield Fault(name=name, size=size, group=group, where=where, **{"run": run, **common})
-
-
-def sampling_of(fault: Fault, sampling: Sampling) -> Sampling:
-    """The sampling that the fault's run is asked with."""
-    return dataclasses.replace(sampling, **fault.sampling)
-
-
-# -- which tokens carry it ---------------------------------------------------------------------------------------------
-
-
-def sequences(count: int) -> Where:
-    """All tokens of so many sequences, drawn at random."""
-
-    def where(trace: Trace, rng: np.random.Generator) -> BoolArray:
-        hit = np.isin(np.arange(trace.num_sequences), rng.permutation(trace.num_sequences)[:count])
-        return np.repeat(hit, np.diff(trace.sequence_offsets))
-
-    return where
-
-
-def prompts(count: int) -> Where:
-    """All tokens of all completions of so many prompts, drawn at random."""
-
-    def where(trace: Trace, rng: np.random.Generator) -> BoolArray:
-        hit = np.isin(trace.group, rng.permutation(trace.num_prompts)[:count])
-        return np.repeat(hit, np.diff(trace.sequence_offsets))
-
-    return where
-
-
-def tokens(count: int) -> Where:
-    """So many single tokens, drawn at random."""
-    return lambda trace, rng: np.isin(np.arange(trace.num_tokens), rng.permutation(trace.num_tokens)[:count])
-
-
-def share(of: float) -> Where:
-    """A share (0 to 1) of the tokens, drawn at random."""
-    return lambda trace, rng: np.isin(
-        np.arange(trace.num_tokens), rng.permutation(trace.num_tokens)[: round(of * trace.num_tokens)]
-    )
-
-
-def first_tokens(trace: Trace, _: np.random.Generator) -> BoolArray:
-    """The first token of each completion, which the prefill of its prompt gives."""
-    return np.isin(np.arange(trace.num_tokens), trace.sequence_offsets[:-1])
-
-
-def last_tokens(trace: Trace, _: np.random.Generator) -> BoolArray:
-    """The last token of each completion."""
-    return np.isin(np.arange(trace.num_tokens), trace.sequence_offsets[1:] - 1)
-
-
-# -- tokens that are reported wrongly ------------------------------------------------------------------------------------
-
-#: Tokens that are nearly certain are left alone: the rest of their distribution could not take up the mass they lose.
-_CERTAIN: Final = -0.05
-
-
-def off(by: float, *, count: int = 0, of: float = 0.0, balanced: bool = False) -> Callable[..., Doubles]:
-    """`count` tokens, or a share `of` them, whose logprob is off by `by` nats; half of them by -`by` where `balanced`.
-
-    A logprob stays below 0: a positive shift hits only tokens that are unlikely enough.
-    """
-
-    def shift(trace: Trace, rng: np.random.Generator) -> Doubles:
-        wanted = count or round(of * trace.num_tokens)
-        halves = ((by, wanted - wanted // 2), (-by, wanted // 2)) if balanced else ((by, wanted),)
-        column = np.zeros(trace.num_tokens)
-        for nats, number in sorted(halves, reverse=True):  # the positive ones first: fewer tokens can take them
-            able = np.flatnonzero((trace.logprobs < min(-nats, 0.0) + _CERTAIN) & (column == 0) & np.isfinite(trace.logprobs))
-            column[rng.permutation(able)[:number]] = nats
-        return column
-
-    return shift
+    def to_json(self) -> dict[str, object]:
+        """As JSON values; a multiple without bound becomes None."""
+        values: dict[str, object] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            **values,
+            "multiple": self.multiple if math.isfinite(self.multiple) else None,
+            "size_class": self.size_class if self.planted else None,
+            "missed": self.missed,
+            "false_alarm": self.false_alarm,
+        }

@@ -4,121 +4,80 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
-from .causes import causes_of
-from .run import Row
-from .truth import TrueEffect
-
-#: How many of the material cases have to fail; none of them may pass.
-HAVE_TO_FAIL: Final = 0.95
-#: Faults that hit part of what runs.
-_PARTIAL: Final = ("place", "experts")
+from .fault import Row
+from .truth import IMMATERIAL, MATERIAL
 
 
 def header() -> str:
     """The head of the table."""
-    return (
-        f"{'fault':<38} {'size':<28} {'model':<12} {'dtype':<9} {'true effect':>34}  {'truth':<11} {'verdict':<11} named"
-    )  # fmt: skip
+    return _line("fault", "size", "verdict", "RMS, nats", "x limit", "cause named")
 
 
 def line(row: Row) -> str:
-    """One row of it; a wrong verdict is marked, with what it said."""
-    effect, named = "by construction", row.named if row.verdict == "fail" else ""
-    if row.effect is not None:
-        largest = row.effect.largest
-        times = "any" if math.isinf(largest.multiple) else f"{largest.multiple:.3g} x limit"
-        effect = f"{times} ({largest.name})"
-    if row.diagnosed and not row.right_cause:
-        named += f"  <-- not {causes_of(row.fault)[0]}" + ("" if row.right_layer else ", another layer")
-    mark = "" if row.right else f"  <-- {'UNVERIFIED' if row.verdict == 'unverified' else 'WRONG'}: {row.said}"
-    return (
-        f"{row.fault.name:<38} {row.fault.size:<28} {row.model:<12} {row.dtype:<9} {effect:>34}  {row.truth:<11} "
-        f"{row.verdict:<11} {named}{mark}"
-    ).rstrip()
+    """One row of the table; what is wrong about it is marked."""
+    outcome = "fail (error)" if row.outcome == "error" else row.outcome
+    if row.outcome == "not possible":
+        return _line(row.fault, row.size, outcome, "", "", row.said)
+    rms = "no number" if row.rms is None else f"{row.rms:.2g}"
+    times = f"{row.multiple:.2g}" if math.isfinite(row.multiple) else "any"
+    named = row.cause or (row.said if row.outcome in ("error", "unverified") else "")
+    mark = "  <-- NOT CAUGHT" if row.missed else "  <-- FALSE ALARM" if row.false_alarm else ""
+    if row.false_alarm:
+        mark += f": {row.said}"
+    return _line(row.fault, row.size, outcome, rms, times, named + mark)
 
 
-def show(row: Row) -> None:
-    """Print one row."""
-    print(line(row), flush=True)
-
-
-def reached(rows: Sequence[Row]) -> bool:
-    """Whether no material case passes, enough of them fail, and no immaterial one does."""
-    must = [r for r in rows if r.expected == "fail"]
-    return (
-        all(r.verdict != "pass" for r in must)
-        and sum(r.failed for r in must) >= HAVE_TO_FAIL * len(must)
-        and not any(r.failed for r in rows if r.expected == "no fail")
-    )
+def _line(*cells: str) -> str:
+    fault, size, outcome, rms, times, named = cells
+    return f"{fault:<33} {size:<32} {outcome:<12} {rms:>9} {times:>8}  {named}".rstrip()
 
 
 def summary(rows: Sequence[Row], objective: str) -> list[str]:
-    """How many cases on which side of the limits, by model and dtype, and what their verdicts are."""
-    lines = [f"objective {objective}: {len({r.fault.name for r in rows})} faults, {len(rows)} cases", _COUNTS_HEADER]
-    groups = sorted({(r.model, r.dtype) for r in rows})
-    for model, dtype in groups:
-        lines.append(_counts(f"{model}, {dtype}", [r for r in rows if (r.model, r.dtype) == (model, dtype)]))
-    if len(groups) > 1:
-        lines.append(_counts("all", rows))
-    material = [r for r in rows if r.truth == "material"]
-    partial = [r for r in material if r.fault.group in _PARTIAL]
-    if material:
-        failed = sum(r.failed for r in material)
-        lines.append(f"material cases: {len(material)}, {failed / len(material):.1%} fail, "
-                     f"{sum(r.verdict == 'pass' for r in material)} pass (to reach: {HAVE_TO_FAIL:.0%} and 0)")  # fmt: skip
-        lines.append(f"material cases that hit part of what runs (a position, prompt, range of ids, few tokens, experts): "
-                     f"{len(partial)}, {len(partial) / len(material):.0%}")  # fmt: skip
-    told = [r for r in rows if r.diagnosed]
-    below = [r for r in rows if r.expected == "no fail" and not r.failed]
-    invented = sum(any(f.cause and f.layer != "noise" for f in r.findings) for r in below)
-    lines.append(f"diagnosis of those that had to fail and did: {sum(r.right_cause for r in told)} of {len(told)} causes right "
-                 f"or first among the candidates, {sum(r.right_layer for r in told)} layers right; causes named where nothing "
-                 f"failed: {invented}")  # fmt: skip
+    """One sentence that says what is caught, and what the other rows are."""
+    matters = [row for row in rows if row.planted and row.size_class == "matters"]
+    missed = [row for row in matters if row.missed]
+    controls = [row for row in rows if row.kind == "control" and row.outcome != "not possible"]
+    alarms = [row for row in controls if row.false_alarm]
+    caught = f"{len(matters) - len(missed)} of {len(matters):,} faults are caught"
+    left = f"not caught: {_names(missed)}; " if missed else ""
+    lines = [
+        f"On this machine, with this golden, {caught}; {left}false alarms {len(alarms)} of {len(controls)}"
+        + (f": {_names(alarms)}" if alarms else "") + "."
+    ]  # fmt: skip
+    lines.append(
+        f"A fault counts where its true effect is {MATERIAL:g} times the limit of objective {objective} or more. "
+        + _others(rows)
+    )
+    unsure = [row for row in controls if row.outcome == "unverified"]
+    if unsure:
+        lines.append(f"Unverified although nothing was wrong: {_names(unsure)}: the golden has too few prompts")
     return lines
 
 
-_COLUMNS: Final = (
-    ("material", "fail", "unverified", "pass"), ("between",), ("immaterial", "fail", "unverified", "pass"),
-    ("constructed", "right"),
-)  # fmt: skip
-_COUNTS_HEADER: Final = f"{'':<26}" + "   ".join(
-    " ".join(f"{name:>{max(len(name), 4)}}" for name in group) for group in _COLUMNS
-)
-
-
-def _counts(name: str, rows: Sequence[Row]) -> str:
-    values: list[list[int]] = []
-    for group in _COLUMNS:
-        of = [r for r in rows if r.truth == group[0]]
-        count = {
-            "fail": sum(r.failed for r in of),
-            "unverified": sum(r.verdict == "unverified" for r in of),
-            "pass": sum(r.verdict == "pass" for r in of),
-            "right": sum(r.right for r in of),
-        }
-        values.append([len(of), *(count[part] for part in group[1:])])
-    return f"{name:<26}" + "   ".join(
-        " ".join(f"{value:>{max(len(part), 4)}}" for part, value in zip(group, numbers, strict=True))
-        for group, numbers in zip(_COLUMNS, values, strict=True)
+def _others(rows: Sequence[Row]) -> str:
+    """What the rows are that do not count."""
+    planted = [row for row in rows if row.planted]
+    small = [row for row in planted if row.size_class == "too small"]
+    near = [row for row in planted if row.size_class == "near the limit"]
+    impossible = [row for row in rows if row.outcome == "not possible"]
+    return (
+        f"Not counted: {len(near)} near the limit ({IMMATERIAL:g} to {MATERIAL:g} times), {len(small)} too small to matter "
+        f"(of these {sum(row.failed for row in small)} fail all the same), {len(impossible)} not possible here."
     )
 
 
-def _finite(effect: TrueEffect | None) -> float | None:
-    return None if effect is None or math.isinf(effect.multiple) else effect.multiple
+def _names(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{row.fault} ({row.size})" for row in rows)
 
 
-def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as JSON values; an infinite multiple is None."""
-    return [
-        {
-            "fault": r.fault.name, "size": r.fault.size, "group": r.fault.group, "model": r.model, "dtype": r.dtype,
-            "truth": r.truth, "on": "" if r.effect is None else r.effect.largest.name,
-            "effect": _finite(r.effect), "seen": _finite(r.seen),
-            "quantities": {} if r.effect is None else {q.name: q.value for q in r.effect.quantities if math.isfinite(q.value)},
-            "verdict": r.verdict, "expected": r.expected, "right": r.right, "said": r.said, "named": r.named,
-            "findings": [str(f) for f in r.findings],
-        }
-        for r in rows
-    ]  # fmt: skip
+def exit_status(rows: Sequence[Row]) -> int:
+    """0 where all faults that matter are caught and no control fails, and there was one of them; 1 otherwise."""
+    something = any(row.outcome != "not possible" for row in rows)
+    return 0 if something and not any(row.missed or row.false_alarm for row in rows) else 1
+
+
+def to_json(rows: Sequence[Row], objective: str) -> dict[str, Any]:
+    """The rows and the summary as JSON values."""
+    return {"rows": [row.to_json() for row in rows], "summary": summary(rows, objective)[0], "status": exit_status(rows)}

@@ -63,7 +63,7 @@ _TOKEN_EXPERTS: Final = 3.0
 _SEQUENCE: Final = 0.15
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Quantity:
     """One quantity that an update feels: its value, and the limit in the same unit. A limit of 0 allows none."""
 
@@ -79,7 +79,7 @@ class Quantity:
         return self.value / self.limit if self.limit else math.inf if self.value else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrueEffect:
     """What a fault does to an update under one objective: every quantity with its limit."""
 
@@ -150,7 +150,6 @@ def true_effect(
     both = known & ~broken & np.isfinite(clean) & np.isfinite(faulty)
     d = faulty[both].astype(np.float64) - clean[both].astype(np.float64)
     owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    judged = len(d) + int(excluded.sum())
     far = np.abs(d).max(initial=0.0)
     if excluded.any():
         far = max(far, math.inf if depth is None else float(depth[excluded].max()))
@@ -159,24 +158,27 @@ def true_effect(
         Quantity("one token", float(far), _TOKEN_EXPERTS if experts else _TOKEN),
         Quantity("one sequence", _worst_sequence(d, owner[both]), _SEQUENCE),
     )
-    if not judged:
+    if not len(d) and not excluded.any():
         return TrueEffect(objective, common)
+    if objective == "sequence":
+        return TrueEffect(objective, (*common, *_of_sequences(d, owner[both], np.unique(owner[excluded]))))
+    return TrueEffect(objective, (*common, *_of_tokens(d, int(excluded.sum()), objective)))
+
+
+def _of_tokens(d: Doubles, outside: int, objective: Objective) -> tuple[Quantity, ...]:
+    """The quantities of the objectives that weigh tokens, from d [n] and the number of tokens that one side alone excludes."""
+    judged = len(d) + outside
     ratio = np.exp(np.minimum(d, 300.0))  # exp(300)^2 is still a double
-    outside = int(excluded.sum())
     k3 = Quantity("k3", _mean(ratio - 1 - d), _K3)
     mean = Quantity("mean", abs(_mean(d)), _MEAN)
     if objective == "token":
         clipped = (int(np.sum(np.abs(ratio - 1) > CLIP)) + outside) / judged
-        return TrueEffect(objective, (*common, k3, Quantity("clipped tokens", clipped, _CLIPPED), mean))
-    if objective == "sequence":
-        return TrueEffect(objective, (*common, *_of_sequences(d, owner[both], np.unique(owner[excluded]))))
+        return k3, Quantity("clipped tokens", clipped, _CLIPPED), mean
     if objective == "truncated":
         capped = (int(np.sum((ratio > CAP) | (ratio < 1 / CAP))) + outside) / judged
         loss = Quantity("ESS loss", _ess_loss(np.minimum(ratio, CAP)), _ESS_LOSS)
-        return TrueEffect(objective, (*common, loss, Quantity("capped tokens", capped, _CAPPED), k3, mean))
-    loss = Quantity("ESS loss", _ess_loss(ratio), _ESS_LOSS)
-    lost = Quantity("excluded tokens", outside / judged, _EXCLUDED)
-    return TrueEffect(objective, (*common, k3, loss, mean, lost))
+        return loss, Quantity("capped tokens", capped, _CAPPED), k3, mean
+    return k3, Quantity("ESS loss", _ess_loss(ratio), _ESS_LOSS), mean, Quantity("excluded tokens", outside / judged, _EXCLUDED)
 
 
 def _of_sequences(d: Doubles, owner: npt.NDArray[np.int64], cut: npt.NDArray[np.int64]) -> tuple[Quantity, Quantity]:
@@ -214,3 +216,29 @@ def _ess_loss(weights: Doubles) -> float:
 
 def _mean(values: Doubles) -> float:
     return float(values.mean()) if len(values) else 0.0
+
+
+def growth(
+    model: Doubles,
+    clean: Doubles,
+    faulty: Doubles,
+    offsets: npt.NDArray[np.int64],
+    objective: Objective = "token",
+    *,
+    experts: bool = False,
+) -> TrueEffect:
+    """The effect of a fault in an engine that computes anew, and so makes other rounding errors, fault or no fault.
+
+    `model` [N] are logprobs of the model without rounding, NaN where they are not known. Each quantity is what the fault adds
+    to the engine's distance from the model, and no more than what it changes in the engine's own logprobs. Where `model` knows
+    no token, the latter alone counts.
+    """
+    edge = np.zeros(len(clean))
+    change = true_effect(clean, faulty, offsets, objective, depth=edge, experts=experts)
+    if not np.isfinite(model).any():
+        return change
+    before, after = (true_effect(model, x, offsets, objective, depth=edge, experts=experts) for x in (clean, faulty))
+    added = {b.name: max(a.value - b.value, 0.0) for b, a in zip(before.quantities, after.quantities, strict=True)}
+    return TrueEffect(
+        objective, tuple(Quantity(q.name, min(q.value, added.get(q.name, q.value)), q.limit) for q in change.quantities)
+    )  # fmt: skip

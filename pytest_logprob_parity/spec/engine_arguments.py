@@ -1,4 +1,4 @@
-"""Which engine arguments the installed vLLM has, read from its source: nothing is imported, so markers are cheap."""
+"""The engine arguments of the installed vLLM, read from its source: vLLM is not imported, so markers are cheap."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SECRET: Final = re.compile(r"(token|key|keys|keyfile)$|ssl|passw|secret|credent
 
 
 def is_secret(name: str) -> bool:
-    """Whether the value of a setting of this name is told to nobody."""
+    """Whether a setting of this name holds a secret, so that its value is never printed."""
     return _SECRET.search(name) is not None
 
 

@@ -1,4 +1,4 @@
-"""What `engine="vllm-server"` needs to know of its server: where it is, and how to talk to it. Light: markers use it."""
+"""The settings of `engine="vllm-server"`: the server's address, and how to send requests to it. Light: markers use it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SERVER: Final = "vllm-server"
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How to talk to a server: all settings of an EngineSpec that are not claims about its engine.
+    """How to reach a server: the settings of an EngineSpec that do not describe its engine.
 
-    `url` is its address, without `/v1`; `concurrency` how many requests are under way at a time; `timeout` how long, in
-    seconds, an answer may take; `retries` how often a request is sent again after an error that passes; `served_model` its
-    name there, where that is not the model's.
+    `url` is the server's address, without `/v1`. `concurrency` is the number of requests under way at a time. `timeout` is
+    how long an answer may take, in seconds. `retries` is how often a request is sent again after a temporary error.
+    `served_model` is the model's name on the server, where it differs from the spec's.
     """
 
     url: str
@@ -29,12 +29,12 @@ class ServerSettings:
     served_model: str | None = None
 
 
-#: Their names.
+#: The names of these settings.
 SERVER_SETTINGS: Final = ("url", "concurrency", "timeout", "retries", "served_model")
 
 
 def check_url(text: Any, source: str) -> str:
-    """An address as it is used: without a slash or `/v1` at its end. Raises UsageError, beginning with `source`."""
+    """A server's address without a slash or `/v1` at its end. Raises UsageError, with a message that begins with `source`."""
     example = "give one such as http://127.0.0.1:8000"
     if not isinstance(text, str):
         raise UsageError(f"{source}: {text!r} is no address of a server; {example}")
@@ -51,7 +51,7 @@ def check_url(text: Any, source: str) -> str:
 
 
 def server_settings(settings: Mapping[str, Any]) -> ServerSettings:
-    """Those among the settings of a spec. Raises UsageError for one that is missing or out of range."""
+    """The server settings among the settings of a spec. Raises UsageError for one that is missing or out of range."""
     given = {name: settings[name] for name in SERVER_SETTINGS if name in settings}
     if "url" not in given:
         raise UsageError(f"engine={SERVER!r} needs url='http://HOST:PORT', or the option --parity-server=http://HOST:PORT")

@@ -1,4 +1,4 @@
-"""From markers, parameters, ini lines and --parity-set to the EngineSpec of a test: who wins, and what is misspelt."""
+"""The EngineSpec of a test from markers, parameters, ini lines and --parity-set: which one wins, and which is misspelt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from ..errors import UsageError
-from .engine_spec import EngineSpec, nearest
+from ..suggest import nearest
+from .engine_spec import EngineSpec
 from .server_settings import SERVER, SERVER_SETTINGS
 
 
@@ -23,7 +24,7 @@ def parse_settings(lines: Iterable[str], source: str) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A value given as text: JSON, with Python's spelling of true, false and null allowed; else the text itself."""
+    """The value that a text stands for: JSON, with Python's spelling of true, false and null allowed; else the text itself."""
     try:
         return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:
@@ -40,13 +41,13 @@ def marker_settings(marks: Iterable[tuple[str, tuple[Any, ...], Mapping[str, Any
     return merged
 
 
-#: How near a name must be to a known one to be a slip of it, and not an argument of another release (difflib's ratio: a
-#: letter more or less is 0.95; `disable_log_requests`, which is gone, is 0.81 near to `disable_log_stats`).
+#: How near a name must be to a known one to be a misspelling, and not an argument of another release (difflib's ratio: one
+#: letter more or less is 0.95; the removed argument `disable_log_requests` has 0.81 to `disable_log_stats`).
 _SLIP: Final = 0.9
 
 
 def check_slips(settings: Mapping[str, Any]) -> None:
-    """Raise UsageError for a name that nearly is one of the installed vLLM. Other releases may have arguments that it lacks."""
+    """Raise UsageError for a name that misspells an argument of the installed vLLM. Other names may be of other releases."""
     from .engine_arguments import vllm_engine_arguments
 
     if not (arguments := vllm_engine_arguments()):

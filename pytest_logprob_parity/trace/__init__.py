@@ -1,20 +1,22 @@
-"""Traces: what an engine said of tokens, as columns with their meaning; and the file format that holds them."""
+"""Traces: what an engine reports about tokens, as columns with their meaning; and the file format that holds them."""
 
-from .trace import (
+from .columns import (
     COLUMNS,
     FINISH_REASONS,
-    FORCINGS,
     MINUS_INFINITY,
     NO_SEED,
     BoolArray,
+    FinishReason,
     FloatArray,
-    Forcing,
-    ReplayPath,
-    Segment,
-    Trace,
-    TracePath,
+    empty_top_k,
+    finish_code,
     offsets_of,
+    rows_of,
+    top_k_columns,
 )
+from .labels import FORCINGS, Forcing, LogprobsMode, ReplayPath, TracePath
+from .segments import Segment
+from .trace import Trace
 
 __all__ = [
     "COLUMNS",
@@ -23,11 +25,17 @@ __all__ = [
     "MINUS_INFINITY",
     "NO_SEED",
     "BoolArray",
+    "FinishReason",
     "FloatArray",
     "Forcing",
+    "LogprobsMode",
     "ReplayPath",
     "Segment",
     "Trace",
     "TracePath",
+    "empty_top_k",
+    "finish_code",
     "offsets_of",
+    "rows_of",
+    "top_k_columns",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Final, Literal
 
-from ..result import Finding, Note
+from ...notes import Note
+from ..findings import Finding
+from ..sides import Side
 
-Side = Literal["expected", "actual"]
 Key = Literal[
     "top_k_shifted", "no_distribution", "above_zero", "mass_above_one", "chosen_and_top_k", "above_the_largest",
     "rank_and_top_k", "top_k_differs", "ranks_differ", "probability_one", "tokens_shifted", "no_logprob",
@@ -21,7 +22,7 @@ _TITLES: Final[Mapping[Key, str]] = {
     "no_logprob": "Logprobs are missing",
 }
 _OF_ITSELF: Final = "The record contradicts itself"
-#: What causes read off the top-k (`signatures.reporting`) say of the same tokens, in more words.
+#: What causes read off the top-k (`signatures.misreported_logprobs`) say of the same tokens, in more words.
 _SAID_BY: Final[Mapping[str, frozenset[Key]]] = {
     "wrong_values": frozenset({"above_zero", "mass_above_one", "chosen_and_top_k", "above_the_largest"}),
     "wrong_token": frozenset({"chosen_and_top_k", "above_the_largest"}),
@@ -31,14 +32,13 @@ _SAID_BY: Final[Mapping[str, frozenset[Key]]] = {
 _EXPLAIN: Final[frozenset[Key]] = frozenset({"probability_one", "tokens_shifted", "no_distribution", "top_k_shifted"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Contradiction(Finding):
     """A finding that columns of a record contradict each other, at `count` of `of` places of `side`.
 
     `new` says that the comparison must not pass for it: it is on the actual side, and not on the expected one in like number.
     """
 
-    _: KW_ONLY
     key: Key = "chosen_and_top_k"
     side: Side = "actual"
     count: int = 0
@@ -46,7 +46,7 @@ class Contradiction(Finding):
     new: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """All contradictions of two aligned records."""
 

@@ -7,12 +7,14 @@ from typing import Final
 
 import numpy as np
 
+from ...notes import Note
 from ...trace import Trace
 from ..alignment import Alignment
-from ..result import Cause, Finding, Names, Note
-from . import between, within
-from .columns import Columns, Longs
-from .contradiction import Contradiction, Key, Record, Side
+from ..findings import Cause, Finding
+from ..sides import Names, Side
+from . import between_sides, within_side
+from .contradiction import Contradiction, Key, Record
+from .side_columns import Columns, Longs
 
 #: Elements of a top-k that are looked at; of larger comparisons, sequences at even distances, and all tokens that are far off.
 _MOST: Final = 200_000
@@ -40,19 +42,26 @@ def examine(expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAM
     is on the actual side, and not on the expected one in like number, is `new`.
     """
     if not rows.tokens:
-        return Record(tuple(between.shifted_tokens(expected, actual, rows, names)))
+        return Record(tuple(between_sides.shifted_tokens(expected, actual, rows, names)))
     kept = _looked_at(expected, actual, rows)
-    golden = Columns(expected, "expected", np.arange(expected.num_tokens)[rows.expected][kept], names.expected)
-    now = Columns(actual, "actual", np.arange(actual.num_tokens)[rows.actual][kept], names.actual)
-    found = [*between.shifted_tokens(expected, actual, rows, names)]
-    found += [c for c in (between.no_logprob(golden, now),) if c is not None]
+    expected_columns = Columns(
+        trace=expected, side="expected", rows=np.arange(expected.num_tokens)[rows.expected][kept], name=names.expected
+    )
+    actual_columns = Columns(
+        trace=actual, side="actual", rows=np.arange(actual.num_tokens)[rows.actual][kept], name=names.actual
+    )
+    found = [*between_sides.shifted_tokens(expected, actual, rows, names)]
+    found += [c for c in (between_sides.no_logprob(expected_columns, actual_columns),) if c is not None]
     same_meaning = expected.distribution() == actual.distribution()
-    of_golden, of_now = list(within.checks(golden, now)), list(within.checks(now, golden))
-    if same_meaning and not between.chosen_shifted(golden, now):
-        found += [c for c in (between.probability_one(golden, now),) if c is not None]
-        found += _between(golden, now, of_golden, of_now)
+    of_expected, of_actual = (
+        list(within_side.checks(expected_columns, actual_columns)),
+        list(within_side.checks(actual_columns, expected_columns)),
+    )
+    if same_meaning and not between_sides.chosen_shifted(expected_columns, actual_columns):
+        found += [c for c in (between_sides.probability_one(expected_columns, actual_columns),) if c is not None]
+        found += _between(expected_columns, actual_columns, of_expected, of_actual)
     shifted = {c.side for c in found if c.key == "top_k_shifted"}
-    for side, mine, theirs in ((golden, of_golden, of_now), (now, of_now, of_golden)):
+    for side, mine, theirs in ((expected_columns, of_expected, of_actual), (actual_columns, of_actual, of_expected)):
         if side.side not in shifted:
             found += _within(side, mine, theirs)
     if any(c.key in ("no_distribution", "chosen_and_top_k") for c in found):  # that is why they differ
@@ -61,34 +70,45 @@ def examine(expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAM
     return Record(tuple(found))
 
 
-def _within(side: Columns, mine: list[within.Check], theirs: list[within.Check]) -> list[Contradiction]:
+def _within(side: Columns, mine: list[within_side.Check], theirs: list[within_side.Check]) -> list[Contradiction]:
     others = {check.key: check.count for check in theirs if check.certain}
     found = []
     for check in mine:
         if check.count and check.certain:
             new = check.decides and side.side == "actual" and check.count > _LIKE * others.get(check.key, 0)
-            text = within.told(check, side)
+            text = within_side.in_words(check, side)
             candidates: tuple[Cause, ...] = ("engine_build", "parallelism")
             found.append(
                 Contradiction(
-                    "path", None, text, candidates, key=check.key, side=side.side, count=check.count, of=check.of, new=new
+                    layer="path",
+                    cause=None,
+                    evidence=text,
+                    candidates=candidates,
+                    key=check.key,
+                    side=side.side,
+                    count=check.count,
+                    of=check.of,
+                    new=new,
                 )
             )
     return found
 
 
 def _between(
-    golden: Columns, now: Columns, of_golden: list[within.Check], of_now: list[within.Check]
+    expected_columns: Columns, actual_columns: Columns, of_expected: list[within_side.Check], of_actual: list[within_side.Check]
 ) -> list[Contradiction]:  # fmt: skip
-    counts = [sum(c.count for c in checks if c.key == "chosen_and_top_k") for checks in (of_golden, of_now)]
+    counts = [sum(c.count for c in checks if c.key == "chosen_and_top_k") for checks in (of_expected, of_actual)]
     wrong: Side = "expected" if counts[0] > counts[1] else "actual"
-    agreed = between.agree(golden, now)
+    agreed = between_sides.agree(expected_columns, actual_columns)
     agree = bool(np.mean(agreed) >= _AGREE)
-    found = [between.shifted_top_k(golden, now, wrong), between.other_ranks(golden, now, agreed) if agree else None]
+    found = [
+        between_sides.shifted_top_k(expected_columns, actual_columns, wrong),
+        between_sides.other_ranks(expected_columns, actual_columns, agreed) if agree else None,
+    ]
     if found[0] is None and agree:
-        found.append(between.other_top_k(golden, now, agreed))
-    told = [c for c in found if c is not None]
-    return [c if c.side == "actual" else dataclasses.replace(c, new=False) for c in told]
+        found.append(between_sides.other_top_k(expected_columns, actual_columns, agreed))
+    known = [c for c in found if c is not None]
+    return [c if c.side == "actual" else dataclasses.replace(c, new=False) for c in known]
 
 
 def _looked_at(expected: Trace, actual: Trace, rows: Alignment) -> slice | Longs:
@@ -102,17 +122,18 @@ def _looked_at(expected: Trace, actual: Trace, rows: Alignment) -> slice | Longs
     e, a = expected.logprobs[rows.expected], actual.logprobs[rows.actual]
     with np.errstate(invalid="ignore"):
         far = np.flatnonzero((np.abs(a - e) > _FAR) | (np.isfinite(a) != np.isfinite(e)))[:most]
-    inside = np.flatnonzero(np.repeat(some, np.diff(expected.sequence_offsets))[rows.expected])
+    inside = np.flatnonzero(some[expected.sequence_of_token][rows.expected])
     return np.union1d(inside, far)
 
 
 def topk_judged(expected: Trace, actual: Trace) -> Note:
     """Whether the top-k was judged, as a note: over the common width where the two sides differ in it."""
-    here, there = _width(expected), _width(actual)
-    if here and there:
-        wider = f" (the golden's has {here}, this run's {there})" if here != there else ""
-        return Note("top_k_judged", f"top-{min(here, there)} judged on both sides{wider}")
-    missing = "neither side has one" if not here and not there else f"{'this run' if here else 'the golden'} has none"
+    expected_width, actual_width = _width(expected), _width(actual)
+    if expected_width and actual_width:
+        wider = f" (the golden's has {expected_width}, this run's {actual_width})" if expected_width != actual_width else ""
+        return Note("top_k_judged", f"top-{min(expected_width, actual_width)} judged on both sides{wider}")
+    lacking = "this run" if expected_width else "the golden"
+    missing = f"{lacking} has none" if expected_width or actual_width else "neither side has one"
     return Note("top_k_judged", f"top-k not judged: {missing}")
 
 

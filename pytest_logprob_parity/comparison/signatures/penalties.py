@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from .logit_scale import ENOUGH, FINEST, fit_scale
 from .positions import Doubles, Positions
-from .scale import ENOUGH, FINEST, fit_scale
 
 _SURE: Final = 5.0
 #: A penalty has to explain this share of what is off between seen and other tokens of one position; less, where it comes
@@ -30,12 +30,12 @@ _WIDEST: Final = 4.0
 _ALL_OF_THEM: Final = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Penalty:
     """A penalty that differs between the sides, with its standard `error`, in the units of the field of Sampling `name`.
 
-    `change` is the golden's over this run's for repetition, the golden's less this run's for the others. `alike` names a
-    penalty that the evidence does not tell from it.
+    `change` is the expected side's over the actual side's for repetition, the difference of both for the others. `alike` names
+    a penalty that the evidence does not tell from it.
     """
 
     name: str
@@ -54,13 +54,13 @@ class Penalty:
         """Whether engines take such a penalty: presence and frequency penalties are from -2 to 2."""
         return bool(self.neutral) or abs(self.change) <= _WIDEST + _SURE * self.error
 
-    def now(self, golden: float) -> float:
-        """This run's value, where the golden's is this."""
-        return golden / self.change if self.neutral else golden - self.change
+    def actual(self, expected: float) -> float:
+        """The actual side's value, where the expected side's is this."""
+        return expected / self.change if self.neutral else expected - self.change
 
 
 def find_penalties(positions: Positions, scale: float, temperature: float) -> list[Penalty]:
-    """The penalties that explain what is off the line now = `scale` x golden + a constant for each position, if any do.
+    """The penalties that explain what is off the line actual = `scale` x expected + a constant for each position, if any do.
 
     `temperature` is what this run's logits were divided by. Presence and frequency penalties count before it, and the line
     has brought the golden's to it: on either side, what is off is the penalty over this temperature.
@@ -126,8 +126,8 @@ def _repetition(positions: Positions, off: Doubles, scale: float, classes: Any) 
     if not line.positions or not line.uniform or not abs(steeper - 1) > max(FINEST, _SURE * error):
         return None
     value = max(steeper, 1 / steeper)
-    asked = positions.golden.sampling.repetition_penalty
-    recorded = asked != 1 and abs(value - max(asked, 1 / asked)) <= max(0.02 * value, 2 * error)
+    expected_value = positions.expected_trace.sampling.repetition_penalty
+    recorded = expected_value != 1 and abs(value - max(expected_value, 1 / expected_value)) <= max(0.02 * value, 2 * error)
     if line.positions < (_ENOUGH_BY_RECORD if recorded else ENOUGH):
         return None
     alike = [seen & (classes == c) for c in np.unique(classes[seen])]
@@ -142,9 +142,9 @@ def _repetition(positions: Positions, off: Doubles, scale: float, classes: Any) 
         both &= others.sum(axis=1) >= 2
         if both.sum() >= ENOUGH and _apart(off[both], seen[both], others[both]) < _MOVED:
             return None  # no penalty moves the others
-    on_golden = lower > 0 if lower else steeper > 1
-    change = value if on_golden else 1 / value
-    return Penalty("repetition_penalty", change, error * change, line.positions), line.slope
+    on_expected = lower > 0 if lower else steeper > 1
+    change = value if on_expected else 1 / value
+    return Penalty(name="repetition_penalty", change=change, error=error * change, positions=line.positions), line.slope
 
 
 def _additive(positions: Positions, off: Doubles, used: Any, temperature: float, steeper: float = 1.0) -> list[Penalty] | None:
@@ -173,22 +173,24 @@ def _additive(positions: Positions, off: Doubles, used: Any, temperature: float,
     alike = ""
     if fit is best:
         alike = next((n for s in single if s is not best and s.left <= 1.05 * best.left + 1e-12 for n in s.slopes), "")
-    if steeper == 1 and positions.golden.sampling.repetition_penalty != 1:
+    if steeper == 1 and positions.expected_trace.sampling.repetition_penalty != 1:
         alike = "repetition_penalty"  # nearly the same for all that it moves, and too few pairs to see the difference
     found = []
     for name, slope in fit.slopes.items():  # a penalty lowers what it meets: where it is higher now, the golden had it
         unit = temperature / steeper if slope > 0 else temperature
         change, error = slope * unit, fit.errors[name] * unit
-        asked = getattr(positions.golden.sampling, name)
-        if steeper != 1 and asked:  # the line has made the golden's so many times as large: what this run has is left of it
-            change, error = asked - (steeper * asked - slope * temperature), fit.errors[name] * temperature
-            if abs(change) <= max(_AS_RECORDED * abs(asked), _SURE * error):
+        expected_value = getattr(positions.expected_trace.sampling, name)
+        if (
+            steeper != 1 and expected_value
+        ):  # the line has made the golden's so many times as large: what this run has is left of it
+            change, error = expected_value - (steeper * expected_value - slope * temperature), fit.errors[name] * temperature
+            if abs(change) <= max(_AS_RECORDED * abs(expected_value), _SURE * error):
                 continue
-        found.append(Penalty(name, change, error, len(rows), alike))
+        found.append(Penalty(name=name, change=change, error=error, positions=len(rows), alike=alike))
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Plane:
     """Slopes of y on some columns through 0, their errors clustered by position, and the squares that are left."""
 

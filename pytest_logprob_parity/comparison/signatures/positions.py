@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ...trace import Trace
 from ..alignment import Alignment
-from ..result import Names
+from ..sides import Names, Side
 
 Doubles = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -28,19 +28,19 @@ _LARGEST: Final = 4_000_000
 _NEAREST: Final = 0.9
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)  # no slots: cached_property needs a dict
 class Positions:
     """n positions, m tokens each: the chosen one, then the golden's top-k without it.
 
     `ids` int64 [n, m], -1 where there is no token. `expected` and `actual` float64 [n, m]: logprobs in nats, -inf where
-    truncation excluded the token, NaN where a side does not say. `rows` and `others` [n] are the tokens' places in the
-    two traces, `sequences` [n] their sequences; `names` are what sentences call the two sides.
+    truncation excluded the token, NaN where a side does not say. `expected_rows` and `actual_rows` [n] are the tokens' places
+    in the two traces, `sequences` [n] their sequences; `names` are what sentences call the two sides.
     """
 
-    golden: Trace
-    now: Trace
-    rows: npt.NDArray[np.int64]
-    others: npt.NDArray[np.int64]
+    expected_trace: Trace
+    actual_trace: Trace
+    expected_rows: npt.NDArray[np.int64]
+    actual_rows: npt.NDArray[np.int64]
     sequences: npt.NDArray[np.int64]
     ids: npt.NDArray[np.int64]
     expected: Doubles
@@ -53,14 +53,14 @@ class Positions:
         return np.asarray(np.isfinite(self.expected) & np.isfinite(self.actual))
 
     def off_line(self, slope: float) -> Doubles:
-        """What is left [n, m] of now - slope x golden; NaN where a side has no finite number."""
-        golden, now = np.where(self.common, self.expected, np.nan), np.where(self.common, self.actual, np.nan)
-        return np.asarray(now - slope * golden)
+        """What is left [n, m] of actual - slope x expected; NaN where a side has no finite number."""
+        expected, actual = (np.where(self.common, side, np.nan) for side in (self.expected, self.actual))
+        return np.asarray(actual - slope * expected)
 
     def noise(self, slope: float) -> float:
         """What `slope` leaves of the differences between tokens of one position (nats, RMS without the furthest tenth)."""
         two = self.of(self.common.sum(axis=1) >= 2)
-        if not len(two.rows):
+        if not len(two.expected_rows):
             return 0.0
         off = two.off_line(slope)
         spread = np.nanmean((off - np.nanmean(off, axis=1, keepdims=True)) ** 2, axis=1)
@@ -69,13 +69,13 @@ class Positions:
     @functools.cached_property
     def _seen(self) -> tuple[Bools, npt.NDArray[np.int64]]:
         seen, counts = np.zeros(self.ids.shape, bool), np.zeros(self.ids.shape, np.int64)
-        for start, stop, history in _written(self.golden, set(self.sequences.tolist())):
-            inside = np.flatnonzero((self.rows >= start) & (self.rows < stop))
+        for start, stop, history in _written(self.expected_trace, set(self.sequences.tolist())):
+            inside = np.flatnonzero((self.expected_rows >= start) & (self.expected_rows < stop))
             ids = self.ids[inside]
             # Each token of the run as one number, ordered by its id, then by its place: how many of an id stand before a place.
-            length, written = stop - start, self.golden.token_ids[start:stop].astype(np.int64)
+            length, written = stop - start, self.expected_trace.token_ids[start:stop].astype(np.int64)
             order = np.sort(written * length + np.arange(length))
-            before = np.searchsorted(order, ids * length + (self.rows[inside] - start)[:, None])
+            before = np.searchsorted(order, ids * length + (self.expected_rows[inside] - start)[:, None])
             counts[inside] = np.where(ids >= 0, before - np.searchsorted(order, ids * length), 0)
             seen[inside] = (counts[inside] > 0) | (np.isin(ids, history) & (ids >= 0))
         return seen, counts
@@ -93,36 +93,59 @@ class Positions:
     def of(self, chosen: Any) -> Positions:
         """These positions only (a mask or an index over n)."""
         return Positions(
-            self.golden, self.now, self.rows[chosen], self.others[chosen], self.sequences[chosen], self.ids[chosen],
-            self.expected[chosen], self.actual[chosen], self.names,
-        )  # fmt: skip
+            expected_trace=self.expected_trace,
+            actual_trace=self.actual_trace,
+            expected_rows=self.expected_rows[chosen],
+            actual_rows=self.actual_rows[chosen],
+            sequences=self.sequences[chosen],
+            ids=self.ids[chosen],
+            expected=self.expected[chosen],
+            actual=self.actual[chosen],
+            names=self.names,
+        )
+
+    def side(self, side: Side) -> tuple[Trace, npt.NDArray[np.int64], str]:
+        """One side: its trace, the tokens' places [n] in it, and what sentences call it."""
+        if side == "expected":
+            return self.expected_trace, self.expected_rows, self.names.expected
+        return self.actual_trace, self.actual_rows, self.names.actual
 
 
 def positions_of(
     expected: Trace, actual: Trace, rows: Alignment, sequences: Any = None, names: Names = _NAMES, most: int = MOST
 ) -> Positions:  # fmt: skip
     """The table over the aligned tokens, of `sequences` alone where they are given, thinned out to `most`."""
-    here, there = np.arange(expected.num_tokens)[rows.expected], np.arange(actual.num_tokens)[rows.actual]
-    owner = np.repeat(np.arange(expected.num_sequences), np.diff(expected.sequence_offsets))[rows.expected]
+    places, others = np.arange(expected.num_tokens)[rows.expected], np.arange(actual.num_tokens)[rows.actual]
+    owner = expected.sequence_of_token[rows.expected]
     if sequences is not None:
         taken = np.isin(owner, sequences)
-        here, there, owner = here[taken], there[taken], owner[taken]
+        places, others, owner = places[taken], others[taken], owner[taken]
     most = min(most, max(_LARGEST // (1 + max(expected.top_k, actual.top_k)), 1))
-    if len(here) > most:
+    if len(places) > most:
         owners = np.flatnonzero(np.bincount(owner))
         kept = np.zeros(expected.num_sequences, bool)
-        kept[owners[np.linspace(0, len(owners) - 1, max(int(len(owners) * most / len(here)), 1)).astype(np.int64)]] = True
+        kept[owners[np.linspace(0, len(owners) - 1, max(int(len(owners) * most / len(places)), 1)).astype(np.int64)]] = True
         taken = kept[owner]
-        here, there, owner = here[taken][:most], there[taken][:most], owner[taken][:most]
-    chosen = expected.token_ids[here].astype(np.int64)[:, None]
-    top = expected.top_token_ids[here].astype(np.int64)
+        places, others, owner = places[taken][:most], others[taken][:most], owner[taken][:most]
+    chosen = expected.token_ids[places].astype(np.int64)[:, None]
+    top = expected.top_token_ids[places].astype(np.int64)
     top = np.where(top == chosen, -1, top)
     ids = np.concatenate([chosen, top], axis=1)
-    golden = np.concatenate([expected.logprobs[here][:, None], expected.top_logprobs[here]], axis=1).astype(np.float64)
-    golden[ids < 0] = np.nan
-    now = _look_up(ids, actual.top_token_ids[there].astype(np.int64), actual.top_logprobs[there].astype(np.float64))
-    now[:, 0] = actual.logprobs[there]
-    return Positions(expected, actual, here, there, owner, ids, golden, now, names)
+    of_expected = np.concatenate([expected.logprobs[places][:, None], expected.top_logprobs[places]], axis=1).astype(np.float64)
+    of_expected[ids < 0] = np.nan
+    of_actual = _look_up(ids, actual.top_token_ids[others].astype(np.int64), actual.top_logprobs[others].astype(np.float64))
+    of_actual[:, 0] = actual.logprobs[others]
+    return Positions(
+        expected_trace=expected,
+        actual_trace=actual,
+        expected_rows=places,
+        actual_rows=others,
+        sequences=owner,
+        ids=ids,
+        expected=of_expected,
+        actual=of_actual,
+        names=names,
+    )
 
 
 def _look_up(ids: npt.NDArray[np.int64], listed: npt.NDArray[np.int64], values: Doubles) -> Doubles:

@@ -11,12 +11,12 @@ import numpy as np
 from ...spec import Sampling
 from ...trace import Trace
 from ..alignment import Alignment
-from ..result import Cause, Finding, Names, SemanticCause
-from .find_steps import applied_temperature, scale_of, stages_of
-from .places import find_places
-from .positions import MOST, Positions, positions_of
-from .processing_step import Stage, applied
-from .reporting import (  # fmt: skip
+from ..findings import Cause, Finding, SemanticCause
+from ..sides import Names
+from .find_logits_processing_steps import logits_processing_steps, scale_of
+from .logit_scale import ENOUGH
+from .logits_processing_step import ProcessingStep, applied
+from .misreported_logprobs import (
     Misreport,
     find_normaliser,
     find_rewritten,
@@ -27,7 +27,8 @@ from .reporting import (  # fmt: skip
     misreport,
     no_logprobs,
 )
-from .scale import ENOUGH
+from .position_pattern import find_position_pattern
+from .positions import MOST, Positions, positions_of
 
 _NAMES: Final = Names()
 
@@ -49,7 +50,7 @@ def different_meaning(expected: Trace, actual: Trace) -> SemanticCause | None:
 
 def bears_out(expected: Trace, actual: Trace, rows: Alignment) -> bool:
     """Whether the top-k show that the two sides are apart by the temperatures that their labels name, however small."""
-    slope = applied_temperature(expected) / applied_temperature(actual)
+    slope = expected.applied_temperature / actual.applied_temperature
     if slope == 1:
         return False
     scale = scale_of(positions_of(expected, actual, rows))
@@ -63,12 +64,15 @@ def label_findings(
 ) -> list[Finding]:  # fmt: skip
     """The findings for labels that differ: what they claim, and step by step what the numbers say of it."""
     claim = f"{expected.distribution()} against {actual.distribution()}"
-    stages = [stage.finding for stage in stages_of(positions_of(expected, actual, rows, names=names))]
-    same = [finding for finding in stages if finding.cause == cause]
+    of_steps = [step.finding for step in logits_processing_steps(positions_of(expected, actual, rows, names=names))]
+    same = [finding for finding in of_steps if finding.cause == cause]
     if same:
         claim += f"; {same[0].evidence}"
     values = same[0].values if same else {}
-    return [Finding("semantic", cause, claim, values=values), *(finding for finding in stages if finding.cause != cause)]
+    return [
+        Finding(layer="semantic", cause=cause, evidence=claim, values=values),
+        *(finding for finding in of_steps if finding.cause != cause),
+    ]
 
 
 # -- what the numbers say ----------------------------------------------------------------------------------------------
@@ -85,14 +89,21 @@ def semantic_findings(
     for sequences in (None, off) if off is not None and len(off) else (None,):
         positions = positions_of(expected, actual, rows, sequences, names, most)
         reports = _reported(positions)
-        found = [Finding("semantic", report.cause, report.text) for report in reports]
+        found = [Finding(layer="semantic", cause=report.cause, evidence=report.text) for report in reports]
         if all(report.minor for report in reports):
-            stages = list(stages_of(positions))
-            found = [*_whole(stages, positions), *(stage.finding for stage in stages), *found]
-            if not found and (by_place := find_places(positions)):
+            steps = list(logits_processing_steps(positions))
+            found = [*_whole(steps, positions), *(step.finding for step in steps), *found]
+            if not found and (by_place := find_position_pattern(positions)):
                 found = [by_place]
             elif not found and (normaliser := find_normaliser(positions)):
-                found = [Finding("semantic", None, normaliser.text, _of_a_normaliser(positions.golden.sampling))]
+                found = [
+                    Finding(
+                        layer="semantic",
+                        cause=None,
+                        evidence=normaliser.text,
+                        candidates=_of_a_normaliser(positions.expected_trace.sampling),
+                    )
+                ]
         if found:
             where = "" if sequences is None else f"in {len(sequences)} of {expected.num_sequences} sequences: "
             return [dataclasses.replace(f, evidence=where + f.evidence) for f in found]
@@ -102,15 +113,15 @@ def semantic_findings(
 def _reported(positions: Positions) -> list[Misreport]:
     """Numbers that were reported wrongly."""
     for found in (
-        no_logprobs(positions, golden=True),
-        no_logprobs(positions, golden=False),
+        no_logprobs(positions, "expected"),
+        no_logprobs(positions, "actual"),
         find_rewritten(positions),
         find_underflow(positions),
     ):
         if found is not None:
             return [found]
-    told = [misreport(positions, golden=golden) for golden in (False, True)]
-    reports = [report for report in told if report is not None]
+    found_on = (misreport(positions, "actual"), misreport(positions, "expected"))
+    reports = [report for report in found_on if report is not None]
     if elsewhere := find_shifted_rows(positions) or find_rows_elsewhere(positions):
         return [elsewhere]
     if all(report.minor for report in reports) and (shift := find_shift(positions)):
@@ -118,27 +129,34 @@ def _reported(positions: Positions) -> list[Misreport]:
     return reports
 
 
-def _whole(stages: Sequence[Stage], positions: Positions) -> Iterator[Finding]:
+def _whole(steps: Sequence[ProcessingStep], positions: Positions) -> Iterator[Finding]:
     """Raw for processed: all that the recorded sampling asks for is on one side only."""
-    asked, names = _recorded(positions.golden.sampling), positions.names
-    for on_golden, text in ((True, f"{names.expected}'s logprobs are processed, these are raw"),
+    recorded, names = _recorded(positions.expected_trace.sampling), positions.names
+    for on_expected, text in ((True, f"{names.expected}'s logprobs are processed, these are raw"),
                             (False, f"these logprobs are processed, {names.expected}'s are raw")):  # fmt: skip
-        found = {stage.finding.cause for stage in stages if stage.on_golden == on_golden and stage.recorded}
-        other = any(s.on_golden != on_golden and s.finding.cause and not s.recorded for s in stages)  # it processes, otherwise
-        penalties = sum(s.finding.cause == "penalties" for s in stages if s.on_golden == on_golden and s.recorded)
-        if asked == {"penalties"} and penalties < _penalties(positions.golden.sampling):
+        found = {step.finding.cause for step in steps if step.on_expected == on_expected and step.recorded}
+        other = any(
+            s.on_expected != on_expected and s.finding.cause and not s.recorded for s in steps
+        )  # it processes, otherwise
+        penalties = sum(s.finding.cause == "penalties" for s in steps if s.on_expected == on_expected and s.recorded)
+        if recorded == {"penalties"} and penalties < _penalties(positions.expected_trace.sampling):
             continue  # those that are left were applied
-        if asked and found == asked and not other:
-            twice = not on_golden and asked in ({"temperature"}, {"penalties"})  # nothing tells it from a step taken twice
-            steps = ", ".join(
-                applied(s.step, names, on_golden=s.on_golden, twice=twice and s.twice) for s in stages if s.recorded
+        if recorded and found == recorded and not other:
+            twice = not on_expected and recorded in ({"temperature"}, {"penalties"})  # nothing tells it from a step taken twice
+            said = ", ".join(
+                applied(s.name, names, on_expected=s.on_expected, twice=twice and s.twice) for s in steps if s.recorded
             )
             if twice:
-                yield Finding("semantic", None, f"{text}, or it was applied twice: {steps}", ("raw_vs_processed", *asked))
+                yield Finding(
+                    layer="semantic",
+                    cause=None,
+                    evidence=f"{text}, or it was applied twice: {said}",
+                    candidates=("raw_vs_processed", *recorded),
+                )
             else:
-                recorded = [s.finding.values for s in stages if s.on_golden == on_golden and s.recorded]
-                unlisted = recorded[0] if len(recorded) == 1 and "beyond_top_k" in recorded[0] else {}
-                yield Finding("semantic", "raw_vs_processed", f"{text}: {steps}", values=unlisted)
+                values = [s.finding.values for s in steps if s.on_expected == on_expected and s.recorded]
+                unlisted = values[0] if len(values) == 1 and "beyond_top_k" in values[0] else {}
+                yield Finding(layer="semantic", cause="raw_vs_processed", evidence=f"{text}: {said}", values=unlisted)
 
 
 def _penalties(sampling: Sampling) -> int:
@@ -158,7 +176,7 @@ def _recorded(sampling: Sampling) -> set[SemanticCause]:
         ("truncation", sampling.truncates),
         ("penalties", sampling.penalizes),
     )
-    return {name for name, there in steps if there}
+    return {name for name, taken in steps if taken}
 
 
 def left_unexplained(expected: Trace, actual: Trace, rows: Alignment, most: float) -> str:
@@ -190,5 +208,7 @@ def unsure_of(expected: Trace, actual: Trace, rows: Alignment) -> str:
             f"top-1: both sides name two tokens at {usable:,} positions, where another one was chosen: a truncation or a "
             "penalty may not show; record logprobs=5"
         )
-    asked = expected.sampling.top_k
-    return f"top-{k}: a truncation to top-k {asked} cannot be told, record logprobs={asked + 1} or more" if asked >= k else ""
+    wanted = expected.sampling.top_k
+    return (
+        f"top-{k}: a truncation to top-k {wanted} cannot be told, record logprobs={wanted + 1} or more" if wanted >= k else ""
+    )

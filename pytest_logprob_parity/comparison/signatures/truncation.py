@@ -1,4 +1,4 @@
-"""A truncation that one side has and the other has not, or another one, told from their `kept_sets`."""
+"""A truncation that one side has and the other has not, or another one, told from their truncated supports."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Final
 import numpy as np
 
 from ...spec import Sampling
-from ..result import Finding
-from . import truncated_support as kept_sets
+from ..findings import Finding
+from . import truncated_support
+from .logits_processing_step import ProcessingStep, applied
 from .positions import Positions
-from .processing_step import Stage, applied
 
 #: Kept sets differ where they do at this share of the positions and more; noise alone moves a few.
 _OTHER_SETS: Final = 0.01
@@ -27,41 +27,41 @@ _BLURRED: Final = 0.05
 _WITHIN: Final = 0.25
 
 
-def truncation_stages(positions: Positions, slope: float, *, alone: bool, penalised: bool) -> Iterator[Stage]:
+def truncation_steps(positions: Positions, slope: float, *, alone: bool, penalised: bool) -> Iterator[ProcessingStep]:
     """`alone` where nothing else is different: else kept sets differ for that reason. `penalised` where a penalty is."""
-    golden, now = kept_sets.kept(positions, golden=True), kept_sets.kept(positions, golden=False)
-    fewest, most = sorted(int(np.count_nonzero(side.complete)) for side in (golden, now))
-    if most >= kept_sets.ENOUGH and fewest > _NONE * most:
-        yield from _both_truncate(positions, golden, now, alone=alone)
-    elif golden.truncates:
-        yield _one_truncates(positions, golden, slope, on_golden=True, penalised=penalised)
-    elif now.truncates:
-        yield _one_truncates(positions, now, slope, on_golden=False, penalised=penalised)
+    expected, actual = truncated_support.kept(positions, "expected"), truncated_support.kept(positions, "actual")
+    fewest, most = sorted(int(np.count_nonzero(side.complete)) for side in (expected, actual))
+    if most >= truncated_support.ENOUGH and fewest > _NONE * most:
+        yield from _both_truncate(positions, expected, actual, alone=alone)
+    elif expected.truncates:
+        yield _one_truncates(positions, expected, slope, on_expected=True, penalised=penalised)
+    elif actual.truncates:
+        yield _one_truncates(positions, actual, slope, on_expected=False, penalised=penalised)
     else:
         yield from _wider_than_listed(positions, alone=alone)
 
 
-def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Stage]:
+def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[ProcessingStep]:
     """A truncation whose kept sets are wider than the top-k that was recorded: what it excludes among the chosen tokens, and,
     where nothing else is different, by how much it raises what is listed.
     """
-    golden, now = np.isneginf(positions.expected[:, 0]), np.isneginf(positions.actual[:, 0])
-    excluded = {False: int(np.count_nonzero(now & ~golden)), True: int(np.count_nonzero(golden & ~now))}
+    expected, actual = np.isneginf(positions.expected[:, 0]), np.isneginf(positions.actual[:, 0])
+    excluded = {False: int(np.count_nonzero(actual & ~expected)), True: int(np.count_nonzero(expected & ~actual))}
     if max(excluded.values()) < _ONE_WAY * sum(excluded.values()):
         return  # no truncation does both
-    recorded = positions.golden.sampling.truncates
-    both = recorded and positions.now.sampling.truncates  # noise alone moves a few over the edge of a kept set
-    least = max(kept_sets.ENOUGH, _OTHER_SETS * len(now) if both else 0)
+    recorded = positions.expected_trace.sampling.truncates
+    both = recorded and positions.actual_trace.sampling.truncates  # noise alone moves a few over the edge of a kept set
+    least = max(truncated_support.ENOUGH, _OTHER_SETS * len(actual) if both else 0)
     kept = positions.common[:, 0]
     change = positions.actual[kept, 0] - positions.expected[kept, 0]
-    for on_golden, count in excluded.items():
-        if both and np.mean((-change if on_golden else change) < -_BLURRED) > 1 - _ONE_WAY:
+    for on_expected, count in excluded.items():
+        if both and np.mean((-change if on_expected else change) < -_BLURRED) > 1 - _ONE_WAY:
             continue  # a truncation lowers none of those that it keeps; other logits do, and have other kept sets
-        k = (positions.golden if on_golden else positions.now).top_k
+        k = (positions.expected_trace if on_expected else positions.actual_trace).top_k
         lift, what, values = None, [], dict[str, Any](beyond_top_k=k)
-        if alone and (recorded or not on_golden):
-            free, cut = (positions.actual, positions.expected) if on_golden else (positions.expected, positions.actual)
-            lift = kept_sets.lifted(free, cut)
+        if alone and (recorded or not on_expected):
+            free, cut = (positions.actual, positions.expected) if on_expected else (positions.expected, positions.actual)
+            lift = truncated_support.lifted(free, cut)
         if lift is not None:
             what.append(
                 f"it raises all tokens of a position by one constant ({lift.positions:,} positions, kept mass {lift.mass:.4f} "
@@ -69,41 +69,48 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Stage]:
             )
             values |= {"positions": lift.positions, "kept_mass": lift.mass}
         if count >= least:
-            what.append(f"it excludes {count} of {len(now):,} tokens")
+            what.append(f"it excludes {count} of {len(actual):,} tokens")
             values["excluded"] = count
         if what:
-            step = "a truncation"
-            text = f"{applied(step, positions.names, on_golden=on_golden)}: {' and '.join(what)}"
+            name = "a truncation"
+            text = f"{applied(name, positions.names, on_expected=on_expected)}: {' and '.join(what)}"
             text += f"; top-{k} logprobs do not show how wide its kept sets are: record more" if k else ""
             # the recorded one excludes none that was sampled under it, but for a few by noise: what excludes more is another
-            whole = recorded and count <= max(_FEW, _NONE * _NONE * len(now))
-            yield Stage(Finding("semantic", "truncation", text, values=values), on_golden, whole, step)
+            whole = recorded and count <= max(_FEW, _NONE * _NONE * len(actual))
+            yield ProcessingStep(
+                finding=Finding(layer="semantic", cause="truncation", evidence=text, values=values),
+                on_expected=on_expected,
+                recorded=whole,
+                name=name,
+            )
 
 
 def _one_truncates(
-    positions: Positions, kept: kept_sets.Kept, slope: float, *, on_golden: bool, penalised: bool
-) -> Stage:  # fmt: skip
-    truncated, free = (positions.expected, positions.actual) if on_golden else (positions.actual, positions.expected)
-    power = 1 / slope if on_golden else slope
+    positions: Positions, kept: truncated_support.Kept, slope: float, *, on_expected: bool, penalised: bool
+) -> ProcessingStep:  # fmt: skip
+    truncated, free = (positions.expected, positions.actual) if on_expected else (positions.actual, positions.expected)
+    power = 1 / slope if on_expected else slope
     rows = kept.complete & np.isfinite(free).any(axis=1)
     inside = np.isfinite(truncated[rows])
     noise = positions.noise(slope)
-    side, places = (positions.now, positions.others) if on_golden else (positions.golden, positions.rows)
+    side, places = (
+        (positions.actual_trace, positions.actual_rows) if on_expected else (positions.expected_trace, positions.expected_rows)
+    )
     listed = side.top_logprobs[places[rows]].astype(np.float64)
-    limits = kept_sets.fit_limits(inside, *kept_sets.before_truncation(free[rows], power, listed), noise)
+    limits = truncated_support.fit_limits(inside, *truncated_support.before_truncation(free[rows], power, listed), noise)
     if penalised:  # masses after a penalty are not known
         limits = dataclasses.replace(limits, top_p=None, min_p=None)
     if np.mean(kept.complete) < _ONE_WAY:  # of the others the sets are larger than what is listed
         limits = dataclasses.replace(limits, top_k=None)
-    sampling = positions.golden.sampling
+    sampling = positions.expected_trace.sampling
     allowed = _allowed(limits)
     names = [_limit_in_words(limit, value) for limit, value in allowed.items()]
     recorded = _is_recorded(limits, sampling, masses=not penalised)
-    blurred = on_golden and sampling.truncates and noise > _BLURRED  # none is named in place of the one that was recorded
+    blurred = on_expected and sampling.truncates and noise > _BLURRED  # none is named in place of the one that was recorded
     other = "" if blurred else " or ".join(names)
-    name = _asked(sampling) if recorded else other or "a truncation"
+    name = _truncation_in_words(sampling) if recorded else other or "a truncation"
     text = (
-        f"{applied(name, positions.names, on_golden=on_golden)}: "
+        f"{applied(name, positions.names, on_expected=on_expected)}: "
         f"kept mass {limits.mass:.2f} on average ({limits.positions:,} positions"
     )
     fits = any(limit is not None for limit in (limits.top_k, limits.top_p, limits.min_p))
@@ -112,36 +119,49 @@ def _one_truncates(
     if not kept.renormalised:
         text += f"; what was kept adds up to {np.mean(kept.total[kept.complete]):.3f}, not to 1"
     values = {"kept_mass": limits.mass, "positions": limits.positions, **allowed}
-    return Stage(Finding("semantic", "truncation", text, values=values), on_golden, recorded, name)
+    return ProcessingStep(
+        finding=Finding(layer="semantic", cause="truncation", evidence=text, values=values),
+        on_expected=on_expected,
+        recorded=recorded,
+        name=name,
+    )
 
 
 def _both_truncate(
-    positions: Positions, golden: kept_sets.Kept, now: kept_sets.Kept, *, alone: bool
-) -> Iterator[Stage]:  # fmt: skip
-    less_now, less_then = golden.beyond(now), now.beyond(golden)
-    fewer, more = np.mean(less_now), np.mean(less_then)
-    enough = (fewer + more) * len(now.counts) >= kept_sets.ENOUGH
+    positions: Positions, expected: truncated_support.Kept, actual: truncated_support.Kept, *, alone: bool
+) -> Iterator[ProcessingStep]:  # fmt: skip
+    less_on_actual, less_on_expected = expected.beyond(actual), actual.beyond(expected)
+    fewer, more = np.mean(less_on_actual), np.mean(less_on_expected)
+    enough = (fewer + more) * len(actual.counts) >= truncated_support.ENOUGH
     one_way = max(fewer, more) > _ONE_WAY * (fewer + more)  # noise moves as many tokens in as out
-    if alone and enough and one_way and fewer + more > _OTHER_SETS and _one_constant(positions.of(less_now | less_then)):
+    recorded = _truncation_in_words(positions.expected_trace.sampling)
+    most = max(side.mean_total for side in (expected, actual))
+    other_sets = enough and one_way and fewer + more > _OTHER_SETS
+    if alone and other_sets and _one_constant(positions.of(less_on_actual | less_on_expected)):
         less = fewer > more
-        counts = golden.counts.mean(), now.counts.mean()
+        counts = expected.counts.mean(), actual.counts.mean()
         text = (
-            f"{_asked(positions.golden.sampling)} was recorded, and {'fewer' if less else 'more'} tokens are left in "
-            f"{positions.names.actual}: {counts[1]:.2f} on average in place of {counts[0]:.2f}, other sets at "
-            f"{fewer + more:.0%} of positions"
+            f"{recorded} was recorded, and {'fewer' if less else 'more'} tokens are left in {positions.names.actual}: "
+            f"{counts[1]:.2f} on average in place of {counts[0]:.2f}, other sets at {fewer + more:.0%} of positions"
         )
-        common = np.unique(now.counts[now.complete])
+        common = np.unique(actual.counts[actual.complete])
         if len(common) == 1:
             text += f"; always {int(common[0])}, as top-k {int(common[0])} would leave"
         values = {"kept_expected": float(counts[0]), "kept_actual": float(counts[1])}
-        yield Stage(Finding("semantic", "truncation", text, values=values), bool(not less), False)
-    elif golden.renormalised != now.renormalised and max(side.mean_total for side in (golden, now)) < 1 + kept_sets.WHOLE:
-        side, kept = (positions.names.expected, golden) if now.renormalised else (positions.names.actual, now)
+        yield ProcessingStep(
+            finding=Finding(layer="semantic", cause="truncation", evidence=text, values=values),
+            on_expected=bool(not less),
+            recorded=False,
+        )
+    elif expected.renormalised != actual.renormalised and most < 1 + truncated_support.WHOLE:
+        side, kept = (positions.names.expected, expected) if actual.renormalised else (positions.names.actual, actual)
         text = (
-            f"{_asked(positions.golden.sampling)} was not followed by a normalisation in {side}: what was kept adds up to "
+            f"{recorded} was not followed by a normalisation in {side}: what was kept adds up to "
             f"{np.mean(kept.total[kept.complete]):.3f} on average, not to 1 ({int(kept.complete.sum()):,} positions)"
         )
-        yield Stage(Finding("semantic", "truncation", text), False, False)
+        yield ProcessingStep(
+            finding=Finding(layer="semantic", cause="truncation", evidence=text), on_expected=False, recorded=False
+        )
 
 
 def _one_constant(positions: Positions) -> bool:
@@ -151,7 +171,7 @@ def _one_constant(positions: Positions) -> bool:
     return bool(np.nansum(within**2) <= _WITHIN * np.nansum(apart**2))
 
 
-def _allowed(limits: kept_sets.Limits) -> dict[str, int | tuple[float, float]]:
+def _allowed(limits: truncated_support.Limits) -> dict[str, int | tuple[float, float]]:
     """The limits that the kept sets allow, by their fields of Sampling; nothing of those that any value fits."""
     top_k = {} if limits.top_k is None else {"top_k": limits.top_k}
     masses = {"top_p": limits.top_p, "min_p": limits.min_p}
@@ -164,7 +184,7 @@ def _limit_in_words(name: str, value: int | tuple[float, float]) -> str:
     return f"{words} in [{value[0]:.4g}, {value[1]:.4g}]" if isinstance(value, tuple) else f"{words} {value}"
 
 
-def _is_recorded(limits: kept_sets.Limits, sampling: Sampling, *, masses: bool) -> bool:
+def _is_recorded(limits: truncated_support.Limits, sampling: Sampling, *, masses: bool) -> bool:
     """Whether the recorded truncation is among the limits that the kept sets allow, within 1 %.
 
     Without `masses` they say nothing of top-p and min-p; with them, None says that no such limit explains the kept sets.
@@ -182,8 +202,8 @@ def _is_recorded(limits: kept_sets.Limits, sampling: Sampling, *, masses: bool) 
     return combined or (top_k and top_p and min_p)
 
 
-def _asked(sampling: Sampling) -> str:
+def _truncation_in_words(sampling: Sampling) -> str:
     """The truncation of a sampling, in words."""
     parts = ((f"top-k {sampling.top_k}", sampling.top_k > 0), (f"top-p {sampling.top_p:g}", sampling.top_p < 1),
              (f"min-p {sampling.min_p:g}", sampling.min_p > 0))  # fmt: skip
-    return " and ".join(text for text, there in parts if there) or "no truncation"
+    return " and ".join(text for text, set_ in parts if set_) or "no truncation"

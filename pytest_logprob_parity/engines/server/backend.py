@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Final
 
-from ...comparison.result import Note
 from ...errors import EngineError, IncomparableError
+from ...notes import Note
 from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret
 from ...spec.server_settings import SERVER, server_settings
@@ -28,7 +28,7 @@ class ServerBackend:
 
         Raises EngineError for one that is down and for a pin that is not the server's, IncomparableError for another model.
         """
-        from ..vllm.backend import check_settings
+        from ..vllm.start import check_settings
 
         check_settings(spec)
         self._client = client

@@ -6,11 +6,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import email.utils
-import json
 import os
-import re
-import reprlib
 import threading
 import time
 import zlib
@@ -20,6 +16,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from ...errors import EngineError, UsageError
 from ...spec.server_settings import ServerSettings
+from .answer import BACK_OFF, Answer, answer_of, one_line, retry_after
 
 _T = TypeVar("_T")
 
@@ -30,22 +27,13 @@ _TIMEOUT_RETRIES: Final = 1
 _CONNECT_SECONDS: Final = 5.0
 #: A whole answer may take so much longer, in seconds, than any part of it: a connection that fails is then told as one.
 _GRACE: Final = 0.1
-#: Seconds before the first retry; doubled for every further one, up to the second number.
-_BACK_OFF: Final = (0.1, 5.0)
 #: Below the 5 s after which vLLM closes a connection that nobody uses.
 _KEEP_ALIVE_SECONDS: Final = 2.0
 _PROGRESS_SECONDS: Final = 10.0
 #: The variable whose value is sent as the key; vLLM's server reads its own from it.
 KEY_VARIABLE: Final = "VLLM_API_KEY"
-_SHOWN: Final = 200
 #: The largest answer that is read, in bytes, where the caller states no other bound.
 _LARGEST: Final = 16 * 2**20
-#: A server that says when to ask again (Retry-After) is waited for so long at most, in seconds.
-_MOST_WAITED: Final = 60.0
-
-
-_SHORT: Final = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 8, 8, 100, 60, 40
 
 
 @dataclass(frozen=True)
@@ -61,21 +49,6 @@ class _Failure:
 
 class DownError(EngineError):
     """Nobody answers at the address."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back: the status, and its body as JSON; `text` is what it begins with, for messages.
-
-    `problem` says what a body is that is no JSON, `effort` how often it was tried and how long was waited, where that was more
-    than once.
-    """
-
-    status: int
-    content: Any
-    text: str
-    problem: str = ""
-    effort: str = ""
 
 
 class Client:
@@ -185,13 +158,13 @@ class Client:
                 else:
                     failure = _Failure("slow", f"no answer within {limits.read:g} s", again)
             except self._httpx.TransportError as error:
-                failure = _Failure("lost", f"connection lost ({_line(str(error)) or type(error).__name__})")
+                failure = _Failure("lost", f"connection lost ({one_line(str(error)) or type(error).__name__})")
             if not failure.again or tries > settings.retries:
                 effort = f" after {tries} tries in {time.monotonic() - began:.1f} s" if tries > 1 else ""
                 if answer is None:
                     raise self._given_up(failure, path, effort)
                 return dataclasses.replace(answer, effort=effort and f"{effort}, {waited:.1f} s of it waited")
-            pause = min(_BACK_OFF[0] * 2 ** (tries - 1), _BACK_OFF[1])
+            pause = min(BACK_OFF[0] * 2 ** (tries - 1), BACK_OFF[1])
             if failure.after is not None:
                 pause = min(failure.after, settings.timeout)
             self.retried[failure.reason] += 1
@@ -222,7 +195,7 @@ class Client:
             raise self._unreadable(path, "gzip", str(error)) from None
         finally:
             await response.aclose()
-        return _answer(response.status_code, body), _retry_after(response.headers.get("retry-after"))
+        return answer_of(response.status_code, body), retry_after(response.headers.get("retry-after"))
 
     def _unreadable(self, path: str, coding: str, reason: str) -> EngineError:
         text = f"the server at {self.url} answers {path} with a body that cannot be read"
@@ -243,17 +216,17 @@ class Client:
             raise EngineError(f"{where} wants another key for {path} (status {answer.status}): {given} {KEY_VARIABLE}")
         if answer.status == 404:
             raise EngineError(
-                f"{where} has no {path} (status 404: {_reason(answer)}): is that an OpenAI-compatible vLLM server?"
+                f"{where} has no {path} (status 404: {answer.reason()}): is that an OpenAI-compatible vLLM server?"
             )
         if answer.status in (400, 422):
-            raise UsageError(f"{where} refuses a request to {path}: {_reason(answer)}")
+            raise UsageError(f"{where} refuses a request to {path}: {answer.reason()}")
         if not 200 <= answer.status < 300:
-            raise EngineError(f"{where} failed at {path} (status {answer.status}){answer.effort}: {_reason(answer)}")
+            raise EngineError(f"{where} failed at {path} (status {answer.status}){answer.effort}: {answer.reason()}")
         if answer.problem:
             raise EngineError(f"{where} answers {path} with {answer.problem}: {answer.text!r}")
         return answer.content
 
-    # -- the loop
+    # -- the loop. Not anyio's blocking portal: its thread keeps the interpreter from ending where nobody closed the client.
 
     def _drive(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Run `work` on this client's loop; in a thread where the caller is inside of another one. Leaves nothing running."""
@@ -325,48 +298,3 @@ def _no_connection(error: str) -> _Failure:
     if error.startswith("[Errno"):  # the resolver's
         return _Failure("down", f"no such host ({error.partition('] ')[2]})")
     return _Failure("down", "connection refused")
-
-
-def _answer(status: int, body: bytes | bytearray) -> Answer:
-    text = _line(body[: 4 * _SHOWN].decode("utf-8", "replace"))[:_SHOWN]
-    try:
-        return Answer(status, json.loads(body), text)
-    except RecursionError:
-        return Answer(status, None, text, "JSON that is nested too deeply")
-    except ValueError:
-        return Answer(status, None, text, "something that is no JSON")
-
-
-def _retry_after(told: str | None) -> float | None:
-    """The seconds of a Retry-After header, which are a number or a date, within bounds; None where it tells none."""
-    if told is None:
-        return None
-    try:
-        if re.fullmatch(r"\s*\d{1,12}(\.\d{1,9})?\s*", told):
-            seconds = float(told)
-        else:
-            seconds = email.utils.parsedate_to_datetime(told).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return None
-    return min(max(seconds, _BACK_OFF[0]), _MOST_WAITED)
-
-
-def _line(text: str) -> str:
-    """A server's text in one line, without what a terminal would act on."""
-    return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
-
-
-def _reason(answer: Answer) -> str:
-    """A server's own reason, in one line."""
-    content = answer.content
-    for name in ("error", "message", "detail"):
-        while isinstance(content, dict) and content.get(name):
-            content = content[name]
-    if not content or content is answer.content:
-        return answer.text or "no reason"
-    return _line(content[: 4 * _SHOWN] if isinstance(content, str) else shown(content))[:_SHOWN]
-
-
-def shown(value: Any) -> str:
-    """A value of an answer in words that stay short, however large it is and however deeply it is nested."""
-    return _line(_SHORT.repr(value))[:_SHOWN]

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from ... import machine
+from ...checkpoint import digests
 from ...errors import EngineError, UsageError
-from ...golden import fingerprint
+from ...reasons import reason_of
 from ...spec import PROFILES
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
-from ..backend import check_readback, json_value, reason_of
+from ..readback import check_readback, json_value
 from ..vllm.config import BY_NATURE, SHOWN, settings_of, vocabulary_of, why_not_forced
 from .client import KEY_VARIABLE
 from .guard import GoneError, Keys, RefusedError, check_request, path_of, read_body
@@ -193,7 +195,7 @@ class StartedServer:
             "values": {k: _told_value(v) for k, v in values.items() if k in SHOWN or k in asked},
             "forcing": self._forcing,
             "hardware": self._hardware,
-            "libraries": fingerprint.libraries(),
+            "libraries": machine.libraries(),
             "unverified": list(unverified),
             "refused": refused,
         }
@@ -206,7 +208,7 @@ async def _on_worker(client: Any, method: str) -> Any:
 def _model(config: Any) -> dict[str, Any]:
     """The digests of the model that is served; {} and the reason where its folder cannot be read."""
     try:
-        model, tokenizer = (fingerprint.find_model(str(name), Path.cwd()) for name in (config.model, config.tokenizer))
-        return {"name": str(config.model), "digests": dict(fingerprint.model_digests(model, tokenizer)), "problem": ""}
+        model, tokenizer = (digests.find_model(str(name), Path.cwd()) for name in (config.model, config.tokenizer))
+        return {"name": str(config.model), "digests": dict(digests.model_digests(model, tokenizer)), "problem": ""}
     except (UsageError, OSError, ValueError) as error:
         return {"name": str(config.model), "digests": {}, "problem": str(error)}

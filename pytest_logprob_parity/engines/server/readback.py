@@ -14,10 +14,11 @@ from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret
 from ...spec.server_settings import ServerSettings
 from ...trace import Forcing
-from ..backend import check_readback, forcing_of, json_value
+from ..readback import check_readback, forcing_of, json_value
 from ..vllm import forced_decode
 from ..vllm.config import SHOWN, settings_of, why_not_forced
-from .client import Answer, Client, DownError, shown
+from .answer import Answer, shown
+from .client import Client, DownError
 
 #: Where the middleware answers.
 ROUTE: Final = "/logprob_parity/config"

@@ -10,13 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from ...checkpoint import digests
 from ...errors import EngineError, UsageError
-from ...golden import fingerprint
+from ...reasons import mixed_builds, reason_of
 from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
 from ...spec.settings import make_spec
-from ..backend import reason_of
-from ..builds import mixed_builds
 from ..vllm.config import before_its_time
 from ..wait_policy import let_threads_sleep
 from .middleware import ASKED_VARIABLE, ParityMiddleware
@@ -46,7 +45,7 @@ def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str
         raise UsageError(f"serve: {what} is nothing to serve: it starts vLLM with a profile's pins")
     if spec.adapter is not None:
         raise UsageError("serve: adapters over a server are not supported; merge it into the model")
-    fingerprint.find_model(spec.model, Path.cwd())
+    digests.find_model(spec.model, Path.cwd())
     port = _free_port(host, port)
     try:
         from vllm.platforms import current_platform

@@ -10,10 +10,10 @@ from typing import Any, Final
 import numpy as np
 
 from ...errors import EngineError
-from ...trace import MINUS_INFINITY, Forcing
+from ...trace import MINUS_INFINITY, Forcing, top_k_columns
 from ..backend import Completion, Request
 from ..vllm.sampling_parameters import sampling_parameters
-from .client import shown
+from .answer import shown
 
 COMPLETIONS: Final = "/v1/completions"
 GENERATE: Final = "/inference/v1/generate"
@@ -222,8 +222,7 @@ def _completion(ids: Sequence[int], rows: Sequence[_Row], k: int, reason: str) -
     length = len(ids)
     logprobs = np.full(length, np.nan, np.float32)
     ranks = np.zeros(length, np.int32)
-    top_ids = np.full((length, k), -1, np.int32)
-    top_logprobs = np.full((length, k), -np.inf, np.float32)
+    tops: list[Sequence[tuple[int, float]]] = []
     for i, (token, (value, rank, candidates)) in enumerate(zip(ids, rows, strict=True)):
         logprobs[i] = value
         among = len(candidates) <= k and rank <= k
@@ -231,9 +230,16 @@ def _completion(ids: Sequence[int], rows: Sequence[_Row], k: int, reason: str) -
         if not rank and among and any(c[0] == token for c in top):
             rank = sum(c[1] >= value for c in top)
         ranks[i] = rank
-        top_ids[i, : len(top)] = [c[0] for c in top]
-        top_logprobs[i, : len(top)] = [c[1] for c in top]
-    return Completion(np.asarray(ids, np.int32), logprobs, ranks, top_ids, top_logprobs, reason)
+        tops.append(top)
+    top_ids, top_logprobs = top_k_columns(tops, k)
+    return Completion(
+        token_ids=np.asarray(ids, np.int32),
+        logprobs=logprobs,
+        ranks=ranks,
+        top_token_ids=top_ids,
+        top_logprobs=top_logprobs,
+        finish_reason=reason,
+    )
 
 
 def _scored(request: Request, choice: Mapping[str, Any], top: int) -> Completion:
@@ -249,17 +255,23 @@ def _scored(request: Request, choice: Mapping[str, Any], top: int) -> Completion
     k = request.sampling.logprobs
     logprobs = np.full(len(tokens), np.nan, np.float32)
     ranks = np.zeros(len(tokens), np.int32)
-    top_ids = np.full((len(tokens), k), -1, np.int32)
-    top_logprobs = np.full((len(tokens), k), -np.inf, np.float32)
+    tops: list[Sequence[tuple[int, float]]] = []
     first = len(request.prompt_token_ids)
     for i, (token, position) in enumerate(zip(tokens, positions[first:], strict=True)):
         found = _candidates(f"prompt_logprobs[{first + i}]", position, top)
         if token in found:
             logprobs[i], ranks[i] = found[token]
         best = sorted(found.items(), key=lambda item: (item[1][1], -item[1][0]))[:k]
-        top_ids[i, : len(best)] = [t for t, _ in best]
-        top_logprobs[i, : len(best)] = [value for _, (value, _) in best]
-    return Completion(np.asarray(tokens, np.int32), logprobs, ranks, top_ids, top_logprobs, "unknown")
+        tops.append([(t, value) for t, (value, _) in best])
+    top_ids, top_logprobs = top_k_columns(tops, k)
+    return Completion(
+        token_ids=np.asarray(tokens, np.int32),
+        logprobs=logprobs,
+        ranks=ranks,
+        top_token_ids=top_ids,
+        top_logprobs=top_logprobs,
+        finish_reason="unknown",
+    )
 
 
 def _candidates(name: str, position: Any, top: int) -> dict[int, tuple[float, int]]:

@@ -8,14 +8,16 @@ from typing import Any, Final
 
 import numpy as np
 
+from ... import machine
 from ...checkpoint.adapter import Adapter, apply_adapter
 from ...checkpoint.float64 import compute_in_float64
 from ...checkpoint.lm_head import Head
 from ...checkpoint.loading import load_whole
 from ...errors import EngineError, UsageError
-from ...golden import fingerprint
-from ...spec import EngineSpec, Sampling, nearest
-from ..backend import Completion, Request, ResolvedConfig, check_readback
+from ...spec import EngineSpec, Sampling
+from ...suggest import nearest
+from ..backend import Completion, Request, ResolvedConfig
+from ..readback import check_readback
 
 #: Engine arguments that this engine knows besides the fields of EngineSpec.
 SETTINGS: Final = ("logprobs_mode", "max_model_len", "attn_implementation", "head_dtype", "max_num_seqs")
@@ -48,14 +50,14 @@ class TransformersBackend:
         }
         self._batch = int(str(values["max_num_seqs"]))
         self._head = Head(model, str(values["head_dtype"]))
-        version = fingerprint.installed_version("transformers") or "unknown"
+        version = machine.installed_version("transformers") or "unknown"
         self.config = ResolvedConfig(
             engine="transformers",
             version=version,
             dtype=str(values["dtype"]),
             values=values,
             unverified=check_readback(asked, values, f"transformers {version}"),
-            hardware=fingerprint.hardware(),
+            hardware=machine.hardware(),
             vocabulary=int(model.config.get_text_config().vocab_size),
         )
 
@@ -244,12 +246,12 @@ def _gather(logprobs: Any, chosen: Any, k: int) -> tuple[Any, Any, Any, Any]:
 def _completion(tokens: Sequence[int], parts: list[Any], reason: str, *, rows: bool = False) -> Completion:
     chosen, ranks, top_ids, top_logprobs = parts[0] if rows else (np.concatenate(column) for column in zip(*parts, strict=True))
     return Completion(
-        np.asarray(tokens, np.int32),
-        chosen.astype(np.float32),
-        ranks.astype(np.int32),
-        top_ids.astype(np.int32),
-        top_logprobs.astype(np.float32),
-        reason,
+        token_ids=np.asarray(tokens, np.int32),
+        logprobs=chosen.astype(np.float32),
+        ranks=ranks.astype(np.int32),
+        top_token_ids=top_ids.astype(np.int32),
+        top_logprobs=top_logprobs.astype(np.float32),
+        finish_reason=reason,
     )
 
 

@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import numpy as np
-
+from ... import machine
 from ...checkpoint.adapter import Adapter, is_adapter, read_adapter
 from ...checkpoint.weight_update import WeightUpdate
 from ...errors import EngineError, ParityError, UsageError
-from ...golden import fingerprint
-from ...spec import EngineSpec, Sampling, nearest
+from ...reasons import mixed_builds, reason_of
+from ...spec import EngineSpec, Sampling
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
-from ..backend import Completion, Request, ResolvedConfig, check_readback, forcing_of, json_value, reason_of
-from ..builds import mixed_builds
+from ..backend import Completion, Request, ResolvedConfig
+from ..readback import check_readback, forcing_of, json_value
 from . import forced_decode, in_flight, lora
-from .config import BY_NATURE, SHOWN, before_its_time, settings_of, vocabulary_of, why_not_forced
+from .completions import completion_of
+from .config import SHOWN, before_its_time, settings_of, vocabulary_of, why_not_forced
 from .lm_head import applied_head, measured_grid, probe_tokens
 from .own_engine import face_of
 from .sampling_parameters import sampling_parameters
-
-#: Environment variables that decide what a started engine is, and how they are set while it starts.
-_IN_PROCESS: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-_ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-
-
-def check_settings(spec: EngineSpec) -> None:
-    """Raise UsageError for a setting that the installed vLLM does not have, with the nearest name."""
-    known = vllm_engine_arguments()
-    for name in spec.claims():
-        if known and name not in known and name not in BY_NATURE:
-            fields = spec.field_names()
-            raise UsageError(
-                f"{name!r} is neither a field of EngineSpec nor an engine argument of the installed vLLM"
-                f"{nearest(name, [*fields, *known])}"
-            )
+from .start import IN_PROCESS, build, check_settings, environment, set_defaults, shut_down, version
 
 
 class VllmBackend:
@@ -51,18 +34,18 @@ class VllmBackend:
         self._owned = owned
         self._lora = lora.Lora(llm)
         values = settings_of(llm.llm_engine, llm.llm_engine.vllm_config, asked, _applied_head(llm))
-        name = f"vllm {_version()}"
+        name = f"vllm {version()}"
         unverified = check_readback(asked, values, name)
         forcing, unforced = forcing_of(_install_forcing(llm, values))
         self.config = ResolvedConfig(
             engine="vllm",
-            version=_version(),
+            version=version(),
             dtype=str(json_value(values["dtype"])),
             values={k: json_value(v) for k, v in values.items() if k in SHOWN or (k in asked and not is_secret(k))},
             unverified=unverified,
             forcing=forcing,
             unforced=unforced,
-            hardware=fingerprint.hardware(),
+            hardware=machine.hardware(),
             vocabulary=vocabulary_of(llm.llm_engine.vllm_config),
         )
 
@@ -74,10 +57,9 @@ class VllmBackend:
         where it does not start, where a pinned value was ignored, dropped or replaced, and where it takes no adapter.
         """
         check_settings(spec)
-        with _environment(_IN_PROCESS), warnings.catch_warnings():
+        with environment(IN_PROCESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the engine's own house; under -W error they would end it
-            for name, value in _ENV_DEFAULTS.items():
-                os.environ.setdefault(name, value)
+            set_defaults()
             try:
                 import vllm
                 from vllm.platforms import current_platform
@@ -98,18 +80,18 @@ class VllmBackend:
             }
             llm = None
             try:
-                llm = _build(vllm.LLM, arguments, cpu=bool(current_platform.is_cpu()))
+                llm = build(vllm.LLM, arguments, cpu=bool(current_platform.is_cpu()))
                 backend = cls(llm, asked=asked, owned=True)
                 if adapter is not None:
                     backend._lora.load(adapter)
                 backend._check_by_measuring(asked)
                 return backend
             except ParityError:
-                _shut_down(llm)
+                shut_down(llm)
                 raise
             except (Exception, SystemExit) as error:
-                _shut_down(llm)
-                raise EngineError(f"vllm {_version()} did not start ({spec}): {reason_of(error)}") from error
+                shut_down(llm)
+                raise EngineError(f"vllm {version()} did not start ({spec}): {reason_of(error)}") from error
 
     @classmethod
     def adopt(cls, llm: Any, seconds: float = 0) -> VllmBackend:
@@ -136,8 +118,8 @@ class VllmBackend:
             engine = self._llm.llm_engine
             while engine.has_unfinished_requests():  # those that it took before the one that it refused
                 engine.step()
-            raise UsageError(f"vllm {_version()} refuses a request: {reason_of(error)}") from error
-        return [_completion(request, output) for request, output in zip(requests, outputs, strict=True)]
+            raise UsageError(f"vllm {version()} refuses a request: {reason_of(error)}") from error
+        return [completion_of(request, output) for request, output in zip(requests, outputs, strict=True)]
 
     def run_through(self, requests: Sequence[Request], update: WeightUpdate) -> tuple[list[Completion], list[int]]:
         """Answer all requests with a weight update on the way; also how many tokens each had written by then.
@@ -151,7 +133,7 @@ class VllmBackend:
         outputs, before = in_flight.run_through(
             self._llm, _prompts(requests), params, update, self._load, self._lora.request
         )  # fmt: skip
-        return [_completion(request, output) for request, output in zip(requests, outputs, strict=True)], before
+        return [completion_of(request, output) for request, output in zip(requests, outputs, strict=True)], before
 
     def update_weights(self, update: WeightUpdate) -> None:
         """Take new weights while no request runs."""
@@ -192,7 +174,7 @@ class VllmBackend:
             grid = measured_grid(self._probe(self._lora.request).top_logprobs)
             if grid:
                 raise EngineError(
-                    f"vllm {_version()} did not take hf_overrides: asked for a head in float32 and says that it has one, but "
+                    f"vllm {version()} did not take hf_overrides: asked for a head in float32 and says that it has one, but "
                     f"its logits lie on a grid of 1/{1 / grid:g}, as those of a head in {self.config.dtype}"
                 )
 
@@ -203,7 +185,9 @@ class VllmBackend:
         """The two likeliest raw logprobs at some positions, by a prefill."""
         model = self._llm.llm_engine.vllm_config.model_config
         first, *rest = probe_tokens(model.get_vocab_size(), self.config.max_model_len)
-        return self._run([Request([first], Sampling(logprobs=2), scored_token_ids=rest)], lora_request)[0]
+        return self._run(
+            [Request(prompt_token_ids=[first], sampling=Sampling(logprobs=2), scored_token_ids=rest)], lora_request
+        )[0]
 
     def _check_steps_alone(self) -> None:
         if self.config.values.get("async_scheduling"):
@@ -226,7 +210,7 @@ class VllmBackend:
         """See Backend.close."""
         llm, self._llm = self._llm, None
         if self._owned:
-            _shut_down(llm)
+            shut_down(llm)
 
 
 def _prompts(requests: Sequence[Request]) -> list[dict[str, list[int]]]:
@@ -239,55 +223,13 @@ def _check_temperatures(requests: Sequence[Request], params: Sequence[Any]) -> N
         label = request.sampling.as_run_by("vllm").temperature
         if request.scored_token_ids is None and abs(taken.temperature - label) > 1e-9:
             asked = f"temperature={request.sampling.temperature:g} was asked for"
-            raise EngineError(f"vllm {_version()} samples with temperature={taken.temperature:g}, {asked}")
+            raise EngineError(f"vllm {version()} samples with temperature={taken.temperature:g}, {asked}")
 
 
 def _is_refusal(error: Exception) -> bool:
     """Whether an error is about what was asked; the engine is as well as before."""
     client_error = any(base.__name__ == "VLLMClientError" for base in type(error).__mro__)
     return client_error or isinstance(error, (ValueError, TypeError, OverflowError))
-
-
-def _completion(request: Request, output: Any) -> Completion:
-    written = output.outputs[0]
-    if request.scored_token_ids is not None:
-        tokens = np.asarray(request.scored_token_ids, np.int32)
-        logprobs = output.prompt_logprobs[len(request.prompt_token_ids) :]
-        reason = "unknown"
-    else:
-        tokens = np.asarray(written.token_ids, np.int32)
-        logprobs, reason = written.logprobs, str(written.finish_reason)
-    chosen, ranks, top_ids, top_logprobs = _columns(tokens, logprobs, request.sampling.logprobs)
-    return Completion(tokens, chosen, ranks, top_ids, top_logprobs, reason)
-
-
-def _columns(tokens: Any, logprobs: Any, k: int) -> tuple[Any, Any, Any, Any]:
-    """Chosen logprobs and ranks [L], top ids and logprobs [L, k] of vLLM's logprobs, flat or one dict a position."""
-    length = len(tokens)
-    if length == 0:
-        return np.empty(0, np.float32), np.empty(0, np.int32), np.empty((0, k), np.int32), np.empty((0, k), np.float32)
-    if hasattr(logprobs, "start_indices"):
-        starts = np.asarray(logprobs.start_indices[:length])
-        widths = np.asarray(logprobs.end_indices[:length]) - starts
-        if np.all(widths == k + 1):
-            # The chosen token first, then the top k; the ids are compared, for a place alone proves nothing.
-            first, last = int(starts[0]), int(starts[-1]) + k + 1
-            ids = np.asarray(logprobs.token_ids[first:last], np.int32).reshape(length, k + 1)
-            values = np.asarray(logprobs.logprobs[first:last], np.float32).reshape(length, k + 1)
-            ranks = np.asarray(logprobs.ranks[first : last : k + 1], np.int32)
-            if np.array_equal(ids[:, 0], tokens):
-                return values[:, 0].copy(), ranks, ids[:, 1:].copy(), values[:, 1:].copy()
-    chosen = np.full(length, np.nan, np.float32)
-    ranks = np.zeros(length, np.int32)
-    top_ids = np.full((length, k), -1, np.int32)
-    top_logprobs = np.full((length, k), -np.inf, np.float32)
-    for i, (token, position) in enumerate(zip(tokens.tolist(), logprobs, strict=True)):
-        if position and token in position:
-            chosen[i], ranks[i] = position[token].logprob, position[token].rank or 0
-        top = sorted((position or {}).items(), key=lambda item: (item[1].rank or 0, -item[1].logprob))[:k]
-        top_ids[i, : len(top)] = [t for t, _ in top]
-        top_logprobs[i, : len(top)] = [v.logprob for _, v in top]
-    return chosen, ranks, top_ids, top_logprobs
 
 
 def _install_forcing(llm: Any, values: Mapping[str, Any]) -> str:
@@ -319,55 +261,3 @@ def _flat() -> dict[str, bool]:
     from vllm import SamplingParams
 
     return {"flat_logprobs": True} if "flat_logprobs" in getattr(SamplingParams, "__struct_fields__", ()) else {}
-
-
-def _build(llm: Any, arguments: dict[str, Any], *, cpu: bool) -> Any:
-    """Build the LLM so that it can be forced. On GPUs Model Runner V2 samples out of reach of a wrapped sampler: from
-    0.29 on it replays traces itself, before that Model Runner V1 takes its place.
-    """
-    if cpu:
-        return llm(**arguments)
-    if "enable_trace_replay" not in vllm_engine_arguments():
-        with _environment({"VLLM_USE_V2_MODEL_RUNNER": "0"}):
-            return llm(**arguments)
-    try:
-        return llm(**{"enable_trace_replay": True, **arguments})
-    except ValueError as error:
-        if "trace replay requires" not in str(error):
-            raise
-    return llm(**arguments)  # something in these settings keeps Model Runner V1, whose sampler can be wrapped
-
-
-def _version() -> str:
-    import vllm
-
-    return str(vllm.__version__)
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for a while."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _shut_down(llm: Any) -> None:
-    """Shut an engine down, or clear away what a failed start left, so that the next one can start in this process."""
-    engine = getattr(llm, "llm_engine", None)
-    core = getattr(engine, "engine_core", None)
-    if core is not None:
-        core.shutdown()
-    del llm, engine, core
-    with contextlib.suppress(ImportError):
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
-    gc.collect()

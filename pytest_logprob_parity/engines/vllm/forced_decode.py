@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ...golden.fingerprint import hardware
+from ...machine import hardware
 from .lm_head import applied_head
 
 #: Key in `SamplingParams.extra_args`: the token ids to decode, in order.

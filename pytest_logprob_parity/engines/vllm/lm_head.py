@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ...checkpoint.lm_head_precision import grid_of
+from ...lm_head_precision import grid_of
 
 #: Tokens of a probe: one logit gap each, enough to tell a grid by.
 PROBE: Final = 96

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ...errors import EngineError
-from ..backend import no_answer
 from ..event_loop import ask_in_loop
+from ..time_limits import no_answer
 
 _NUMBERS: Final = itertools.count()
 #: How long vLLM may take to end an engine core, in seconds; it kills one that does not end within 5.

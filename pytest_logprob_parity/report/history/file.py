@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from ...atomic import write_whole
 from ...bounded import parse_json, read_bytes
 from ...errors import UsageError
 from ...json_shape import check_shape
-from ...trace import container
 from ..results import LARGEST, to_text
 from .line import FORMAT, LINE, SCHEMA
 
@@ -63,7 +63,7 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
         if size and os.pread(handle, 1, size - 1) != b"\n":
             data = b"\n" + data
         if size + len(data) > MOST:
-            container.replace_all({path: _newest(os.pread(handle, size, 0), MOST // 2) + data.lstrip(b"\n")})
+            write_whole(path, _newest(os.pread(handle, size, 0), MOST // 2) + data.lstrip(b"\n"))
         elif os.write(handle, data) < len(data):  # one write; a full disk takes part of it
             os.ftruncate(handle, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -10,7 +10,7 @@ from ...json_shape import NUMBER, Maybe
 from ..results import DRIFTING, finite
 
 if TYPE_CHECKING:
-    from ...check.compatibility import Checked
+    from ...check.context import Checked
     from ...comparison.result import Comparison
 
 FORMAT: Final = "logprob-parity history"

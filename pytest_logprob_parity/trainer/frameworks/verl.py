@@ -1,4 +1,4 @@
-"""veRL (0.9): logprobs in the dtype of the logits, bfloat16 under its default autocast; the most metrics of all."""
+"""veRL (0.9): logprobs in the dtype of the logits, which is bfloat16 under its default autocast."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .batches import Batch
 from .callback import Watching
 from .verl_batches import in_hand, read
 
-#: algorithm.rollout_correction.rollout_is_threshold: weights are cut off here (token level).
+#: algorithm.rollout_correction.rollout_is_threshold: weights are clipped to this (token level).
 THRESHOLD: Final = 2.0
-#: Log-ratios are cut off here before they are exponentiated.
+#: Log-ratios are clipped to +- this (nats) before they are exponentiated.
 _SAFE: Final = 20.0
 #: The modes of `actor.loss_agg_mode`.
 MODES: Final = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
-#: What its masked means add to the number of tokens.
+#: Its masked means add this to the number of tokens.
 _EPSILON: Final = 1e-8
 
 
@@ -44,7 +44,7 @@ def installed() -> Callable[[Any, Any, float], Any]:
 
 
 def _scaled(logits: Any, temperature: float) -> Any:
-    """The trainer's division: T as a float32 tensor, in the dtype of the logits; none at T = 1."""
+    """The logits divided as its trainer does: by T as a float32 tensor, in the dtype of the logits; not at T = 1."""
     import torch
 
     if temperature == 1:
@@ -53,7 +53,7 @@ def _scaled(logits: Any, temperature: float) -> Any:
 
 
 def _exp(values: Doubles) -> Doubles:
-    """exp, of values that it would overflow at cut off."""
+    """exp of values clipped below overflow."""
     return np.asarray(np.exp(np.minimum(values, 300.0)))
 
 
@@ -64,11 +64,11 @@ def configured(config: Any) -> dict[str, Any]:
         inner = field_of(config, name)
         config = config if inner is None else inner
     names = ("rollout_is", "rollout_is_threshold", "rollout_is_batch_normalize")
-    given = {name: field_of(config, name) for name in names if has_field(config, name)}
-    if not given:
+    settings = {name: field_of(config, name) for name in names if has_field(config, name)}
+    if not settings:
         raise UsageError("verl: no rollout_correction in this configuration: give it, its algorithm, or the whole one")
-    given |= {name: field_of(actor, name) for name in ("loss_agg_mode", "loss_scale_factor")}
-    return {name: value for name, value in given.items() if value is not None or name == "rollout_is"}
+    settings |= {name: field_of(actor, name) for name in ("loss_agg_mode", "loss_scale_factor")}
+    return {name: value for name, value in settings.items() if value is not None or name == "rollout_is"}
 
 
 def metrics(
@@ -82,29 +82,44 @@ def metrics(
 ) -> dict[str, float]:
     """`rollout_corr/*` and `training/rollout_*`, with old := trainer; `actor/entropy` where its entropies are given.
 
-    The arguments are those of `algorithm.rollout_correction`: weights by `token` or `sequence` (none for None), cut off at a
-    threshold (0.5_2.0: set to 0 outside). Means over tokens divide by n + 1e-8; means over sequences count a sequence without
-    tokens as 0. Its rejection (`rollout_rs`) is not among them. `loss_agg_mode` and `loss_scale_factor` are the actor's: what
-    entropies are added up by. Raises UsageError for a level, threshold or mode that is none.
+    The arguments are those of `algorithm.rollout_correction`: weights by `token` or `sequence` (no weights for None), clipped
+    at a threshold (0.5_2.0: 0 outside). Means over tokens divide by n + 1e-8; means over sequences count a sequence without
+    tokens as 0. Its rejection (`rollout_rs`) is not included. `loss_agg_mode` and `loss_scale_factor` are the actor's, for the
+    entropies. Raises UsageError for an unknown level, threshold or mode.
     """
-    d, n, sums = pairs.trainer - pairs.rollout, len(pairs.rollout), pairs.by_sequence
-    if not n:
+    if not len(pairs.rollout):
         return {}
-    counts = sums(np.ones(n))
+    corrections = _differences(pairs)
+    if rollout_is is not None:
+        corrections |= _weights(pairs, rollout_is, rollout_is_threshold, normalize=rollout_is_batch_normalize)
+    entropy = _entropy(pairs, loss_agg_mode, loss_scale_factor)
+    return {
+        **_of_probabilities(pairs),
+        **{f"rollout_corr/{name}": value for name, value in corrections.items()},
+        **({} if entropy is None else {"actor/entropy": entropy}),
+    }
 
-    def tokens(values: Doubles) -> float:
-        return float(values.sum() / (n + _EPSILON))
 
-    def sequences(values: Doubles) -> Doubles:
-        return pairs.padded(sums(values) / (counts + _EPSILON))
+def _tokens(values: Doubles) -> float:
+    """Its masked mean over tokens."""
+    return float(values.sum() / (len(values) + _EPSILON))
 
-    old, rollout = sequences(pairs.trainer), sequences(pairs.rollout)
+
+def _sequences(pairs: Pairs, values: Doubles) -> Doubles:
+    """Its masked means over the tokens of each sequence; 0 for a sequence without tokens."""
+    return pairs.padded(pairs.by_sequence(values) / (pairs.by_sequence(np.ones(len(values))) + _EPSILON))
+
+
+def _differences(pairs: Pairs) -> dict[str, float]:
+    """`rollout_corr/*` but for its weights: KL estimates, perplexities and chi-squares."""
+    d = pairs.trainer - pairs.rollout
+    old, rollout = _sequences(pairs, pairs.trainer), _sequences(pairs, pairs.rollout)
     apart = rollout - old
     safe = np.exp(np.clip(d, -_SAFE, _SAFE))
-    whole = np.exp(2 * np.clip(pairs.padded(sums(d)), -_SAFE, _SAFE))
-    corrections = {
-        "kl": tokens(-d),
-        "k3_kl": tokens(_exp(d) - d - 1),
+    whole = np.exp(2 * np.clip(pairs.padded(pairs.by_sequence(d)), -_SAFE, _SAFE))
+    return {
+        "kl": _tokens(-d),
+        "k3_kl": _tokens(_exp(d) - d - 1),
         "training_ppl": float(_exp(-old).mean()),
         "training_log_ppl": float(-old.mean()),
         "rollout_ppl": float(_exp(-rollout).mean()),
@@ -114,15 +129,14 @@ def metrics(
         "log_ppl_diff_max": float(apart.max()),
         "log_ppl_diff_min": float(apart.min()),
         "ppl_ratio": float(_exp(apart).mean()),
-        "chi2_token": tokens(safe**2) - 1,
+        "chi2_token": _tokens(safe**2) - 1,
         "chi2_seq": float(whole.mean()) - 1,
     }
-    if rollout_is is not None:
-        corrections |= _weights(
-            pairs, rollout_is, rollout_is_threshold, tokens, sequences, normalize=rollout_is_batch_normalize
-        )
-    entropy = _entropy(pairs, loss_agg_mode, loss_scale_factor)
-    p, q = np.exp(pairs.trainer), np.exp(pairs.rollout)
+
+
+def _of_probabilities(pairs: Pairs) -> dict[str, float]:
+    """`training/rollout_*`: the probabilities of the tokens on both sides."""
+    n, p, q = len(pairs.rollout), np.exp(pairs.trainer), np.exp(pairs.rollout)
     off = np.abs(p - q)
     varies = n > 1 and p.std() > 0 and q.std() > 0
     return {
@@ -131,13 +145,11 @@ def metrics(
         "training/rollout_probs_diff_mean": float(off.mean()),
         "training/rollout_probs_diff_std": float(off.std(ddof=1)) if n > 1 else math.nan,
         "training/rollout_actor_probs_pearson_corr": float(np.corrcoef(p, q)[0, 1]) if varies else math.nan,
-        **{f"rollout_corr/{name}": value for name, value in corrections.items()},
-        **({} if entropy is None else {"actor/entropy": entropy}),
     }
 
 
 def _entropy(pairs: Pairs, mode: str, factor: float | None) -> float | None:
-    """Its `agg_loss` of the entropies; None without any, and for the mode that divides by the width of a padded batch."""
+    """Its `agg_loss` of the entropies; None without entropies, and for the mode that divides by the width of a padded batch."""
     if mode not in MODES:
         raise UsageError(f"verl: loss_agg_mode={mode!r}: known are {', '.join(MODES)}")
     if pairs.entropies is None or (mode == "seq-mean-token-sum-norm" and factor is None):
@@ -154,16 +166,8 @@ def _entropy(pairs: Pairs, mode: str, factor: float | None) -> float | None:
     return float(by_mode[mode])
 
 
-def _weights(
-    pairs: Pairs,
-    level: str,
-    threshold: float | str,
-    tokens: Callable[[Doubles], float],
-    sequences: Callable[[Doubles], Doubles],
-    *,
-    normalize: bool,
-) -> dict[str, float]:
-    """Its importance weights: one for each token, or that of the token's sequence."""
+def _weights(pairs: Pairs, level: str, threshold: float | str, *, normalize: bool) -> dict[str, float]:
+    """Metrics of its importance weights: of each token, or of the token's sequence."""
     if level not in ("token", "sequence"):
         raise UsageError(f"verl: rollout_is={level!r}: known are token, sequence and none")
     least, most = _bounds(threshold)
@@ -174,21 +178,21 @@ def _weights(
     kept = (raw >= least) & (raw <= most) if least is not None else np.ones(len(raw), bool)
     weights = np.where(kept, np.minimum(raw, most), 0.0)
     low = 1 / most if least is None else least
-    mean, cut = tokens(weights), np.clip(weights, 0.0, most)
+    mean, cut = _tokens(weights), np.clip(weights, 0.0, most)
     if level == "sequence":
         sums = pairs.padded(total)
         largest, smallest = float(np.exp(min(sums.max(), _SAFE))), float(np.exp(sums.min()))
         high_share, low_share = float((sums > math.log(most)).mean()), float((sums < math.log(low)).mean())
     else:
         largest, smallest = float(weights.max()), float(weights.min())
-        high_share, low_share = tokens((raw > most).astype(float)), tokens((raw < low).astype(float))
-    by_sequence, raw_by_sequence = sequences(weights), sequences(raw)
+        high_share, low_share = _tokens((raw > most).astype(float)), _tokens((raw < low).astype(float))
+    by_sequence, raw_by_sequence = _sequences(pairs, weights), _sequences(pairs, raw)
     found = {
         "rollout_is_mean": mean,
         "rollout_is_max": largest,
         "rollout_is_min": smallest,
-        "rollout_is_std": math.sqrt(max(tokens(cut**2) - tokens(cut) ** 2, 0.0)) if len(raw) > 1 else 0.0,
-        "rollout_is_eff_sample_size": 1 / tokens((cut / (tokens(cut) + _EPSILON)) ** 2) if cut.any() else math.inf,
+        "rollout_is_std": math.sqrt(max(_tokens(cut**2) - _tokens(cut) ** 2, 0.0)) if len(raw) > 1 else 0.0,
+        "rollout_is_eff_sample_size": 1 / _tokens((cut / (_tokens(cut) + _EPSILON)) ** 2) if cut.any() else math.inf,
         "rollout_is_ratio_fraction_high": high_share,
         "rollout_is_ratio_fraction_low": low_share,
         "rollout_is_seq_mean": float(by_sequence.mean()),
@@ -200,7 +204,7 @@ def _weights(
         "rollout_is_seq_fraction_low": float((raw_by_sequence < low).mean()),
     }
     if least is not None:
-        found["rollout_is_oob_ratio"] = tokens((~kept).astype(float))
+        found["rollout_is_oob_ratio"] = _tokens((~kept).astype(float))
     if normalize:
         factor = mean if level == "token" else float(by_sequence[: len(total)].mean())
         found["rollout_is_batch_norm_factor"] = factor if factor > _EPSILON else 1.0
@@ -208,13 +212,13 @@ def _weights(
 
 
 def _bounds(threshold: float | str) -> tuple[float | None, float]:
-    """The lower bound, if there is one, and the upper one: 2.0, or "0.5_2.0"."""
+    """The lower threshold, if there is one, and the upper one: from 2.0, or "0.5_2.0"."""
     try:
         parts = [float(part) for part in str(threshold).split("_")]
     except ValueError:
         parts = []
     if not 1 <= len(parts) <= 2 or not all(part > 0 for part in parts):
-        raise UsageError(f'verl: rollout_is_threshold={threshold!r}: a number above 0, or two of them as "0.5_2.0"')
+        raise UsageError(f'verl: rollout_is_threshold={threshold!r}: must be a number above 0, or two as "0.5_2.0"')
     return (None, parts[0]) if len(parts) == 1 else (parts[0], parts[1])
 
 
@@ -222,13 +226,13 @@ def watch(
     trainer: Any = None, *, every: int = 50, dtype: str = "unknown", trainer_dtype: str = "unknown",
     temperature: float = 1.0, objective: str = DEFAULT_OBJECTIVE, tolerance: Any = None,
 ) -> list[Comparison]:  # fmt: skip
-    """Have veRL check its own batches: the first one, then every `every`-th. Returns the list that comparisons are put into.
+    """Make veRL check its own batches: the first, then every `every`-th. Returns the list to which each comparison is added.
 
-    In the process of its trainer, before `fit()`. It hooks into `calculate_debug_metrics`, which veRL calls with the rollouts'
-    logprobs beside the trainer's where `calculate_log_probs` is on, in its older trainer and in `use_v1`; `trainer` is not
-    needed. What `use_v1` hands over has no prompts: rows of one `uid` are of one prompt, and a row without one is its own. A
-    check that fails raises MismatchError out of `fit()`; one with too little evidence is a warning, and the next batch is
-    checked. Raises UsageError for an `every` below 1, EngineError where veRL is not there or has no such function.
+    Call it in the process of the trainer, before `fit()`. It wraps `calculate_debug_metrics`, which veRL calls with the
+    logprobs of the rollouts and of the trainer if `calculate_log_probs` is on, in its older trainer and in `use_v1`; `trainer`
+    is not needed. Batches of `use_v1` have no prompts: rows with one `uid` have one prompt, and a row without `uid` has its
+    own. A failed check raises MismatchError out of `fit()`. An unverified one is a warning, and the next batch is checked.
+    Raises UsageError for an `every` below 1, EngineError where veRL is not installed or has no such function.
     """
     import sys
 

@@ -1,0 +1,96 @@
+"""Does free generation say that the sampler changed? Judged where the logprobs of given tokens agree."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from ...trace import Trace
+from ..findings import Finding
+from .argmax import shows_the_argmax
+from .result import FreeRun
+
+#: Significance level for "the sampler changed".
+_ALPHA: Final = 1e-4
+#: Minimum number of non-argmax tokens before a collapse is reported.
+_MIN_NON_ARGMAX: Final = 20
+#: A flip rate is predicted from differences of the chosen tokens alone; all others move as well.
+_FLIP_MARGIN: Final = 2.0
+
+
+def judge_free_run(
+    free_run: FreeRun | None, expected: Trace, *, exact: bool, same_stream: bool, mean_abs_diff: float
+) -> tuple[str, Finding | None]:
+    """The headline where free generation decides, and its finding; for logprobs that have been found to agree.
+
+    `exact`: same engine and every logprob bit for bit, so every token has to come back. `same_stream`: nothing that the
+    random numbers come from has changed, so tokens may diverge no more often than `mean_abs_diff` (nats, of the logprobs
+    of two replays) predicts: about half of it a token. Otherwise the tokens are fresh draws: what follows a divergence is
+    judged by what the engine says of its own tokens, and stops where all tokens agree.
+    """
+    if free_run is None or free_run.same:
+        return "", None
+    if exact:
+        finding = Finding(
+            layer="sampling", cause="seed_stream", evidence=f"logprobs of the golden's tokens agree bit for bit, and {free_run}"
+        )
+        return f"The engine writes other tokens although its logprobs agree bit for bit: {free_run}", finding
+    if free_run.stops_changed > len(free_run.ends):
+        finding = Finding(
+            layer="sampling", cause=None, evidence=f"tokens agree, and {free_run}", candidates=("engine_build", "seed_stream")
+        )
+        return f"The engine stops elsewhere although it writes the same tokens: {free_run}", finding
+    if expected.sampling.greedy:
+        text = _left_the_likeliest(free_run, expected)
+        if not text:
+            return "", None
+        return f"Greedy decoding no longer takes the likeliest token: {text}", Finding(
+            layer="sampling", cause="seed_stream", evidence=text
+        )
+    (expected_distinct, actual_distinct), (expected_others, actual_others) = free_run.distinct, free_run.not_likeliest
+    fewer = expected_distinct >= 8 and actual_distinct < expected_distinct / 2 and free_run.distinct_p < _ALPHA
+    collapsed = fewer or (expected_others >= _MIN_NON_ARGMAX and not actual_others)
+    if collapsed or free_run.shift_p < _ALPHA:
+        text = (
+            f"its own tokens are {free_run.likelihood_shift:+.3g} nats a token likelier than the golden's (chance does that in "
+            f"{free_run.shift_p:.1g} of cases), {actual_distinct} distinct completions where the golden has "
+            f"{expected_distinct}, {actual_others} tokens that are not the likeliest where it has {expected_others}"
+        )
+        return f"The engine does not draw as it reports: {text}", Finding(
+            layer="sampling", cause=None, evidence=text, candidates=("seed_stream",)
+        )
+    predicted = predicted_divergences(expected, mean_abs_diff)
+    other = free_run.diverged + len(free_run.ends)
+    if same_stream and _poisson_tail(other, _FLIP_MARGIN * predicted) < _ALPHA:
+        text = f"{other} of {free_run.turns} wrote other tokens, noise of this size explains about {predicted:.2g}"
+        return f"The engine writes other tokens although its logprobs agree: {text}", Finding(
+            layer="sampling", cause="seed_stream", evidence=text
+        )
+    return "", None
+
+
+def _left_the_likeliest(free_run: FreeRun, expected: Trace) -> str:
+    """Where greedy decoding took a token that noise does not make the likeliest, in words; empty where it did not.
+
+    Raw logprobs do not show what penalties made the likeliest: only more of such tokens than the golden has are told there.
+    """
+    expected_others, actual_others = free_run.not_likeliest
+    shown = shows_the_argmax(expected) and not expected_others
+    if actual_others and (shown or _poisson_tail(actual_others, _FLIP_MARGIN * max(expected_others, 1)) < _ALPHA):
+        return f"{actual_others} tokens of its own are not the likeliest where the golden has {expected_others}"
+    far = [d for d in (*free_run.divergences, *free_run.ends) if np.isfinite(d.gap) and not d.near_tie]
+    return str(far[0]) if far else ""
+
+
+def predicted_divergences(expected: Trace, mean_abs_diff: float) -> float:
+    """How many turns leave the golden where logprobs differ by this much on average: half of it a token is a flip."""
+    rate = min(0.5 * mean_abs_diff, 1.0)
+    return float(sum(1 - (1 - rate) ** (s.stop - s.start) for s in expected.segments()))
+
+
+def _poisson_tail(count: int, mean: float) -> float:
+    """How often a Poisson variable of this mean is `count` or more."""
+    from scipy.special import pdtrc
+
+    return float(pdtrc(count - 1, mean)) if count and mean > 0 else float(count == 0)

@@ -1,0 +1,64 @@
+"""Is it different? Bit for bit on the stored schedule; where the engine is another one, by the permutation test."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..golden.noise_floor import NoiseFloor
+from ..trace import Trace
+from .difference import Difference
+from .evidence import Evidence
+from .permutation_test import ALPHA, block_permutation_test
+from .sides import names_of
+from .vocabulary import Level
+
+
+def is_different(expected: Trace, *, exact: bool, decided: bool, level: Level, evidence: Evidence) -> Difference:
+    """The answer for logprobs that agree bit for bit (`exact`), or of which something else is wrong already (`decided`)."""
+    floor = evidence.floor
+    if exact:
+        return Difference(different=False, reason="bit for bit the same")
+    if level == "bitwise":
+        return Difference(different=True, reason="not bit for bit the same")
+    if decided:
+        return Difference(different=True, reason="see the headline", decided=True)
+    scheduled = evidence.setup == "same" and evidence.same_schedule
+    if scheduled and floor is not None and floor.reproduces and level != "noise":
+        return Difference(
+            different=True, reason="not bit-identical, although it was when recorded: the same engine on the same schedule"
+        )
+    if floor is None:
+        expected_side = names_of(evidence.sides).expected
+        return Difference(
+            different=None, reason=f"not bit for bit the same, and {expected_side} has no noise floor to hold that against"
+        )
+    return _beyond_floor(expected, floor, evidence)
+
+
+def _beyond_floor(expected: Trace, floor: NoiseFloor, evidence: Evidence) -> Difference:
+    """Whether a replay in sampled batch compositions is one of the floor's repeats."""
+    if evidence.draw is None and not evidence.same_schedule:
+        text = (
+            "not bit for bit the same; a server's requests meet in batches of their own, not in the floor's: level 'noise' asks"
+        )
+        return Difference(different=None, reason=f"{text} all the same")
+    if evidence.draw is None:
+        return Difference(
+            different=None, reason="not bit for bit the same; only an engine can be asked again in the floor's shapes"
+        )
+    if floor.changed == 0:
+        return Difference(
+            different=True, reason="beyond the noise of batch composition: other bits, where no drawn one moved any"
+        )
+    blocks = np.repeat(np.arange(expected.num_sequences) % floor.shapes.blocks, np.diff(expected.sequence_offsets))
+    test = block_permutation_test(floor.logprobs, evidence.draw(), blocks)
+    if test is None:
+        return Difference(
+            different=None, reason=f"not bit for bit the same; too few sequences for {floor.shapes.blocks} blocks"
+        )
+    beyond = test.p_value <= ALPHA
+    return Difference(
+        different=beyond,
+        reason=f"{'beyond' if beyond else 'within'} the noise of batch composition, {test}",
+        p_value=test.p_value,
+    )

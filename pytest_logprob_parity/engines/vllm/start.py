@@ -1,0 +1,90 @@
+"""Build a vLLM `LLM` so that it can be forced, and shut it down so that the next one can start in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from ...errors import UsageError
+from ...spec import EngineSpec
+from ...spec.engine_arguments import vllm_engine_arguments
+from ...suggest import nearest
+from .config import BY_NATURE
+
+#: Environment variables that decide what a started engine is, and how they are set while it starts.
+IN_PROCESS: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def set_defaults() -> None:
+    """Set the environment variables that vLLM reads while it is imported, unless the environment says otherwise."""
+    for name, value in _ENV_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def check_settings(spec: EngineSpec) -> None:
+    """Raise UsageError for a setting that the installed vLLM does not have, with the nearest name."""
+    known = vllm_engine_arguments()
+    for name in spec.claims():
+        if known and name not in known and name not in BY_NATURE:
+            fields = spec.field_names()
+            raise UsageError(
+                f"{name!r} is neither a field of EngineSpec nor an engine argument of the installed vLLM"
+                f"{nearest(name, [*fields, *known])}"
+            )
+
+
+def build(llm: Any, arguments: dict[str, Any], *, cpu: bool) -> Any:
+    """Build the LLM so that it can be forced. On GPUs Model Runner V2 samples out of reach of a wrapped sampler: from
+    0.29 on it replays traces itself, before that Model Runner V1 takes its place.
+    """
+    if cpu:
+        return llm(**arguments)
+    if "enable_trace_replay" not in vllm_engine_arguments():
+        with environment({"VLLM_USE_V2_MODEL_RUNNER": "0"}):
+            return llm(**arguments)
+    try:
+        return llm(**{"enable_trace_replay": True, **arguments})
+    except ValueError as error:
+        if "trace replay requires" not in str(error):
+            raise
+    return llm(**arguments)  # something in these settings keeps Model Runner V1, whose sampler can be wrapped
+
+
+def version() -> str:
+    """The version of the installed vLLM."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def shut_down(llm: Any) -> None:
+    """Shut an engine down, or clear away what a failed start left, so that the next one can start in this process."""
+    engine = getattr(llm, "llm_engine", None)
+    core = getattr(engine, "engine_core", None)
+    if core is not None:
+        core.shutdown()
+    del llm, engine, core
+    with contextlib.suppress(ImportError):
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+    gc.collect()
