@@ -70,7 +70,10 @@ def golden_of(change=0.0, node_id=HOSTILE, name=HOSTILE, **changes):
         "libraries": {"torch": f"{text}{change}"},
     }  # fmt: skip
     reference = Reference((trace.logprobs - np.float32(0.001)), text, trace.num_sequences)
-    made = Golden(trace, prints, text, node_id.replace("\ud800", ""), name.replace("\ud800", ""), None, reference, {})
+    made = Golden(
+        trace, fingerprint=prints, prompts_digest=text, node_id=node_id.replace("\ud800", ""),
+        name=name.replace("\ud800", ""), reference=reference,
+    )  # fmt: skip
     return dataclasses.replace(made, **changes)
 
 

@@ -79,7 +79,8 @@ def keep(
         comparison.setup, candidate, refusal, checked.limits,
     )  # fmt: skip
     trace = comparison.actual.with_(untruncated_logprobs=checked.policy_logprobs)
-    kept = Golden(trace, checked.fingerprint, told.prompts_digest, *check)
+    node_id, name = check
+    kept = Golden(trace, fingerprint=checked.fingerprint, prompts_digest=told.prompts_digest, node_id=node_id, name=name)
     limits = None if obtained.limits is None else obtained.limits.to_json()
     kept.save(path, also={_KEY: {**vars(obtained), "limits": limits}})
     return obtained

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..golden import SUFFIX, claims_in
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unused:
     """Goldens that no test asks for, as paths from the root.
 

@@ -38,7 +38,7 @@ def variants_at(path: Path) -> list[Path]:
     return [*([path] if is_there(path) else []), *_files(path.parent, f"{stem}{VARIANT}*{SUFFIX}")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """A golden's file, and the check that it says it belongs to. The path decides: the check that asks for it has it.
 
@@ -65,7 +65,7 @@ def claims_in(folder: Path) -> list[Claim]:
         except (GoldenError, AttributeError):
             continue
         if isinstance(node_id, str) and isinstance(name, str):
-            found.append(Claim(path, node_id, name, golden=bool(about)))
+            found.append(Claim(path=path, node_id=node_id, name=name, golden=bool(about)))
     return found
 
 

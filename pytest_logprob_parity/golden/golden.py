@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ _FLOOR: Final = "floor_logprobs"
 _REFERENCE: Final = "reference_logprobs"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Golden:
     """A trace and what it was recorded from.
 
@@ -35,6 +35,7 @@ class Golden:
     """
 
     trace: Trace
+    _: KW_ONLY
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     prompts_digest: str = ""
     node_id: str = ""
@@ -127,7 +128,7 @@ class Golden:
             if column.shape != (trace.num_tokens,):
                 raise ValueError(f"its reference is {list(column.shape)}, its tokens are {trace.num_tokens}")
             reference = Reference.from_json(column, told)
-        return cls(trace, prints, **texts, floor=floor, reference=reference, tolerance=tolerance)
+        return cls(trace, fingerprint=prints, **texts, floor=floor, reference=reference, tolerance=tolerance)
 
     @property
     def routed(self) -> bool | None:

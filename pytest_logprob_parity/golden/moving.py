@@ -18,7 +18,7 @@ from .names import SUFFIX, golden_path, variant_of, variant_path
 _COLONS: Final = "::"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
     """One golden's file, where it goes, and the check that has it there."""
 
@@ -56,7 +56,7 @@ def moves(old: str, new: str, name: str | None, root: Path, golden_dir: Path) ->
         target = variant_path(golden_path(root / golden_dir, node_id, label), variant_of(claim.path))
         if target.exists():
             raise UsageError(f"move: {target} is there already, and stays: nothing was moved")
-        made.append(Move(claim.path, target, node_id, label))
+        made.append(Move(old=claim.path, new=target, node_id=node_id, name=label))
     return made
 
 

@@ -75,7 +75,7 @@ class Client:
 
     def ask(self, method: str, path: str, body: Any = None, *, timeout: float = 30.0) -> Answer:
         """One request, sent once. Raises DownError where nobody answers, EngineError for a time-out."""
-        settings = ServerSettings(self.url, timeout=timeout, retries=0)
+        settings = ServerSettings(url=self.url, timeout=timeout, retries=0)
         return self._drive(lambda: self._send(method, path, body, settings))
 
     def post_all(
