@@ -29,9 +29,8 @@ def make_golden(change=0.0, **changes):
     trace = moved(make_trace(), change)
     rows = np.stack([trace.logprobs + noise(trace, 0.002, seed) for seed in range(5)]).astype(np.float32)
     golden = Golden(
-        trace=trace, fingerprint=PRINTS, prompts_digest="prompts", node_id="test_it.py::test_it", name="",
-        floor=NoiseFloor(rows, BatchCompositions(), True),
-        reference=reference_of(trace, noise(trace, 0.005, 9)), tolerance={},
+        trace, fingerprint=PRINTS, prompts_digest="prompts", node_id="test_it.py::test_it",
+        floor=NoiseFloor(rows, BatchCompositions(), True), reference=reference_of(trace, noise(trace, 0.005, 9)),
     )  # fmt: skip
     return dataclasses.replace(golden, **changes)
 

@@ -150,7 +150,7 @@ KNOBS = ("max_num_seqs", "block_size", "enable_prefix_caching", "async_schedulin
 
 def fake_ablation(error, budget=Budget(), **options):  # noqa: B008 - frozen
     pool = FakePool(error, **options)
-    golden = Golden(trace=pool.truth, fingerprint={"config": dict.fromkeys(KNOBS, 0), "dtype": "float32"})
+    golden = Golden(pool.truth, fingerprint={"config": dict.fromkeys(KNOBS, 0), "dtype": "float32"})
     return ablate(golden, EngineSpec("m", **dict.fromkeys(KNOBS, 1)), pool, budget, lambda _: None, read=False)
 
 

@@ -33,7 +33,7 @@ def make_trace(tokens=50, seed=0):
 @pytest.fixture
 def golden_file(tmp_path):
     path = tmp_path / "golden" / "g.safetensors"
-    Golden(trace=make_trace(), fingerprint={"name": "m"}, prompts_digest="abc", node_id="test_a.py::test_b").save(path)
+    Golden(make_trace(), fingerprint={"name": "m"}, prompts_digest="abc", node_id="test_a.py::test_b").save(path)
     return path
 
 

@@ -71,15 +71,9 @@ def golden_of(change=0.0, node_id=HOSTILE, name=HOSTILE, **changes):
     }  # fmt: skip
     reference = Reference((trace.logprobs - np.float32(0.001)), text, trace.num_sequences)
     made = Golden(
-        trace=trace,
-        fingerprint=prints,
-        prompts_digest=text,
-        node_id=node_id.replace("\ud800", ""),
-        name=name.replace("\ud800", ""),
-        floor=None,
-        reference=reference,
-        tolerance={},
-    )
+        trace, fingerprint=prints, prompts_digest=text, node_id=node_id.replace("\ud800", ""),
+        name=name.replace("\ud800", ""), reference=reference,
+    )  # fmt: skip
     return dataclasses.replace(made, **changes)
 
 

@@ -17,7 +17,7 @@ from ..trace.batch_composition import BatchCompositions
 REPEATS: Final = 5
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)  # without slots: what is computed from the repeats is kept in it
 class NoiseFloor:
     """R repeats of a decode replay of N tokens on the recording engine, in batches sampled from `compositions`.
 

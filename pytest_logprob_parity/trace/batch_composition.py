@@ -13,7 +13,7 @@ from ..errors import UsageError
 _MOST: Final = 1_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchCompositions:
     """The distribution from which a replay samples the composition of each of its batches.
 
