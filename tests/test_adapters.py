@@ -94,7 +94,7 @@ def test_a_trainer_without_it_of_another_step_or_with_another_alpha_is_told(roll
     assert (finding.layer, finding.cause, finding.candidates[0]) == ("weights", None, "adapter")
     finding = named(rollouts)
     assert (finding.cause, "adapter" in finding.candidates) == (None, True)
-    golden = Golden(rollouts, {"adapter": str(read_adapter(steps[0]))})
+    golden = Golden(rollouts, fingerprint={"adapter": str(read_adapter(steps[0]))})
     finding = named(golden, adapter=steps[1])
     assert (finding.layer, finding.cause) == ("weights", "adapter")
     assert finding.evidence == f"{read_adapter(steps[0])} in the golden, {read_adapter(steps[1])} in the trainer"

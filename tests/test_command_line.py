@@ -25,6 +25,8 @@ from pytest_logprob_parity.cli.verb import tell
 from pytest_logprob_parity.comparison.result import LEVELS, Errors
 from pytest_logprob_parity.matrix import run as matrix
 from pytest_logprob_parity.report.history.drift import series_of
+from pytest_logprob_parity.selftest import table
+from pytest_logprob_parity.selftest.fault import Row
 
 VERBS = verbs_of(make_parser())
 
@@ -141,6 +143,11 @@ def matrix_json(capsys):
     return [json.loads(to_text("matrix", {"rows": [row.to_json()]}))]
 
 
+def selftest_json(capsys):
+    row = Row(fault="f", size="s", kind="report", outcome="fail", rms=0.1, multiple=3.0, quantity="k3", said="too far")
+    return [json.loads(to_text("selftest", {"model": "m", "objective": "token", **table.to_json([row], "token")}))]
+
+
 def history_json(capsys):
     runs = [run_of(reading(0.001 + 0.0001 * (day % 3)), day=day) for day in range(1, 11)]
     checks = [series.to_json() for series in series_of(runs)]
@@ -160,6 +167,7 @@ def documented(verb):
         ("show", show_json),
         ("diff", diff_json),
         ("matrix", matrix_json),
+        ("selftest", selftest_json),
         ("history", history_json),
     ],
 )

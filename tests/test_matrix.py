@@ -317,7 +317,7 @@ class MadeUpEngine:
     def replay_all(self, trace, paths):
         return {path: trace.with_(replay=path) for path in paths}
 
-    def replay_in_drawn_shapes(self, trace, shapes, number):
+    def replay_in_batch_compositions(self, trace, shapes, number):
         return (trace.logprobs + self._change).astype(np.float32)
 
     def remarks(self):
@@ -509,9 +509,11 @@ def test_what_installs_ends_with_the_run(tmp_path):
         stop.set()
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(EngineError, match="environment x was not made: the run was interrupted"):
+    with pytest.raises(EngineError, match="the run was interrupted"):
         run_command([sys.executable, "-c", code], tmp_path, stop)
     assert not Path("/proc", begun.read_text()).exists()
+    with pytest.raises(EngineError, match="environment x was not made: the run was interrupted"):
+        python_of(Environment(name="x", requirements=("",)), tmp_path, lambda _: None, stop)
 
 
 def test_answers_that_cannot_be_written_are_a_line(plan, tmp_path, capsys):

@@ -243,10 +243,11 @@ def test_accepting_on_another_kind_of_machine_writes_beside_the_golden(pytester,
     candidate = dataclasses.replace(golden, fingerprint=there)
     candidate.save(candidate_path(left))
     told = Obtained(
-        str(path.relative_to(pytester.path)), golden.digest, golden.node_id, "", "unverified", "too few", "rl", "compatible",
-        Golden.load(candidate_path(left)).digest,
+        golden=str(path.relative_to(pytester.path)), golden_digest=golden.digest, node_id=golden.node_id,
+        name="", verdict="unverified", headline="too few", level="rl", setup="compatible",
+        candidate=Golden.load(candidate_path(left)).digest,
     )  # fmt: skip
-    candidate.save(left, also={"obtained": vars(told)})
+    candidate.save(left, also={"obtained": dataclasses.asdict(told)})
     status, out, _ = command(capsys, "accept", "--yes")
     assert status == 0
     assert "@nvidia-h200.safetensors, beside golden/" in out

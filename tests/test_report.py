@@ -1057,7 +1057,8 @@ def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
     for sequences, length in ((200, 64), (20, 5000)):
         golden = scope["rollouts"](sequences=sequences, length=length)
         checked = Checked(
-            golden=Golden(golden), comparison=compare(expected=golden, actual=golden.with_(logprobs=golden.logprobs - 0.3))
+            golden=Golden(trace=golden),
+            comparison=compare(expected=golden, actual=golden.with_(logprobs=golden.logprobs - 0.3)),
         )
         about = dict.fromkeys(("node_id", "name", "file", "message", "obtained", "refusal"), "")
         about |= {"golden": "g", "line": 0, "commands": []}

@@ -15,7 +15,8 @@ from pytest_logprob_parity import Sampling
 from pytest_logprob_parity.cli import main
 from pytest_logprob_parity.selftest import table
 from pytest_logprob_parity.selftest.checkpoint_tensors import CheckpointTensors
-from pytest_logprob_parity.selftest.fault import NotPossibleError, Row
+from pytest_logprob_parity.selftest.engine_under_test import NotPossibleError
+from pytest_logprob_parity.selftest.fault import Row
 from pytest_logprob_parity.selftest.prompts import make_prompts
 from pytest_logprob_parity.selftest.report_faults import report_faults
 from pytest_logprob_parity.selftest.sampler_faults import sampler_faults

@@ -891,7 +891,9 @@ def pieces():
 def posted(url, timeout):
     client = Client(url)
     try:
-        return client.post_all([(COMPLETIONS, {})], lambda _, content: content, ServerSettings(url, timeout=timeout, retries=0))
+        return client.post_all(
+            [(COMPLETIONS, {})], lambda _, content: content, ServerSettings(url=url, timeout=timeout, retries=0)
+        )
     finally:
         client.close()
 

@@ -332,14 +332,14 @@ def bad_checkpoint(folder: Path, name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2", "int8"])
 def test_weights_of_any_precision_are_looked_through_for_what_is_no_number(dtype):
     weights = torch.linspace(-1, 1, 60).reshape(5, 12).to(getattr(torch, dtype))
-    check_finite(WeightUpdate({"a": weights, "none": torch.empty(0)}))
+    check_finite(WeightUpdate(weights={"a": weights, "none": torch.empty(0)}))
     if dtype == "int8":
         return
     weights[2, 3] = float("nan")
     with pytest.raises(
         UsageError, match=r"^weight update: 'a' in the mapping of tensors holds 1 NaN or infinities; the engine"
     ):
-        check_finite(WeightUpdate({"a": weights}))
+        check_finite(WeightUpdate(weights={"a": weights}))
 
 
 def test_modes_and_traces_that_do_not_exist(pool, spec, questions, updated):

@@ -40,7 +40,7 @@ Answer: TypeAlias = Literal["yes", "no", "all", "skip", "view", "quit"]
 _ANSWERS: Final[tuple[Answer, ...]] = get_args(Answer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
     """One obtained trace, at `path`, held against the golden that is there today.
 
@@ -76,7 +76,13 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
         if not _is_of(obtained.node_id, obtained.name, golden, target):
             raise GoldenError(f"incomparable: the golden belongs to {golden.node_id or 'no test'}")
         if golden.digest == obtained.candidate:
-            return Proposal(path, obtained, (*block, "  accepted   the golden is this candidate already"), target, done=True)
+            return Proposal(
+                path=path,
+                obtained=obtained,
+                lines=(*block, "  accepted   the golden is this candidate already"),
+                target=target,
+                done=True,
+            )
         if golden.digest != obtained.golden_digest:
             raise GoldenError(
                 f"the golden is no longer the one that the run compared with ({obtained.golden_digest[:12]} then, "
@@ -103,10 +109,18 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
         _check_same_engine(left, candidate)
     except ParityError as error:
         text = visible_line(error.reason_beside(target, path))
-        return Proposal(path, obtained, (*block, f"  refused    {text}"), target, refusal=text)
+        return Proposal(path=path, obtained=obtained, lines=(*block, f"  refused    {text}"), target=target, refusal=text)
     loosened, before = loosened_by(golden, candidate), golden.digest if target.exists() else ""
     lines = [*_difference(comparison, golden, candidate), *_changes(golden, candidate, loosened)]
-    return Proposal(path, obtained, (*block, *map(visible_line, lines)), target, data, loosened=loosened, before=before)
+    return Proposal(
+        path=path,
+        obtained=obtained,
+        lines=(*block, *map(visible_line, lines)),
+        target=target,
+        data=data,
+        loosened=loosened,
+        before=before,
+    )
 
 
 def accept(proposals: Sequence[Proposal]) -> None:

@@ -10,6 +10,7 @@ candidate's. The second is what `logprob-parity accept` makes the golden, byte f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ _TEXTS: Final = ("golden", "golden_digest", "node_id", "name", "verdict", "headl
 _KNOWN: Final = {"verdict": get_args(Verdict), "level": LEVELS, "setup": get_args(Setup)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Obtained:
     """A failing check, as its obtained trace remembers it.
 
@@ -74,14 +75,24 @@ def keep(
     candidate, refusal = "", "nothing was compared"
     if comparison.metrics["n_tokens"] or comparison.metrics["n_nan"]:
         candidate, refusal = _candidate(candidate_path(path), record)
+    node_id, name = check
     obtained = Obtained(
-        golden, told.digest, *check, comparison.verdict, comparison.headline, comparison.level,
-        comparison.setup, candidate, refusal, checked.limits,
-    )  # fmt: skip
+        golden=golden,
+        golden_digest=told.digest,
+        node_id=node_id,
+        name=name,
+        verdict=comparison.verdict,
+        headline=comparison.headline,
+        level=comparison.level,
+        setup=comparison.setup,
+        candidate=candidate,
+        refusal=refusal,
+        limits=checked.limits,
+    )
     trace = comparison.actual.with_(untruncated_logprobs=checked.policy_logprobs)
-    kept = Golden(trace, checked.fingerprint, told.prompts_digest, *check)
+    kept = Golden(trace=trace, fingerprint=checked.fingerprint, prompts_digest=told.prompts_digest, node_id=node_id, name=name)
     limits = None if obtained.limits is None else obtained.limits.to_json()
-    kept.save(path, also={_KEY: {**vars(obtained), "limits": limits}})
+    kept.save(path, also={_KEY: {**dataclasses.asdict(obtained), "limits": limits}})
     return obtained
 
 

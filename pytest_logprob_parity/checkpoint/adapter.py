@@ -40,7 +40,7 @@ _EXPONENTS: Final[Mapping[str, tuple[str, int]]] = {
 _MOVES_THE_BASE: Final = ("pissa", "olora", "corda", "loftq")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
     """A LoRA adapter as its folder held it when it was read: `modules` are the linear layers that it changes, each with the
     factor (alpha/r, or alpha/sqrt(r) under rank stabilisation) that B A [out, in] is multiplied by.
@@ -107,7 +107,7 @@ def read_adapter(folder: Path, model: Path | None = None) -> Adapter:
         _check_fits(folder, config, shapes, model)
     tensors, is_zero = _content(file)
     digest = digest_of({"tensors": tensors, "scales": dict(sorted(modules.items()))})
-    return Adapter(folder, modules, max(s["A"][0] for s in shapes.values()), digest, is_zero)
+    return Adapter(folder=folder, modules=modules, rank=max(s["A"][0] for s in shapes.values()), digest=digest, is_zero=is_zero)
 
 
 def apply_adapter(model: Any, adapter: Adapter, factor: float = 1.0) -> None:

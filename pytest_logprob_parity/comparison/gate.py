@@ -21,9 +21,9 @@ GATE_NAMES: Final[Mapping[GateKey, str]] = {
     "nucleus_flips": "nucleus flips",
     "mean_diff": "|mean difference|",
     "k3": "k3 (KL)",
-    "clip_share": "ratios outside the clip",
+    "clip_share": "share of ratios outside the clip",
     "weight_variance": "variance of the weights",
-    "outlier_tokens": "with a token off by more than",
+    "outlier_tokens": "with an outlier token (>",
     "outlier_sequences": "with an RMS above",
 }
 
@@ -131,7 +131,9 @@ class Gate:
     @property
     def name(self) -> str:
         """The number in words; code goes by `key`."""
-        return GATE_NAMES[self.key] + (f" {self.threshold:.2g}" if math.isfinite(self.threshold) else "")
+        if not math.isfinite(self.threshold):
+            return GATE_NAMES[self.key]
+        return f"{GATE_NAMES[self.key]} {self.threshold:.2g} nats{')' * (self.key == 'outlier_tokens')}"
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; what is not a number becomes None."""

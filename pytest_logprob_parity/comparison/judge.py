@@ -108,12 +108,13 @@ def _noise(measured: Measurement, verdict: Verdict) -> list[Finding]:
         return []
     rms = measured.numbers["rms_diff"]
     off = next((g for g in measured.gates if g.key == "outlier_tokens" and g.value), None)
-    beside = "" if off is None else f", beside {counted(round(off.value), off.unit)} {off.name} nats (largest {off.worst:.3g})"
+    over = f"over {counted(int(measured.numbers['n_tokens']), 'tokens')}"
+    beside = "" if off is None else f", and {counted(round(off.value), off.unit)} {off.name} (largest: {off.worst:.3g} nats)"
     return [
         Finding(
             layer="noise",
             cause="numerical_noise",
-            evidence=f"RMS {rms:.2g} nats{beside}, within tolerance",
+            evidence=f"RMS difference {rms:.2g} nats {over}{beside}: within tolerance",
             values={"rms": rms},
         )
     ]

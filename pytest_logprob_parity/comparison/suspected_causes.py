@@ -53,14 +53,14 @@ SUSPECTS: Final[Mapping[str, tuple[Layer, Cause]]] = {
 _UNLISTED: Final[tuple[Layer, Cause]] = ("path", "engine_build")
 
 #: What tells how an engine computes from its weights.
-_TELLS: Final = "`logprob-parity diagnose` asks transformers what the checkpoint gives"
+_TELLS: Final = "`logprob-parity diagnose` compares with the checkpoint in transformers"
 
 
 def adapter_finding(differences: Sequence[tuple[str, Any, Any]]) -> Finding | None:
     """`adapter` where golden and engine have adapters of other content, or one of them has none; both by name."""
     for name, expected, actual in differences:
         if name == "adapter":
-            text = f"{expected or 'no adapter'} in the golden, {actual or 'no adapter'} now"
+            text = f"{expected or 'no adapter'} in the golden, {actual or 'no adapter'} in this run"
             return Finding(layer="weights", cause="adapter", evidence=text)
     return None
 
@@ -75,13 +75,17 @@ def suspects(
     if found := suspect_settings(differences):
         return found
     unsaid = ", ".join(name for name, _, _ in differences)
-    agree = "the fingerprints agree" if not differences else f"one side does not say its {unsaid}, else they agree"
+    match = (
+        "the fingerprints match"
+        if not differences
+        else f"one side does not report its {unsaid}; otherwise the fingerprints match"
+    )
     cached = updated and (engine or {}).get("config", {}).get("enable_prefix_caching")
     candidates: tuple[Cause, ...] = (
         "engine_build", "attention_backend", *(("adapter",) if (engine or {}).get("adapter") else ()),
         "weights_differ", "stale_weights", *(("stale_kv_cache",) if cached else ()),
     )  # fmt: skip
-    text = f"{agree}, and they do not read weights: not told apart: how the engine computes, or its weights; {_TELLS}"
+    text = f"{match}; they do not cover the values of the weights, so either the computation or the weights differ; {_TELLS}"
     return [Finding(layer="path", cause=None, evidence=text, candidates=candidates)]
 
 

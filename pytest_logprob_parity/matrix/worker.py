@@ -74,7 +74,12 @@ def load_answers(folder: Path, name: str) -> Answers:
     columns, metadata = read(folder / f"{name}.more.safetensors")
     replays = {path: Trace.load(folder / f"{name}.{path}.safetensors") for path in metadata["paths"]}
     drawn = columns.get(_DRAWN)
-    return Answers(replays, metadata["fingerprint"], columns.get(_POLICY), None if drawn is None else lambda: drawn)
+    return Answers(
+        replays=replays,
+        fingerprint=metadata["fingerprint"],
+        policy_logprobs=columns.get(_POLICY),
+        draw=None if drawn is None else lambda: drawn,
+    )
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..report.outcomes import Outcome
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Kept:
     """Where an obtained trace lies, from the root, and why it cannot be accepted ("" where it can)."""
 

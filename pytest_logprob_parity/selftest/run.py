@@ -18,8 +18,8 @@ from ..grammar import counted
 from ..progress import doing
 from ..spec import EngineSpec, Sampling
 from .controls import first_controls, later_controls
-from .engine_under_test import EngineUnderTest, first_line
-from .fault import Fault, NotPossibleError, Row
+from .engine_under_test import EngineUnderTest, NotPossibleError, first_line
+from .fault import Fault, Row
 from .judge import judge_fault
 from .prompts import LENGTH, make_prompts
 from .report_faults import report_faults

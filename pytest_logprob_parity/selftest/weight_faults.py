@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from .fault import Fault, NotPossibleError
+from .engine_under_test import NotPossibleError
+from .fault import Fault
 
 if TYPE_CHECKING:
     from ..check.ask import Answers

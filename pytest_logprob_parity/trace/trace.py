@@ -30,7 +30,7 @@ from .labels import (
 from .segments import Segment, segments_of
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
     """Completions and what an engine said of their tokens.
 

@@ -12,8 +12,8 @@ from ..comparison.judge import judge
 from ..comparison.result import Comparison, MismatchError
 from ..comparison.tolerance import Tolerance, make_tolerance
 from ..errors import UsageError
-from ..golden.noise_floor import Shapes
 from ..trace import FloatArray, ReplayPath, Trace
+from ..trace.batch_composition import BatchCompositions
 from .agreement import without_top_k
 from .limits import trainer_tolerance
 from .scorer import Scorer
@@ -27,7 +27,7 @@ class Replays(Protocol):
         """The tokens of `trace` with this engine's logprobs by `path`."""
         ...
 
-    def replay_in_drawn_shapes(self, trace: Trace, shapes: Shapes, number: int) -> FloatArray:
+    def replay_in_batch_compositions(self, trace: Trace, compositions: BatchCompositions, number: int) -> FloatArray:
         """Logprobs [N] of the tokens, decoded in sampled batch compositions."""
         ...
 
@@ -124,9 +124,11 @@ def assert_trainer_chain(
 
 
 def _one_at_a_time(engine: Replays, rollouts: Trace) -> Trace:
-    alone = Shapes(batch_sizes=(1,), weights=(1.0,), alone=1.0, blocks=1)
-    return rollouts.with_(logprobs=engine.replay_in_drawn_shapes(rollouts, alone, 0), top_logprobs=rollouts.top_logprobs[:, :0],
-                          top_token_ids=rollouts.top_token_ids[:, :0])  # fmt: skip
+    alone = BatchCompositions(batch_sizes=(1,), weights=(1.0,), alone=1.0, blocks=1)
+    logprobs = engine.replay_in_batch_compositions(rollouts, alone, 0)
+    return rollouts.with_(
+        logprobs=logprobs, top_logprobs=rollouts.top_logprobs[:, :0], top_token_ids=rollouts.top_token_ids[:, :0]
+    )
 
 
 def _judge(expected: Trace, actual: Trace, sides: tuple[str, str], tolerance: Any) -> Comparison:

@@ -63,7 +63,7 @@ def check_weight_update(
     model: str | Path | None = None,
 ) -> Comparison:
     """The comparison that `assert_weight_update` makes, whatever its verdict."""
-    WeightUpdate(Path(after), mode, clear_cache)
+    WeightUpdate(weights=Path(after), mode=mode, clear_cache=clear_cache)
     reference = UpdateReference(Path(before), Path(after), trace, None if model is None else Path(model))
     asked = CLEARED if clear_cache else KEPT
     evaluation = reference.evaluate(asked)

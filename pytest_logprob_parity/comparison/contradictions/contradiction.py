@@ -17,7 +17,7 @@ Key = Literal[
 
 #: How a headline begins; other contradictions are of one side with itself.
 _TITLES: Final[Mapping[Key, str]] = {
-    "probability_one": "These are no sampling probabilities",
+    "probability_one": "The logprobs are not sampling probabilities",
     "tokens_shifted": "Tokens are out of place",
     "no_logprob": "Logprobs are missing",
 }
@@ -83,4 +83,4 @@ class Record:
     def notes(self) -> tuple[Note, ...]:
         """What is to be said of contradictions that are not new: they do not decide."""
         others = [c.evidence for c in self.contradictions if not c.new]
-        return tuple(Note("contradiction", f"a contradiction that does not decide: {text}") for text in others)
+        return tuple(Note("contradiction", f"a contradiction that does not change the verdict: {text}") for text in others)

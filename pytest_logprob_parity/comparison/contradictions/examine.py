@@ -126,13 +126,17 @@ def _looked_at(expected: Trace, actual: Trace, rows: Alignment) -> slice | Longs
     return np.union1d(inside, far)
 
 
-def topk_judged(expected: Trace, actual: Trace) -> Note:
+def topk_judged(expected: Trace, actual: Trace, names: Names = _NAMES) -> Note:
     """Whether the top-k was judged, as a note: over the common width where the two sides differ in it."""
     expected_width, actual_width = _width(expected), _width(actual)
     if expected_width and actual_width:
-        wider = f" (the golden's has {expected_width}, this run's {actual_width})" if expected_width != actual_width else ""
+        wider = (
+            f" ({names.expected} has a top-{expected_width}, {names.actual} a top-{actual_width})"
+            if expected_width != actual_width
+            else ""
+        )
         return Note("top_k_judged", f"top-{min(expected_width, actual_width)} judged on both sides{wider}")
-    lacking = "this run" if expected_width else "the golden"
+    lacking = names.actual if expected_width else names.expected
     missing = f"{lacking} has none" if expected_width or actual_width else "neither side has one"
     return Note("top_k_judged", f"top-k not judged: {missing}")
 

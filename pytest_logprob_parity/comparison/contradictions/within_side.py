@@ -43,7 +43,7 @@ def checks(side: Columns, other: Columns) -> Iterator[Check]:
     yield _above_zero(side, noise, whose)
     if side.trace.top_k:
         empty, what = _no_distribution(side)
-        text = f"{{count}} of {{of}} positions of {whose} have a top-k that is no distribution: {what}"
+        text = f"{{count}} of {{of}} positions of {whose} have a top-k that is not a distribution: {what}"
         yield Check(key="no_distribution", flagged=empty, of=len(empty), text=text)
         yield _mass(side, noise, whose)
         yield _chosen(side, ~empty, noise, whose)
@@ -73,8 +73,8 @@ def _no_distribution(side: Columns) -> tuple[Bools, str]:
         text
         for flagged, text in (
             (broken, "NaN"),
-            (nothing, "all of it is -inf"),
-            (constant, f"all of it is {float(side.largest[constant][0]) if constant.any() else 0:g}"),
+            (nothing, "all values are -inf"),
+            (constant, f"all values are {float(side.largest[constant][0]) if constant.any() else 0:g}"),
         )
         if flagged.any()
     ]
@@ -104,7 +104,7 @@ def _chosen(side: Columns, usable: Bools, noise: float, whose: str) -> Check:
         off = np.where(known & (side.chosen != side.own), np.abs(side.chosen - side.own), 0.0)
         off = np.where(off > rounding(side.own), off, 0.0)
     of = int(np.count_nonzero(known))
-    text = f"{{count}} of {{of}} chosen logprobs of {whose} are not what its own top-k lists for the same token"
+    text = f"{{count}} of {{of}} chosen logprobs of {whose} differ from what its own top-k lists for the same token"
     return Check(key="chosen_and_top_k", flagged=off > 0, of=of, text=text, certain=_beyond(off, noise, of))
 
 

@@ -71,10 +71,10 @@ class FreeRun:
 
     def __str__(self) -> str:
         if self.same:
-            return f"all {self.turns} came back token for token and stopped where they stopped"
-        text = f"{self.diverged} of {self.turns} wrote other tokens"
+            return f"all {self.turns} turns have the golden's tokens and stop at the same place"
+        text = f"{self.diverged} of {self.turns} turns have other tokens"
         if self.stops_changed:
-            text += f", {self.stops_changed} stopped elsewhere"
+            text += f", {self.stops_changed} stop at another place"
         if self.relabelled:
-            text += f", {self.relabelled} name the other of two finish reasons that both hold"
+            text += f", {self.relabelled} report the other of two finish reasons that both hold"
         return text + (f"; first at {self.divergences[0]}" if self.divergences else "")

@@ -45,7 +45,7 @@ def logits_processing_steps(positions: Positions) -> Iterator[ProcessingStep]:
     if step is not None:
         scaled = not step.finding.cause and bool(found) and all(_is_scaled(p, sampling, slope) for p in found)
         if scaled:
-            text = f"{_larger(scale, positions)}, before the penalties: no temperature comes there"
+            text = f"{_larger(scale, positions)}, before the penalties, where no temperature is applied"
             finding = Finding(
                 layer="weights",
                 cause=None,
@@ -61,7 +61,7 @@ def logits_processing_steps(positions: Positions) -> Iterator[ProcessingStep]:
         yield step
     penalties = [] if scaled else [_penalty_step(penalty, sampling, positions.names) for penalty in found]
     if not penalties and not scaled and not bare and moves_only_seen(positions, slope):
-        text = "only tokens that stood before are moved, by no penalty that explains them"
+        text = "only tokens that occurred before differ, and no penalty explains by how much"
         penalties = [
             ProcessingStep(
                 finding=Finding(layer="semantic", cause=None, evidence=text, candidates=("penalties", "weights_differ")),
@@ -113,7 +113,7 @@ def _temperature_step(scale: Scale, positions: Positions) -> ProcessingStep:
     labelled = now != expected_temperature and scale.is_(expected_temperature / now)
     if labelled and positions.expected_trace.logprobs_mode == positions.actual_trace.logprobs_mode:
         how = fitted.format(f"{expected_temperature / scale.slope:.4f}", expected_temperature * scale.error / scale.slope**2)
-        text = f"temperature {now:g} in place of {expected_temperature:g}, as the labels say {how}"
+        text = f"temperature {now:g} instead of {expected_temperature:g}, as the labels say {how}"
         values["temperature"] = expected_temperature / scale.slope
         return ProcessingStep(
             finding=Finding(layer="semantic", cause="temperature", evidence=text, values=values),
@@ -145,8 +145,8 @@ def _temperature_step(scale: Scale, positions: Positions) -> ProcessingStep:
         )
     other = expected_temperature / scale.slope
     text = (
-        f"{_larger(scale, positions)}: temperature {other:.3f} in place of {expected_temperature:g}, or another scale of the "
-        "logits (final norm, head); the logprobs alone do not tell these apart"
+        f"{_larger(scale, positions)}: temperature {other:.3f} instead of {expected_temperature:g}, or another scale of the "
+        "logits (final norm, LM head); the logprobs alone cannot distinguish these"
     )
     values["temperature"] = other
     others: tuple[Cause, ...] = ("weights_differ", "head_precision", "engine_build")
@@ -180,7 +180,7 @@ def _penalty_step(penalty: Penalty, sampling: Sampling, names: Names) -> Process
         on_expected = near(penalty.change, expected_value)
         fitted = penalty.change if on_expected else now
     elif expected_value != neutral and penalty.alike:  # with two unknown values there is none to tell
-        text = f"tokens that stood before are moved: another {words} or {penalty.alike.replace('_', ' ')} would look like this"
+        text = f"only tokens that occurred before differ: another {words} or {penalty.alike.replace('_', ' ')} looks like this"
         return ProcessingStep(
             finding=Finding(layer="semantic", cause="penalties", evidence=text), on_expected=on_expected, recorded=False
         )
@@ -192,10 +192,10 @@ def _penalty_step(penalty: Penalty, sampling: Sampling, names: Names) -> Process
         if on_expected and not recorded:
             text += f", or {now:.3g} to {names.actual} and none to {names.expected}"
     else:
-        text = f"{name} in place of the recorded {expected_value:g}"
+        text = f"{name} instead of the recorded {expected_value:g}"
     text += f" (fitted {fitted:.3f} +- {penalty.error:.1g} from {penalty.positions:,} positions)"
     if penalty.alike:
-        text += f"; a {penalty.alike.replace('_', ' ')} would look the same here"
+        text += f"; a {penalty.alike.replace('_', ' ')} looks the same here"
     values = {penalty.name: fitted, "error": penalty.error, "positions": penalty.positions}
     return ProcessingStep(
         finding=Finding(layer="semantic", cause="penalties", evidence=text, values=values),

@@ -54,5 +54,5 @@ def logit_step(positions: Positions, side: Side) -> float | None:
 
 def _words(step: float) -> str:
     if not step:
-        return "lie on no grid, as those of a head in float32"
-    return f"lie on a grid of {f'1/{round(1 / step)}' if step < 1 else f'{step:g}'}, as those of a head in fewer bits"
+        return "lie on no grid, as an LM head in float32 gives them"
+    return f"lie on a grid of {f'1/{round(1 / step)}' if step < 1 else f'{step:g}'}, as an LM head in fewer bits gives them"

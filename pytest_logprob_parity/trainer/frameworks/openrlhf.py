@@ -97,7 +97,7 @@ OPENRLHF: Final = Framework(
     tolerance={"outlier": math.log(2)},
     profile="openrlhf",
     mistakes=(
-        "with is_correction_level=off, the default, no logprobs are asked of the engine: there is nothing to compare",
+        "with is_correction_level=off, the default, the engine is not asked for logprobs: there is nothing to compare",
         "min_tokens=1 masks the end token at the first place in the engine only",
         "top-p reaches the engine only",
         "a token that is missing in the engine's dict gets the logprob 0.0, probability 1, in single-turn rollouts",

@@ -203,8 +203,9 @@ PIPELINERL: Final = Framework(
     # No thresholds: it logs and clips.
     profile="pipelinerl",
     mistakes=(
-        "its first V1 run (profile pipelinerl-v1-first): raw logprobs, prefix cache and async scheduling on, a bfloat16 head",
-        "labels with -100 inside the completion pass its count, and their logprobs stand beside other tokens",
+        "its first V1 run (profile pipelinerl-v1-first): raw logprobs, prefix cache and async scheduling on, a bfloat16 LM "
+        "head",
+        "labels with -100 inside the completion pass its count check, and their logprobs stand beside other tokens",
         "prompt ids are the actor's, the server makes its own from the same messages: nothing compares them",
         "model_version is that of a rollout's start: updates that arrive inside it are not seen",
         "reference logprobs are raw: at T other than 1 the reference KL is of two temperatures",

@@ -222,8 +222,8 @@ TRL: Final = Framework(
     profile="trl",
     mistakes=(
         "top-p, top-k, min-p and penalties reach the engine only: the trainer divides by T and by nothing else",
-        "the logprob of the first of a position's ranked list is taken: with logprobs > 0 that is the likeliest token's",
-        "cast_lm_head_to_fp32 makes the trainer's head float32 and leaves the engine's as it is",
+        "the logprob of the first of a position's ranked list is taken: with logprobs > 0 that is the most likely token's",
+        "cast_lm_head_to_fp32 makes the trainer's LM head float32 and leaves the engine's as it is",
         "the engine's dtype is auto while the trainer runs float32 weights under bfloat16 autocast",
         "importance_sampling_ratio is logged after the cap has set large ratios to 0, and NaN logprobs count as ratio 1",
     ),

@@ -284,7 +284,8 @@ VERL: Final = Framework(
     tolerance={"mean_diff": 0.1},
     profile="verl",
     mistakes=(
-        "top-p and top-k reach the engine only: processed logprobs are then over the kept set, the trainer's over all tokens",
+        "top-p and top-k reach the engine only: processed logprobs are then over the truncated support, the trainer's over all "
+        "tokens",
         "under bfloat16 autocast the logprobs are rounded to bfloat16: up to 0.14 nats by themselves",
         "without calculate_log_probs there are no rollout_log_probs, and no metric says so",
         "bypass_mode takes the rollout's logprobs for the old ones: every metric of their difference is then 0",
