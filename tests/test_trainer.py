@@ -405,7 +405,7 @@ def rollout(**changes):
     ("sequence", "says"),
     [
         (rollout(token_ids=[7, 9999]), "token id 9999 is beyond the 384 of transformers float32: another tokenizer or model"),
-        (rollout(token_ids=[7, -100]), "token id -100 is not a token: the ids contain a label or padding"),
+        (rollout(token_ids=[7, -100]), "token id -100 is no token: a label or a filler among the ids"),
         (rollout(prompt_token_ids=[]), "prompt 0 is empty"),
         (rollout(mask=[False, False]), "every token of these rollouts is masked"),
         (rollout(logprobs=[None, None]), "these rollouts have no logprobs"),
@@ -443,7 +443,7 @@ def test_zeros_in_place_of_missing_logprobs_are_noted(rollouts, float32):
     assert "fillers" in {note.key for note in comparison.notes}
     unknown = compare_with_trainer(rollouts.with_(dtype="int4"), float32)
     (told,) = [note for note in unknown.notes if note.key == "unknown_dtype"]
-    assert told == "the rollouts' dtype is not known: the limits are those of bfloat16"
+    assert told == "the rollouts' dtype is unknown: the limits are those of bfloat16"
     assert "unknown_dtype" not in {note.key for note in comparison.notes}
 
 
