@@ -32,7 +32,7 @@ def proves(finding: Finding, *, unsure: bool, beyond: bool) -> bool:
 
     What has other reasons too counts only where the gates are `unsure` of the sizes, or these are `beyond` float32's noise: a
     scale, and one constant a position (a normaliser summed otherwise, a padded vocabulary). Tokens that are excluded prove
-    nothing: a golden excludes none of its own, so noise at the edge of kept sets looks so, and flips have a budget.
+    nothing: a golden excludes none of its own, so noise at the edge of the nucleus looks like this; flips have their own limit.
     """
     if "excluded" in finding.values:
         return False
