@@ -11,13 +11,17 @@ SITE := requirements/docs.txt
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint setup docs bench clean
+.PHONY: demo test nightly lint setup docs bench clean
 
 demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup lint $(VENV)/.docs
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n 2 --durations=10
+
+# What takes long and proves more of the same.
+nightly: setup bench
+	$(BIN)/python -m pytest --nightly --durations=10
 
 lint: setup
 	$(BIN)/ruff check

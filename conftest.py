@@ -64,8 +64,16 @@ SLOW_FIRST = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items):
-    """Slow files first, each in its own order."""
+def pytest_addoption(parser):
+    parser.addoption("--nightly", action="store_true", help="run the tests that take long, and only those")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow files first, each in its own order; what takes long on its own."""
+    others = [item for item in items if bool(item.get_closest_marker("nightly")) != config.option.nightly]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     place = {name: i for i, name in enumerate(SLOW_FIRST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 

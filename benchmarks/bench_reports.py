@@ -113,7 +113,7 @@ def _answers(engine: Engine, golden: Golden, fault: Any, site_of: Any) -> Answer
     trace = golden.trace
     if fault.free is not None:
         free = engine.replay(fault.free(trace), "regenerate").with_(sampling=trace.sampling)
-        return Answers({"decode": engine.replay(trace), "regenerate": free}, prints)
+        return Answers(replays={"decode": engine.replay(trace), "regenerate": free}, fingerprint=prints)
     asked = trace if fault.asked is None else fault.asked(trace)
     if fault.site is None:
         answer = engine.replay(asked)
@@ -125,7 +125,7 @@ def _answers(engine: Engine, golden: Golden, fault: Any, site_of: Any) -> Answer
         finally:
             site.undo()
     answer = answer.with_(sampling=trace.sampling, prompt_token_ids=trace.prompt_token_ids, prompt_offsets=trace.prompt_offsets)
-    return Answers({"decode": answer}, prints)
+    return Answers(replays={"decode": answer}, fingerprint=prints)
 
 
 def _row(fault: Any, comparison: Comparison, reading: Trace) -> Row:

@@ -25,6 +25,8 @@ from pytest_logprob_parity.cli.verb import tell
 from pytest_logprob_parity.comparison.result import LEVELS, Errors
 from pytest_logprob_parity.matrix import run as matrix
 from pytest_logprob_parity.report.history.drift import series_of
+from pytest_logprob_parity.selftest import table
+from pytest_logprob_parity.selftest.fault import Row
 
 VERBS = verbs_of(make_parser())
 
@@ -131,14 +133,19 @@ def diff_json(capsys):
 
 def matrix_json(capsys):
     row = matrix.Row(
-        "a",
-        "float32",
-        "s",
-        "fail",
-        "too far",
+        cell="a",
+        dtype="float32",
+        sampling="s",
+        verdict="fail",
+        headline="too far",
         findings=(Finding(layer="path", cause="engine_build", evidence="it is another"),),
     )
     return [json.loads(to_text("matrix", {"rows": [row.to_json()]}))]
+
+
+def selftest_json(capsys):
+    row = Row(fault="f", size="s", kind="report", outcome="fail", rms=0.1, multiple=3.0, quantity="k3", said="too far")
+    return [json.loads(to_text("selftest", {"model": "m", "objective": "token", **table.to_json([row], "token")}))]
 
 
 def history_json(capsys):
@@ -160,6 +167,7 @@ def documented(verb):
         ("show", show_json),
         ("diff", diff_json),
         ("matrix", matrix_json),
+        ("selftest", selftest_json),
         ("history", history_json),
     ],
 )

@@ -1,16 +1,19 @@
 """Engines in processes forked from one that has imported vLLM: the same bits, and every way for one of the processes to end."""
 
 import os
+import re
 import signal
 import subprocess
+import sys
 import tempfile
+import time
 from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import MODEL
+from conftest import MODEL, forked_python
 from pytest_logprob_parity import EngineError, EngineSpec, Sampling
 from pytest_logprob_parity.engines import prefork
 from pytest_logprob_parity.engines.backend import Request
@@ -116,3 +119,43 @@ def test_where_vllm_cannot_be_imported_the_engines_own_process_says_why(pool):
     spec = EngineSpec(MODEL, dtype="bfloat16")
     with pytest.raises(EngineError, match=r"vLLM cannot be imported \(built for another torch\)"):
         ProcessBackend.start(spec, *pool.folders(spec), forked=True)
+
+
+# -- the tests' own: tests/forked_python.py -------------------------------------------------------------------------------
+
+
+def test_a_forked_python_runs_in_its_folder_and_environment_and_ends_as_a_new_one_does(tmp_path, monkeypatch):
+    (tmp_path / "test_it.py").write_text("import os\ndef test_it():\n    print(os.getcwd(), os.environ['HERE'])\n    assert 0")
+    monkeypatch.setenv("HERE", "over here")
+    told = [
+        subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=tmp_path, capture_output=True, text=True)
+        for python in (forked_python(), sys.executable)
+    ]
+    assert f"{tmp_path} over here" in told[0].stdout
+    assert told[0].returncode == told[1].returncode == 1
+    assert [without_times(run.stdout) for run in told[:1]] == [without_times(run.stdout) for run in told[1:]]
+    assert subprocess.run([forked_python(), "-c", "raise SystemExit(7)"], check=False).returncode == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_forked_python_ends_with_whoever_started_it(tmp_path, number):
+    (tmp_path / "test_it.py").write_text(
+        "import os, pathlib, time\ndef test_it():\n    pathlib.Path('pid').write_text(str(os.getpid()))\n    time.sleep(600)"
+    )
+    process = subprocess.Popen([forked_python(), "-m", "pytest", "-q"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    process.send_signal(number)
+    assert process.wait(60) == -number
+    wait_for(lambda: not Path("/proc", (tmp_path / "pid").read_text()).exists())
+
+
+def wait_for(condition):
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("that did not come")
+
+
+def without_times(text):
+    return re.sub(r"[\d.]+s\b", "", text)

@@ -24,7 +24,7 @@ WANTED: Final = 0.95
 _TIMES: Final = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chance:
     """How often a clean engine of another build passes a golden of `prompts` distinct prompts.
 
@@ -54,8 +54,8 @@ def chance_to_pass(golden: Golden, limits: Tolerance, noise: float) -> Chance:
         if times == 1:
             first, hidden = share, any(gate.hidden and not gate.sure for gates in judged for gate in gates)
         if share >= WANTED or hidden:
-            return Chance(count, first, prompts if share >= WANTED else None, hidden)
-    return Chance(count, first, None, hidden)
+            return Chance(prompts=count, share=first, needed=prompts if share >= WANTED else None, hidden=hidden)
+    return Chance(prompts=count, share=first, needed=None, hidden=hidden)
 
 
 def _passes(gates: Sequence[Gate]) -> bool:

@@ -59,12 +59,12 @@ def _beyond_floor(expected: Trace, floor: NoiseFloor, evidence: Evidence) -> Dif
             reason="beyond the noise of batch composition: every sampled batch composition was bit-identical, and this is not",
             key="still_floor",
         )
-    blocks = np.repeat(np.arange(expected.num_sequences) % floor.shapes.blocks, np.diff(expected.sequence_offsets))
+    blocks = np.repeat(np.arange(expected.num_sequences) % floor.compositions.blocks, np.diff(expected.sequence_offsets))
     test = block_permutation_test(floor.logprobs, evidence.draw(), blocks)
     if test is None:
         return Difference(
             different=None,
-            reason=f"not bit-identical; too few sequences for the {floor.shapes.blocks} blocks of the permutation test",
+            reason=f"not bit-identical; too few sequences for the {floor.compositions.blocks} blocks of the permutation test",
             key="few_blocks",
         )
     beyond = test.p_value <= ALPHA

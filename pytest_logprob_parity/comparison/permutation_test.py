@@ -1,4 +1,4 @@
-"""Is it different? The block permutation test: is a replay in sampled batch compositions one of the golden's repeats?"""
+"""The block permutation test: may a replay in sampled batch compositions be one of the golden's repeats?"""
 
 from __future__ import annotations
 

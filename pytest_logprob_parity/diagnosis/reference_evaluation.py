@@ -30,7 +30,7 @@ _OF_ALL: Final[tuple[PathCause, ...]] = ("engine_build", "attention_backend", "k
 _OF_FEW: Final[tuple[PathCause, ...]] = ("prefix_cache", "batch_shape", "parallelism", "engine_build")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """How far, in RMS over the tokens that differ most between golden and now (nats), each side is from the reading.
 
@@ -73,7 +73,7 @@ def read_against(expected: Trace, actual: Trace, reading: Trace, outlier: float)
     sizes = np.sqrt(squares / np.maximum(np.bincount(owner[known]), 1))[np.unique(owner[known])]
     carry = float(np.mean(sizes > _CARRIES * sizes.max())) if len(sizes) and sizes.max() > 0 else 1.0
     golden, now, truth = golden[telling], now[telling], truth[telling]
-    return Reading(_rms(golden - truth), _rms(now - truth), carry, _MATTERS * outlier)
+    return Reading(golden=_rms(golden - truth), now=_rms(now - truth), share=carry, matters=_MATTERS * outlier)
 
 
 def _rms(d: npt.NDArray[np.float64]) -> float:
