@@ -130,7 +130,9 @@ def test_a_trainer_that_divides_rollouts_asked_for_raw_fails_for_that_reason(poo
     raw = engine.generate(questions(16), Sampling(temperature=0.7, max_tokens=32, seed=1))
     with pytest.raises(MismatchError) as error:
         assert_trainer_parity(raw, float32)
-    headline = "fail: The logprobs do not mean the same: raw in the rollout, processed (T=0.7) in the trainer"
+    headline = (
+        "fail: The logprobs of the two sides have different meanings: raw in the rollout, processed (T=0.7) in the trainer"
+    )
     assert str(error.value).startswith(headline)
     assert error.value.comparison.findings[0].cause == "raw_vs_processed"
 
