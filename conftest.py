@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from _pytest.pytester import SysModulesSnapshot
 
+from pytest_logprob_parity.plugin import options
 from pytest_logprob_parity.plugin.stash import POOL, pool_of
 
 ROOT = Path(__file__).resolve().parent
@@ -129,8 +130,15 @@ def in_this_process(pool, monkeypatch):
 
 
 @pytest.fixture
-def run_inner(pytester, pool):
+def repeats():
+    """How often recording replays its tokens in inner runs whose ini does not say: by default five times, which takes long."""
+    return "2"
+
+
+@pytest.fixture
+def run_inner(pytester, pool, repeats, monkeypatch):
     """Run pytest in this process on the files that pytester made, with the shared engines."""
+    monkeypatch.setitem(options._INI, "parity_repeats", (options._INI["parity_repeats"][0], repeats))
 
     def run(*arguments):
         pool.notify, notify = None, pool.notify
