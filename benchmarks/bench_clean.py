@@ -94,7 +94,7 @@ def runs_of(root: Path, objective: str, covered: int = -1) -> Iterator[tuple[Run
             prints = _now(answers.fingerprint, root / "models" / model)
             if name.startswith("other batches"):  # the golden's engine, not its schedule: bits are not expected back
                 prints = {**prints, "schedule": name}
-            answers = Answers(answers.replays, prints, answers.policy_logprobs)
+            answers = Answers(replays=answers.replays, fingerprint=prints, policy_logprobs=answers.policy_logprobs)
             comparison, _ = judge_answers(golden, answers, None, "rl", Context(objective=objective))
             yield Run(model, dtype, sampling, size, recorder, name, large, comparison), golden.reference
 

@@ -19,7 +19,7 @@ def main() -> None:
         paths = [Path(folder) / "expected.safetensors", Path(folder) / "actual.safetensors"]
         trace = synthetic_trace()
         for path, written in zip(paths, (trace, moved(trace, sigma=0.01)), strict=True):
-            Golden(written).save(path)
+            Golden(trace=written).save(path)
         del trace, written
 
         def load_and_compare() -> object:

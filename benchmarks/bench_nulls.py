@@ -1,7 +1,8 @@
 """The permutation test where nothing is different: 1,000 made-up nulls, and 1,000 put together from real replays.
 
-A real null takes, for each block by itself, R + 1 of the real replays in drawn shapes: that makes them exchangeable within
-blocks, whatever the noise of the engine looks like. Then what must fail: tests that statistics rule out, on the same noise,
+A real null takes, for each block by itself, R + 1 of the real replays in sampled batch compositions: that makes them
+exchangeable within blocks, whatever the noise of the engine looks like. Then what must fail: tests that statistics rule out,
+on the same noise,
 and differences that are there.
 """
 
@@ -15,13 +16,14 @@ from common import REPO, SPEC, long_prompts, report_number, share_the_machine
 
 from pytest_logprob_parity.comparison.permutation_test import block_permutation_test
 from pytest_logprob_parity.engines.pool import Pool
-from pytest_logprob_parity.golden.noise_floor import REPEATS, NoiseFloor, Shapes
+from pytest_logprob_parity.golden.noise_floor import REPEATS, NoiseFloor
 from pytest_logprob_parity.spec import Sampling
+from pytest_logprob_parity.trace.batch_composition import BatchCompositions
 
 Array = Any
 DTYPES = ("bfloat16", "float32")
 PROMPTS, GROUP, TOKENS, PROMPT_LENGTH = 14, 4, 48, 256
-SEQUENCES, BLOCKS = PROMPTS * GROUP, Shapes().blocks
+SEQUENCES, BLOCKS = PROMPTS * GROUP, BatchCompositions().blocks
 REPLAYS = 24
 NULLS = 250  # of each made-up family; twice as many of each dtype's real ones
 TRIALS = 100  # of each control and each power
@@ -81,15 +83,17 @@ FAMILIES: dict[str, Callable[..., Array]] = {
 
 
 def record_replays(pool: Pool, dtype: str) -> tuple[Array, Array, Array]:
-    """A generating run [N], replays of its tokens in drawn shapes [REPLAYS, N], and whole runs of one shape each [6, N]."""
+    """A generating run [N], replays of its tokens in sampled batch compositions [REPLAYS, N], and whole runs of one batch
+    composition each [6, N].
+    """
     engine = pool.engine(SPEC.replace(dtype=dtype))
     sampling = Sampling(temperature=0.7, top_p=0.95, ignore_eos=True, max_tokens=TOKENS, n=GROUP, seed=1)
     trace = engine.generate(long_prompts(engine.tokenizer, PROMPTS, PROMPT_LENGTH), sampling)
-    drawn = np.stack([engine.replay_in_drawn_shapes(trace, Shapes(), number) for number in range(REPLAYS)])
-    fixed = [Shapes(batch_sizes=(s,), weights=(1.0,), alone=1.0, blocks=1) for s in (64, 1, 2, 3, 5, 7)]
-    whole = np.stack([engine.replay_in_drawn_shapes(trace, shapes, 0) for shapes in fixed])
-    floor = NoiseFloor(drawn, Shapes(), reproduces=True)
-    floor, both = NoiseFloor(drawn, Shapes(), reproduces=True), NoiseFloor(whole[:2], Shapes(), reproduces=True)
+    drawn = np.stack([engine.replay_in_batch_compositions(trace, BatchCompositions(), number) for number in range(REPLAYS)])
+    fixed = [BatchCompositions(batch_sizes=(s,), weights=(1.0,), alone=1.0, blocks=1) for s in (64, 1, 2, 3, 5, 7)]
+    whole = np.stack([engine.replay_in_batch_compositions(trace, shapes, 0) for shapes in fixed])
+    floor = NoiseFloor(drawn, BatchCompositions(), reproduces=True)
+    both = NoiseFloor(whole[:2], BatchCompositions(), reproduces=True)
     distinct = len({row.tobytes() for row in drawn})
     print(
         f"{dtype}: {trace.num_sequences} x {TOKENS} tokens, {distinct} of {REPLAYS} replays distinct; "
@@ -186,7 +190,7 @@ def show_power(real: dict[str, tuple[Array, Array, Array]]) -> None:
 def add(replays: Array, bias: float, spread: float, rng: np.random.Generator) -> Array:
     """The last replay with a bias and independent noise of an RMS, both in floors."""
     replays = replays.astype(np.float64)
-    floor = NoiseFloor(replays[:-1].astype(np.float32), Shapes(), reproduces=True).rms
+    floor = NoiseFloor(replays[:-1].astype(np.float32), BatchCompositions(), reproduces=True).rms
     replays[-1] += bias * floor + rng.normal(0, spread * floor, replays.shape[1])
     return replays
 

@@ -179,7 +179,9 @@ def answer(pool: Pool, folder: Path, model: Path, case: Case) -> None:
         if case.fault is None:
             answers = ask(engine, golden, ("decode", "regenerate"))
         else:
-            answers = Answers({"decode": case.fault(engine, golden.trace)}, {**engine.fingerprint(), "fault": case.name})
+            answers = Answers(
+                replays={"decode": case.fault(engine, golden.trace)}, fingerprint={**engine.fingerprint(), "fault": case.name}
+            )
         save_answers(place, slug(name), dataclasses.replace(answers, draw=None))
         print(f"{case.recording} against {case.name}, {name}: asked", flush=True)
 

@@ -25,7 +25,7 @@ from pytest_logprob_parity.check.context import Checked
 from pytest_logprob_parity.comparison.message import failure_message
 from pytest_logprob_parity.comparison.result import MismatchError
 from pytest_logprob_parity.engines.pool import Pool
-from pytest_logprob_parity.report.entry import make_entry
+from pytest_logprob_parity.report.check_entry import make_entry
 from pytest_logprob_parity.report.write import results_of, write_report
 from pytest_logprob_parity.spec import Sampling
 

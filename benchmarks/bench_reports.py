@@ -113,7 +113,7 @@ def _answers(engine: Engine, golden: Golden, fault: Any, site_of: Any) -> Answer
     trace = golden.trace
     if fault.free is not None:
         free = engine.replay(fault.free(trace), "regenerate").with_(sampling=trace.sampling)
-        return Answers({"decode": engine.replay(trace), "regenerate": free}, prints)
+        return Answers(replays={"decode": engine.replay(trace), "regenerate": free}, fingerprint=prints)
     asked = trace if fault.asked is None else fault.asked(trace)
     if fault.site is None:
         answer = engine.replay(asked)
@@ -125,7 +125,7 @@ def _answers(engine: Engine, golden: Golden, fault: Any, site_of: Any) -> Answer
         finally:
             site.undo()
     answer = answer.with_(sampling=trace.sampling, prompt_token_ids=trace.prompt_token_ids, prompt_offsets=trace.prompt_offsets)
-    return Answers({"decode": answer}, prints)
+    return Answers(replays={"decode": answer}, fingerprint=prints)
 
 
 def _row(fault: Any, comparison: Comparison, reading: Trace) -> Row:
@@ -194,7 +194,10 @@ def trainer_rows(pool: Pool, model: str, only: str) -> Iterator[Row]:
                 told = compare_with_trainer(rollouts, scorer, trainer_dtype=fault.dtype, objective=fault.objective)
                 verdict, findings = told.verdict, told.findings
             except UsageError as error:
-                verdict, findings = "fail", (Finding("semantic", "wrong_values", f"refused: {str(error).splitlines()[0]}"),)
+                verdict, findings = (
+                    "fail",
+                    (Finding(layer="semantic", cause="wrong_values", evidence=f"refused: {str(error).splitlines()[0]}"),),
+                )
         yield Row(
             "healthy" if fault in no_faults else "trainer", fault.report, fault.fault, fault.causes, verdict, findings, ()
         )

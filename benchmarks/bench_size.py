@@ -28,7 +28,7 @@ def main() -> None:
         with open_engine(SPEC, root=REPO) as engine:
             check_golden(path, engine, prompts=arith_prompts(), sampling=SAMPLING, update=True)
         report_size("recorded", path)
-        Golden(synthetic_trace()).save(path)
+        Golden(trace=synthetic_trace()).save(path)
         report_size("synthetic", path)
 
 

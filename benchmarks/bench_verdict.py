@@ -21,8 +21,9 @@ from pytest_logprob_parity.comparison.tolerance import default_tolerance, with_f
 from pytest_logprob_parity.engines.engine import Engine
 from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.golden.noise_floor import REPEATS, NoiseFloor, Shapes
+from pytest_logprob_parity.golden.noise_floor import REPEATS, NoiseFloor
 from pytest_logprob_parity.spec import Sampling
+from pytest_logprob_parity.trace.batch_composition import BatchCompositions
 
 SEQUENCES, TOKENS, GROUP, PROMPT_LENGTH = 200, 64, 8, 160
 SIGMA = 0.005
@@ -38,7 +39,7 @@ def bench_verdict(path: Path) -> None:
     trace = synthetic_trace(SEQUENCES, TOKENS, k=5, group=GROUP)
     rng = np.random.default_rng(2)
     repeats = trace.logprobs + rng.normal(0, SIGMA, (REPEATS, trace.num_tokens)).astype(np.float32)
-    Golden(trace, floor=NoiseFloor(repeats, Shapes(), reproduces=True)).save(path)
+    Golden(trace=trace, floor=NoiseFloor(repeats, BatchCompositions(), reproduces=True)).save(path)
     candidate = moved(trace, SIGMA)
 
     def verdict(golden: Golden) -> object:
@@ -76,7 +77,9 @@ def bench_floor(engine: Engine, path: Path) -> None:
             "the run alone": lambda: engine.generate(prompts, sampling),
             "recording without a floor": lambda: record(0),
             "decode replay": lambda: engine.replay(trace),
-            "a replay in drawn shapes": lambda: engine.replay_in_drawn_shapes(trace, Shapes(), 0),
+            "a replay in sampled batch compositions": lambda: engine.replay_in_batch_compositions(
+                trace, BatchCompositions(), 0
+            ),
             f"recording with a floor of {REPEATS}": lambda: record(REPEATS),
             "a check on the same engine": lambda: check_golden(path, engine),
         },

@@ -200,7 +200,9 @@ def answer(engine: Engine, golden: Golden, place: Path, name: str) -> None:
     """
     for number in range(ENGINES[name].compositions):
         replayed = replay_in_other_batches(engine, golden.trace, number)
-        save_answers(place, f"other batches {number + 1}", Answers({"decode": replayed}, engine.fingerprint()))
+        save_answers(
+            place, f"other batches {number + 1}", Answers(replays={"decode": replayed}, fingerprint=engine.fingerprint())
+        )
     answers = ask(engine, golden, ENGINES[name].paths)
     save_answers(place, name, dataclasses.replace(answers, draw=None))
 

@@ -1,4 +1,4 @@
-"""Read what others wrote, and may have cut, edited or made up: within bounds, and never from what is no regular file."""
+"""Read files that others may have cut, edited or made up: up to a size limit, and only from a regular file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Final, NoReturn
 
 from .errors import UsageError
 
-#: Far beyond any number of ours, and its square is finite still.
+#: Far beyond any number in a file of this package; its square is still finite.
 _LARGEST: Final = 10**100
-#: Mappings and lists inside one another; ours are 8 deep.
+#: Levels of mappings and lists inside one another; the files of this package have 8.
 _DEEPEST: Final = 32
 
 
@@ -27,8 +27,7 @@ def read_text(path: Path, most: int) -> str:
 
 def read_bytes(path: Path, most: int) -> bytes:
     """The bytes of a regular file, as `read_text` reads it."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # no waiting at a pipe
-    with os.fdopen(handle, "rb") as file:
+    with open(path, "rb", opener=open_without_waiting) as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
             raise UsageError(f"{path}: not a regular file (a folder, a pipe or a device); name a file")
@@ -38,22 +37,21 @@ def read_bytes(path: Path, most: int) -> bytes:
     return data
 
 
-def write_new(path: Path, text: str) -> None:
-    """Write a small file where nothing stands, not even a link that leads elsewhere. Raises OSError."""
-    if not os.path.lexists(path):
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+def open_without_waiting(path: str | Path, flags: int) -> int:
+    """Open a file, as an `opener` of `open`, without waiting for a process at the other end of a pipe. Raises OSError."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError for what is none, and for what no file of ours holds.
+def parse_json(text: str, *, finite: bool = True) -> Any:
+    """The value of a JSON text. Raises ValueError for a text that is not JSON, or that no file of this package holds.
 
-    That is: NaN and infinities, numbers beyond 1e100, a key given twice in one mapping, more than 32 levels.
+    Refused are NaN, infinities and numbers beyond 1e100 (whole numbers alone where `finite` is false), a key that stands
+    twice in one mapping, and more than 32 levels.
     """
+    constant, number = (_no_number, _number) if finite else (None, None)
     try:
         value = json.loads(
-            text, parse_constant=_no_number, parse_float=_number, parse_int=whole, object_pairs_hook=_without_doubles
+            text, parse_constant=constant, parse_float=number, parse_int=_whole, object_pairs_hook=_without_doubles
         )
     except RecursionError:
         raise _too_deep() from None
@@ -62,7 +60,7 @@ def parse_json(text: str) -> Any:
 
 
 def check_depth(value: Any) -> None:
-    """Raise ValueError for JSON of more than 32 levels: what walks it would run out of stack."""
+    """Raise ValueError for JSON of more than 32 levels: code that walks it would run out of stack."""
     level = [value]
     for _ in range(_DEEPEST + 1):
         inside = [outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, (dict, list))]
@@ -90,8 +88,8 @@ def _number(text: str) -> float:
     return number if abs(number) <= _LARGEST else _no_number(text)
 
 
-def whole(text: str) -> int:
-    """A whole number of JSON. Raises ValueError for one beyond 1e100, which no float can hold its square of."""
+def _whole(text: str) -> int:
+    """A whole number of JSON. Raises ValueError for one beyond 1e100: its square would fit no float."""
     return int(text) if len(text) < len(str(_LARGEST)) else _no_number(text)
 
 

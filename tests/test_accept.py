@@ -7,9 +7,9 @@ import pytest
 from reporting import MOVED, command, one_line
 
 from conftest import MODEL
-from pytest_logprob_parity import Golden, Sampling
-from pytest_logprob_parity.report.results import read_results
-from pytest_logprob_parity.trace import container
+from pytest_logprob_parity import Golden, Sampling, atomic
+from pytest_logprob_parity.report.results_file import read_results
+from pytest_logprob_parity.trace import file_format
 
 ENGINE_TEST = f"""
 import pytest
@@ -51,9 +51,9 @@ def test_a_failing_check_leaves_its_trace_and_a_golden_to_accept(failed, pyteste
     golden, obtained, candidate = failed
     left = set((pytester.path / "parity-obtained").rglob("*.safetensors"))
     assert left == {obtained, candidate}  # nothing of the check that passed
-    told = container.read_metadata(obtained)["obtained"]
+    told = file_format.read_metadata(obtained)["obtained"]
     assert told["golden"] == str(golden.relative_to(pytester.path))
-    assert told["golden_digest"] == container.read_metadata(golden)["digest"] == Golden.load(golden).digest
+    assert told["golden_digest"] == file_format.read_metadata(golden)["digest"] == Golden.load(golden).digest
     assert told["candidate"] == Golden.load(candidate).digest
     assert (told["node_id"], told["verdict"], told["refusal"]) == ("test_it.py::test_moves", "fail", "")
 
@@ -175,14 +175,14 @@ def test_accept_and_diff_judge_as_the_run_did(project, pytester, accept, capsys,
     (golden,) = pytester.path.glob(MOVED)
     obtained = pytester.path / "parity-obtained" / golden.relative_to(pytester.path / "golden")
     status, out, _ = command(capsys, "diff", golden, obtained)
-    assert (status, out.splitlines()[0]) == (1, f"fail: {container.read_metadata(obtained)['obtained']['headline']}")
+    assert (status, out.splitlines()[0]) == (1, f"fail: {file_format.read_metadata(obtained)['obtained']['headline']}")
     assert f"as in the run that left it: {note}" in out
     assert (causes(accept()[1]) == "noise:") is ("numerical_noise" in result.stdout.str())
     # Without what the run was judged by, as earlier versions left it: by the defaults the two are the same.
-    columns, metadata = container.read(obtained)
+    columns, metadata = file_format.read(obtained)
     metadata["obtained"] |= {"level": "rl"}
     del metadata["obtained"]["limits"]
-    container.write(obtained, columns, metadata)
+    file_format.write(obtained, columns, metadata)
     status, out, _ = command(capsys, "diff", golden, obtained)
     assert (status, out.splitlines()[0][:5], "as in the run" in out) == (0, "pass:", False)
     assert causes(accept()[1]) == "noise:"  # and so accept contradicted the run
@@ -219,9 +219,9 @@ def rewrite(candidate, obtained, **changes):
     import dataclasses
 
     dataclasses.replace(Golden.load(candidate), **changes).save(candidate)
-    columns, metadata = container.read(obtained)
+    columns, metadata = file_format.read(obtained)
     metadata["obtained"]["candidate"] = Golden.load(candidate).digest
-    container.write(obtained, columns, metadata)
+    file_format.write(obtained, columns, metadata)
 
 
 @pytest.mark.parametrize("part", ["model", "tokenizer", "chat_template"])
@@ -229,9 +229,9 @@ def test_another_model_is_incomparable(failed, accept, part):
     golden, obtained, candidate = failed
     prints = {"model": "a", "tokenizer": "b", "chat_template": "c"}
     rewrite(golden, obtained, fingerprint=prints)
-    columns, metadata = container.read(obtained)
+    columns, metadata = file_format.read(obtained)
     metadata["obtained"]["golden_digest"] = Golden.load(golden).digest
-    container.write(obtained, columns, metadata)
+    file_format.write(obtained, columns, metadata)
     rewrite(candidate, obtained, fingerprint={**prints, part: "other"})
     assert f"incomparable: the candidate is of another {part.replace('_', ' ')}" in refused(accept, golden)
 
@@ -252,9 +252,9 @@ def test_another_sampling_other_prompts_and_another_test_are_incomparable(failed
 
 def test_a_check_that_compared_nothing(failed, accept):
     golden, obtained, _ = failed
-    columns, metadata = container.read(obtained)
+    columns, metadata = file_format.read(obtained)
     metadata["obtained"] |= {"candidate": "", "refusal": "nothing was compared", "verdict": "unverified"}
-    container.write(obtained, columns, metadata)
+    file_format.write(obtained, columns, metadata)
     assert "refused    nothing was compared; record it where the engine is" in refused(accept, golden)
 
 
@@ -266,7 +266,7 @@ def test_a_run_that_compares_nothing_leaves_no_candidate(pytester, run_inner):
     pytester.makepyfile(test_it=source % 50)
     run_inner().stdout.fnmatch_lines(["E*unverified: Nothing was compared*"])
     (obtained,) = (pytester.path / "parity-obtained").rglob("*.safetensors")
-    told = container.read_metadata(obtained)["obtained"]
+    told = file_format.read_metadata(obtained)["obtained"]
     assert (told["candidate"], told["refusal"]) == ("", "nothing was compared")
 
 
@@ -280,9 +280,9 @@ def test_numbers_that_recording_would_refuse(project, pytester, accept, monkeypa
 @pytest.mark.parametrize("place", ["/etc/x.safetensors", "../x.safetensors", "golden/../../x.safetensors", "setup.py", ""])
 def test_a_path_that_leads_out_of_the_repo(failed, accept, place):
     golden, obtained, _ = failed
-    columns, metadata = container.read(obtained)
+    columns, metadata = file_format.read(obtained)
     metadata["obtained"]["golden"] = place
-    container.write(obtained, columns, metadata)
+    file_format.write(obtained, columns, metadata)
     assert f"its golden {place!r} is not inside this folder" in refused(accept, golden)
 
 
@@ -313,7 +313,7 @@ def test_one_that_cannot_be_written_costs_no_golden(failed, pytester, run_inner,
     source.write_text(source.read_text().replace("rollouts(seed=1)", "rollouts(SHIFT, seed=1)"))
     run_inner().assert_outcomes(failed=2)
     goldens = {path: path.read_bytes() for path in pytester.path.glob("golden/test_it/*")}
-    real, calls = container.os.fsync, []
+    real, calls = atomic.os.fsync, []
 
     def full(handle):
         calls.append(handle)
@@ -321,7 +321,7 @@ def test_one_that_cannot_be_written_costs_no_golden(failed, pytester, run_inner,
             raise OSError(28, "No space left on device")
         real(handle)
 
-    monkeypatch.setattr(container.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     status, out = accept("--yes")
     assert (status, len(calls)) == (2, 2)
     assert "not written (No space left on device); all goldens are as they were" in out
@@ -335,9 +335,9 @@ def test_what_is_no_obtained_trace(failed, capsys, tmp_path):
     assert f"{tmp_path}: no obtained traces in it" in one_line(capsys, "accept", tmp_path)
     assert f"{tmp_path}/none: there is no such folder" in one_line(capsys, "accept", tmp_path / "none")
     assert "none that a failing check left in parity-obtained/" in one_line(capsys, "accept", failed[0])
-    columns, metadata = container.read(failed[1])
+    columns, metadata = file_format.read(failed[1])
     for key, value in (("more", "of a later version"), ("limits", {"mean_diff": 1, "more": 2}), ("limits", ["x"])):
-        container.write(failed[1], columns, {**metadata, "obtained": {**metadata["obtained"], key: value}})
+        file_format.write(failed[1], columns, {**metadata, "obtained": {**metadata["obtained"], key: value}})
         assert "another version of pytest-logprob-parity left it" in one_line(capsys, "accept", failed[1])
 
 

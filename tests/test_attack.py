@@ -11,10 +11,11 @@ from made_up import make_trace, moved, noise, reference_of
 from reporting import command
 from safetensors import deserialize
 
-from pytest_logprob_parity import Golden, GoldenError, Sampling
+from pytest_logprob_parity import Golden, GoldenError, Sampling, atomic
 from pytest_logprob_parity.check.obtained import Obtained, candidate_path
-from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
-from pytest_logprob_parity.trace import container
+from pytest_logprob_parity.golden.noise_floor import NoiseFloor
+from pytest_logprob_parity.trace import file_format
+from pytest_logprob_parity.trace.batch_composition import BatchCompositions
 
 PRINTS = {
     "name": "m", "model": "a", "tokenizer": "b", "chat_template": "c", "engine": {"kind": "vllm", "version": "0.32.0"},
@@ -28,8 +29,8 @@ def make_golden(change=0.0, **changes):
     trace = moved(make_trace(), change)
     rows = np.stack([trace.logprobs + noise(trace, 0.002, seed) for seed in range(5)]).astype(np.float32)
     golden = Golden(
-        trace, PRINTS, "prompts", "test_it.py::test_it", "", NoiseFloor(rows, Shapes(), True),
-        reference_of(trace, noise(trace, 0.005, 9)), {},
+        trace, fingerprint=PRINTS, prompts_digest="prompts", node_id="test_it.py::test_it",
+        floor=NoiseFloor(rows, BatchCompositions(), True), reference=reference_of(trace, noise(trace, 0.005, 9)),
     )  # fmt: skip
     return dataclasses.replace(golden, **changes)
 
@@ -73,7 +74,7 @@ def test_what_safetensors_refuses_is_refused(tmp_path):
         except Exception:
             path.write_bytes(mutated)
             with pytest.raises(GoldenError):
-                container.read(path)
+                file_format.read(path)
             agreed += 1
         else:
             assert name
@@ -112,7 +113,7 @@ def test_what_is_no_regular_file_of_a_bounded_size_is_never_read(tmp_path, capsy
         os.mkfifo(path)
     elif kind == "large":
         with path.open("wb") as file:
-            file.truncate(container.MOST_BYTES + 1)
+            file.truncate(file_format.MOST_BYTES + 1)
     else:
         path.symlink_to("/dev/null" if kind == "device" else "/dev/zero")
     for verb in (["show", path], ["diff", path, path], ["accept", path]):
@@ -147,11 +148,12 @@ def tree(tmp_path, capsys):
         made = candidate or make_golden(-0.3)
         made.save(candidate_path(place))
         obtained = Obtained(
-            PLACE, container.read_metadata(path)["digest"], golden.node_id, "", "fail", "off", "rl", "compatible",
-            container.read_metadata(candidate_path(place))["digest"],
+            golden=PLACE, golden_digest=file_format.read_metadata(path)["digest"], node_id=golden.node_id,
+            name="", verdict="fail", headline="off", level="rl", setup="compatible",
+            candidate=file_format.read_metadata(candidate_path(place))["digest"],
         )  # fmt: skip
         obtained = dataclasses.replace(obtained, **dict(told))
-        dataclasses.replace(left, **changes).save(place, also={"obtained": {**vars(obtained)}})
+        dataclasses.replace(left, **changes).save(place, also={"obtained": dataclasses.asdict(obtained)})
         status, out, err = command(capsys, "accept", "--root", tmp_path, *arguments)
         return status, out + err, path.read_bytes() != before
 
@@ -172,11 +174,11 @@ ONE = np.arange(TRACE.num_tokens) == 0
 
 def _floor(rms):
     rows = np.stack([MOVED.logprobs + noise(MOVED, rms, seed) for seed in range(5)]).astype(np.float32)
-    return NoiseFloor(rows, Shapes(), True)
+    return NoiseFloor(rows, BatchCompositions(), True)
 
 
 def _still(trace):
-    return NoiseFloor(np.stack([trace.logprobs] * 5), Shapes(), True)
+    return NoiseFloor(np.stack([trace.logprobs] * 5), BatchCompositions(), True)
 
 
 #: What somebody puts in place of the candidate, and what its refusal, or the line that keeps --yes from it, says.
@@ -286,7 +288,7 @@ def test_an_honest_candidate_of_another_build_is_accepted(tree):
         trace = moved(TRACE, -0.3)
         rows = np.stack([trace.logprobs + noise(trace, 0.0025, seed + n) for n in range(5)]).astype(np.float32)
         made = make_golden(
-            -0.3, floor=NoiseFloor(rows, Shapes(), True), reference=reference_of(trace, noise(trace, 0.006, seed))
+            -0.3, floor=NoiseFloor(rows, BatchCompositions(), True), reference=reference_of(trace, noise(trace, 0.006, seed))
         )
         assert tree("--yes", candidate=made)[::2] == (0, True)
 
@@ -304,9 +306,9 @@ def test_goldens_that_cannot_all_be_written_are_all_put_back(tmp_path, monkeypat
     for path in paths[:2]:
         path.write_bytes(b"old")
     real = os.replace
-    monkeypatch.setattr(container.os, "replace", lambda name, path: 1 / 0 if path == paths[3] else real(name, path))
+    monkeypatch.setattr(atomic.os, "replace", lambda name, path: 1 / 0 if path == paths[3] else real(name, path))
     with pytest.raises(ZeroDivisionError):
-        container.replace_all(dict.fromkeys(paths, b"new"))
+        atomic.replace_all(dict.fromkeys(paths, b"new"))
     assert [path.read_bytes() for path in paths[:2]] == [b"old", b"old"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 

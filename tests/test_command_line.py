@@ -25,6 +25,8 @@ from pytest_logprob_parity.cli.verb import tell
 from pytest_logprob_parity.comparison.result import LEVELS, Errors
 from pytest_logprob_parity.matrix import run as matrix
 from pytest_logprob_parity.report.history.drift import series_of
+from pytest_logprob_parity.selftest import table
+from pytest_logprob_parity.selftest.fault import Row
 
 VERBS = verbs_of(make_parser())
 
@@ -120,18 +122,30 @@ def diff_json(capsys):
     plain, other = (GOLDENS / f"0.8.5-V0-{dtype}-T-0.7.safetensors" for dtype in ("bfloat16", "float32"))
     result = printed(capsys, "diff", plain, other)
     comparison = compare(expected=Golden.load(plain).trace, actual=Golden.load(other).trace)
-    errors = Errors(golden=0.1, actual=0.1, limit=0.2, fail_limit=0.3, low=0.1, high=0.1)
+    errors = Errors(expected=0.1, actual=0.1, limit=0.2, fail_limit=0.3, low=0.1, high=0.1)
     made = dataclasses.replace(
         comparison,
         gates=tuple(dataclasses.replace(gate, errors=errors) for gate in comparison.gates),
-        findings=(Finding("path", "engine_build", "it is another"),),
+        findings=(Finding(layer="path", cause="engine_build", evidence="it is another"),),
     )
     return [result, json.loads(to_text("diff", made.to_json()))]
 
 
 def matrix_json(capsys):
-    row = matrix.Row("a", "float32", "s", "fail", "too far", findings=(Finding("path", "engine_build", "it is another"),))
+    row = matrix.Row(
+        cell="a",
+        dtype="float32",
+        sampling="s",
+        verdict="fail",
+        headline="too far",
+        findings=(Finding(layer="path", cause="engine_build", evidence="it is another"),),
+    )
     return [json.loads(to_text("matrix", {"rows": [row.to_json()]}))]
+
+
+def selftest_json(capsys):
+    row = Row(fault="f", size="s", kind="report", outcome="fail", rms=0.1, multiple=3.0, quantity="k3", said="too far")
+    return [json.loads(to_text("selftest", {"model": "m", "objective": "token", **table.to_json([row], "token")}))]
 
 
 def history_json(capsys):
@@ -153,6 +167,7 @@ def documented(verb):
         ("show", show_json),
         ("diff", diff_json),
         ("matrix", matrix_json),
+        ("selftest", selftest_json),
         ("history", history_json),
     ],
 )

@@ -110,16 +110,16 @@ def test_what_helps_only_in_company_is_found_by_pairs():
     """By what is left, in numbers: the table is made from steps, whoever measured them."""
     differs = {"max_num_seqs": (256, 3), "block_size": (128, 32)}
     steps = (Step((), 1.0), Step(("max_num_seqs",), 1.0), Step(("block_size",), 1.0), Step(("max_num_seqs", "block_size"), 0.0))
-    told = Ablation(steps, differs, noise=0.01).describe()
+    told = Ablation(steps=steps, differs=differs, noise=0.01).describe()
     assert told[-1] == ("max_num_seqs and block_size account for 100% of the mismatch; what remains, RMS 0 nats, is noise")
 
 
 def test_what_lies_below_what_matters_accuses_nobody():
-    assert Reading(1e-6, 6e-6, 1.0, matters=1e-3).off == ""
-    assert Reading(1e-4, 6e-3, 1.0, matters=1e-3).off == "now"
+    assert Reading(golden=1e-6, now=6e-6, share=1.0, matters=1e-3).off == ""
+    assert Reading(golden=1e-4, now=6e-3, share=1.0, matters=1e-3).off == "now"
     truth = np.random.default_rng(0).normal(-1, 0.5, 400).astype(np.float32)
     tiny = read_against(_trace(truth), _trace(truth + np.float32(6e-6)), _trace(truth), 0.01)
-    given = [Finding("path", "engine_build", "the only difference")]
+    given = [Finding(layer="path", cause="engine_build", evidence="the only difference")]
     assert (tiny.now > 2 * tiny.golden, weigh(given, tiny)) == (True, given)
     excluded = np.where(np.arange(400) < 9, -np.inf, truth).astype(np.float32)
     assert read_against(_trace(excluded), _trace(truth + 1), _trace(excluded), 0.5).off == "now"  # warnings are errors
@@ -150,7 +150,7 @@ KNOBS = ("max_num_seqs", "block_size", "enable_prefix_caching", "async_schedulin
 
 def fake_ablation(error, budget=Budget(), **options):  # noqa: B008 - frozen
     pool = FakePool(error, **options)
-    golden = Golden(pool.truth, {"config": dict.fromkeys(KNOBS, 0), "dtype": "float32"})
+    golden = Golden(pool.truth, fingerprint={"config": dict.fromkeys(KNOBS, 0), "dtype": "float32"})
     return ablate(golden, EngineSpec("m", **dict.fromkeys(KNOBS, 1)), pool, budget, lambda _: None, read=False)
 
 

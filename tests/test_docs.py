@@ -209,7 +209,7 @@ def test_every_marker_keyword_fixture_and_profile_is_in_the_reference(reference)
 def test_every_command_and_flag_is_in_the_reference(reference):
     page = reference["commands"]
     verbs = verbs_of(make_parser())
-    assert {"show", "diff", "accept", "report", "diagnose", "bisect", "matrix"} <= set(verbs)
+    assert {"show", "diff", "accept", "report", "diagnose", "bisect", "matrix", "selftest"} <= set(verbs)
     for name, verb in verbs.items():
         section = re.search(rf"^### {name}$(.*?)(^### |\Z)", page, re.MULTILINE | re.DOTALL)[1]
         told = {row.split()[0] for row in rows(section)}

@@ -442,7 +442,7 @@ def test_without_a_vocabulary_ids_are_held_to_what_a_trace_can_hold(backends):
     assert backend.run([FORCED])[0].token_ids.tolist() == [5, 2**31 - 1, 7]
     client = Client(backend._client.url)
     try:
-        settings = ServerSettings(client.url, retries=0)
+        settings = ServerSettings(url=client.url, retries=0)
         assert client.post_all([(COMPLETIONS, {})], lambda number, content: number, settings) == [0]
     finally:
         client.close()

@@ -31,7 +31,6 @@ from pytest_logprob_parity import (
 from pytest_logprob_parity.spec import PROFILES, RL_ON_CPU
 from pytest_logprob_parity.trainer.frameworks import FRAMEWORKS, framework
 from pytest_logprob_parity.trainer.frameworks.base import Pairs
-from pytest_logprob_parity.trainer.frameworks.trl import fused_head, installed_fused_head, selective
 from pytest_logprob_parity.trainer.frameworks.verl import MODES as VERLS_MODES
 from pytest_logprob_parity.trainer.scoring import score
 from pytest_logprob_parity.trainer.transformers_scorer import entropy_of
@@ -154,23 +153,16 @@ def test_the_real_function_is_the_formula(name, dtype, temperature):
     assert (real - formula).abs().max() <= (2e-6 if formula.dtype == torch.float32 else 0)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_trls_selective_log_softmax(dtype, temperature):
-    from trl.trainer.utils import selective_log_softmax
-
-    logits, ids = logits_and_ids(dtype)
-    real = selective_log_softmax(logits.clone(), ids, temperature)
-    assert (real - selective(logits, ids, temperature)).abs().max() <= (2e-6 if dtype == torch.float32 else 0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_trls_fused_head(dtype):
-    """The kernel that GRPOTrainer calls, on hidden states: float32 out, 1 / T after the matrix product."""
+    """The formula is that of the kernel which GRPOTrainer calls on hidden states: float32, 1 / T after the matrix product."""
+    from trl.kernels import ChunkedLogProbFunction
+
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(n, 64, generator=generator).to(dtype) / 3 for n in (40, 500))
     ids = torch.randint(500, (40,), generator=generator)
-    real, formula = installed_fused_head()(hidden, weight, ids, 0.7), fused_head(hidden, weight, ids, 0.7)
+    real = ChunkedLogProbFunction.apply(hidden, weight, None, ids, 0.7, 4096)[0]
+    formula = framework("trl").logprobs(hidden @ weight.T, ids, 0.7)
     assert real.dtype == formula.dtype == torch.float32
     assert (real - formula).abs().max() <= 4e-6
 
@@ -198,7 +190,7 @@ def test_others_say_what_is_missing_or_agree(name, temperature):
     else:
         said = ""
     if said:
-        assert said.startswith(f"{framework(name).title}'s own function cannot be had: ")
+        assert said.startswith(f"{framework(name).title}'s own function is not available: ")
         assert "\n" not in said
         return
     before = logits.clone()
@@ -229,7 +221,7 @@ def sides():
     trainer = np.minimum(rollout + rng.normal(0, 0.5, rollout.shape) + 2 * (rng.random(rollout.shape) < 0.05), 0)
     mask = np.arange(30) < np.array([30, 12, 1, 25, 7, 0])[:, None]
     row = np.nonzero(mask)[0]
-    return rollout, trainer, mask, Pairs(rollout[mask], trainer[mask], row, len(mask))
+    return rollout, trainer, mask, Pairs(rollout=rollout[mask], trainer=trainer[mask], sequence=row, sequences=len(mask))
 
 
 def agree(got, wanted, rel=1e-9):
@@ -352,14 +344,15 @@ def test_pipelinerls_metrics(sides):
 def test_deepspeed_chat_logs_nothing_and_says_so(rollouts):
     logged = framework("deepspeed-chat").log(rollouts, rollouts)
     assert logged.metrics == {}
-    assert logged.lines == ("deepspeed-chat: logs nothing of its rollouts against its trainer",)
+    assert logged.lines == ("deepspeed-chat: logs no metric of its rollouts and its trainer",)
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_metrics_of_no_tokens_and_of_absurd_ones(name):
     nothing = np.empty(0)
-    framework(name).metrics(Pairs(nothing, nothing, np.empty(0, np.int64), 3))
-    far = framework(name).metrics(Pairs(np.array([-1e4, -1.0]), np.array([-0.1, -1e4]), np.array([0, 0]), 1))
+    framework(name).metrics(Pairs(rollout=nothing, trainer=nothing, sequence=np.empty(0, np.int64), sequences=3))
+    rollout, trainer = np.array([-1e4, -1.0]), np.array([-0.1, -1e4])
+    far = framework(name).metrics(Pairs(rollout=rollout, trainer=trainer, sequence=np.array([0, 0]), sequences=1))
     assert not any(math.isnan(value) for key, value in far.items() if "pearson" not in key)
 
 
@@ -661,47 +654,55 @@ def one_more(column):
 
 TRAPS = [
     ("trl", with_(sampling_per_token_logps=one_less), "sampling_per_token_logps is [12, N], expected [12, N]: one for each of"),
-    ("trl", with_(sampling_per_token_logps=shifted_right), "it is shifted by a token, or the mask was overwritten"),
+    ("trl", with_(sampling_per_token_logps=shifted_right), "the column is shifted by a token, or the mask was overwritten"),
     ("trl", with_(sampling_per_token_logps=None), "no sampling_per_token_logps in this batch: TRL has them with use_vllm"),
-    ("trl", with_(sampling_per_token_logps=torch.zeros_like), "is 0.0 everywhere: the filler of logprobs that nobody gave"),
-    ("trl", with_(sampling_per_token_logps=at(3, 0.0)), "of row 3 is 0.0 for all of N tokens: the filler of missing ones"),
+    ("trl", with_(sampling_per_token_logps=torch.zeros_like), "is 0.0 everywhere: it stands for missing logprobs"),
+    ("trl", with_(sampling_per_token_logps=at(3, 0.0)), "of row 3 is 0.0 for all of N tokens: it stands for missing logprobs"),
     ("trl", with_(sampling_per_token_logps=lambda c: c * math.nan), "is NaN everywhere: the engine gave no logprobs"),
     ("trl", with_(sampling_per_token_logps=torch.exp), "a logprob is at most 0; are these probabilities?"),
-    ("trl", with_(prompt_mask=flipped), "prompt_mask of row 2 is padded on the right; here it is padded on the left"),
-    ("trl", with_(completion_mask=flipped), "is padded on the left; here it is padded on the right"),
-    ("trl", with_(completion_mask=at((0, 2), 0)), "completion_mask of row 0 has a hole at 2: it masks padding"),
+    ("trl", with_(prompt_mask=flipped), "prompt_mask of row 2 is padded on the right; expected padding on the left"),
+    ("trl", with_(completion_mask=flipped), "is padded on the left; expected padding on the right"),
+    ("trl", with_(completion_mask=at((0, 2), 0)), "completion_mask of row 0 has a hole at 2: expected one run of ones"),
     ("trl", with_(completion_mask=torch.zeros_like), "mask_truncated_completions hides all of them"),
-    ("trl", with_(completion_mask=at((0, 0), 2)), "completion_mask holds 2: a mask is of zeros and ones"),
+    ("trl", with_(completion_mask=at((0, 0), 2)), "completion_mask holds 2: a mask has zeros and ones"),
     ("trl", with_(completion_ids=lambda c: c.float()), "completion_ids is float32 [12, N]: token ids are whole numbers"),
     ("trl", with_(prompt_ids=lambda c: c[1:], prompt_mask=lambda c: c[1:]), "11 rows of prompt_ids, 12 of completion_ids"),
     ("trl", with_(completion_ids=None), "no completion_ids in this batch; it has prompt_ids, prompt_mask, "),
     ("verl", with_(rollout_log_probs=None), "no rollout_log_probs in this batch: veRL has them with actor_rollout_ref.rollout"),
     ("verl", with_(rollout_log_probs=one_more), "rollout_log_probs is [12, N], expected [12, N]: one for each of responses"),
-    ("verl", with_(rollout_log_probs=shifted_right), "it is shifted by a token, or the mask was overwritten"),
-    ("verl", with_(response_mask=at(0, 0)), "where the mask says that the engine wrote nothing: it is shifted by a token, or"),
-    ("verl", with_(response_mask=torch.ones_like), "response_mask is 1 where attention_mask is 0: it is of other responses"),
+    ("verl", with_(rollout_log_probs=shifted_right), "the column is shifted by a token, or the mask was overwritten"),
+    (
+        "verl",
+        with_(response_mask=at(0, 0)),
+        "where by the mask the engine wrote nothing: the column is shifted by a token, or",
+    ),
+    (
+        "verl",
+        with_(response_mask=torch.ones_like),
+        "response_mask is 1 where attention_mask is 0: it belongs to other responses",
+    ),
     ("verl", with_(attention_mask=one_less), "attention_mask is [12, N], expected [12, N]: prompts and responses"),
     ("verl", with_(attention_mask=at((slice(None), 0), 1)), "attention_mask of the prompts of row 2 has a hole at 1"),
     ("verl", with_(prompts=lambda c: c[1:]), "11 rows of prompts, 12 of responses"),
     (
         "verl",
         with_(responses=lambda c: torch.nested.nested_tensor(list(c))),
-        "prompts is padded beside jagged responses: give all columns as they were made",
+        "prompts is padded and the responses are jagged: give all columns as the trainer made them",
     ),
     ("openrlhf", with_(rollout_log_probs=None), "OpenRLHF asks its engine for them only if is_correction_level is not"),
     ("openrlhf", with_(rollout_log_probs=one_more), "one less than sequences, place t for token t + 1"),
     ("openrlhf", with_(action_mask=one_more), "action_mask is [12, N], expected [12, N]: one less than sequences"),
-    ("openrlhf", with_(rollout_log_probs=shifted_right), "it is shifted by a token, or the mask was overwritten"),
-    ("openrlhf", with_(attention_mask=flipped), "is padded on the left; here it is padded on the right"),
+    ("openrlhf", with_(rollout_log_probs=shifted_right), "the column is shifted by a token, or the mask was overwritten"),
+    ("openrlhf", with_(attention_mask=flipped), "is padded on the left; expected padding on the right"),
     ("openrlhf", with_(attention_mask=at((0, slice(30, None)), 0)), "action_mask of row 0 marks token "),
     ("openrlhf", with_(prompts=["some other text"] * 12), "prompts[0] is not the text of its token ids from character 0 on"),
     ("nemo-rl", with_(generation_logprobs=one_less), "its loss cuts the first one off"),
-    ("nemo-rl", with_(generation_logprobs=shifted_right), "it is shifted by a token, or the mask was overwritten"),
+    ("nemo-rl", with_(generation_logprobs=shifted_right), "the column is shifted by a token, or the mask was overwritten"),
     ("nemo-rl", with_(generation_logprobs=torch.zeros_like), "is 0.0 everywhere"),
     ("nemo-rl", with_(token_mask=one_less), "token_mask is [12, N], expected [12, N]: that of input_ids"),
     ("nemo-rl", with_(input_lengths=lambda c: c - 4), "token_mask of row 0 marks token N, input_lengths is N"),
     ("nemo-rl", with_(sample_mask=lambda c: c[1:]), "sample_mask is [11], expected [12]: one for each row of input_ids"),
-    ("nemo-rl", with_(token_mask=at((0, 0), 1)), "marks the first token of all, which nothing was given to predict"),
+    ("nemo-rl", with_(token_mask=at((0, 0), 1)), "marks the first token of the row, which cannot have a logprob"),
     ("nemo-aligner", with_(logprobs=one_more), "one less than response_tokens, place t for token t + 1"),
     ("nemo-aligner", with_(response_lengths=lambda c: c * 0 + 3), "response_lengths counts the prompt too"),
     ("nemo-aligner", with_(prompt_lengths=None), "no prompt_lengths in this batch; it has response_tokens, "),
@@ -750,10 +751,13 @@ RECORD_TRAPS = [
     (record_with(labels=lambda r: r["input_ids"], logprobs=lambda r: [-1.0] * len(r["input_ids"])), "has no prompt"),
     (record_with(labels=lambda r: [-100] * len(r["labels"])), "logprobs for 0 labels"),
     (record_with(logprobs=None), "record 1 has no logprobs"),
-    (record_with(input_ids=lambda r: [float(i) for i in r["input_ids"]]), "input_ids are whole numbers, one a token"),
-    (record_with(prompt_tokens=5), "prompt ids, the server counted 5: another chat template"),
+    (record_with(input_ids=lambda r: [float(i) for i in r["input_ids"]]), "input_ids are whole numbers, one for each token"),
+    (record_with(prompt_tokens=5), "prompt ids, the server counted 5: it used another chat template"),
     (record_with(text=lambda r: r["text"].replace("=", " =")), "the text of record 1 is not the text of its token ids from"),
-    (record_with(logprobs=lambda r: [0.0] * len(r["logprobs"])), "logprobs of record 1 is 0.0 everywhere: the filler"),
+    (
+        record_with(logprobs=lambda r: [0.0] * len(r["logprobs"])),
+        "logprobs of record 1 is 0.0 everywhere: it stands for missing",
+    ),
     (record_with(metadata={"model_version": "abc"}), "record 1 has model_version 'abc': a version of the weights is a whole"),
     (lambda records: [], "no records"),
 ]
@@ -773,7 +777,7 @@ def test_a_damaged_jsonl_is_refused(rollouts, tmp_path):
     path = tmp_path / "rollouts.jsonl"
     text = "".join(json.dumps(record) + "\n" for record in example("pipelinerl")(rollouts))
     path.write_text(text[:-40])
-    with pytest.raises(UsageError, match=r"^pipelinerl: line 12 of .* is no JSON: the file is damaged or half written$"):
+    with pytest.raises(UsageError, match=r"^pipelinerl: line 12 of .* is not JSON: the file is damaged or incomplete$"):
         framework("pipelinerl").read(path)
     with pytest.raises(UsageError, match=r"^pipelinerl: .* cannot be read"):
         framework("pipelinerl").read(tmp_path / "none.jsonl")

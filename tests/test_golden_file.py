@@ -13,7 +13,8 @@ import pytest
 
 from pytest_logprob_parity import Golden, GoldenError, MismatchError, Trace, check_golden
 from pytest_logprob_parity.golden import golden_path, unused_goldens
-from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
+from pytest_logprob_parity.golden.noise_floor import NoiseFloor
+from pytest_logprob_parity.trace.batch_composition import BatchCompositions
 
 SCHEMA_1 = Path(__file__).parent / "data" / "schema-1.safetensors"  # recorded by commit e505dbf on vLLM 0.32.0, bfloat16
 
@@ -32,7 +33,7 @@ def make_trace(tokens=50, seed=0):
 @pytest.fixture
 def golden_file(tmp_path):
     path = tmp_path / "golden" / "g.safetensors"
-    Golden(make_trace(), {"name": "m"}, "abc", "test_a.py::test_b").save(path)
+    Golden(make_trace(), fingerprint={"name": "m"}, prompts_digest="abc", node_id="test_a.py::test_b").save(path)
     return path
 
 
@@ -100,20 +101,20 @@ def test_without_a_noise_floor_only_level_noise_shows_nothing():
 
 def test_repeats_and_what_is_said_of_them_come_together(golden_file):
     """A file that has one and not the other was not written by us."""
-    from pytest_logprob_parity.trace import container
+    from pytest_logprob_parity.trace import file_format
 
     trace = make_trace()
-    floor = NoiseFloor(np.stack([trace.logprobs] * 2), Shapes(), reproduces=True)
-    Golden(trace, floor=floor).save(golden_file)
-    columns, metadata = container.read(golden_file)
+    floor = NoiseFloor(np.stack([trace.logprobs] * 2), BatchCompositions(), reproduces=True)
+    Golden(trace=trace, floor=floor).save(golden_file)
+    columns, metadata = file_format.read(golden_file)
     assert columns["floor_logprobs"].shape == (2, 50)
     header = {"trace": metadata["trace"], "golden": metadata["golden"]}
-    container.write(golden_file, {k: v for k, v in columns.items() if k != "floor_logprobs"}, header)
+    file_format.write(golden_file, {k: v for k, v in columns.items() if k != "floor_logprobs"}, header)
     assert "parts are missing" in one_line(golden_file)
-    container.write(golden_file, columns, header | {"golden": metadata["golden"] | {"floor": None}})
+    file_format.write(golden_file, columns, header | {"golden": metadata["golden"] | {"floor": None}})
     assert "parts are missing" in one_line(golden_file)
     wrong = metadata["golden"]["floor"] | {"shapes": {"blocks": 0}}
-    container.write(golden_file, columns, header | {"golden": metadata["golden"] | {"floor": wrong}})
+    file_format.write(golden_file, columns, header | {"golden": metadata["golden"] | {"floor": wrong}})
     assert "damaged: its golden header does not hold what it should" in one_line(golden_file)
 
 
@@ -127,7 +128,7 @@ def test_a_directory_in_its_place(golden_file):
     golden_file.mkdir()
     assert "a directory stands where the golden should be" in one_line(golden_file)
     with pytest.raises(GoldenError, match="a directory stands"):
-        Golden(make_trace()).save(golden_file)
+        Golden(trace=make_trace()).save(golden_file)
 
 
 def test_unreadable(golden_file):
@@ -152,7 +153,7 @@ def test_a_header_is_data_and_nothing_else(golden_file):
 def test_too_large_is_refused_and_says_what_would_fit(golden_file):
     before = golden_file.read_bytes()
     with pytest.raises(GoldenError, match=r"parity_max_golden_mb is 1\b.*would fit: sample fewer prompts"):
-        Golden(make_trace(100_000)).save(golden_file, max_megabytes=1)
+        Golden(trace=make_trace(100_000)).save(golden_file, max_megabytes=1)
     assert golden_file.read_bytes() == before
 
 
@@ -179,7 +180,7 @@ def test_a_full_disk_leaves_the_old_golden(golden_file):
 
 def _save_many(path, seed):
     for _ in range(60):
-        Golden(make_trace(20_000, seed)).save(path)
+        Golden(trace=make_trace(20_000, seed)).save(path)
 
 
 def test_of_two_updates_at_once_the_last_one_wins_whole(golden_file):
@@ -207,5 +208,5 @@ def test_names_never_collide(tmp_path):
 
 def test_goldens_whose_test_is_gone_are_unused(tmp_path):
     for node_id in ("t.py::test_kept", "t.py::test_gone", "other.py::test_x"):
-        Golden(make_trace(), node_id=node_id).save(golden_path(tmp_path, node_id))
+        Golden(trace=make_trace(), node_id=node_id).save(golden_path(tmp_path, node_id))
     assert unused_goldens(tmp_path, ["t.py"], ["t.py::test_kept"]) == [golden_path(tmp_path, "t.py::test_gone")]

@@ -70,7 +70,10 @@ def golden_of(change=0.0, node_id=HOSTILE, name=HOSTILE, **changes):
         "libraries": {"torch": f"{text}{change}"},
     }  # fmt: skip
     reference = Reference((trace.logprobs - np.float32(0.001)), text, trace.num_sequences)
-    made = Golden(trace, prints, text, node_id.replace("\ud800", ""), name.replace("\ud800", ""), None, reference, {})
+    made = Golden(
+        trace, fingerprint=prints, prompts_digest=text, node_id=node_id.replace("\ud800", ""),
+        name=name.replace("\ud800", ""), reference=reference,
+    )  # fmt: skip
     return dataclasses.replace(made, **changes)
 
 
@@ -109,10 +112,11 @@ def test_accept_is_harmless(tmp_path, capsys):
     text = HOSTILE.replace("\ud800", "")
     for refusal in ("", text):
         obtained = Obtained(
-            str(place.relative_to(tmp_path)), Golden.load(place).digest, node_id, "", "fail", text, "rl", "compatible",
-            "" if refusal else Golden.load(candidate_path(left)).digest, refusal,
+            golden=str(place.relative_to(tmp_path)), golden_digest=Golden.load(place).digest, node_id=node_id,
+            name="", verdict="fail", headline=text, level="rl", setup="compatible",
+            candidate="" if refusal else Golden.load(candidate_path(left)).digest, refusal=refusal,
         )  # fmt: skip
-        golden_of(-0.3, node_id, "").save(left, also={"obtained": vars(obtained)})
+        golden_of(-0.3, node_id, "").save(left, also={"obtained": dataclasses.asdict(obtained)})
         _, out, err = command(capsys, "accept", "--root", tmp_path, "--yes")
         assert "  candidate  " in out or "  refused    " in out
         assert_harmless(out + err)

@@ -1,4 +1,4 @@
-"""The trainer's own column beside the rollouts': compared in hand, and a scorer as the third opinion. Real GRPOTrainers."""
+"""The trainer's column beside the rollouts': compared in hand, and with a scorer as reference evaluation. Real GRPOTrainers."""
 
 import subprocess
 import sys
@@ -141,7 +141,7 @@ def test_the_scorers_entropy_is_the_one_that_the_trainer_logs(grpo):
      (kept, {"dropout": 0.2}, "dropout")],
     ids=["one token off", "no attention mask", "another temperature", "dropout left on"],
 )  # fmt: skip
-def test_a_trainers_fault_fails_in_hand_and_a_third_opinion_names_it(grpo, kind, config, named):
+def test_a_trainers_fault_fails_in_hand_and_a_scorer_names_it(grpo, kind, config, named):
     trainer = grpo(lambda base: kept(kind(base)), learning_rate=0.0, **config)
     trainer.train()
     trl = framework("trl")
@@ -152,7 +152,7 @@ def test_a_trainers_fault_fails_in_hand_and_a_third_opinion_names_it(grpo, kind,
     modes = [module.training for module in trainer.model.modules()]
     told = compare_with_trainer(rollouts, trl.scorer(trainer.model), trainer_dtype="float32")
     assert (told.verdict, causes(told)) == ("fail", [named])
-    assert next(str(n) for n in told.notes if n.key == "third_opinion").endswith("the trainer is off")
+    assert next(str(n) for n in told.notes if n.key == "third_opinion").endswith("the trainer is wrong")
     assert [module.training for module in trainer.model.modules()] == modes
 
 
@@ -367,7 +367,7 @@ def test_a_mismatch_beyond_all_bounds_has_metrics():
 @pytest.mark.parametrize(
     ("more", "line"),
     [({"trainer_dtype": "flaot32"}, "trainer_dtype='flaot32': known are"),
-     ({"config": {}}, "config= is what a framework's metrics go by"),
+     ({"config": {}}, "config= is the configuration of a framework: name the framework"),
      ({"metrics": "trl", "config": {"vllm_importance_sampling_mode": "token_mask"}}, "no vllm_importance_sampling_clip_max")],
 )  # fmt: skip
 def test_what_is_asked_for_wrongly_is_a_line(more, line):
@@ -400,7 +400,7 @@ def test_two_columns_take_neither_torch_nor_transformers():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_the_third_opinion_says_that_the_rollouts_are_off(pool):
+def test_a_scorer_shows_that_the_rollouts_are_wrong(pool):
     """The engine is the one that is wrong: its rollouts are labelled with another temperature than they were sampled at."""
     trace = pool.engine(EngineSpec(MODEL, dtype="float32")).generate(
         [[{"role": "user", "content": q}] for q in QUESTIONS], Sampling(temperature=0.7, max_tokens=24, n=4, seed=1)
@@ -410,10 +410,10 @@ def test_the_third_opinion_says_that_the_rollouts_are_off(pool):
     column = np.nan_to_num(compare_with_trainer(labelled, trainer).actual.logprobs)
     told = compare_with_trainer(labelled.with_(trainer_logprobs=column), trainer, trainer_dtype="float32")
     assert (told.verdict, causes(told)) == ("fail", ["temperature"])
-    assert next(str(n) for n in told.notes if n.key == "third_opinion").endswith("the rollouts are off")
+    assert next(str(n) for n in told.notes if n.key == "third_opinion").endswith("the rollouts are wrong")
 
 
-def test_two_columns_that_agree_with_each_other_and_not_with_the_third_opinion_fail(rollouts):
+def test_two_columns_that_agree_with_each_other_and_not_with_the_scorer_fail(rollouts):
     """Both sides may be wrong alike: an update that neither took."""
     held = rollouts.with_(trainer_logprobs=rollouts.logprobs + np.float32(1e-6))
     assert compare_with_trainer(held, trainer_dtype="float32").passed
@@ -508,7 +508,7 @@ def test_a_word_that_was_taken_for_padding_is_found(rollouts, positions):
     )
     (finding,) = told.findings
     assert (told.verdict, finding.cause) == ("fail", "attention_mask"), str(finding)
-    assert f"did not see token {commonest}" in finding.evidence
+    assert (finding.values["fault"], finding.values["token"]) == ("hidden_token", commonest)
 
 
 def test_rollouts_of_one_word_alone_can_be_asked_about():
@@ -537,7 +537,7 @@ def test_where_sequences_part_says_what_is_off(rollouts):
         told = compare_with_trainer(by_transformers(rollouts, change), TransformersScorer(MODEL), trainer_dtype="float32")
         (finding,) = told.findings
         assert (told.verdict, finding.cause, finding.candidates[0]) == ("fail", None, first)
-        assert "agree up to a token and are off from there on" in finding.evidence
+        assert finding.values["pattern"] == "from_a_token_on"
 
 
 @pytest.mark.parametrize("of", [lambda x: 8 * (x / 8).tanh(), lambda x: x * (x / 8).tanh()], ids=["cap", "x tanh x"])

@@ -29,6 +29,8 @@ from pytest_logprob_parity.matrix import environments, worker
 from pytest_logprob_parity.matrix.environments import Environment, python_of
 from pytest_logprob_parity.matrix.executors import LocalExecutor, RayExecutor, today
 from pytest_logprob_parity.matrix.goldens import check_is_of_plan
+from pytest_logprob_parity.matrix.install_failure import why_it_failed
+from pytest_logprob_parity.matrix.installer import DiskFullError, run_command
 from pytest_logprob_parity.matrix.plan import load_plan
 from pytest_logprob_parity.matrix.run import run_matrix
 
@@ -145,8 +147,9 @@ settings = {{ engine = "transformers", max_num_batched_tokens = 64 }}
     assert told["missing"] == "environment missing: there is no interpreter no-such-python"
     assert told["noPython"] == "environment noPython: /bin/ls is no Python"
     assert told["killed"] == "its worker was killed (SIGKILL): about to die"
-    assert told["nowhere"].startswith("environment nowhere was not made: ")
-    assert "logprob-parity-no-such-thing" in told["nowhere"]
+    assert told["nowhere"].startswith(
+        "environment nowhere was not made: the configured package index has no logprob-parity-no-such-thing==9.9.9 for Python "
+    )
     assert told["slow"] == "took longer than 0.001 minutes and was ended"
     assert "'max_num_batched_tokens'" in told["wrong"]  # an engine argument, and none of this engine
     assert rows[0]["verdict"] == "pass"
@@ -276,8 +279,15 @@ def test_a_row_that_nothing_was_found_for_says_why_in_the_page():
     from pytest_logprob_parity.matrix.table import page
 
     rows = [
-        Row("a", "float32", "s", "unverified", "12 sequences are too few"),
-        Row("b", "float32", "s", "fail", "too far", findings=(Finding("path", "engine_build", "it is another"),)),
+        Row(cell="a", dtype="float32", sampling="s", verdict="unverified", headline="12 sequences are too few"),
+        Row(
+            cell="b",
+            dtype="float32",
+            sampling="s",
+            verdict="fail",
+            headline="too far",
+            findings=(Finding(layer="path", cause="engine_build", evidence="it is another"),),
+        ),
     ]
     lines = page(rows, "a")
     assert "| a | float32 | **unverified** |" in lines
@@ -307,7 +317,7 @@ class MadeUpEngine:
     def replay_all(self, trace, paths):
         return {path: trace.with_(replay=path) for path in paths}
 
-    def replay_in_drawn_shapes(self, trace, shapes, number):
+    def replay_in_batch_compositions(self, trace, shapes, number):
         return (trace.logprobs + self._change).astype(np.float32)
 
     def remarks(self):
@@ -393,21 +403,21 @@ def test_an_interpreter_with_other_distributions_is_another_question(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    environment = Environment("mine", python=str(python))
+    environment = Environment(name="mine", python=str(python))
     before = today({"model": "m"}, tmp_path, environment)
     assert today({"model": "m"}, tmp_path, environment) == before
     (tmp_path / "thing-1.0.dist-info").mkdir()
     (tmp_path / "thing-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n")
     assert today({"model": "m"}, tmp_path, environment)["installed"] not in ("", before["installed"])
-    assert today({"model": "m"}, tmp_path, Environment("none", python="no-such-python"))["installed"] == ""
+    assert today({"model": "m"}, tmp_path, Environment(name="none", python="no-such-python"))["installed"] == ""
 
 
 def test_another_tokenizer_is_another_question(tmp_path):
     spec = {"model": str(ROOT / "models" / "tiny-arith"), "tokenizer": str(tmp_path)}
     (tmp_path / "config.json").write_text("{}")
-    before = today(spec, tmp_path, Environment("here"))
+    before = today(spec, tmp_path, Environment(name="here"))
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert today(spec, tmp_path, Environment("here")) != before
+    assert today(spec, tmp_path, Environment(name="here")) != before
 
 
 def test_answers_that_cannot_be_read_are_asked_for_again(plan, tmp_path, capsys):
@@ -426,12 +436,12 @@ def test_answers_that_cannot_be_read_are_asked_for_again(plan, tmp_path, capsys)
 
 def test_an_environment_is_made_once_whole_or_not_at_all(tmp_path, monkeypatch):
     told = []
-    environment = Environment("empty", requirements=("# nothing\n",))
+    environment = Environment(name="empty", requirements=("# nothing\n",))
     python = python_of(environment, tmp_path, told.append)
     assert python.exists()
     assert python_of(environment, tmp_path, told.append) == python
     assert len(told) == 1
-    assert python_of(Environment("empty", requirements=("# something\n",)), tmp_path, told.append) != python
+    assert python_of(Environment(name="empty", requirements=("# something\n",)), tmp_path, told.append) != python
     (python.parent.parent / "logprob-parity.json").unlink()  # half-made, as far as anybody can know
     (python.parent.parent / "left over").write_text("")
     assert python_of(environment, tmp_path, told.append) == python
@@ -440,9 +450,9 @@ def test_an_environment_is_made_once_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(environments, "_run", full)
+    monkeypatch.setattr(environments, "run_command", full)
     with pytest.raises(EngineError, match="environment other was not made: No space left on device") as error:
-        python_of(Environment("other", packages=("x",)), tmp_path, told.append)
+        python_of(Environment(name="other", packages=("x",)), tmp_path, told.append)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("other*/"))
 
@@ -468,7 +478,7 @@ def test_what_comes_after_an_install_is_run_by_the_new_environments_own_python(p
 def test_an_environment_that_lost_what_the_worker_needs_is_made_anew(tmp_path, monkeypatch):
     told, at_hand = [], ["numpy"]
     monkeypatch.setattr(environments, "_imports", lambda folder: list(at_hand))
-    environment = Environment("empty", requirements=("",))
+    environment = Environment(name="empty", requirements=("",))
     for expected in (1, 1):
         python_of(environment, tmp_path, told.append)
         assert len(told) == expected
@@ -480,13 +490,13 @@ def test_an_environment_that_lost_what_the_worker_needs_is_made_anew(tmp_path, m
 
 
 def test_a_full_disk_is_called_that_whatever_ended(tmp_path, monkeypatch):
-    assert environments._last_error("OSError: [Errno 28] No space left on device\nERROR: x").endswith("left on device")
+    assert why_it_failed("OSError: [Errno 28] No space left on device\nERROR: x").endswith("left on device")
     failed = [sys.executable, "-c", "raise SystemExit('Error: ensurepip returned non-zero exit status 1.')"]
-    with pytest.raises(EngineError, match="was not made: Error: ensurepip returned"):
-        environments._run(Environment("x"), tmp_path, threading.Event(), failed)
+    with pytest.raises(EngineError, match=r"^Error: ensurepip returned"):
+        run_command(failed, tmp_path, threading.Event())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
-    with pytest.raises(EngineError, match="was not made: No space left on device"):
-        environments._run(Environment("x"), tmp_path, threading.Event(), failed)
+    with pytest.raises(DiskFullError, match=r"^No space left on device"):
+        run_command(failed, tmp_path, threading.Event())
 
 
 def test_what_installs_ends_with_the_run(tmp_path):
@@ -499,9 +509,11 @@ def test_what_installs_ends_with_the_run(tmp_path):
         stop.set()
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(EngineError, match="environment x was not made: the run was interrupted"):
-        environments._run(Environment("x"), tmp_path, stop, [sys.executable, "-c", code])
+    with pytest.raises(EngineError, match="the run was interrupted"):
+        run_command([sys.executable, "-c", code], tmp_path, stop)
     assert not Path("/proc", begun.read_text()).exists()
+    with pytest.raises(EngineError, match="environment x was not made: the run was interrupted"):
+        python_of(Environment(name="x", requirements=("",)), tmp_path, lambda _: None, stop)
 
 
 def test_answers_that_cannot_be_written_are_a_line(plan, tmp_path, capsys):
@@ -512,7 +524,7 @@ def test_answers_that_cannot_be_written_are_a_line(plan, tmp_path, capsys):
 
 
 def test_the_users_own_environment_is_not_touched(tmp_path):
-    python = python_of(Environment("empty", requirements=("",)), tmp_path, lambda _: None)
+    python = python_of(Environment(name="empty", requirements=("",)), tmp_path, lambda _: None)
     assert os.path.commonpath([python, sys.prefix]) != sys.prefix
 
 

@@ -12,7 +12,7 @@ from pytest_logprob_parity import Golden
 from pytest_logprob_parity.check.obtained import Obtained, candidate_path
 from pytest_logprob_parity.check.variants import name_of, to_compare, to_record
 from pytest_logprob_parity.golden import golden_path, variant_path
-from pytest_logprob_parity.trace import container
+from pytest_logprob_parity.trace import file_format
 
 SOURCE = """
 import numpy as np
@@ -205,10 +205,10 @@ def recorded(repo):
     """`recorded(prints, ...)`: a golden of each of these fingerprints, the first without a variant."""
 
     def make(*prints):
-        columns, metadata = container.read(repo)
+        columns, metadata = file_format.read(repo)
         for number, known in enumerate(prints):
             path = repo if number == 0 else variant_path(repo, name_of(known))
-            container.write(path, columns, {**metadata, "golden": {**metadata["golden"], "fingerprint": known}})
+            file_format.write(path, columns, {**metadata, "golden": {**metadata["golden"], "fingerprint": known}})
         return repo
 
     return make
@@ -243,10 +243,11 @@ def test_accepting_on_another_kind_of_machine_writes_beside_the_golden(pytester,
     candidate = dataclasses.replace(golden, fingerprint=there)
     candidate.save(candidate_path(left))
     told = Obtained(
-        str(path.relative_to(pytester.path)), golden.digest, golden.node_id, "", "unverified", "too few", "rl", "compatible",
-        Golden.load(candidate_path(left)).digest,
+        golden=str(path.relative_to(pytester.path)), golden_digest=golden.digest, node_id=golden.node_id,
+        name="", verdict="unverified", headline="too few", level="rl", setup="compatible",
+        candidate=Golden.load(candidate_path(left)).digest,
     )  # fmt: skip
-    candidate.save(left, also={"obtained": vars(told)})
+    candidate.save(left, also={"obtained": dataclasses.asdict(told)})
     status, out, _ = command(capsys, "accept", "--yes")
     assert status == 0
     assert "@nvidia-h200.safetensors, beside golden/" in out

@@ -21,11 +21,12 @@ from pytest_logprob_parity import (
 from pytest_logprob_parity.check.chance_to_pass import chance_to_pass
 from pytest_logprob_parity.comparison.tolerance import default_tolerance, with_floor
 from pytest_logprob_parity.engines.backend import Completion, ResolvedConfig
-from pytest_logprob_parity.engines.batch_compositions import replay_in_drawn_shapes
-from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
+from pytest_logprob_parity.engines.batch_compositions import replay_in_batch_compositions
+from pytest_logprob_parity.golden.noise_floor import NoiseFloor
+from pytest_logprob_parity.trace.batch_composition import BatchCompositions
 
 SAMPLING = Sampling(temperature=0.7, max_tokens=24, n=3, seed=1, logprobs=2)
-OWN_SCHEDULE = 24  # sequences, all in one call; in drawn shapes a call has 3 of a block and at most 8 fillers
+OWN_SCHEDULE = 24  # sequences, all in one call; in sampled batch compositions a call has 3 of a block and at most 8 fillers
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def mismatch(path, engine, **arguments):
     return error.value.comparison
 
 
-# -- drawn shapes -----------------------------------------------------------------------------------------------------
+# -- sampled batch compositions ----------------------------------------------------------------------------------------
 
 
 class Recorder:
@@ -151,9 +152,9 @@ def plain_trace(sequences):
 
 
 def test_every_block_of_every_repeat_draws_a_shape_of_its_own():
-    trace, shapes = plain_trace(40), Shapes(batch_sizes=(1, 3), weights=(0.5, 0.5), fillers=2)
+    trace, shapes = plain_trace(40), BatchCompositions(batch_sizes=(1, 3), weights=(0.5, 0.5), fillers=2)
     backend = Recorder()
-    logprobs = replay_in_drawn_shapes(backend, trace, shapes, 0)
+    logprobs = replay_in_batch_compositions(backend, trace, shapes, 0)
     np.testing.assert_array_equal(logprobs, trace.logprobs)  # its own numbers at its own tokens, NaN where masked
     sizes = {len(call) for call in backend.calls}
     assert sizes == {1, 2, 3, 4, 5}
@@ -165,15 +166,17 @@ def test_a_draw_can_be_repeated_and_no_two_are_alike():
     trace, calls = plain_trace(40), []
     for number in (0, 1, 1):
         backend = Recorder()
-        replay_in_drawn_shapes(backend, trace, Shapes(), number)
+        replay_in_batch_compositions(backend, trace, BatchCompositions(), number)
         calls.append(backend.calls)
     assert calls[1] == calls[2]
     assert calls[0] != calls[1]
 
 
 def test_a_replay_that_did_not_force_is_an_error_and_no_noise():
-    with pytest.raises(EngineError, match=r"replay in drawn shapes did not force the tokens: .* token 6 in place of 5"):
-        replay_in_drawn_shapes(Recorder(obeys=False), plain_trace(8), Shapes(), 0)
+    with pytest.raises(
+        EngineError, match=r"replay in sampled batch compositions did not force the tokens: .* token 6 in place of 5"
+    ):
+        replay_in_batch_compositions(Recorder(obeys=False), plain_trace(8), BatchCompositions(), 0)
 
 
 # -- recording --------------------------------------------------------------------------------------------------------
@@ -261,12 +264,12 @@ def test_a_golden_too_small_for_a_clean_engine_says_what_is_missing(engine, ques
 
 
 def test_a_floor_that_no_shape_moved_says_nothing_of_other_builds():
-    still = NoiseFloor(np.zeros((3, 4), np.float32), Shapes(), reproduces=True)
+    still = NoiseFloor(np.zeros((3, 4), np.float32), BatchCompositions(), reproduces=True)
     assert (
         still.describe()
         == "noise floor of 3 repeats: no other batch composition moved a bit, so it says nothing of other builds"
     )
-    moved = NoiseFloor(np.float32([[0, 0], [0, 0.5]]), Shapes(), reproduces=True)
+    moved = NoiseFloor(np.float32([[0, 0], [0, 0.5]]), BatchCompositions(), reproduces=True)
     assert "RMS 0.35 nats between two of them, max 0.5, 50.0% of the tokens move" in moved.describe()
 
 
@@ -303,7 +306,7 @@ def test_another_version_is_compatible_and_says_so(compatible, engine):
 
 
 def test_ones_own_rollouts_have_no_fingerprint(recorded, engine, tmp_path):
-    Golden(Golden.load(recorded[0]).trace).save(tmp_path / "own.safetensors")
+    Golden(trace=Golden.load(recorded[0]).trace).save(tmp_path / "own.safetensors")
     assert check_golden(tmp_path / "own.safetensors", engine).setup == "unknown"
 
 

@@ -14,7 +14,8 @@ from pytest_logprob_parity.comparison.judge import judge
 from pytest_logprob_parity.comparison.objectives import OBJECTIVES as BY_NAME
 from pytest_logprob_parity.comparison.tolerance import LIMITS, Tolerance, default_tolerance, make_tolerance
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
+from pytest_logprob_parity.golden.noise_floor import NoiseFloor
+from pytest_logprob_parity.trace.batch_composition import BatchCompositions
 
 
 def verdicts(trace, change, **evidence):
@@ -127,7 +128,7 @@ def test_a_large_floor_is_no_licence(rms, objective):
     trace = moved(make_trace(64, 64), -9)
     rng = np.random.default_rng(5)
     floor = NoiseFloor(
-        (trace.logprobs + rng.normal(0, rms, (5, trace.num_tokens))).astype(np.float32), Shapes(), reproduces=True
+        (trace.logprobs + rng.normal(0, rms, (5, trace.num_tokens))).astype(np.float32), BatchCompositions(), reproduces=True
     )
     many = np.where(rng.random(4096) < 0.019, 0.49 * rng.choice((-1, 1), 4096), 0.0)
     one = np.where(np.arange(4096) == 2000, -8.0, 0.0)
@@ -256,7 +257,7 @@ def test_an_engine_nearer_to_the_reference_than_its_golden_passes_however_far_it
     result = compare(expected=trace, actual=moved(trace, now - golden), reference=reference_of(trace, golden))
     errors = gate(result, "k3").errors
     assert (result.verdict, errors.outcome) == ("pass", "pass")
-    assert (errors.golden, errors.actual) == (pytest.approx(0.05**2 / 2, rel=0.1), pytest.approx(0.038**2 / 2, rel=0.1))
+    assert (errors.expected, errors.actual) == (pytest.approx(0.05**2 / 2, rel=0.1), pytest.approx(0.038**2 / 2, rel=0.1))
     assert gate(result, "k3").high > gate(result, "k3").limit  # by the difference alone it would not pass
     exact = compare(expected=trace, actual=moved(trace, -golden), reference=reference_of(trace, golden))
     assert (exact.verdict, gate(exact, "k3").errors.actual) == ("pass", pytest.approx(0, abs=1e-12))
@@ -308,7 +309,7 @@ def test_on_an_engine_that_gives_its_bits_back_one_changed_bit_fails():
     trace, change = make_trace(24, 64), np.where(np.arange(1536) == 5, 1e-6, 0)
 
     def floor(reproduces):
-        return NoiseFloor(np.stack([trace.logprobs] * 3), Shapes(), reproduces)
+        return NoiseFloor(np.stack([trace.logprobs] * 3), BatchCompositions(), reproduces)
 
     assert judged(trace, change, floor=floor(True), setup="same").verdict == "fail"
     for evidence in (
@@ -417,7 +418,7 @@ def test_statements_about_other_prompts_are_exact(prompts):
 def test_the_chance_that_a_clean_build_passes_and_the_prompts_that_bring_it_to_95_percent():
     def chance(prompts, rms, dtype="bfloat16", objective="token"):
         trace = make_trace(prompts, 16, dtype=dtype)
-        golden = Golden(trace, reference=reference_of(trace, spread(trace.num_tokens, rms, seed=1)))
+        golden = Golden(trace=trace, reference=reference_of(trace, spread(trace.num_tokens, rms, seed=1)))
         return chance_to_pass(golden, default_tolerance(dtype, objective=objective), 0.0)
 
     few, many = chance(4, 0.02), chance(24, 0.02)

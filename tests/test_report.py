@@ -15,8 +15,12 @@ from reporting import MOVED, PROJECT, command, one_line
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import Trace, UsageError
 from pytest_logprob_parity.check.two_files import compare_files
-from pytest_logprob_parity.report.results import LARGEST, PLOTS, cause_of, excess, from_the_top, read_results
-from pytest_logprob_parity.report.sequences import texts_of
+from pytest_logprob_parity.report.merge import from_the_top
+from pytest_logprob_parity.report.outcomes import excess
+from pytest_logprob_parity.report.results_file import LARGEST, read_results
+from pytest_logprob_parity.report.results_schema import PLOTS
+from pytest_logprob_parity.report.titles import cause_of
+from pytest_logprob_parity.report.worst_sequences import texts_of
 from pytest_logprob_parity.visible_text import visible, visible_token
 
 FILES = {"index.html", "results.json", "summary.md", ".gitignore"}
@@ -362,7 +366,9 @@ def test_without_a_terminal_trouble_is_told_and_github_has_its_annotations(proje
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     result = project("--parity-report=report", "-p", "no:terminal")
     assert [line[:31] for line in result.outlines] == ["::error file=test_it.py,line=25"]
-    monkeypatch.setattr("pytest_logprob_parity.report.run.write_report", lambda *_: (_ for _ in ()).throw(UsageError("full")))
+    monkeypatch.setattr(
+        "pytest_logprob_parity.report.run_report.write_report", lambda *_: (_ for _ in ()).throw(UsageError("full"))
+    )
     result = project("--parity-report=report", "-p", "no:terminal")
     assert [line for line in result.errlines if line.strip()] == ["logprob-parity: no report: full"]
 
@@ -776,28 +782,36 @@ def test_results_cut_short(report, capsys, length):
 BAD = {
     "schema 1, this version of pytest-logprob-parity reads 2: render it with": lambda c: c.update(schema=1),
     "no results.json of pytest-logprob-parity": lambda c: c.pop("format"),
-    "it is not a mapping with 'checks'": lambda c: c.pop("checks"),
-    "it.checks[0].metrics is not a mapping but 'none'": lambda c: c["checks"][0].update(metrics="none"),
-    "it.checks[1].line is not int but True": lambda c: c["checks"][1].update(line=True),
-    "it.checks[0].gates[2].value is not int or float or null": lambda c: c["checks"][0]["gates"][2].update(value="0"),
-    "it.checks[0].gates[2] is not a mapping with 'outcome'": lambda c: c["checks"][0]["gates"][2].pop("outcome"),
-    "it.checks[0].outcome is not one of failed, engine, golden, ": lambda c: c["checks"][0].update(outcome="fine"),
+    "results.json: checks is missing, expected a list; write it again: pytest --parity-report=DIR": lambda c: c.pop("checks"),
+    'checks[0].metrics is "none", expected a mapping; write it again': lambda c: c["checks"][0].update(metrics="none"),
+    "checks[1].line is true, expected a whole number from 0 to 2**53": lambda c: c["checks"][1].update(line=True),
+    'checks[0].gates[2].value is "0", expected a number or null': lambda c: c["checks"][0]["gates"][2].update(value="0"),
+    "checks[0].gates[2].outcome is missing, expected a string": lambda c: c["checks"][0]["gates"][2].pop("outcome"),
+    'checks[0].outcome is "fine", expected one of failed, engine, golden, ': lambda c: c["checks"][0].update(outcome="fine"),
     "1e+308 in place of a number": lambda c: c["checks"][0]["gates"][0].update(value=1e308),
     "1000000000000000000000000000000000000000 in place of a number": lambda c: c["checks"][0].update(line=10**400),
-    "has columns of lengths": lambda c: c["checks"][0]["sequences"][0]["golden"].pop(),
+    "checks[0].sequences[0] has columns of lengths": lambda c: c["checks"][0]["sequences"][0]["golden"].pop(),
     "NaN in place of a number": lambda c: c["checks"][0]["metrics"].update(rms_diff=float("nan")),
-    "plot 'histogram' of 'test_it.py::test_moves' has edges that do not rise": lambda c: plot_of(c, "histogram").update(
-        edges=[]
+    "checks[0].plots.histogram.edges do not rise, expected 2 or more edges that do; write it again": lambda c: plot_of(
+        c, "histogram"
+    ).update(edges=[]),
+    "checks[0].plots.ratio has columns of different lengths: {'counts': 60}, expected one length, 61 for 62 edges": lambda c: (
+        plot_of(c, "ratio")["counts"].pop()
     ),
-    "plot 'ratio' of 'test_it.py::test_moves' has columns of different": lambda c: plot_of(c, "ratio")["counts"].pop(),
-    "plots.scatter.edges has 16384 items (limit: 257)": lambda c: plot_of(c, "scatter").update(edges=list(range(16384))),
-    "plots.by_position.positions has 2000 items": lambda c: plot_of(c, "by_position").update(positions=list(range(2000))),
-    "cells that are not [x, y, count]": lambda c: plot_of(c, "scatter")["cells"].append([1, 1]),
-    "cells[0][2] is not from 0 to 9.0072e+15 but -5": lambda c: plot_of(c, "scatter").update(cells=[[0, 0, -5]]),
-    "sequences[0].ids has 9999 items": lambda c: c["checks"][0]["sequences"][0].update(ids=[1] * 9999),
-    "free_run.turns is not int but '9'": lambda c: c["checks"][0].update(free_run={"turns": "9", "first": []}),
-    "commands[0].for_all is not str": lambda c: c["checks"][0]["commands"][0].update(for_all=[]),
-    "its tokens have texts of": lambda c: c["checks"][0]["token_texts"].update(dict.fromkeys(map(str, range(50)), "x" * 10**6)),
+    "plots.scatter.edges has 16,384 items, expected at most 257": lambda c: plot_of(c, "scatter").update(
+        edges=list(range(16384))
+    ),
+    "plots.by_position.positions has 2,000 items, expected 1 to 1024": lambda c: plot_of(c, "by_position").update(
+        positions=list(range(2000))
+    ),
+    "has 2 items, expected 3": lambda c: plot_of(c, "scatter")["cells"].append([1, 1]),
+    "cells[0][2] is -5, expected a whole number from 0 to 2**53": lambda c: plot_of(c, "scatter").update(cells=[[0, 0, -5]]),
+    "sequences[0].ids has 9,999 items, expected at most 4096": lambda c: c["checks"][0]["sequences"][0].update(ids=[1] * 9999),
+    'free_run.turns is "9", expected a whole number from 0 to 2**53': lambda c: c["checks"][0].update(
+        free_run={"turns": "9", "first": []}
+    ),
+    "commands[0].for_all is a list of 0 items, expected a string": lambda c: c["checks"][0]["commands"][0].update(for_all=[]),
+    "the tokens have texts of": lambda c: c["checks"][0]["token_texts"].update(dict.fromkeys(map(str, range(50)), "x" * 10**6)),
     "more than 32 lists and mappings inside one another": lambda c: c["checks"][0]["findings"][0]["values"].update(v=nest(50)),
 }
 
@@ -938,15 +952,16 @@ def replaced(value, place, new):
 
 
 def test_a_report_that_would_be_too_large_to_read_keeps_the_numbers_and_leaves_plots_of_the_best_out(report, monkeypatch):
-    from pytest_logprob_parity.report import results
+    from pytest_logprob_parity.report import results_file as results
+    from pytest_logprob_parity.report.finite_json import to_text
 
     content = read_results(report / "results.json")
     assert results.fitting(content) == (content, 0)
     failed, passed = content["checks"]
-    most = len(results.to_text(content)) + len(results.to_text({**failed, "plots": None}))
+    most = len(to_text(content)) + len(to_text({**failed, "plots": None}))
     monkeypatch.setattr(results, "LARGEST", most)
     fitted, bare = results.fitting({**content, "checks": [failed, passed, failed]})
-    assert len(results.to_text(fitted)) <= most
+    assert len(to_text(fitted)) <= most
     assert (bare, [check["plots"] is None for check in fitted["checks"]]) == (1, [False, True, True])
     assert fitted["checks"][2]["metrics"] == failed["metrics"]
     monkeypatch.setattr(results, "LARGEST", 1000)
@@ -1005,14 +1020,14 @@ def test_files_that_no_report_wrote_are_left_alone(project, pytester):
 
 
 def test_a_disk_that_fills_during_the_run_costs_the_report_and_no_verdict(project, pytester, report, monkeypatch):
-    from pytest_logprob_parity.trace import container
+    from pytest_logprob_parity import atomic
 
     before = {file.name: file.read_bytes() for file in report.iterdir()}
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(container, "replace_all", full)
+    monkeypatch.setattr(atomic, "replace_all", full)
     result = project("--parity-report=report", "-k", "stays")
     assert result.ret == 0
     result.stdout.fnmatch_lines(
@@ -1033,8 +1048,8 @@ def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
     from pytest_logprob_parity.check.context import Checked
     from pytest_logprob_parity.comparison.compare import compare
     from pytest_logprob_parity.golden import Golden
-    from pytest_logprob_parity.report.entry import make_entry
-    from pytest_logprob_parity.report.results import to_text
+    from pytest_logprob_parity.report.check_entry import make_entry
+    from pytest_logprob_parity.report.finite_json import to_text
 
     scope = {}
     exec(PROJECT.format(texts=("x",)), scope)
@@ -1042,22 +1057,10 @@ def test_entries_stay_small_whatever_the_size_of_a_trace(tmp_path):
     for sequences, length in ((200, 64), (20, 5000)):
         golden = scope["rollouts"](sequences=sequences, length=length)
         checked = Checked(
-            golden=Golden(golden), comparison=compare(expected=golden, actual=golden.with_(logprobs=golden.logprobs - 0.3))
+            golden=Golden(trace=golden),
+            comparison=compare(expected=golden, actual=golden.with_(logprobs=golden.logprobs - 0.3)),
         )
         about = dict.fromkeys(("node_id", "name", "file", "message", "obtained", "refusal"), "")
         about |= {"golden": "g", "line": 0, "commands": []}
         sizes.append(len(to_text(make_entry(about, "failed", "", checked.comparison, checked, tmp_path))))
     assert max(sizes) < 90_000
-
-
-def test_a_shape_that_does_not_fit_names_the_place():
-    from pytest_logprob_parity.json_shape import Maybe, check_shape
-
-    shape = {"a": [Maybe({str: int})]}
-    check_shape({"a": [None, {"x": 1}], "more": 2}, shape, "it")
-    for value in (True, None, [1], {}):
-        check_shape(value, object, "it")
-    with pytest.raises(UsageError, match="it is not int but True"):
-        check_shape(True, int, "it")
-    with pytest.raises(UsageError, match=r"it\.a\[1\]\['x'\] is not int but 'y'"):
-        check_shape({"a": [None, {"x": "y"}]}, shape, "it")

@@ -6,7 +6,7 @@ import pytest
 from reporting import PROJECT, command
 
 from pytest_logprob_parity.golden import golden_path
-from pytest_logprob_parity.report.results import read_results
+from pytest_logprob_parity.report.results_file import read_results
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from pytest_logprob_parity.errors import EngineError, IncomparableError, UsageEr
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.golden.fingerprint import differences
 from pytest_logprob_parity.reasons import reason_of
-from pytest_logprob_parity.report.results import read_results
+from pytest_logprob_parity.report.results_file import read_results
 from pytest_logprob_parity.spec.server_settings import ServerSettings
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=24, n=2, seed=1)
@@ -891,7 +891,9 @@ def pieces():
 def posted(url, timeout):
     client = Client(url)
     try:
-        return client.post_all([(COMPLETIONS, {})], lambda _, content: content, ServerSettings(url, timeout=timeout, retries=0))
+        return client.post_all(
+            [(COMPLETIONS, {})], lambda _, content: content, ServerSettings(url=url, timeout=timeout, retries=0)
+        )
     finally:
         client.close()
 

@@ -22,7 +22,7 @@ from pytest_logprob_parity.engines.server.guard import (
 )
 from pytest_logprob_parity.engines.vllm.forced_decode import FORCED, forced_token, install
 from pytest_logprob_parity.errors import GoldenError
-from pytest_logprob_parity.trace import container
+from pytest_logprob_parity.trace import file_format
 
 NO_IDS = ["abc", 5, True, None, {"0": 1}, [8], [10**12], [-1], [1.5], [6.0], [True], ["7"], [[1]], [None], [{}], []]
 
@@ -131,7 +131,7 @@ def test_a_file_with_ids_below_zero_is_damaged(tmp_path, column, id_):
     assert loaded.top_token_ids.tolist() == [[5], [-1]]  # a place of the top-k that is not used
     columns = {name: np.array(values) for name, values in trace.to_columns().items()}
     columns[column].flat[-1] = id_
-    container.write(tmp_path / "bad.safetensors", columns, {"trace": trace.to_metadata()})
+    file_format.write(tmp_path / "bad.safetensors", columns, {"trace": trace.to_metadata()})
     with pytest.raises(GoldenError, match=rf"damaged: .* column {column}, row \d: token id {id_} is no token") as caught:
         Trace.load(tmp_path / "bad.safetensors")
     assert caught.value.replaceable

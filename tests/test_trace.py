@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pytest_logprob_parity import Sampling, Trace, UsageError
-from pytest_logprob_parity.trace import container
+from pytest_logprob_parity.trace import file_format
 
 SEQUENCES = [
     {
@@ -192,7 +192,7 @@ def test_minus_9999_is_minus_infinity_wherever_logprobs_enter(trace, tmp_path):
     assert np.isneginf([changed.logprobs[7], changed.untruncated_logprobs[7]]).all()
     assert column[7] == -9999  # the caller's own array is not touched
     columns, labels = trace.to_columns() | {"logprobs": column}, {"trace": trace.to_metadata()}
-    container.write(tmp_path / "old.safetensors", columns, labels)
+    file_format.write(tmp_path / "old.safetensors", columns, labels)
     assert np.isneginf(Trace.load(tmp_path / "old.safetensors").logprobs[7])
 
 

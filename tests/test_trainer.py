@@ -145,7 +145,7 @@ def test_a_trainer_that_forgets_the_temperature_or_shifts_by_one_is_told_so(roll
     no_temperature.dtype = shifted.dtype = "float32"
     (finding,) = compare_with_trainer(rollouts, no_temperature).findings
     assert (finding.layer, finding.cause) == ("semantic", "temperature")
-    assert "the trainer does not divide by the rollouts' temperature 0.7" in finding.evidence
+    assert finding.values["fault"] == "undivided"
     (finding,) = compare_with_trainer(rollouts, TransformersScorer(f"{MODEL}-step2")).findings
     assert (finding.layer, finding.cause) == ("weights", None)  # other weights are not a temperature
     assert compare_with_trainer(rollouts, shifted).findings[0].cause == "shifted_positions"
@@ -156,7 +156,8 @@ def test_rollouts_labelled_with_another_temperature_than_they_were_sampled_at(ro
     comparison = compare_with_trainer(labelled, float32)
     (finding,) = comparison.findings
     assert (finding.layer, finding.cause) == ("semantic", "temperature")
-    assert "at a temperature of 0.700 the trainer gives what the rollouts report" in finding.evidence
+    assert finding.values["fault"] == "other_temperature"
+    assert finding.values["temperature"] == pytest.approx(0.7, abs=5e-4)
     assert "golden" not in " ".join([comparison.headline, *comparison.notes, finding.evidence])
 
 
@@ -179,13 +180,13 @@ def test_raw_logprobs_whose_label_says_processed_cannot_be_told_from_a_temperatu
     raw = score(few, float32, temperature=1.0).logprobs
     (finding,) = compare_with_trainer(_without_top_k(few, logprobs=raw), float32).findings
     assert (finding.layer, finding.cause, finding.candidates) == ("semantic", None, ("raw_vs_processed", "temperature"))
-    assert "at a temperature of 1.000 the trainer gives what the rollouts report" in finding.evidence
-    assert "raw logprobs (logprobs_mode, vLLM's default) under a label that says processed" in finding.evidence
+    assert finding.values["temperature"] == pytest.approx(1, abs=5e-4)
+    assert "raw logprobs (logprobs_mode, vLLM's default) with a label that says processed" in finding.evidence
 
 
 @pytest.mark.parametrize(
     ("scaled", "reading"),
-    [(lambda t: t * t, "divides by it twice"), (lambda t: 1 / t, "multiplies by it")],
+    [(lambda t: t * t, "divided_twice"), (lambda t: 1 / t, "multiplied")],
     ids=["twice", "times"],
 )
 def test_a_trainer_that_scales_otherwise_is_another_reading_of_a_temperature(few, float32, scaled, reading):
@@ -195,7 +196,7 @@ def test_a_trainer_that_scales_otherwise_is_another_reading_of_a_temperature(few
 
     (finding,) = compare_with_trainer(_without_top_k(few), otherwise).findings
     assert (finding.layer, finding.cause) == ("semantic", "temperature")
-    assert finding.evidence.endswith(f"they were sampled at another one, or the trainer {reading}")
+    assert (finding.values["fault"], finding.values["or"]) == ("other_temperature", reading)
 
 
 def _without_top_k(trace, **changes):
@@ -212,10 +213,10 @@ def truncated(pool, questions):
 
 
 def test_truncated_rollouts_whose_label_lost_it(truncated, few, float32):
-    for trace, says in ((truncated, "their own top-k excludes tokens at"), (_without_top_k(truncated), "no token is likelier")):
+    for trace, by_top_k in ((truncated, True), (_without_top_k(truncated), False)):
         (finding,) = compare_with_trainer(trace, float32).findings
         assert (finding.layer, finding.cause, finding.candidates[0]) == ("semantic", None, "truncation")
-        assert says in finding.evidence
+        assert (finding.values["excluding"] > 0) == by_top_k
     filled = np.where(np.arange(few.num_tokens) % 3, few.logprobs, 0).astype(np.float32)
     other = TransformersScorer(f"{MODEL}-step2")
     for trace, trainer in ((few, other), (_without_top_k(few), other), (few.with_(logprobs=filled), float32)):
@@ -233,7 +234,7 @@ def test_tokens_that_were_drawn_from_other_distributions_are_noted(truncated, ro
     otherwise = compare_with_trainer(raw, float32)
     assert otherwise.verdict == "pass"
     (note,) = (note for note in otherwise.notes if note.key == "drawn_otherwise")
-    assert "likelier than tokens that are drawn from its distributions" in note
+    assert "more likely than tokens sampled from its distributions" in note
     assert "truncation or a lower temperature" in note
     hotter = rollouts.with_(sampling=Sampling(), logprobs=score(rollouts, float32, temperature=1.0).logprobs)
     labelled = compare_with_trainer(_without_top_k(hotter), float32)
@@ -254,10 +255,11 @@ def test_rollouts_of_several_weights_are_held_against_one(few, float32):
     mixed = _without_top_k(few, logprobs=np.where(newer, few.logprobs, other), weight_versions=versions)
     (finding,) = compare_with_trainer(mixed, float32).findings
     assert (finding.layer, finding.cause, finding.candidates[0]) == ("weights", None, "stale_weights")
-    assert f"the rollouts are of 2 weights, the trainer's are of one: {newer.sum():,} tokens of version 4 (" in finding.evidence
+    assert finding.values["versions"] == 2
+    assert f" {newer.sum():,} tokens of version 4 (" in finding.evidence
     assert " tokens of version 3 (RMS 0." in finding.evidence
     one = mixed.with_(weight_versions=np.full(mixed.num_tokens, 4, np.int32))
-    assert "of one" not in compare_with_trainer(one, float32).findings[0].evidence
+    assert "versions" not in compare_with_trainer(one, float32).findings[0].values
 
 
 def test_tokens_at_which_min_tokens_let_no_sequence_end_are_left_out(pool, float32):
@@ -268,10 +270,10 @@ def test_tokens_at_which_min_tokens_let_no_sequence_end_are_left_out(pool, float
     assert compare_with_trainer(told, float32).verdict == "fail"  # the engine leaves the end out, the trainer does not
     comparison = assert_trainer_parity(trace, float32)
     assert comparison.metrics["n_tokens"] == trace.num_tokens - 48 * 20 > 100
-    assert "960 tokens left out: until min_tokens=20" in " ".join(comparison.notes)
+    assert "960 tokens left out: before min_tokens=20" in " ".join(comparison.notes)
     raw = trace.with_(logprobs=score(told, float32).logprobs, logprobs_mode="raw_logprobs")  # of before that
     assert assert_trainer_parity(raw, float32).metrics["n_tokens"] == trace.num_tokens
-    with pytest.raises(UsageError, match="have no token that a trainer can be held against: until min_tokens=40"):
+    with pytest.raises(UsageError, match="have no token that can be compared with a trainer: before min_tokens=40"):
         assert_trainer_parity(trace.with_(sampling=Sampling(min_tokens=40, max_tokens=40)), float32)
 
 
@@ -283,7 +285,7 @@ def test_truncated_rollouts_are_compared_over_their_kept_sets_or_without_truncat
     with pytest.raises(UsageError, match="computes one over all tokens: give untruncated_logprobs"):
         assert_trainer_parity(trace, lambda *_: None)
     short = trace.with_(top_token_ids=trace.top_token_ids[:, :2], top_logprobs=trace.top_logprobs[:, :2])
-    with pytest.raises(UsageError, match="top-2 logprobs do not list the kept set of"):
+    with pytest.raises(UsageError, match="top-2 logprobs do not list the whole truncated support of"):
         assert_trainer_parity(short, float32)
     top_p = Sampling(temperature=0.7, top_p=0.9, max_tokens=32, n=4, seed=1)
     path = tmp_path / "golden.safetensors"
@@ -336,7 +338,7 @@ def heads(pool):
 @pytest.mark.parametrize("trainer_head", ["bfloat16", "float32"])
 def test_a_head_in_another_precision_on_one_side_is_named(heads, engine_head, trainer_head):
     trainer = TransformersScorer(MODEL, dtype="bfloat16", head_dtype=trainer_head)
-    told = [note for note in compare_with_trainer(heads[engine_head], trainer).notes if note.startswith("head precision")]
+    told = [note for note in compare_with_trainer(heads[engine_head], trainer).notes if note.key == "head_precision"]
     assert bool(told) == (engine_head != trainer_head)
     if told:
         assert ("on no grid" in told[0]) == (engine_head == "float32")
@@ -403,13 +405,13 @@ def rollout(**changes):
     ("sequence", "says"),
     [
         (rollout(token_ids=[7, 9999]), "token id 9999 is beyond the 384 of transformers float32: another tokenizer or model"),
-        (rollout(token_ids=[7, -100]), "token id -100 is no token: a label or a filler among the ids"),
+        (rollout(token_ids=[7, -100]), "token id -100 is not a token: the ids contain a label or padding"),
         (rollout(prompt_token_ids=[]), "prompt 0 is empty"),
         (rollout(mask=[False, False]), "every token of these rollouts is masked"),
         (rollout(logprobs=[None, None]), "these rollouts have no logprobs"),
         (
             rollout(logprobs=[0.3, 0.9]),
-            "the largest logprob of these rollouts is +0.9: none is above 0; are they probabilities?",
+            "the largest logprob of these rollouts is +0.9: a logprob is at most 0; are they probabilities?",
         ),
         (rollout(logprobs=[-1.0]), "has 2 token_ids but 1 logprobs"),
     ],
@@ -438,7 +440,7 @@ def test_zeros_in_place_of_missing_logprobs_are_noted(rollouts, float32):
     filled = np.where(np.arange(rollouts.num_tokens) % 7, rollouts.logprobs, 0).astype(np.float32)
     comparison = compare_with_trainer(rollouts.with_(logprobs=filled), float32)
     assert comparison.verdict == "fail"
-    assert any("logprobs are exactly 0 where the trainer's are not: fillers" in note for note in comparison.notes)
+    assert "fillers" in {note.key for note in comparison.notes}
     unknown = compare_with_trainer(rollouts.with_(dtype="int4"), float32)
     (told,) = [note for note in unknown.notes if note.key == "unknown_dtype"]
     assert told == "the rollouts' dtype is not known: the limits are those of bfloat16"

@@ -15,7 +15,8 @@ from pytest_logprob_parity.comparison.judge import judge
 from pytest_logprob_parity.comparison.permutation_test import block_permutation_test
 from pytest_logprob_parity.comparison.tolerance import default_tolerance, with_floor
 from pytest_logprob_parity.golden import Golden
-from pytest_logprob_parity.golden.noise_floor import NoiseFloor, Shapes
+from pytest_logprob_parity.golden.noise_floor import NoiseFloor
+from pytest_logprob_parity.trace.batch_composition import BatchCompositions
 
 #: What shape noise in bfloat16 looks like: RMS between two replays, in nats; most tokens never move.
 BFLOAT16_NOISE = 0.009
@@ -40,7 +41,7 @@ class ShapeNoise:
         return (self.trace.logprobs + change).astype(np.float32)
 
     def floor(self, repeats=5, *, reproduces=True):
-        return NoiseFloor(np.stack([self.replay(n) for n in range(repeats)]), Shapes(), reproduces)
+        return NoiseFloor(np.stack([self.replay(n) for n in range(repeats)]), BatchCompositions(), reproduces)
 
 
 def judged(trace, actual, *, level="rl", setup="compatible", **evidence):
@@ -317,7 +318,7 @@ def test_the_generating_run_is_neither_repeat_nor_centre():
 
 def test_without_any_noise_equal_is_equal_and_different_is_certain():
     trace = make_trace()
-    floor = NoiseFloor(np.stack([trace.logprobs] * 5), Shapes(), reproduces=True)
+    floor = NoiseFloor(np.stack([trace.logprobs] * 5), BatchCompositions(), reproduces=True)
     blocks = ShapeNoise(trace).blocks
     test = block_permutation_test(floor.logprobs, trace.logprobs, blocks)
     assert (test.p_value, test.p_bias, test.p_spread, test.p_rank) == (1, 1, 1, 1)
@@ -413,7 +414,7 @@ def test_flips_near_the_edge_are_allowed_at_the_goldens_own_rate():
         repeats = np.stack([trace.logprobs] * 5)
         for number in range(5):
             repeats[number, np.arange(flips) + 50 * number] = -np.inf
-        return NoiseFloor(repeats, Shapes(), reproduces=True)
+        return NoiseFloor(repeats, BatchCompositions(), reproduces=True)
 
     assert (floor(0).flips, floor(4).flips) == (0, 4)
     counts = ((0, 4, "pass"), (0, 6, "unverified"), (0, 11, "fail"), (4, 25, "pass"), (4, 40, "unverified"), (40, 150, "pass"))
@@ -628,10 +629,10 @@ def test_repeats_that_contain_nan_are_damage(tmp_path):
     repeats = np.stack([trace.logprobs] * 3)
     repeats[:, ~trace.mask] = np.nan  # masked tokens have none
     path = tmp_path / "g.safetensors"
-    Golden(trace, floor=NoiseFloor(repeats, Shapes(), reproduces=True)).save(path)
+    Golden(trace=trace, floor=NoiseFloor(repeats, BatchCompositions(), reproduces=True)).save(path)
     assert Golden.load(path).floor.rms == 0
     repeats[1, 7] = np.nan
-    Golden(trace, floor=NoiseFloor(repeats, Shapes(), reproduces=True)).save(path)
+    Golden(trace=trace, floor=NoiseFloor(repeats, BatchCompositions(), reproduces=True)).save(path)
     with pytest.raises(GoldenError, match=r"damaged: .*its noise floor contains NaN"):
         Golden.load(path)
 
@@ -641,21 +642,21 @@ def test_repeats_that_contain_nan_are_damage(tmp_path):
 )
 def test_a_floor_that_is_none(repeats):
     with pytest.raises(UsageError, match=r"a noise floor is float32 \[2 or more repeats, tokens\]"):
-        NoiseFloor(repeats, Shapes(), reproduces=True)
+        NoiseFloor(repeats, BatchCompositions(), reproduces=True)
 
 
 @pytest.mark.parametrize(
     "wrong", [{"weights": (0.5, 0.6, 0, 0)}, {"batch_sizes": (0, 1, 2, 3)}, {"blocks": 0}, {"fillers": -1}]
 )
 def test_a_distribution_of_shapes_that_is_none(wrong):
-    with pytest.raises(UsageError, match="Shapes: "):
-        Shapes(**wrong)
-    assert Shapes.from_json(Shapes().to_json()) == Shapes()
+    with pytest.raises(UsageError, match="BatchCompositions: "):
+        BatchCompositions(**wrong)
+    assert BatchCompositions.from_json(BatchCompositions().to_json()) == BatchCompositions()
 
 
 def test_a_floor_without_a_number_says_nothing_and_one_of_other_tokens_is_refused(recwarn):
     trace = make_trace()
-    floor = NoiseFloor(np.full((2, trace.num_tokens), np.nan, np.float32), Shapes(), True)
+    floor = NoiseFloor(np.full((2, trace.num_tokens), np.nan, np.float32), BatchCompositions(), True)
     assert compare(expected=trace, actual=trace, floor=floor).verdict == "pass"
     assert not recwarn.list
     with pytest.raises(UsageError, match="the floor has 2000 tokens, the expected trace 80"):
@@ -665,7 +666,7 @@ def test_a_floor_without_a_number_says_nothing_and_one_of_other_tokens_is_refuse
 def test_a_floor_of_other_tokens_is_damage(tmp_path):
     trace = make_trace()
     floor = ShapeNoise(make_trace(51)).floor()
-    Golden(trace, floor=floor).save(tmp_path / "g.safetensors")
+    Golden(trace=trace, floor=floor).save(tmp_path / "g.safetensors")
     with pytest.raises(GoldenError, match=r"its noise floor is \[5, 2040\], its tokens are 2000"):
         Golden.load(tmp_path / "g.safetensors")
 
@@ -673,10 +674,14 @@ def test_a_floor_of_other_tokens_is_damage(tmp_path):
 def test_a_floor_comes_back_whole(tmp_path):
     trace = make_trace()
     floor = ShapeNoise(trace).floor()
-    Golden(trace, floor=floor, tolerance={"rms_diff": 0.1}).save(tmp_path / "g.safetensors")
+    Golden(trace=trace, floor=floor, tolerance={"rms_diff": 0.1}).save(tmp_path / "g.safetensors")
     golden = Golden.load(tmp_path / "g.safetensors")
     np.testing.assert_array_equal(golden.floor.logprobs, floor.logprobs)
-    assert (golden.floor.shapes, golden.floor.reproduces, golden.tolerance) == (Shapes(), True, {"rms_diff": 0.1})
+    assert (golden.floor.compositions, golden.floor.reproduces, golden.tolerance) == (
+        BatchCompositions(),
+        True,
+        {"rms_diff": 0.1},
+    )
 
 
 def test_thousands_of_tokens_with_exactly_equal_logprobs(recwarn):
@@ -771,13 +776,13 @@ def test_numbers_of_numpy_are_limits_too():
 def test_deep_inside_the_nucleus_goes_by_the_floors_rms_and_not_by_its_noisiest_token():
     repeats = np.zeros((5, 10_000), np.float32)
     repeats[0, 7] = 0.9
-    floor = NoiseFloor(repeats, Shapes(), True)
+    floor = NoiseFloor(repeats, BatchCompositions(), True)
     assert with_floor(default_tolerance("bfloat16"), floor).support_depth == default_tolerance("bfloat16").support_depth
 
 
 def test_other_bits_are_a_difference_where_no_shape_moved_one_and_matter_where_they_matter():
     trace = make_trace(200, 64)
-    floor = NoiseFloor(np.stack([trace.logprobs] * 5), Shapes(), True)
+    floor = NoiseFloor(np.stack([trace.logprobs] * 5), BatchCompositions(), True)
     now = moved(trace, -0.4 * (np.arange(12_800) == 5))
     for level, verdict in (("noise", "fail"), ("rl", "pass")):
         result = judged(trace, now, level=level, floor=floor, draw=lambda: now.logprobs)

@@ -33,14 +33,14 @@ def changed(count, by):
 @pytest.mark.parametrize("level", ["rl", "noise", "bitwise"])
 def test_what_a_failure_says(count, by, level):
     comparison = compare(expected=TRACE, actual=changed(count, by), level=level)
-    text = failure_message(comparison, golden="g", about=describe(Golden(TRACE)), differences=[], accept="")
+    text = failure_message(comparison, golden="g", about=describe(Golden(trace=TRACE)), differences=[], accept="")
     assert not [found[0] for wrong in WRONG for found in wrong.finditer(text)], text
 
 
 @pytest.mark.parametrize(("sequences", "tokens"), [(1, 1), (1, 40), (2, 1), (50, 40)])
 def test_what_a_small_golden_says(sequences, tokens):
     trace = make_trace(sequences, tokens)
-    golden = Golden(trace, reference=reference_of(trace, np.full(trace.num_tokens, 0.001)))
+    golden = Golden(trace=trace, reference=reference_of(trace, np.full(trace.num_tokens, 0.001)))
     for actual in (trace, moved(trace, 0.2)):
         comparison = compare(expected=trace, actual=actual, reference=golden.reference)
         text = "\n".join(

@@ -108,7 +108,7 @@ class CatalogueRun:
         reference, told = reference_of(engine, trace, math.inf)
         self._notify(f"golden {name}, {spec.dtype}: {trace.num_sequences} sequences, {trace.num_tokens:,} tokens; "
                      f"{floor.describe()}; {told}")  # fmt: skip
-        return Golden(trace, fingerprint=self._fingerprint(spec), floor=floor, reference=reference)
+        return Golden(trace=trace, fingerprint=self._fingerprint(spec), floor=floor, reference=reference)
 
     def _fingerprint(self, spec: EngineSpec) -> dict[str, Any]:
         key = ("fingerprint", spec.dtype, str(sorted(spec.settings.items())))

@@ -6,6 +6,7 @@ With a folder, a second run judges the same runs anew: after a change of the rul
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pytest_logprob_parity.atomic import write_whole
 from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.trace import Trace
 
@@ -53,7 +55,7 @@ class Store:
             value: T = json.loads(json.dumps(make()))
             return value
 
-        return self._get("value", key, plain, read, lambda value, path: path.write_text(json.dumps(value), "utf-8"))
+        return self._get("value", key, plain, read, lambda value, path: write_whole(path, json.dumps(value).encode()))
 
     def reading(self, key: tuple[object, ...], trace: Trace, make: Callable[[], Reading]) -> Reading:
         """The reference's reading of the tokens of `trace` under this key, made where it is not known."""
@@ -62,14 +64,14 @@ class Store:
             with path.open("rb") as file:
                 columns = dict(np.load(file, allow_pickle=False))
             said, depth = columns.pop("said"), columns.pop("depth")
-            return Reading(said, depth, trace.with_(logprobs=said.astype(np.float32), **columns))
+            return Reading(golden=said, now=depth, share=trace.with_(logprobs=said.astype(np.float32), **columns))
 
         def write(reading: Reading, path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez(
-                    file, said=reading.logprobs, depth=reading.depth, top_logprobs=reading.trace.top_logprobs,
-                    top_token_ids=reading.trace.top_token_ids,
-                )  # fmt: skip
+            np.savez(
+                file := io.BytesIO(), said=reading.logprobs, depth=reading.depth, top_logprobs=reading.trace.top_logprobs,
+                top_token_ids=reading.trace.top_token_ids,
+            )  # fmt: skip
+            write_whole(path, file.getvalue())
 
         return self._get("reading", key, make, read, write)
 
@@ -85,8 +87,6 @@ class Store:
             else:
                 self._known[name] = make()
                 if path is not None:
-                    unfinished = path.with_suffix(".part")
-                    write(self._known[name], unfinished)
-                    unfinished.replace(path)
+                    write(self._known[name], path)  # whole or not at all
         value: T = self._known[name]
         return value

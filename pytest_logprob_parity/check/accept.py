@@ -12,13 +12,14 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from ..atomic import replace_all
 from ..comparison.result import Comparison
 from ..comparison.tolerance import default_tolerance, make_tolerance
 from ..errors import GoldenError, ParityError, UsageError
 from ..golden import SUFFIX, Golden, is_place_of, variant_path
 from ..golden.fingerprint import differences
 from ..grammar import counted
-from ..trace import Trace, container
+from ..trace import Trace, file_format
 from ..visible_text import visible, visible_line
 from .compatibility import another_part
 from .loosened import cut, loosened_by
@@ -39,7 +40,7 @@ Answer: TypeAlias = Literal["yes", "no", "all", "skip", "view", "quit"]
 _ANSWERS: Final[tuple[Answer, ...]] = get_args(Answer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
     """One obtained trace, at `path`, held against the golden that is there today.
 
@@ -75,7 +76,13 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
         if not _is_of(obtained.node_id, obtained.name, golden, target):
             raise GoldenError(f"incomparable: the golden belongs to {golden.node_id or 'no test'}")
         if golden.digest == obtained.candidate:
-            return Proposal(path, obtained, (*block, "  accepted   the golden is this candidate already"), target, done=True)
+            return Proposal(
+                path=path,
+                obtained=obtained,
+                lines=(*block, "  accepted   the golden is this candidate already"),
+                target=target,
+                done=True,
+            )
         if golden.digest != obtained.golden_digest:
             raise GoldenError(
                 f"the golden is no longer the one that the run compared with ({obtained.golden_digest[:12]} then, "
@@ -102,20 +109,28 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
         _check_same_engine(left, candidate)
     except ParityError as error:
         text = visible_line(error.reason_beside(target, path))
-        return Proposal(path, obtained, (*block, f"  refused    {text}"), target, refusal=text)
+        return Proposal(path=path, obtained=obtained, lines=(*block, f"  refused    {text}"), target=target, refusal=text)
     loosened, before = loosened_by(golden, candidate), golden.digest if target.exists() else ""
     lines = [*_difference(comparison, golden, candidate), *_changes(golden, candidate, loosened)]
-    return Proposal(path, obtained, (*block, *map(visible_line, lines)), target, data, loosened=loosened, before=before)
+    return Proposal(
+        path=path,
+        obtained=obtained,
+        lines=(*block, *map(visible_line, lines)),
+        target=target,
+        data=data,
+        loosened=loosened,
+        before=before,
+    )
 
 
 def accept(proposals: Sequence[Proposal]) -> None:
     """Write the goldens of these proposals, all of them or none. Raises GoldenError; old goldens then stay."""
     for proposal in proposals:  # somebody took time to answer
-        now = container.read_metadata(proposal.target)["digest"] if proposal.target.exists() else ""
+        now = file_format.read_metadata(proposal.target)["digest"] if proposal.target.exists() else ""
         if now != proposal.before or proposal.target.resolve() != proposal.target:
             raise GoldenError("changed since it was shown; nothing was written: accept again", proposal.target)
     try:
-        container.replace_all({proposal.target: proposal.data for proposal in proposals})
+        replace_all({proposal.target: proposal.data for proposal in proposals})
     except OSError as error:
         raise GoldenError(
             f"{error.filename or proposals[0].target}: not written ({error.strerror or error}); all goldens are as they were"
@@ -210,7 +225,7 @@ def _inside(root: Path, golden: str) -> Path:
 
 def _load_candidate(path: Path, obtained: Obtained) -> tuple[Golden, bytes]:
     """The candidate and its bytes: what was compared is what will be written."""
-    data = container.read_bytes(path)
+    data = file_format.read_bytes(path)
     candidate = Golden.parse(data, path)
     if candidate.digest != obtained.candidate:
         raise GoldenError(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..notes import Note
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
     """Replays by path, and the `fingerprint` of the engine that made them.
 
@@ -37,11 +37,11 @@ def ask(engine: Engine, golden: Golden, paths: Sequence[ReplayPath]) -> Answers:
     replays = engine.replay_all(golden.trace, wanted)
     decoded = "decode" in wanted
     return Answers(
-        replays,
-        engine.fingerprint(),
-        _policy_replay(golden.trace, engine) if decoded else None,
-        _drawn(golden, engine) if decoded else None,
-        engine.remarks(),
+        replays=replays,
+        fingerprint=engine.fingerprint(),
+        policy_logprobs=_policy_replay(golden.trace, engine) if decoded else None,
+        draw=_drawn(golden, engine) if decoded else None,
+        remarks=engine.remarks(),
     )
 
 
@@ -50,7 +50,7 @@ def _drawn(golden: Golden, engine: Engine) -> Callable[[], FloatArray] | None:
     floor = golden.floor
     if floor is None:
         return None
-    return lambda: engine.replay_in_drawn_shapes(golden.trace, floor.shapes, floor.repeats)
+    return lambda: engine.replay_in_batch_compositions(golden.trace, floor.compositions, floor.repeats)
 
 
 def _policy_replay(trace: Trace, engine: Engine) -> FloatArray | None:

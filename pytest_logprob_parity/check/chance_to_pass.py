@@ -24,7 +24,7 @@ WANTED: Final = 0.95
 _TIMES: Final = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chance:
     """How often a clean engine of another build passes a golden of `prompts` distinct prompts.
 
@@ -54,8 +54,8 @@ def chance_to_pass(golden: Golden, limits: Tolerance, noise: float) -> Chance:
         if times == 1:
             first, hidden = share, any(gate.hidden and not gate.sure for gates in judged for gate in gates)
         if share >= WANTED or hidden:
-            return Chance(count, first, prompts if share >= WANTED else None, hidden)
-    return Chance(count, first, None, hidden)
+            return Chance(prompts=count, share=first, needed=prompts if share >= WANTED else None, hidden=hidden)
+    return Chance(prompts=count, share=first, needed=None, hidden=hidden)
 
 
 def _passes(gates: Sequence[Gate]) -> bool:
@@ -84,9 +84,11 @@ def _judged(
         by_sequence = rng.lognormal(-(_BETWEEN_SEQUENCES**2) / 2, _BETWEEN_SEQUENCES, len(tokens))[sequences]
         d, error = scale * size * by_sequence * rng.normal(size=len(rows)), errors
     kept = np.isfinite(trace.logprobs[rows]) & trace.mask[rows]
-    differences = Differences(*(column[kept] for column in (d, sequences, of_prompt, errors, error)))
+    differences = Differences(
+        d=d[kept], sequences=sequences[kept], prompts=of_prompt[kept], expected_error=errors[kept], actual_error=error[kept]
+    )
     setting = setting_of(trace, golden.routed, trace.dtype)
-    gates = gates_of(differences, 0, SupportFlips(0, 0, 0), limits, setting, len(tokens))
+    gates = gates_of(differences, 0, SupportFlips(count=0, allowed=0, unexplained=0), limits, setting, len(tokens))
     kinds = distinct_sequences(trace)
     distinct = sum(len(np.unique(kinds[group])) for group in members)  # a prompt drawn again stands for another one
     return gates if distinct >= MIN_SEQUENCES else ()

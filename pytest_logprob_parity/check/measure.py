@@ -16,10 +16,11 @@ import numpy as np
 
 from ..errors import EngineError, UsageError
 from ..golden import Golden
-from ..golden.noise_floor import NoiseFloor, Shapes
+from ..golden.noise_floor import NoiseFloor
 from ..grammar import is_or_are
 from ..progress import doing, each
 from ..spec import Sampling
+from ..trace.batch_composition import BatchCompositions
 
 if TYPE_CHECKING:
     from ..engines.engine import Engine
@@ -49,7 +50,7 @@ def measure(
     began = time.monotonic()
     trace = _generate(engine, prompts, sampling, replay)
     generated = time.monotonic()
-    golden = Golden(trace, fingerprint=engine.fingerprint())
+    golden = Golden(trace=trace, fingerprint=engine.fingerprint())
     check_numbers(trace, name)
     own = None
     if repeats and engine.config.forces:
@@ -70,9 +71,9 @@ def check_numbers(trace: Trace, name: str) -> None:
 def measure_floor(engine: Engine, trace: Trace, repeats: int) -> tuple[FloatArray, NoiseFloor]:
     """Replay a trace on its own schedule (logprobs [N]), and `repeats` times in sampled batch compositions."""
     own = engine.replay(trace).logprobs
-    shapes = Shapes()
+    shapes = BatchCompositions()
     numbers = each("noise floor, repeat", range(repeats), repeats)
-    drawn = [engine.replay_in_drawn_shapes(trace, shapes, number) for number in numbers]
+    drawn = [engine.replay_in_batch_compositions(trace, shapes, number) for number in numbers]
     reproduces = bool(np.array_equal(own[trace.mask], trace.logprobs[trace.mask]))
     return own, NoiseFloor(np.stack(drawn), shapes, reproduces)
 

@@ -10,18 +10,19 @@ candidate's. The second is what `logprob-parity accept` makes the golden, byte f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, get_args
 
-from ..bounded import write_new
+from ..atomic import write_new
 from ..comparison.tolerance import Tolerance
 from ..comparison.vocabulary import LEVELS, Level, Verdict
 from ..errors import GoldenError, ParityError, UsageError
 from ..golden import SUFFIX, Golden
 from ..golden.setup import Setup
-from ..trace import container
+from ..trace import file_format
 from ..visible_text import visible_line
 from .context import Checked
 
@@ -34,7 +35,7 @@ _TEXTS: Final = ("golden", "golden_digest", "node_id", "name", "verdict", "headl
 _KNOWN: Final = {"verdict": get_args(Verdict), "level": LEVELS, "setup": get_args(Setup)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Obtained:
     """A failing check, as its obtained trace remembers it.
 
@@ -74,14 +75,24 @@ def keep(
     candidate, refusal = "", "nothing was compared"
     if comparison.metrics["n_tokens"] or comparison.metrics["n_nan"]:
         candidate, refusal = _candidate(candidate_path(path), record)
+    node_id, name = check
     obtained = Obtained(
-        golden, told.digest, *check, comparison.verdict, comparison.headline, comparison.level,
-        comparison.setup, candidate, refusal, checked.limits,
-    )  # fmt: skip
+        golden=golden,
+        golden_digest=told.digest,
+        node_id=node_id,
+        name=name,
+        verdict=comparison.verdict,
+        headline=comparison.headline,
+        level=comparison.level,
+        setup=comparison.setup,
+        candidate=candidate,
+        refusal=refusal,
+        limits=checked.limits,
+    )
     trace = comparison.actual.with_(untruncated_logprobs=checked.policy_logprobs)
-    kept = Golden(trace, checked.fingerprint, told.prompts_digest, *check)
+    kept = Golden(trace=trace, fingerprint=checked.fingerprint, prompts_digest=told.prompts_digest, node_id=node_id, name=name)
     limits = None if obtained.limits is None else obtained.limits.to_json()
-    kept.save(path, also={_KEY: {**vars(obtained), "limits": limits}})
+    kept.save(path, also={_KEY: {**dataclasses.asdict(obtained), "limits": limits}})
     return obtained
 
 
@@ -98,14 +109,14 @@ def _candidate(path: Path, record: Callable[[Path], object] | None) -> tuple[str
         return "", "parity_obtained = trace: only the trace was kept"
     try:
         record(path)
-        return str(container.read_metadata(path)["digest"]), ""
+        return str(file_format.read_metadata(path)["digest"]), ""
     except ParityError as error:
         return "", error.reason_beside(path).splitlines()[0]
 
 
 def read(path: Path) -> Obtained:
     """What an obtained trace says of its check. Raises GoldenError for a file that is none."""
-    about = container.read_metadata(path).get(_KEY)
+    about = file_format.read_metadata(path).get(_KEY)
     if about is None:
         raise GoldenError(f"a trace or golden, but none that a failing check left in {OBTAINED}/", path)
     try:
@@ -147,7 +158,7 @@ def find(places: Sequence[Path], junk: list[GoldenError]) -> Iterator[tuple[Path
 
 def is_obtained(path: Path) -> bool:
     """Whether a readable file is an obtained trace. Raises GoldenError for one whose head is damaged."""
-    return _KEY in container.read_metadata(path)
+    return _KEY in file_format.read_metadata(path)
 
 
 def folder_for(root: Path) -> Path:

@@ -46,6 +46,6 @@ def as_unforced(comparison: Comparison, golden: Trace, reason: str) -> Compariso
         findings=(),
         gates=(),
         shown=None,
-        difference=Difference(None, "raw logprobs say nothing of processed ones"),
+        difference=Difference(different=None, reason="raw logprobs say nothing of processed ones"),
         notes=(Note("to_verify", f"to verify: {reason}"), *comparison.notes),
     )

@@ -63,7 +63,7 @@ def record(
     notes: list[Note] = []
     measured = None
     if isinstance(engine, Trace):
-        golden = Golden(engine)
+        golden = Golden(trace=engine)
     else:
         measured = measure(engine, prompts, sampling, replay, repeats, context.shown_path)
         golden = dataclasses.replace(measured.golden, prompts_digest=digest_of(prompts))

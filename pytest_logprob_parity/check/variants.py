@@ -12,7 +12,7 @@ from ..engines.kinds import kind_of
 from ..errors import GoldenError
 from ..golden import variant_path, variants_at
 from ..spec.server_settings import SERVER
-from ..trace import Trace, container
+from ..trace import Trace, file_format
 
 if TYPE_CHECKING:
     from ..engines.engine import Engine
@@ -77,7 +77,7 @@ def _kind_of(about: Mapping[str, Any]) -> str:
 def _about(path: Path) -> Mapping[str, Any]:
     """The fingerprint of a golden's file; {} of one that cannot be read."""
     try:
-        return _part(_part(container.read_metadata(path), "golden"), "fingerprint")
+        return _part(_part(file_format.read_metadata(path), "golden"), "fingerprint")
     except GoldenError:
         return {}
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..errors import UsageError
+from ..safetensors_header import header_json, tensors_begin
 from ..spec import DTYPES
 from ..suggest import nearest
 from .digests import digest_of
@@ -39,7 +40,7 @@ _EXPONENTS: Final[Mapping[str, tuple[str, int]]] = {
 _MOVES_THE_BASE: Final = ("pissa", "olora", "corda", "loftq")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
     """A LoRA adapter as its folder held it when it was read: `modules` are the linear layers that it changes, each with the
     factor (alpha/r, or alpha/sqrt(r) under rank stabilisation) that B A [out, in] is multiplied by.
@@ -106,7 +107,7 @@ def read_adapter(folder: Path, model: Path | None = None) -> Adapter:
         _check_fits(folder, config, shapes, model)
     tensors, is_zero = _content(file)
     digest = digest_of({"tensors": tensors, "scales": dict(sorted(modules.items()))})
-    return Adapter(folder, modules, max(s["A"][0] for s in shapes.values()), digest, is_zero)
+    return Adapter(folder=folder, modules=modules, rank=max(s["A"][0] for s in shapes.values()), digest=digest, is_zero=is_zero)
 
 
 def apply_adapter(model: Any, adapter: Adapter, factor: float = 1.0) -> None:
@@ -253,8 +254,7 @@ def _check_fits(
 def _content(file: Path) -> tuple[dict[str, Any], bool]:
     """Dtype, shape and SHA-256 of every tensor, and whether every B is zero: read off the bytes, without torch."""
     data = memoryview(file.read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(bytes(data[8:start]))
+    start, header = tensors_begin(data), json.loads(header_json(data))
     tensors, is_zero = {}, True
     for name in sorted(header.keys() - {"__metadata__"}):
         first, last = header[name]["data_offsets"]

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from ..bounded import check_depth, read_text
 from ..errors import UsageError
+from ..safetensors_header import header_json, read_head
 
 #: Parts of config.json that say how a checkpoint was written, not what it computes.
 _VOLATILE: Final = frozenset({"transformers_version", "_name_or_path", "torch_dtype", "dtype"})
@@ -85,8 +86,7 @@ def model_digests(model: Path, tokenizer: Path) -> Mapping[str, str]:
             raise UsageError(f"{file}: no regular file, so this is no model folder")
         else:
             with file.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                parts[file.name] = hashlib.sha256(stream.read(min(length, 100_000_000))).hexdigest()
+                parts[file.name] = hashlib.sha256(header_json(read_head(stream, 100_000_000))).hexdigest()
     experts = _experts(config)
     files = [tokenizer / n for n in (*_TOKENIZER_FILES, "merges.txt", "added_tokens.json") if (tokenizer / n).is_file()]
     return {

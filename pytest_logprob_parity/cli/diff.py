@@ -36,7 +36,7 @@ def add(verbs: Verbs) -> None:
 def run(given: argparse.Namespace) -> int:
     """Print the comparison. Gives 0 where it passes, 1 where it does not."""
     from ..check.two_files import compare_files
-    from ..report.entry import differences_to_json
+    from ..report.check_entry import differences_to_json
 
     checked = compare_files(given.expected, given.actual, given.level)
     if given.json:

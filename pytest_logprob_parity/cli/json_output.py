@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..report.results import finite
+from ..report.finite_json import finite
 from ..visible_text import visible_json
 
 #: The number of each schema: 1 higher where a key is removed, or changes its meaning. A new key does not raise it.

@@ -26,7 +26,7 @@ def add(verbs: Verbs) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """List, or remove. Gives 1 where something is left."""
-    from ..golden.moving import find_unused
+    from .unused_goldens import find_unused
 
     unused, root = find_unused(given.root)
     for path in unused.gone:

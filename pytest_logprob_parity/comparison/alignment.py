@@ -15,7 +15,7 @@ from ..trace import Trace
 Rows = Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Alignment:
     """`expected` and `actual` select the same tokens, one by one, from the columns of the two traces.
 
@@ -36,7 +36,14 @@ def align(expected: Trace, actual: Trace) -> Alignment:
         mask = expected.mask & actual.mask
         count = int(np.count_nonzero(mask))
         rows = slice(None) if count == len(mask) else np.flatnonzero(mask)
-        return Alignment(rows, rows, count, int(np.count_nonzero(expected.mask)), 0, 0)
+        return Alignment(
+            expected=rows,
+            actual=rows,
+            tokens=count,
+            wanted=int(np.count_nonzero(expected.mask)),
+            missing_sequences=0,
+            diverged_sequences=0,
+        )
     partners = partners_of(expected, actual)
     left, right, wanted, missing, diverged = [], [], 0, 0, 0
     for sequence in range(expected.num_sequences):
@@ -59,7 +66,14 @@ def align(expected: Trace, actual: Trace) -> Alignment:
         right.append(other_start + kept)
     rows_left = np.concatenate(left) if left else np.empty(0, np.int64)
     rows_right = np.concatenate(right) if right else np.empty(0, np.int64)
-    return Alignment(rows_left, rows_right, len(rows_left), wanted, missing, diverged)
+    return Alignment(
+        expected=rows_left,
+        actual=rows_right,
+        tokens=len(rows_left),
+        wanted=wanted,
+        missing_sequences=missing,
+        diverged_sequences=diverged,
+    )
 
 
 def _same_tokens(expected: Trace, actual: Trace) -> bool:

@@ -49,20 +49,20 @@ def assert_tokens_equal(*, actual: Trace, expected: Trace) -> None:
     __tracebackhide__ = True
     TALLY.made += 1
     if actual.num_sequences != expected.num_sequences:
-        raise ParityError(f"{actual.num_sequences} sequences, expected {expected.num_sequences}")
+        raise ParityError(f"the actual trace has {actual.num_sequences} sequences, the expected one {expected.num_sequences}")
     for sequence in range(expected.num_sequences):
         if actual.prompt(sequence) != expected.prompt(sequence):
-            raise ParityError(f"sequence {sequence} completes another prompt than expected")
-        got, wanted = np.array(actual.completion(sequence)), np.array(expected.completion(sequence))
-        common = min(len(got), len(wanted))
-        differs = np.flatnonzero(got[:common] != wanted[:common])
-        if len(differs) or len(got) != len(wanted):
+            raise ParityError(f"sequence {sequence} has another prompt in the actual trace than in the expected one")
+        actual_ids, expected_ids = np.array(actual.completion(sequence)), np.array(expected.completion(sequence))
+        common = min(len(actual_ids), len(expected_ids))
+        differs = np.flatnonzero(actual_ids[:common] != expected_ids[:common])
+        if len(differs) or len(actual_ids) != len(expected_ids):
             place = int(differs[0]) if len(differs) else common
             text = [
                 repr(t.text(int(ids[place]))) if place < len(ids) else "the end"
-                for t, ids in ((expected, wanted), (actual, got))
+                for t, ids in ((expected, expected_ids), (actual, actual_ids))
             ]
-            raise ParityError(f"sequence {sequence} differs at position {place}: {text[0]} expected, {text[1]} came")
+            raise ParityError(f"sequence {sequence} differs at position {place}: expected {text[0]}, actual {text[1]}")
 
 
 def _label_differences(expected: Trace, actual: Trace) -> list[tuple[str, Any, Any]]:

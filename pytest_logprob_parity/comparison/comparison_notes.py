@@ -19,7 +19,7 @@ def not_compared(measured: Measurement) -> list[Note]:
     if rows.tokens < rows.wanted and measured.actual.replay != "window":
         text = (
             f"{rows.wanted - rows.tokens:,} of {names.expected}'s {rows.wanted:,} tokens were not compared: "
-            f"{counted(rows.missing_sequences, 'sequences')} are missing, {rows.diverged_sequences} go on with other tokens"
+            f"{counted(rows.missing_sequences, 'sequences')} are missing, {rows.diverged_sequences} continue with other tokens"
         )
         notes.append(Note("not_compared", text))
     if numbers["n_missing"]:
@@ -28,7 +28,9 @@ def not_compared(measured: Measurement) -> list[Note]:
         notes.append(Note("no_logprob", f"{counted(count, 'tokens')} {verb} no logprob in {names.expected}"))
     if numbers["n_excluded"]:
         count = int(numbers["n_excluded"])
-        text = f"{counted(count, 'tokens')} {is_or_are(count)} excluded on both sides: equal, and no number to compare"
+        text = (
+            f"{counted(count, 'tokens')} {is_or_are(count)} excluded by truncation on both sides: there is no number to compare"
+        )
         notes.append(Note("excluded", text))
     return notes
 
@@ -39,18 +41,18 @@ def without_floor(measured: Measurement, floor: NoiseFloor | None, level: Level)
     if level != "rl" or not unknown or measured.exact or not measured.compared or measured.sides != SIDES:
         return []
     dtype = measured.expected.dtype
-    known = dtype if dtype in DTYPES else f"bfloat16, for {dtype!r} is no dtype we know"
-    return [Note("no_floor", f"no noise floor: what is noise is taken from the defaults of {known}")]
+    known = dtype if dtype in DTYPES else f"bfloat16, because the dtype {dtype!r} is not known"
+    return [Note("no_floor", f"the golden has no noise floor: the limits of noise are the defaults of {known}")]
 
 
 def beside_the_verdict(measured: Measurement, verdict: Verdict, level: Level) -> list[Note]:
     """What is said beside a verdict: was the top-k judged, has something changed all the same, how far does it reach."""
-    notes = [topk_judged(measured.expected, measured.actual)] if verdict == "pass" else []
+    notes = [topk_judged(measured.expected, measured.actual, measured.names)] if verdict == "pass" else []
     if verdict != "fail" and measured.beyond_dtype:
         rms, dtype = measured.numbers["rms_diff"], measured.setting.expected_dtype
-        text = f"RMS {rms:.2g} nats is more than noise in {dtype} explains: something has changed"
-        less = f", by less than objective {measured.limits.objective} feels" if verdict == "pass" else ""
+        text = f"RMS difference {rms:.2g} nats is larger than noise in {dtype} explains: something has changed"
+        less = f", by less than matters to objective {measured.limits.objective}" if verdict == "pass" else ""
         notes.append(Note("beyond_dtype", text + less))
     if measured.shown is not None and measured.shown.prompts == 1 and level == "rl":
-        notes.append(Note("one_prompt", "all sequences are of one prompt: the verdict speaks for that prompt alone"))
+        notes.append(Note("one_prompt", "all sequences have the same prompt: the verdict holds for that prompt only"))
     return notes

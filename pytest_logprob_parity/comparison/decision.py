@@ -13,7 +13,6 @@ from .findings import Finding
 from .gate_sentences import BETWEEN, NOT_SHOWN, failed_line, unverified_line
 from .intervals import MIN_SEQUENCES
 from .measurement import Measurement
-from .sides import in_words
 from .signatures.semantics import different_meaning
 from .vocabulary import Level, Verdict
 
@@ -105,9 +104,9 @@ def _other_meaning(found: Found) -> str:
         return found.record
     proven = [f for f in found.findings if f.cause in _OTHER_MEANING]
     if proven and found.labels_differ:
-        on_expected, on_actual = (in_words(side) for side in found.measured.sides)
-        claim = f"{expected.distribution()} {on_expected}, {actual.distribution()} {on_actual}"
-        return f"The logprobs do not mean the same: {claim}"
+        names = found.measured.names
+        claim = f"{expected.distribution()} in {names.expected}, {actual.distribution()} in {names.actual}"
+        return f"The logprobs of the two sides have different meanings: {claim}"
     return f"The logprobs do not mean what their label says: {proven[0].evidence}" if proven else ""
 
 
@@ -138,12 +137,12 @@ def _not_bit_identical(found: Found) -> str:
         return ""
     if tokens < wanted and measured.actual.replay != "window":
         whose = f"{measured.names.expected}'s {wanted} tokens"
-        return f"{wanted - tokens} of {whose} did not come back, so they are not the same bit for bit"
+        return f"{wanted - tokens} of {whose} are missing in {measured.names.actual}, so the two sides are not bit-identical"
     if numbers["n_tokens"] and not measured.exact:
-        return f"{changed} of {tokens} logprobs are not the same bit for bit"
+        return f"{changed} of {tokens} logprobs are not bit-identical"
     free_run = found.evidence.free_run
     if free_run is not None and not free_run.same:
-        return f"What was written freely did not come back token for token: {free_run}"
+        return f"Free generation did not give the golden's tokens: {free_run}"
     return ""
 
 
@@ -159,7 +158,7 @@ def _not_shown(found: Found) -> str:
     if reason := _too_few_tokens(measured):
         return reason
     if found.level == "noise" and not measured.exact and found.difference.different is None:
-        return f"Not shown to be a regression: {found.difference.reason}"
+        return f"{NOT_SHOWN}: {found.difference.reason}"
     if measured.exact and (found.evidence.setup != "compatible" or found.level == "bitwise"):
         return ""  # there is no effect whose size could be unsure; another engine has to show it on enough sequences
     if (count := measured.distinct_sequences) < MIN_SEQUENCES:
@@ -174,7 +173,7 @@ def _too_few_tokens(measured: Measurement) -> str:
     if not numbers["n_tokens"]:
         return "Nothing was compared: no token has a finite logprob on both sides"
     if numbers["n_excluded"] > numbers["n_tokens"]:
-        return f"Most tokens, {int(numbers['n_excluded'])}, are excluded on both sides: {NOT_SHOWN.lower()}"
+        return f"Truncation excludes most tokens ({int(numbers['n_excluded'])}) on both sides: {NOT_SHOWN.lower()}"
     if numbers["coverage"] >= COVERAGE or measured.actual.replay == "window":
         return ""
     return (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
     """The answer to "is it different", whether or not it matters.
 
@@ -23,4 +23,4 @@ class Difference:
         return f"{ {True: 'yes', False: 'no', None: 'not known'}[self.different] }: {self.reason}"
 
 
-NOT_ASKED: Final = Difference(None, "not asked")
+NOT_ASKED: Final = Difference(different=None, reason="not asked")

@@ -37,7 +37,7 @@ def effect_gates(rows: Differences, limits: Tolerance, setting: Setting) -> list
     objective = objective_of(limits.objective)
     units = rows.by_sequence() if objective.by_sequence else rows
     enlarged = setting.enlarged if setting.half else 1.0
-    noise = _Noise(limits.noise_rms, limits.noise_rms * enlarged, enlarged, rows.fresh_noise)
+    noise = _Noise(passes=limits.noise_rms, may_be=limits.noise_rms * enlarged, enlarged=enlarged, fresh=rows.fresh_noise)
     passes, may_be = _PASS_NOISE * noise.passes**2 / 2, _FAIL_NOISE * noise.may_be**2 / 2
     gates = [
         _mean_gate(units, len(rows.d), limits, noise),
@@ -50,7 +50,7 @@ def effect_gates(rows: Differences, limits: Tolerance, setting: Setting) -> list
     return gates
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Noise:
     """The RMS (nats) of noise that passes, and that may be noise: below T=1 more may be, and no more passes.
 
@@ -74,12 +74,41 @@ def _gate(
     direct = mean_interval(felt(rows.d), rows.clusters)
     if key in limits.explicit:  # what is above 0 at all is above it on all prompts
         low = direct.low if limit else max(direct.low, direct.estimate)
-        return Gate(key, direct.estimate, limit, limit, low, direct.high, unit)
+        return Gate(key=key, value=direct.estimate, limit=limit, fail_limit=limit, low=low, high=direct.high, unit=unit)
     known = rows.known
     if not known.any():
         hidden = room[1] > _HIDES and key == "clip_share"
         passing = limit if hidden else limit + room[0]
-        return Gate(key, direct.estimate, passing, limit + room[1], direct.low, direct.high, unit, hidden=hidden)
+        return Gate(
+            key=key,
+            value=direct.estimate,
+            limit=passing,
+            fail_limit=limit + room[1],
+            low=direct.low,
+            high=direct.high,
+            unit=unit,
+            hidden=hidden,
+        )
+    errors = _errors(key, rows, felt, limit, room[1], noise)
+    own = errors.expected
+    return Gate(
+        key=key,
+        value=direct.estimate,
+        limit=limit,
+        fail_limit=limit + (2 + _FAIL_ROOM) * own,
+        low=direct.low,
+        high=direct.high,
+        unit=unit,
+        errors=errors,
+        hidden=key == "clip_share" and own > _HIDES,
+    )
+
+
+def _errors(
+    key: GateKey, rows: Differences, felt: Callable[[m.Doubles], m.Doubles], limit: float, may_be_noise: float, noise: _Noise
+) -> Errors:  # fmt: skip
+    """How far both sides are from the reference, felt by the objective; by differences where the reference says nothing."""
+    known = rows.known
     expected_error = rows.expected_error[known]
     of_actual, of_expected = felt(rows.actual_error[known]), felt(expected_error)
     own = float(of_expected.mean())
@@ -90,7 +119,7 @@ def _gate(
     # the covered ones are a sample: by its lower bound for passing, by its upper one for failing, and no less than may be noise
     # without a reference
     growth[~known] -= noise.fresh * max(2 * drawn.estimate - drawn.high, 0.0)
-    beyond[~known] -= max((1 + _FAIL_ROOM) * noise.fresh * drawn.high, room[1])
+    beyond[~known] -= max((1 + _FAIL_ROOM) * noise.fresh * drawn.high, may_be_noise)
     growth[known] = beyond[known] = of_actual - of_expected
     grown, least = mean_interval(growth, rows.clusters), mean_interval(beyond, rows.clusters)
 
@@ -99,7 +128,7 @@ def _gate(
         more = 1 + room * noise.fresh
         return float(felt(expected_error * more**0.5).mean()) if key == "clip_share" else own * more
 
-    errors = Errors(
+    return Errors(
         expected=own,
         actual=float(of_actual.mean()),
         limit=limit + with_room(_PASS_ROOM),
@@ -107,10 +136,6 @@ def _gate(
         low=own + least.low,
         high=own + grown.high,
     )
-    return Gate(
-        key, direct.estimate, limit, limit + (2 + _FAIL_ROOM) * own, direct.low, direct.high, unit, errors=errors,
-        hidden=key == "clip_share" and own > _HIDES,
-    )  # fmt: skip
 
 
 def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: _Noise) -> Gate:
@@ -118,11 +143,21 @@ def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: _Noise
     direct = _absolute(mean_interval(units.d, units.clusters))
     limit = limits.mean_diff
     if "mean_diff" in limits.explicit:
-        return Gate("mean_diff", direct.estimate, limit, limit, direct.low, direct.high, "nats")
+        return Gate(
+            key="mean_diff", value=direct.estimate, limit=limit, fail_limit=limit, low=direct.low, high=direct.high, unit="nats"
+        )
     known = units.known
     passes, may_be = (_MEAN_ERRORS * of / tokens**0.5 for of in (noise.passes, noise.may_be))
     if not known.any():
-        return Gate("mean_diff", direct.estimate, limit + passes, limit + 2 * may_be, direct.low, direct.high, "nats")
+        return Gate(
+            key="mean_diff",
+            value=direct.estimate,
+            limit=limit + passes,
+            fail_limit=limit + 2 * may_be,
+            low=direct.low,
+            high=direct.high,
+            unit="nats",
+        )
     of_expected = units.expected_error[known]
     mean_expected = float(of_expected.mean())
     size, spread = np.mean(of_expected**2), units.d[known].std()  # noise that both share moves no mean
@@ -141,7 +176,16 @@ def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: _Noise
         low=grown.low + abs(mean_expected),
         high=grown.high + abs(mean_expected),
     )
-    return Gate("mean_diff", direct.estimate, limit + room, limit + 2 * room, direct.low, direct.high, "nats", errors=errors)
+    return Gate(
+        key="mean_diff",
+        value=direct.estimate,
+        limit=limit + room,
+        fail_limit=limit + 2 * room,
+        low=direct.low,
+        high=direct.high,
+        unit="nats",
+        errors=errors,
+    )
 
 
 def _absolute(signed: Interval) -> Interval:

@@ -62,10 +62,10 @@ def _meanings(measured: Measurement) -> tuple[list[Finding], list[Note]]:
     apart = bool(measured.failed) or not measured.compared or (measured.unsure and not _nearly_the_same(expected, actual))
     if apart or bears_out(expected, actual, rows):
         return label_findings(claim, expected, actual, rows, measured.names), []
-    labels = f"{expected.distribution()} against {actual.distribution()}"
+    labels = f"{expected.distribution()} and {actual.distribution()}"
     exact = not measured.numbers["n_changed"]
-    what = "agree bit for bit: a label is wrong" if exact else "are too near to each other to tell these apart"
-    return [], [Note("labels", f"the labels say {labels}, the numbers {what}")]
+    what = "are bit-identical: a label is wrong" if exact else "are too close to distinguish these"
+    return [], [Note("labels", f"the labels say {labels}, but the numbers {what}")]
 
 
 def _nearly_the_same(expected: Trace, actual: Trace) -> bool:
@@ -126,5 +126,5 @@ def _nan_finding(measured: Measurement) -> Finding:
     count, of, sequences = int(measured.numbers["n_nan"]), measured.broken_sequences, measured.expected.num_sequences
     text = f"{counted(count, 'logprobs')} {is_or_are(count)} NaN or +inf, in {of} of {sequences} sequences"
     if of < sequences:
-        text += ": other weights would make them in all"
-    return Finding("path", None, text, ("engine_build", "kv_cache_dtype"))
+        text += ": wrong weights would cause them in all sequences"
+    return Finding(layer="path", cause=None, evidence=text, candidates=("engine_build", "kv_cache_dtype"))

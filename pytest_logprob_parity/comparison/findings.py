@@ -48,7 +48,7 @@ CAUSES: Final[Mapping[Layer, tuple[Cause, ...]]] = {
 LAYERS: Final[tuple[Layer, ...]] = tuple(CAUSES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
     """One cause: its layer, its name (None where the evidence does not single one out), candidates, and evidence.
 

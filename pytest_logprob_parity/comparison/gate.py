@@ -21,14 +21,14 @@ GATE_NAMES: Final[Mapping[GateKey, str]] = {
     "nucleus_flips": "nucleus flips",
     "mean_diff": "|mean difference|",
     "k3": "k3 (KL)",
-    "clip_share": "ratios outside the clip",
+    "clip_share": "share of ratios outside the clip",
     "weight_variance": "variance of the weights",
-    "outlier_tokens": "with a token off by more than",
+    "outlier_tokens": "with an outlier token (>",
     "outlier_sequences": "with an RMS above",
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Errors:
     """How far both sides are from the reference, in the unit of a gate, and the interval and the limits of `actual`.
 
@@ -60,7 +60,7 @@ class Errors:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
     """One number that decides, with its interval and limits, all in `unit`.
 
@@ -131,7 +131,9 @@ class Gate:
     @property
     def name(self) -> str:
         """The number in words; code goes by `key`."""
-        return GATE_NAMES[self.key] + (f" {self.threshold:.2g}" if math.isfinite(self.threshold) else "")
+        if not math.isfinite(self.threshold):
+            return GATE_NAMES[self.key]
+        return f"{GATE_NAMES[self.key]} {self.threshold:.2g} nats{')' * (self.key == 'outlier_tokens')}"
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; what is not a number becomes None."""

@@ -23,7 +23,7 @@ PASS_CONFIDENCE: Final = 0.95
 MIN_SEQUENCES: Final = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Interval:
     """An estimate, and the two one-sided bounds that decide: `low` at FAIL_CONFIDENCE, `high` at PASS_CONFIDENCE."""
 

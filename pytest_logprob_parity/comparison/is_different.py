@@ -17,17 +17,21 @@ def is_different(expected: Trace, *, exact: bool, decided: bool, level: Level, e
     """The answer for logprobs that agree bit for bit (`exact`), or of which something else is wrong already (`decided`)."""
     floor = evidence.floor
     if exact:
-        return Difference(False, "bit for bit the same")
+        return Difference(different=False, reason="bit-identical")
     if level == "bitwise":
-        return Difference(True, "not bit for bit the same")
+        return Difference(different=True, reason="not bit-identical")
     if decided:
-        return Difference(True, "see the headline", decided=True)
+        return Difference(different=True, reason="see the headline", decided=True)
     scheduled = evidence.setup == "same" and evidence.same_schedule
     if scheduled and floor is not None and floor.reproduces and level != "noise":
-        return Difference(True, "not bit-identical, although it was when recorded: the same engine on the same schedule")
+        return Difference(
+            different=True, reason="not bit-identical, although it was when recorded: the same engine on the same schedule"
+        )
     if floor is None:
         expected_side = names_of(evidence.sides).expected
-        return Difference(None, f"not bit for bit the same, and {expected_side} has no noise floor to hold that against")
+        return Difference(
+            different=None, reason=f"not bit-identical, and {expected_side} has no noise floor to compare the differences with"
+        )
     return _beyond_floor(expected, floor, evidence)
 
 
@@ -35,16 +39,30 @@ def _beyond_floor(expected: Trace, floor: NoiseFloor, evidence: Evidence) -> Dif
     """Whether a replay in sampled batch compositions is one of the floor's repeats."""
     if evidence.draw is None and not evidence.same_schedule:
         text = (
-            "not bit for bit the same; a server's requests meet in batches of their own, not in the floor's: level 'noise' asks"
+            "not bit-identical; the server batches requests in an order of its own, so the noise floor does not cover it: "
+            "level 'noise' compares with the noise floor all the same"
         )
-        return Difference(None, f"{text} all the same")
+        return Difference(different=None, reason=text)
     if evidence.draw is None:
-        return Difference(None, "not bit for bit the same; only an engine can be asked again in the floor's shapes")
+        return Difference(
+            different=None,
+            reason="not bit-identical; only an engine can replay the tokens in the batch compositions of the noise floor",
+        )
     if floor.changed == 0:
-        return Difference(True, "beyond the noise of batch composition: other bits, where no drawn one moved any")
-    blocks = np.repeat(np.arange(expected.num_sequences) % floor.shapes.blocks, np.diff(expected.sequence_offsets))
+        return Difference(
+            different=True,
+            reason="beyond the noise of batch composition: every sampled batch composition was bit-identical, and this is not",
+        )
+    blocks = np.repeat(np.arange(expected.num_sequences) % floor.compositions.blocks, np.diff(expected.sequence_offsets))
     test = block_permutation_test(floor.logprobs, evidence.draw(), blocks)
     if test is None:
-        return Difference(None, f"not bit for bit the same; too few sequences for {floor.shapes.blocks} blocks")
+        return Difference(
+            different=None,
+            reason=f"not bit-identical; too few sequences for the {floor.compositions.blocks} blocks of the permutation test",
+        )
     beyond = test.p_value <= ALPHA
-    return Difference(beyond, f"{'beyond' if beyond else 'within'} the noise of batch composition, {test}", test.p_value)
+    return Difference(
+        different=beyond,
+        reason=f"{'beyond' if beyond else 'within'} the noise of batch composition, {test}",
+        p_value=test.p_value,
+    )

@@ -97,7 +97,7 @@ def _difference(causes: Causes, findings: list[Finding], level: Level, evidence:
     measured = causes.measured
     decided = bool(measured.failed or findings)
     if not measured.compared and not decided:
-        return Difference(None, "nothing was compared")
+        return Difference(different=None, reason="nothing was compared")
     exact = measured.exact and not causes.record.new
     return is_different(measured.expected, exact=exact, decided=decided, level=level, evidence=evidence)
 
@@ -108,5 +108,13 @@ def _noise(measured: Measurement, verdict: Verdict) -> list[Finding]:
         return []
     rms = measured.numbers["rms_diff"]
     off = next((g for g in measured.gates if g.key == "outlier_tokens" and g.value), None)
-    beside = "" if off is None else f", beside {counted(round(off.value), off.unit)} {off.name} nats (largest {off.worst:.3g})"
-    return [Finding("noise", "numerical_noise", f"RMS {rms:.2g} nats{beside}, within tolerance", values={"rms": rms})]
+    over = f"over {counted(int(measured.numbers['n_tokens']), 'tokens')}"
+    beside = "" if off is None else f", and {counted(round(off.value), off.unit)} {off.name} (largest: {off.worst:.3g} nats)"
+    return [
+        Finding(
+            layer="noise",
+            cause="numerical_noise",
+            evidence=f"RMS difference {rms:.2g} nats {over}{beside}: within tolerance",
+            values={"rms": rms},
+        )
+    ]

@@ -139,8 +139,16 @@ def gates_of(
     `sequences` is how many the golden has.
     """
     gates = [
-        Gate("nan", nan, 0, 0, nan, nan, "tokens"),
-        Gate("nucleus_flips", flips.count, flips.allowed, flips.unexplained, flips.count, flips.count, "tokens"),
+        Gate(key="nan", value=nan, limit=0, fail_limit=0, low=nan, high=nan, unit="tokens"),
+        Gate(
+            key="nucleus_flips",
+            value=flips.count,
+            limit=flips.allowed,
+            fail_limit=flips.unexplained,
+            low=flips.count,
+            high=flips.count,
+            unit="tokens",
+        ),
     ]
     if not len(rows.d):
         return tuple(gates)
@@ -166,7 +174,13 @@ def _differences(
             expected_error, actual_error = (np.subtract(x[finite], truth, dtype=np.float64) for x in (e, a))
         unknown = ~np.isfinite(truth)
         expected_error[unknown] = actual_error[unknown] = np.nan
-    return Differences(d, sequences, prompt_numbers(expected)[sequences], expected_error, actual_error)
+    return Differences(
+        d=d,
+        sequences=sequences,
+        prompts=prompt_numbers(expected)[sequences],
+        expected_error=expected_error,
+        actual_error=actual_error,
+    )
 
 
 def _numbers(

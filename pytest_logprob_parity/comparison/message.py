@@ -13,7 +13,7 @@ from ..visible_text import visible_line
 from .gate import OUTLIERS
 from .objectives import objective_of
 from .result import Comparison, MismatchError
-from .sides import SIDES, in_words
+from .sides import SIDES, names_of
 from .token_diff import TokenDiff
 from .vocabulary import Level, Verdict
 
@@ -21,14 +21,14 @@ _LABEL: Final = 13
 _SHOWN_DIFFERENCES: Final = 12
 _SHOWN_TEXT: Final = 48
 _SETUPS: Final[Mapping[Setup, str]] = {
-    "same": "same: engine, version, configuration, hardware and libraries are the golden's; bits are expected back",
+    "same": "same: engine, version, configuration, hardware and libraries match the golden's; logprobs should be bit-identical",
     "compatible": "compatible: the golden's model and prompts, another engine or setting (see differs); judged by statistics",
     "unknown": "unknown: there are no two fingerprints to compare",
 }
 _LEVELS: Final[Mapping[Level, str]] = {
-    "bitwise": "bitwise: any other bit fails",
-    "noise": "noise: any difference beyond what other batch compositions do fails",
-    "rl": "rl: what matters to an RL update fails",
+    "bitwise": "bitwise: fails unless bit-identical",
+    "noise": "noise: fails for any difference beyond the noise of batch composition",
+    "rl": "rl: fails for a difference that matters to an RL update",
 }
 
 
@@ -115,8 +115,8 @@ def _numbers(comparison: Comparison) -> list[str]:
     total = int(numbers["n_tokens"])
     if _not_subtracted(comparison):
         return [
-            f"{int(numbers['n_changed']):,} of {total:,} logprobs are other numbers. The two columns mean different things:"
-            " they are shown side by side and not subtracted."
+            f"{int(numbers['n_changed']):,} of {total:,} logprobs differ. The two columns have different meanings: they are"
+            " shown side by side and not subtracted."
         ]
     if not total:
         return []
@@ -127,9 +127,9 @@ def _numbers(comparison: Comparison) -> list[str]:
     if comparison.worst:
         lines.append(f"greatest     |d| {numbers['max_abs_diff']:.3g} nats {_place(comparison.worst[0])}")
     lines += _table(comparison)
-    lines.append(_shown("shown, not judged: ", numbers))
+    lines.append(_shown("shown, not judged (d, KL and entropy in nats): ", numbers))
     if comparison.policy_metrics:
-        lines.append(_shown("without truncation: ", comparison.policy_metrics))
+        lines.append(_shown("without truncation (d and KL in nats): ", comparison.policy_metrics))
     return lines
 
 
@@ -199,11 +199,11 @@ def _before(trace: Trace, token: TokenDiff) -> str:
 
 
 def _difference_lines(differences: Sequence[tuple[str, Any, Any]], sides: tuple[str, str]) -> list[str]:
-    on_expected, on_actual = (in_words(side) for side in sides)
+    names = names_of(sides)
     lines = [
-        visible_line(f"{name}: {expected!r} {on_expected}, {actual!r} {on_actual}")
+        visible_line(f"{name}: {expected!r} in {names.expected}, {actual!r} in {names.actual}")
         for name, expected, actual in differences[:_SHOWN_DIFFERENCES]
     ]
     if len(differences) > _SHOWN_DIFFERENCES:
         lines.append(f"and {len(differences) - _SHOWN_DIFFERENCES} more")
-    return lines or ["nothing in the fingerprints: same engine, version, configuration, hardware and libraries"]
+    return lines or ["nothing: the fingerprints have the same engine, version, configuration, hardware and libraries"]

@@ -16,7 +16,7 @@ from .alignment import Alignment
 from .tolerance import Tolerance, budget
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SupportFlips:
     """`count` tokens excluded on one side only, `allowed` of them by the golden's own rate; more than `unexplained` are more
     than noise explains. `deep` says how many each sequence has far from the edge, where it has any.
@@ -42,7 +42,7 @@ def support_flips(
     """
     count = int(np.count_nonzero(flipped))
     if not (expected.sampling.truncates or actual.sampling.truncates):
-        return SupportFlips(count, 0, 0)
+        return SupportFlips(count=count, allowed=0, unexplained=0)
     allowed = int(np.ceil(limits.support_flips * rows.tokens - 1e-9))
     unexplained = allowed
     if "support_flips" not in limits.explicit:
@@ -54,12 +54,12 @@ def support_flips(
             allowed = min(allowed, max(2 * _flips_at_most(seen, share), 1 + rows.tokens // 1000))
         allowed, unexplained = budget(allowed, round(2 * seen / share) if share else 0, covered=share or 1.0)
     if not count or not expected.sampling.truncates:
-        return SupportFlips(count, allowed, unexplained)
+        return SupportFlips(count=count, allowed=allowed, unexplained=unexplained)
     places = np.arange(expected.num_tokens)[rows.expected][flipped]
     lost = places[np.isfinite(expected.logprobs[places])]
     deep = lost[depth(expected, lost, limits) > 1]
     sequences = expected.sequence_of_token[deep]
-    return SupportFlips(count, allowed, unexplained, Counter(sequences.tolist()))
+    return SupportFlips(count=count, allowed=allowed, unexplained=unexplained, deep=Counter(sequences.tolist()))
 
 
 def _flips_at_most(seen: int, share: float) -> int:

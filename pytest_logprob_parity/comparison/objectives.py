@@ -19,7 +19,7 @@ ObjectiveName = Literal["token", "sequence", "truncated", "unclipped"]
 _MAX_LOG_RATIO: Final = 150.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
     """The effects that an update of this kind feels, with the limit of each. d = actual - expected, in nats; r = exp(d).
 

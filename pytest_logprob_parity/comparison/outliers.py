@@ -44,7 +44,7 @@ _DRAWN: Final = 0.05
 _TAIL: Final = 1500
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Outliers:
     """Outlier tokens and sequences: errors where they are known, differences else. Limits are in nats.
 
@@ -71,7 +71,7 @@ class Outliers:
     sequence_unexplained: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Thresholds:
     """Beyond how many nats a token is an outlier, and is explained by no noise; the same for the RMS of a sequence."""
 
@@ -190,8 +190,21 @@ def outlier_gates(found: Outliers, tokens: int, limits: Tolerance, setting: Sett
         # a tie in a router moves a token by nats, in the golden's own errors too: up to a size that proves no fault
         tie = setting.routed and worst <= _TIE[key] * unexplained
         beyond: Verdict | None = None if worst <= unexplained else "unverified" if tie else "fail"
-        gates.append(Gate(key, count, allowed, most, count, count, "sequences", threshold=threshold, worst=worst,
-                          unexplained=unexplained, beyond=beyond))  # fmt: skip
+        gates.append(
+            Gate(
+                key=key,
+                value=count,
+                limit=allowed,
+                fail_limit=most,
+                low=count,
+                high=count,
+                unit="sequences",
+                threshold=threshold,
+                worst=worst,
+                unexplained=unexplained,
+                beyond=beyond,
+            )
+        )
     return gates
 
 
@@ -234,4 +247,9 @@ def _by_hand(
         token, token_unexplained = limits.outlier, max(_UNEXPLAINED * limits.outlier, token_unexplained)
     if "sequence_rms" in limits.explicit:
         sequence, sequence_unexplained = limits.sequence_rms, max(2 * limits.sequence_rms, sequence_unexplained)
-    return _Thresholds(token, max(token_unexplained, token), sequence, max(sequence_unexplained, sequence))
+    return _Thresholds(
+        token=token,
+        token_unexplained=max(token_unexplained, token),
+        sequence=sequence,
+        sequence_unexplained=max(sequence_unexplained, sequence),
+    )

@@ -1,4 +1,4 @@
-"""Is it different? The block permutation test: is a replay in drawn shapes one of the golden's repeats, or another thing?"""
+"""The block permutation test: may a replay in sampled batch compositions be one of the golden's repeats?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIN_BLOCKS: Final = 8
 _DRAWS: Final = 9_999
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PermutationTest:
     """The p-value of "this replay is one of the repeats", and those of the three statistics that it combines."""
 
@@ -66,7 +66,9 @@ def block_permutation_test(
     smallest = p.min(axis=0)
     p_value = float(np.mean(smallest <= smallest[0]))
     p_bias, p_spread, p_rank = p[:, 0].tolist()
-    return PermutationTest(p_value, p_bias, p_spread, p_rank, len(x) - 1, len(names))
+    return PermutationTest(
+        p_value=p_value, p_bias=p_bias, p_spread=p_spread, p_rank=p_rank, repeats=len(x) - 1, blocks=len(names)
+    )
 
 
 def _upper_p(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

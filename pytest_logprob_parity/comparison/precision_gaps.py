@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gap:
     """What a declared gap allows: `limits` as in Tolerance, where they are wider than those that would hold, and why.
 
@@ -31,22 +31,23 @@ GAPS: Final[Mapping[str, Gap]] = {
     # to 7 in 2,400 by more than 1.25 nats on the tiny model (3 is a ratio of 20), which k3 counts in full: up to 0.006.
     # prime-rl lets a new model have a mismatch KL of 0.015.
     "fp8": Gap(
-        "fp8 rollouts",
-        {
+        title="fp8 rollouts",
+        limits={
             "mean_diff": 0.01, "k3": 0.015, "noise_rms": 0.09, "clip_share": 0.04, "outlier": 3.0, "sequence_rms": 0.25,
             "support_flips": 0.03, "support_depth": 0.2, "near_tie": 0.5,
         },
-        "NeMo-RL's limit for fp8, token_mult_prob_error < 1.08, is what d of this RMS gives; prime-rl's KL for a new model",
-        ("fp8", "e4m3", "e5m2"),
+        reason="NeMo-RL's limit for fp8, token_mult_prob_error < 1.08, is what d of this RMS gives; prime-rl's KL for a new "
+        "model",
+        marks=("fp8", "e4m3", "e5m2"),
     ),
     "int8": Gap(
-        "int8 rollouts",
-        {
+        title="int8 rollouts",
+        limits={
             "mean_diff": 0.003, "k3": 0.0018, "noise_rms": 0.06, "clip_share": 0.02, "outlier": 0.75, "sequence_rms": 0.15,
             "support_flips": 0.015, "support_depth": 0.15, "near_tie": 0.35,
         },
-        "NeMo-RL's limit for all rollouts, token_mult_prob_error < 1.05, is what d of this RMS gives",
-        ("int8", "w8a8", "compressed-tensors", "gptq", "awq"),
+        reason="NeMo-RL's limit for all rollouts, token_mult_prob_error < 1.05, is what d of this RMS gives",
+        marks=("int8", "w8a8", "compressed-tensors", "gptq", "awq"),
     ),
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..trace import Trace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Logged:
     """What a training framework would log of the two sides: its metrics by its own names, and the same in lines."""
 
@@ -44,7 +44,7 @@ class Logged:
         return {"framework": self.framework, "metrics": values, "lines": list(self.lines)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """Two traces compared: `verdict` is `pass`, `fail` or `unverified`.
 

@@ -15,7 +15,7 @@ CONFIDENCE: Final = 0.95
 POWER: Final = 0.9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shown:
     """What a comparison says of other prompts, exact whatever the noise (Clopper-Pearson over distinct prompts).
 
@@ -41,15 +41,17 @@ class Shown:
 def shown_lines(shown: Shown) -> tuple[str, ...]:
     """What a comparison says of other prompts, and what would not have passed."""
     if shown.prompts == 1:
-        return ("shown: all sequences are of one prompt, and speak for that prompt alone",)
-    off = f"off by an RMS above {number_in_words(shown.threshold)} nats"
+        return ("shown: all sequences have the same prompt; nothing is shown of other prompts",)
+    off = f"with an RMS difference above {number_in_words(shown.threshold)} nats"
     sequences = shown.sequences_allowed + 1
     caught = f"{counted(shown.tokens_allowed + 1, 'sequences')} with an outlier token, or {counted(sequences, 'sequences')}"
     if shown.reach < 1:
-        caught += f", {off}; {POWER:.0%} sure where a fault does that to {shown.reach:.1%} of the prompts"
-    do = "does" if shown.bad_prompts == 1 else "do"
+        caught += (
+            f" {off}; a fault that does this to {shown.reach:.1%} of the prompts is found with a probability of {POWER:.0%}"
+        )
+    have = "has" if shown.bad_prompts == 1 else "have"
     return (
-        f"shown ({CONFIDENCE:.0%} sure, {counted(shown.prompts, 'prompts')}): at most {shown.share:.1%} of prompts like these "
-        f"have a sequence {off} (its largest token left out); of these, {shown.bad_prompts} {do}",
+        f"shown ({CONFIDENCE:.0%} confidence, {counted(shown.prompts, 'prompts')}): at most {shown.share:.1%} of such prompts "
+        f"have a sequence {off} (its largest token left out); {shown.bad_prompts} of these prompts {have} one",
         f"would not have passed: {caught}",
     )

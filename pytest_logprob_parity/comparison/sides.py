@@ -7,12 +7,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 Side: TypeAlias = Literal["expected", "actual"]
 
 #: What the two sides of a comparison are called, unless they are others: a rollout and a trainer, say.
-SIDES: Final = ("golden", "now")
-
-
-def in_words(side: str) -> str:
-    """Where a number is, in a sentence: `in the golden`, `now`."""
-    return side if side == SIDES[1] else f"in the {side}"
+SIDES: Final = ("golden", "this run")
 
 
 class Names(NamedTuple):

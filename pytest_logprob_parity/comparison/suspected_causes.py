@@ -53,15 +53,15 @@ SUSPECTS: Final[Mapping[str, tuple[Layer, Cause]]] = {
 _UNLISTED: Final[tuple[Layer, Cause]] = ("path", "engine_build")
 
 #: What tells how an engine computes from its weights.
-_TELLS: Final = "`logprob-parity diagnose` asks transformers what the checkpoint gives"
+_TELLS: Final = "`logprob-parity diagnose` compares with the checkpoint in transformers"
 
 
 def adapter_finding(differences: Sequence[tuple[str, Any, Any]]) -> Finding | None:
     """`adapter` where golden and engine have adapters of other content, or one of them has none; both by name."""
     for name, expected, actual in differences:
         if name == "adapter":
-            text = f"{expected or 'no adapter'} in the golden, {actual or 'no adapter'} now"
-            return Finding("weights", "adapter", text)
+            text = f"{expected or 'no adapter'} in the golden, {actual or 'no adapter'} in this run"
+            return Finding(layer="weights", cause="adapter", evidence=text)
     return None
 
 
@@ -75,14 +75,18 @@ def suspects(
     if found := suspect_settings(differences):
         return found
     unsaid = ", ".join(name for name, _, _ in differences)
-    agree = "the fingerprints agree" if not differences else f"one side does not say its {unsaid}, else they agree"
+    match = (
+        "the fingerprints match"
+        if not differences
+        else f"one side does not report its {unsaid}; otherwise the fingerprints match"
+    )
     cached = updated and (engine or {}).get("config", {}).get("enable_prefix_caching")
     candidates: tuple[Cause, ...] = (
         "engine_build", "attention_backend", *(("adapter",) if (engine or {}).get("adapter") else ()),
         "weights_differ", "stale_weights", *(("stale_kv_cache",) if cached else ()),
     )  # fmt: skip
-    text = f"{agree}, and they do not read weights: not told apart: how the engine computes, or its weights; {_TELLS}"
-    return [Finding("path", None, text, candidates)]
+    text = f"{match}; they do not cover the values of the weights, so either the computation or the weights differ; {_TELLS}"
+    return [Finding(layer="path", cause=None, evidence=text, candidates=candidates)]
 
 
 def suspect_settings(differences: Sequence[tuple[str, Any, Any]], *, name: bool = True) -> list[Finding]:
@@ -116,7 +120,7 @@ def suspect_settings(differences: Sequence[tuple[str, Any, Any]], *, name: bool 
             causes = tuple(found[layer])
             evidence = "; ".join(text for texts in found[layer].values() for text in texts)
             if alone:
-                findings.append(Finding(layer, causes[0], f"the only difference: {evidence}"))
+                findings.append(Finding(layer=layer, cause=causes[0], evidence=f"the only difference: {evidence}"))
             else:
-                findings.append(Finding(layer, None, evidence, causes))
+                findings.append(Finding(layer=layer, cause=None, evidence=evidence, candidates=causes))
     return findings

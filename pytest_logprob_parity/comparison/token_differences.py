@@ -13,7 +13,7 @@ from . import metrics as m
 Integers = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Differences:
     """The n tokens that have a finite logprob on both sides, in order.
 
@@ -51,7 +51,11 @@ class Differences:
     def where(self, kept: npt.NDArray[np.bool_]) -> Differences:
         """The rows that are kept."""
         return Differences(
-            self.d[kept], self.sequences[kept], self.prompts[kept], self.expected_error[kept], self.actual_error[kept]
+            d=self.d[kept],
+            sequences=self.sequences[kept],
+            prompts=self.prompts[kept],
+            expected_error=self.expected_error[kept],
+            actual_error=self.actual_error[kept],
         )
 
     def by_sequence(self) -> Differences:
@@ -63,10 +67,16 @@ class Differences:
             return np.asarray(np.bincount(rows, values) / counts, np.float64)
 
         first = np.unique(rows, return_index=True)[1]
-        return Differences(mean(self.d), names, self.prompts[first], mean(self.expected_error), mean(self.actual_error))
+        return Differences(
+            d=mean(self.d),
+            sequences=names,
+            prompts=self.prompts[first],
+            expected_error=mean(self.expected_error),
+            actual_error=mean(self.actual_error),
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
     """What is known of the noise: the dtype of both sides, how much the temperature enlarges it, and whether tokens are routed
     to experts.
@@ -106,4 +116,6 @@ def setting_of(expected: Trace, routed: bool | None, actual_dtype: str) -> Setti
     """
     temperature = expected.sampling.temperature
     low = expected.logprobs_mode == "processed_logprobs" and 0 < temperature < 1
-    return Setting(expected.dtype, 1 / temperature if low else 1.0, routed, actual_dtype)
+    return Setting(
+        expected_dtype=expected.dtype, enlarged=1 / temperature if low else 1.0, routed=routed, actual_dtype=actual_dtype
+    )

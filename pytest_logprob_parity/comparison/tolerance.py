@@ -20,7 +20,7 @@ from .objectives import DEFAULT_OBJECTIVE, objective_of
 from .precision_gaps import gap_of
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
     """Limits on d = actual - expected, in nats unless said otherwise.
 

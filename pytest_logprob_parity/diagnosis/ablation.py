@@ -39,7 +39,7 @@ _OTHER_BUILDS: Final = 4
 _ACCOUNTS: Final = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Budget:
     """How many engines may start besides the failing one, and how long all may take. Raises UsageError below 0."""
 
@@ -52,7 +52,7 @@ class Budget:
                 raise UsageError(f"a budget of {value:g} {name}: must be 0 or more")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One engine on the way: the settings that were moved to the golden's values, and what is left of the mismatch.
 
@@ -65,7 +65,7 @@ class Step:
     problem: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ablation:
     """All steps, the first being the failing configuration itself.
 
@@ -184,7 +184,7 @@ def ablate(
     search = _Search(trace, spec, pool, budget, notify, differs, actual)
     notify(f"as it fails: RMS {search.steps[0].rms:.3g} nats; settings that differ: {', '.join(differs) or 'none'}")
     search.run(noise)
-    found = Ablation(tuple(search.steps), differs, noise, left_out=search.left_out)
+    found = Ablation(steps=tuple(search.steps), differs=differs, noise=noise, left_out=search.left_out)
     if not read:
         return found
     moved: tuple[str, ...] = ()

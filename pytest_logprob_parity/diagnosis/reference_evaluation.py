@@ -30,7 +30,7 @@ _OF_ALL: Final[tuple[PathCause, ...]] = ("engine_build", "attention_backend", "k
 _OF_FEW: Final[tuple[PathCause, ...]] = ("prefix_cache", "batch_shape", "parallelism", "engine_build")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """How far, in RMS over the tokens that differ most between golden and now (nats), each side is from the reading.
 
@@ -73,7 +73,7 @@ def read_against(expected: Trace, actual: Trace, reading: Trace, outlier: float)
     sizes = np.sqrt(squares / np.maximum(np.bincount(owner[known]), 1))[np.unique(owner[known])]
     carry = float(np.mean(sizes > _CARRIES * sizes.max())) if len(sizes) and sizes.max() > 0 else 1.0
     golden, now, truth = golden[telling], now[telling], truth[telling]
-    return Reading(_rms(golden - truth), _rms(now - truth), carry, _MATTERS * outlier)
+    return Reading(golden=_rms(golden - truth), now=_rms(now - truth), share=carry, matters=_MATTERS * outlier)
 
 
 def _rms(d: npt.NDArray[np.float64]) -> float:
@@ -93,9 +93,14 @@ def weigh(findings: Sequence[Finding], reading: Reading, *, other_build: bool = 
         text = f"this run computes something else from the weights of the checkpoint, as the golden did not; {reading}"
         if reading.share <= _FEW:
             text += f"; {reading.share:.0%} of the sequences carry it"
-        path = Finding("path", None, text, candidates)
-        stale = Finding("weights", None, "an engine whose weights or cache in memory are not those of the checkpoint would "
-                        "look the same; load them anew to rule that out", ("stale_kv_cache", "stale_weights"))  # fmt: skip
+        path = Finding(layer="path", cause=None, evidence=text, candidates=candidates)
+        stale = Finding(
+            layer="weights",
+            cause=None,
+            evidence="an engine whose weights or cache in memory are not those of the checkpoint would "
+            "look the same; load them anew to rule that out",
+            candidates=("stale_kv_cache", "stale_weights"),
+        )
         kept = [f for f in findings if f.layer == "semantic"]
         named = [f for f in findings if f.layer == "path" and f.cause]
         return [*kept, *(named or [path]), stale]
@@ -104,6 +109,11 @@ def weigh(findings: Sequence[Finding], reading: Reading, *, other_build: bool = 
         kept = [f for f in findings if f.layer == "semantic"]
         if other_build:
             text += ": another checkpoint, or the golden's engine computed something else from this one"
-            return [Finding("path", None, text, ("engine_build", "weights_differ", "stale_weights")), *kept]
-        return [Finding("weights", "weights_differ", text), *kept]
+            return [
+                Finding(
+                    layer="path", cause=None, evidence=text, candidates=("engine_build", "weights_differ", "stale_weights")
+                ),
+                *kept,
+            ]
+        return [Finding(layer="weights", cause="weights_differ", evidence=text), *kept]
     return list(findings)

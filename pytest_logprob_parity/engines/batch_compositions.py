@@ -1,4 +1,4 @@
-"""Replays in drawn shapes: what the noise floor is recorded from, and what a candidate for it must go through too."""
+"""Replays in drawn compositions: what the noise floor is recorded from, and what a candidate for it must go through too."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EngineError
-from ..golden.noise_floor import Shapes
 from ..trace import FloatArray, Segment, Trace
+from ..trace.batch_composition import BatchCompositions
 from .backend import Backend
 from .replay import by_turn, first_difference, forced_request
 
 
-def replay_in_drawn_shapes(backend: Backend, trace: Trace, shapes: Shapes, number: int) -> FloatArray:
+def replay_in_batch_compositions(backend: Backend, trace: Trace, compositions: BatchCompositions, number: int) -> FloatArray:
     """Forced decode of the tokens of `trace`, every block in a shape of its own: logprobs [N], NaN where masked.
 
     `number` tells the draws of one golden apart: the repeats of its floor are 0, 1, ...; equal numbers draw alike.
     Raises EngineError where the engine did not take the tokens.
     """
-    rng = np.random.default_rng([shapes.seed, number])
+    rng = np.random.default_rng([compositions.seed, number])
     logprobs = np.full(trace.num_tokens, np.nan, np.float32)
     for segments in by_turn(list(trace.segments())):
-        for block in range(shapes.blocks):
-            members = [i for i, s in enumerate(segments) if s.sequence % shapes.blocks == block]
-            others = [i for i, s in enumerate(segments) if s.sequence % shapes.blocks != block]
+        for block in range(compositions.blocks):
+            members = [i for i, s in enumerate(segments) if s.sequence % compositions.blocks == block]
+            others = [i for i, s in enumerate(segments) if s.sequence % compositions.blocks != block]
             waiting = [members[i] for i in rng.permutation(len(members))]
             while waiting:
-                size = int(rng.choice(shapes.batch_sizes, p=shapes.weights))
+                size = int(rng.choice(compositions.batch_sizes, p=compositions.weights))
                 batch, waiting = waiting[:size], waiting[size:]
-                _run_batch(backend, trace, segments, batch, _some(others, shapes, rng), logprobs, rng)
+                _run_batch(backend, trace, segments, batch, _some(others, compositions, rng), logprobs, rng)
     return logprobs
 
 
-def _some(others: Sequence[int], shapes: Shapes, rng: np.random.Generator) -> list[int]:
-    wanted = 0 if rng.random() < shapes.alone else int(rng.integers(1, shapes.fillers + 1))
+def _some(others: Sequence[int], compositions: BatchCompositions, rng: np.random.Generator) -> list[int]:
+    wanted = 0 if rng.random() < compositions.alone else int(rng.integers(1, compositions.fillers + 1))
     count = min(wanted, len(others))
     return [others[i] for i in rng.choice(len(others), count, replace=False)] if count else []
 
@@ -53,7 +53,7 @@ def _run_batch(
         expected = trace.token_ids[segment.start : segment.stop]
         if not np.array_equal(completion.token_ids, expected):
             raise EngineError(
-                f"replay in drawn shapes did not force the tokens: sequence {segment.sequence} came back with "
+                f"replay in sampled batch compositions did not force the tokens: sequence {segment.sequence} came back with "
                 f"{first_difference(completion.token_ids, expected)} ({backend.config.forcing})"
             )
         if i in wanted:

@@ -11,7 +11,7 @@ from ..trace import empty_top_k
 from .backend import Backend, Completion
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Rows:
     """The columns of a trace over the same tokens as another one, filled piece by piece."""
 
@@ -22,10 +22,12 @@ class Rows:
 
     @classmethod
     def empty(cls, tokens: int, k: int) -> Rows:
+        top_token_ids, top_logprobs = empty_top_k(tokens, k)
         return cls(
-            np.full(tokens, np.nan, np.float32),
-            np.zeros(tokens, np.int32),
-            *empty_top_k(tokens, k),
+            logprobs=np.full(tokens, np.nan, np.float32),
+            ranks=np.zeros(tokens, np.int32),
+            top_token_ids=top_token_ids,
+            top_logprobs=top_logprobs,
         )
 
     def fill(self, start: int, completion: Completion) -> None:

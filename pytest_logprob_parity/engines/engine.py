@@ -21,8 +21,8 @@ from .backend import Backend, ChecksumsWeights, Remarks, RunsOnWorker, Sleeps, T
 if TYPE_CHECKING:
     from ..checkpoint.adapter import Adapter
     from ..checkpoint.weight_update import WeightUpdate
-    from ..golden.noise_floor import Shapes
     from ..trace import FloatArray, ReplayPath, Trace
+    from ..trace.batch_composition import BatchCompositions
     from .backend import ResolvedConfig
 
 _T = TypeVar("_T")
@@ -153,7 +153,7 @@ class Engine:
                 "checkpoint names are needed"
             )
         given = weights if isinstance(weights, Mapping) else self._pool.absolute(weights)
-        update = WeightUpdate(given, mode, clear_cache, at_token)
+        update = WeightUpdate(weights=given, mode=mode, clear_cache=clear_cache, at_token=at_token)
         model, adapter = self._pool.folders(self.spec)[0], None
         if isinstance(given, Path) and is_adapter(given):
             adapter = read_adapter(given, model)
@@ -214,11 +214,11 @@ class Engine:
         replays = self._guard(lambda backend: replay_all(backend, trace, paths, **options))
         return {path: self._versioned(replayed) for path, replayed in replays.items()}
 
-    def replay_in_drawn_shapes(self, trace: Trace, shapes: Shapes, number: int) -> FloatArray:
-        """Forced decode of `trace` with every block in a shape drawn from `shapes`: logprobs [N]; see batch_compositions.py."""
-        from .batch_compositions import replay_in_drawn_shapes
+    def replay_in_batch_compositions(self, trace: Trace, compositions: BatchCompositions, number: int) -> FloatArray:
+        """Forced decode of `trace`, every block in a batch composition sampled from `compositions`: logprobs [N]."""
+        from .batch_compositions import replay_in_batch_compositions
 
-        return self._guard(lambda backend: replay_in_drawn_shapes(backend, trace, shapes, number))
+        return self._guard(lambda backend: replay_in_batch_compositions(backend, trace, compositions, number))
 
     def on_worker(self, work: Callable[[Any], _T]) -> list[_T]:
         """Run `work` on the worker of a vLLM that lives in this process. Raises UsageError for any other engine."""

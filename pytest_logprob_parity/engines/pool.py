@@ -18,7 +18,7 @@ from .backend import TellsDigests
 from .engine import Engine, take_weights
 from .model_folders import ModelFolders
 from .own_engines import own_llm, own_server
-from .time_limits import TimeLimits
+from .time_limits import CALL_SECONDS, START_SECONDS, TimeLimits
 
 if TYPE_CHECKING:
     from ..checkpoint.adapter import Adapter
@@ -54,8 +54,8 @@ class Pool:
         self,
         root: Path | None = None,
         notify: Callable[[str], None] | None = None,
-        start_timeout: float = TimeLimits.start,
-        call_timeout: float = TimeLimits.call,
+        start_timeout: float = START_SECONDS,
+        call_timeout: float = CALL_SECONDS,
     ) -> None:
         self.models = ModelFolders(Path.cwd() if root is None else root)
         self.notify = notify
@@ -205,7 +205,7 @@ class Pool:
                     raise UsageError("an adapter is on top that the spec does not have")
                 adapter = self.models.adapter(spec)  # what is loaded now is what its folder holds now
                 for weights in (self.folders(spec)[0], *(() if adapter is None else (adapter.folder,))):
-                    take_weights(self._alive[spec], WeightUpdate(weights, "keep", clear_cache=True))
+                    take_weights(self._alive[spec], WeightUpdate(weights=weights, mode="keep", clear_cache=True))
             except Exception:
                 self.discard(spec)  # the next use starts it anew
 
@@ -330,8 +330,8 @@ def open_engine(
     *,
     root: Path | None = None,
     notify: Callable[[str], None] | None = None,
-    start_timeout: float = TimeLimits.start,
-    call_timeout: float = TimeLimits.call,
+    start_timeout: float = START_SECONDS,
+    call_timeout: float = CALL_SECONDS,
 ) -> Iterator[Engine]:
     """An engine without pytest: `with open_engine(EngineSpec("models/tiny-arith")) as engine: ...`.
 

@@ -104,7 +104,7 @@ class Forked:
         return self.returncode
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Preloaded:
     """The preloaded process as its owner sees it. It ends with its owner, and after its last child."""
 
@@ -126,7 +126,7 @@ class Preloaded:
             start_new_session=True,
         )
         theirs.close()
-        return cls(process, ours, os.getpid(), key)
+        return cls(process=process, line=ours, owner=os.getpid(), key=key)
 
     def fits(self, key: tuple[Any, ...]) -> bool:
         """Whether a fork of it is what a new process would be."""

@@ -22,7 +22,7 @@ from .refusals import check_trace_ids
 REPLAYS: Final[tuple[ReplayPath, ...]] = get_args(ReplayPath)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Plan:
     """Requests by turn, and how their answers become a trace."""
 
@@ -89,7 +89,7 @@ def _plan_window(backend: Backend, trace: Trace, windows: int = 4, width: int = 
             begin, end = segment.start + start, segment.start + min(start + width, length)
             begin += int(np.count_nonzero(mask[begin:end]))  # windows of a short segment overlap
             if begin < end:
-                pieces.append((Segment(segment.sequence, segment.turn, begin, end), begin - segment.start))
+                pieces.append((dataclasses.replace(segment, start=begin, stop=end), begin - segment.start))
                 mask[begin:end] = True
     return _forced(backend, trace, pieces, mask, "window")
 
@@ -129,7 +129,8 @@ def forced_request(trace: Trace, segment: Segment, before: int = 0) -> Request:
 
 
 def _plan_prefill(backend: Backend, trace: Trace) -> _Plan:
-    segments = [Segment(i, 0, *trace.bounds(i)) for i in range(trace.num_sequences)]
+    bounds = map(trace.bounds, range(trace.num_sequences))
+    segments = [Segment(sequence=i, turn=0, start=start, stop=stop) for i, (start, stop) in enumerate(bounds)]
     requests = [
         Request(
             prompt_token_ids=_history(trace, s),

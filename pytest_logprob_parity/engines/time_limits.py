@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from ..errors import EngineError, UsageError
 
+START_SECONDS: Final = 1800.0
+CALL_SECONDS: Final = 3600.0
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class TimeLimits:
     """The limits of a start and of a call, in seconds; 0: none. A start that loads a large model takes minutes."""
 
-    start: float = 1800
-    call: float = 3600
+    start: float = START_SECONDS
+    call: float = CALL_SECONDS
 
     @classmethod
     def of(cls, start: Any, call: Any, prefix: str = "") -> TimeLimits:

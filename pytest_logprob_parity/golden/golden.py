@@ -1,29 +1,21 @@
-"""The golden: a trace, its fingerprint and where it belongs, in one file. Names, reading, writing, unused ones."""
+"""The golden: a trace with its fingerprint, its noise floor, its reference and its check, in one file."""
 
 from __future__ import annotations
 
-import contextlib
-import glob
-import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from ..bounded import write_new
 from ..errors import GoldenError, UsageError
 from ..grammar import counted
-from ..trace import Trace, container
+from ..trace import Trace, file_format
+from ..trace.batch_composition import BatchCompositions
 from ..visible_text import visible_line
-from .noise_floor import NoiseFloor, Shapes
+from .noise_floor import NoiseFloor
 from .reference import Reference
-
-SUFFIX: Final = ".safetensors"
-#: What stands before a variant in a file's name; no slug has one.
-_VARIANT: Final = "@"
 
 #: The column of the noise floor: float32 [repeats, tokens].
 _FLOOR: Final = "floor_logprobs"
@@ -31,7 +23,7 @@ _FLOOR: Final = "floor_logprobs"
 _REFERENCE: Final = "reference_logprobs"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Golden:
     """A trace and what it was recorded from.
 
@@ -43,6 +35,7 @@ class Golden:
     """
 
     trace: Trace
+    _: KW_ONLY
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     prompts_digest: str = ""
     node_id: str = ""
@@ -82,7 +75,7 @@ class Golden:
             },
         }
         try:
-            container.write(path, columns, metadata)
+            file_format.write(path, columns, metadata)
         except OSError as error:
             raise GoldenError(f"not written ({error.strerror or error}); the old golden is as it was", path) from None
 
@@ -90,12 +83,12 @@ class Golden:
     def load(cls, path: str | Path) -> Golden:
         """Read a golden. Raises GoldenError, in one line, for a file that is missing or cannot be trusted."""
         path = Path(path)
-        return cls.parse(container.read_bytes(path), path)
+        return cls.parse(file_format.read_bytes(path), path)
 
     @classmethod
     def parse(cls, data: bytes, path: Path) -> Golden:
         """A golden from the bytes of its file; `path` is for messages. Raises GoldenError as `load` does."""
-        columns, metadata = container.parse(data, path)
+        columns, metadata = file_format.parse(data, path)
         repeats, column = columns.pop(_FLOOR, None), columns.pop(_REFERENCE, None)
         trace = Trace.from_file_parts(columns, metadata, path)
         if "golden" not in metadata:
@@ -103,7 +96,7 @@ class Golden:
         try:
             golden = cls._from_header(trace, dict(metadata["golden"]), repeats, column)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, UsageError) as error:
-            raise container.damaged(path, f"its golden header does not hold what it should ({error})") from None
+            raise file_format.damaged(path, f"its golden header does not hold what it should ({error})") from None
         return replace(golden, digest=metadata["digest"])
 
     @classmethod
@@ -129,13 +122,13 @@ class Golden:
                 raise ValueError(f"its noise floor is {list(repeats.shape)}, its tokens are {trace.num_tokens}")
             if not (np.isfinite(kept := repeats[:, trace.mask]) | np.isneginf(kept)).all():
                 raise ValueError("its noise floor contains NaN or +inf")
-            floor = NoiseFloor(repeats, Shapes.from_json(drawn["shapes"]), bool(drawn["reproduces"]))
+            floor = NoiseFloor(repeats, BatchCompositions.from_json(drawn["shapes"]), bool(drawn["reproduces"]))
         reference = None
         if told is not None:
             if column.shape != (trace.num_tokens,):
                 raise ValueError(f"its reference is {list(column.shape)}, its tokens are {trace.num_tokens}")
             reference = Reference.from_json(column, told)
-        return cls(trace, prints, **texts, floor=floor, reference=reference, tolerance=tolerance)
+        return cls(trace, fingerprint=prints, **texts, floor=floor, reference=reference, tolerance=tolerance)
 
     @property
     def routed(self) -> bool | None:
@@ -144,7 +137,7 @@ class Golden:
 
 
 def _floor_to_json(floor: NoiseFloor) -> dict[str, Any]:
-    return {"shapes": floor.shapes.to_json(), "reproduces": floor.reproduces}
+    return {"shapes": floor.compositions.to_json(), "reproduces": floor.reproduces}
 
 
 def _too_large(trace: Trace, megabytes: float, limit: float) -> str:
@@ -155,124 +148,6 @@ def _too_large(trace: Trace, megabytes: float, limit: float) -> str:
         f"sequences, {trace.num_tokens:,} tokens, top-{trace.top_k}; about {sequences} sequences ({prompts} prompts) would "
         "fit: sample fewer prompts, a smaller max_tokens, or fewer logprobs"
     )
-
-
-def golden_path(root: Path, node_id: str, name: str = "") -> Path:
-    """Where the golden of a check lives: `<root>/<test file>/<slug>-<8 hex of its node id and name>.safetensors`."""
-    file, _, rest = node_id.partition("::")
-    label = "-".join(part for part in (rest.rpartition("::")[2], name) if part)
-    slug = re.sub(r"[^A-Za-z0-9_.=]+", "-", label).strip("-.")[:60] or "golden"
-    digest = hashlib.sha256(f"{node_id}\0{name}".encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    test_file = PurePosixPath(file)
-    parts = [part for part in (test_file.parent / test_file.stem).parts if part not in ("..", "/")]
-    return root.joinpath(*parts) / f"{slug}-{digest}{SUFFIX}"
-
-
-def variant_path(path: Path, variant: str) -> Path:
-    """The file of a variant of a golden: `slug-hash@VARIANT.safetensors`; of the golden itself for ""."""
-    stem = path.name.removesuffix(SUFFIX).partition(_VARIANT)[0]
-    return path.with_name(f"{stem}{_VARIANT}{variant}{SUFFIX}" if variant else f"{stem}{SUFFIX}")
-
-
-def variant_of(path: Path) -> str:
-    """The variant in a golden's file name, or ""."""
-    return path.name.removesuffix(SUFFIX).partition(_VARIANT)[2]
-
-
-def is_place_of(path: Path, node_id: str, name: str) -> bool:
-    """Whether a golden's file, or a variant's, is where a check has it, below whatever folder."""
-    wanted = golden_path(Path(), node_id, name).parts
-    return bool(node_id) and variant_path(path, "").parts[-len(wanted) :] == wanted
-
-
-def is_there(path: Path) -> bool:
-    """Whether something stands at a path: also where nobody may look at it, which reading it will say."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except (OSError, ValueError):  # ValueError: a NUL, or what no file system can name
-        return True
-    return True
-
-
-def ignore_parts(folder: Path) -> None:
-    """Keep the unfinished files of killed runs out of git: a .gitignore in the folder of the goldens, where it has none."""
-    ignore = folder / ".gitignore"
-    with contextlib.suppress(OSError):  # the goldens are written, and that is what counts
-        write_new(ignore, f".*{container.PART}\n")
-
-
-def variants_at(path: Path) -> list[Path]:
-    """The golden at `path` and its variants, as far as they are there."""
-    stem = glob.escape(path.name.removesuffix(SUFFIX))
-    return [*([path] if is_there(path) else []), *_files(path.parent, f"{stem}{_VARIANT}*{SUFFIX}")]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A golden's file, and the check that it says it belongs to. What counts is the path: the check that asks for it has it.
-
-    `golden` is false for a trace that stands there.
-    """
-
-    path: Path
-    node_id: str
-    name: str
-    golden: bool = True
-
-    def is_of(self, root: Path, node_id: str) -> bool:
-        """Whether a check of this test, by this golden's name, asks for this file, or for one whose variant it is."""
-        return golden_path(root, node_id, self.name) == variant_path(self.path, "")
-
-
-def claims_in(folder: Path) -> list[Claim]:
-    """What the goldens of one folder say of themselves; files that cannot be read are left out."""
-    found = []
-    for path in _goldens_in(folder):
-        try:
-            about = container.read_metadata(path).get("golden", {})
-            node_id, name = about.get("node_id", ""), about.get("name", "")
-        except (GoldenError, AttributeError):
-            continue
-        if isinstance(node_id, str) and isinstance(name, str):
-            found.append(Claim(path, node_id, name, golden=bool(about)))
-    return found
-
-
-def unused_goldens(root: Path, files: Iterable[str], node_ids: Iterable[str]) -> list[Path]:
-    """Goldens below `root` of the given test files that no test has, by their paths; files that cannot be read are left out."""
-    collected: dict[str, list[str]] = {file: [] for file in files}
-    for node_id in node_ids:
-        collected.setdefault(node_id.partition("::")[0], []).append(node_id)
-    unused: list[Path] = []
-    for file in sorted(collected):
-        found = claims_in(golden_path(root, f"{file}::x").parent)
-        names = {claim.name for claim in found}
-        theirs = {golden_path(root, node_id, name) for node_id in collected[file] for name in names}
-        unused += [claim.path for claim in found if claim.node_id and variant_path(claim.path, "") not in theirs]
-    return unused
-
-
-def goldens_without_file(root: Path, tests: Path) -> list[Path]:
-    """Goldens below `root` whose test file is gone from below `tests`: the one that their folder is of, and their own."""
-    gone: list[Path] = []
-    for folder in sorted({path.parent for path in _goldens_in(root, "**/")}):
-        if not is_there((tests / folder.relative_to(root)).with_suffix(".py")):
-            gone += [c.path for c in claims_in(folder) if c.node_id and not is_there(tests / c.node_id.partition("::")[0])]
-    return gone
-
-
-def _goldens_in(folder: Path, below: str = "") -> list[Path]:
-    return _files(folder, f"{below}*{SUFFIX}")
-
-
-def _files(folder: Path, pattern: str) -> list[Path]:
-    """The files of a folder that fit, in order; none of a folder that is not there or cannot be read."""
-    try:
-        return sorted(folder.glob(pattern))
-    except OSError:
-        return []
 
 
 def describe(golden: Golden) -> Sequence[str]:

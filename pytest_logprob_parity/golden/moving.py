@@ -1,27 +1,24 @@
-"""Goldens whose test was renamed or is gone: move them to the test's new name, or remove what no test asks for."""
+"""Goldens whose test was renamed: move them to the new name of the test."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import pytest
-
+from ..atomic import replace_all
 from ..errors import GoldenError, UsageError
-from ..plugin.stash import SESSION, UNCOMPARED
-from ..trace import container
-from .golden import SUFFIX, Claim, claims_in, golden_path, variant_of, variant_path
+from ..trace import file_format
+from .folder import Claim, claims_in
+from .names import SUFFIX, golden_path, variant_of, variant_path
 
 #: A test's place in a command: `FILE::TEST`.
 _COLONS: Final = "::"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
     """One golden's file, where it goes, and the check that has it there."""
 
@@ -59,7 +56,7 @@ def moves(old: str, new: str, name: str | None, root: Path, golden_dir: Path) ->
         target = variant_path(golden_path(root / golden_dir, node_id, label), variant_of(claim.path))
         if target.exists():
             raise UsageError(f"move: {target} is there already, and stays: nothing was moved")
-        made.append(Move(claim.path, target, node_id, label))
+        made.append(Move(old=claim.path, new=target, node_id=node_id, name=label))
     return made
 
 
@@ -80,82 +77,14 @@ def move(made: Sequence[Move]) -> None:
     """
     files = {}
     for step in made:
-        columns, metadata = container.read(step.old)
+        columns, metadata = file_format.read(step.old)
         about = {**metadata["golden"], "node_id": step.node_id, "name": step.name}
-        files[step.new] = container.packed(columns, {**metadata, "golden": about})
+        files[step.new] = file_format.packed(columns, {**metadata, "golden": about})
     try:
-        container.replace_all(files)
+        replace_all(files)
     except OSError as error:
         raise GoldenError(f"not written ({error.strerror or error}); nothing was moved", error.filename) from None
     for step in made:
         step.old.unlink()
         with contextlib.suppress(OSError):  # other goldens are in it
             step.old.parent.rmdir()
-
-
-# -- what nobody asks for ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Unused:
-    """Goldens that nobody asks for, as paths from the root: of tests that are `gone`, and `unasked` ones of tests that are
-    there, as the last run of these tests here knows; None where no run is remembered.
-    """
-
-    gone: tuple[str, ...]
-    unasked: tuple[str, ...] | None
-
-    def all(self) -> list[str]:
-        """Both."""
-        return sorted({*self.gone, *(self.unasked or ())})
-
-
-class _Collector:
-    """Takes from a collection what the plugin found unused."""
-
-    def __init__(self) -> None:
-        self.found: Unused | None = None
-        self.root = Path()
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        own, cache = session.config.stash[SESSION], getattr(session.config, "cache", None)
-        remembered = None if cache is None else cache.get(UNCOMPARED, None)
-        self.root = own.root
-        goldens = {claim.path.resolve() for folder in _folders(own.golden_dir) for claim in claims_in(folder)}
-        unasked = None  # the cache is a file that anybody may have written: goldens are what is removed, and nothing else
-        if isinstance(remembered, list):
-            unasked = tuple(p for p in remembered if isinstance(p, str) and (own.root / p).resolve() in goldens)
-        if not session.testsfailed:
-            self.found = Unused(tuple(sorted(own.unused)), unasked)
-
-
-def _folders(golden_dir: Path) -> list[Path]:
-    return sorted({path.parent for path in golden_dir.rglob(f"*{SUFFIX}")})
-
-
-def find_unused(root: Path) -> tuple[Unused, Path]:
-    """Collect all tests of the repo at `root`, without running any: the goldens that nobody asks for, and the root they are of.
-
-    Raises UsageError where not everything could be collected: nothing is known then.
-    """
-    collector, out = _Collector(), io.StringIO()
-    with _inside(root), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try:
-            status = pytest.main(["--collect-only", "-q", "-p", "no:randomly"], plugins=[collector])
-        except SystemExit:  # a conftest's
-            status = pytest.ExitCode.INTERNAL_ERROR
-    if collector.found is None or status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        lines = [line for line in out.getvalue().splitlines() if line.startswith(("ERROR", "E "))]
-        why = f": {lines[0]}" if lines else ""
-        raise UsageError(f"prune: not all tests could be collected, so nothing is known{why}; run pytest --collect-only")
-    return collector.found, collector.root
-
-
-@contextlib.contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)

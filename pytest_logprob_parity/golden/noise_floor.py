@@ -1,11 +1,9 @@
-"""The noise floor: the golden's own tokens, replayed several times in other batch shapes. Data and its summary only."""
+"""The noise floor: repeated replays of the golden's own tokens in sampled batch compositions. Data and its summary only."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,69 +11,25 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
+from ..trace.batch_composition import BatchCompositions
 
-#: How often recording replays its tokens, unless told otherwise.
+#: How often recording replays its tokens by default.
 REPEATS: Final = 5
-#: No batch is larger, and no trace is cut into more blocks.
-_MOST: Final = 1_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shapes:
-    """The distribution from which every block of every repeat draws its shape, and any later replay draws its own.
-
-    The sequences form `blocks` fixed blocks (sequence number modulo `blocks`). In each repeat each block is shuffled and
-    cut into batches, each of a size drawn from `batch_sizes` with `weights`. A share `alone` of the batches has no company;
-    beside the others run 1 to `fillers` requests of other blocks, their answers thrown away. `seed` starts the random
-    numbers.
-
-    Raises UsageError for a distribution that is none.
-    """
-
-    batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
-    weights: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
-    alone: float = 0.5
-    fillers: int = 8
-    blocks: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for number in (*self.batch_sizes, self.fillers, self.blocks, self.seed):
-            if type(number) is not int or not 0 <= number <= _MOST:
-                raise UsageError(
-                    f"Shapes: sizes, fillers, blocks and seed are whole numbers up to {_MOST:,}, not {number!r:.30}"
-                )
-        if len(self.batch_sizes) != len(self.weights) or min(self.batch_sizes, default=0) < 1:
-            raise UsageError("Shapes: batch_sizes are 1 or more, each with its weight")
-        if min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-9 or self.fillers < 1 or self.blocks < 1:
-            raise UsageError("Shapes: weights add up to 1, fillers and blocks are 1 or more")
-        if not 0 <= self.alone <= 1:
-            raise UsageError("Shapes: alone is a share from 0 to 1")
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Shapes:
-        """The inverse of `to_json`. Raises UsageError, TypeError and ValueError for anything else."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-        return cls(**fields)
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # without slots: what is computed from the repeats is kept in it
 class NoiseFloor:
-    """R repeats of a decode replay of N tokens on the recording engine, each block in a shape drawn from `shapes`.
+    """R repeats of a decode replay of N tokens on the recording engine, in batches sampled from `compositions`.
 
     `logprobs` is float32 [R, N] in nats, NaN where the trace masks a token, -inf where truncation excluded it in that
-    repeat. The generating run is not among them. `reproduces` says whether a replay on the golden's own schedule gave
-    every bit back.
+    repeat. The generating run is not among them. `reproduces` says whether a replay on the golden's own schedule was
+    bit-identical.
 
     Raises UsageError for fewer than 2 repeats.
     """
 
     logprobs: npt.NDArray[np.float32]
-    shapes: Shapes
+    compositions: BatchCompositions
     reproduces: bool
 
     def __post_init__(self) -> None:
@@ -128,9 +82,9 @@ class NoiseFloor:
         return float(np.isneginf(self.logprobs).sum()) / self.repeats
 
     def to_json(self) -> dict[str, Any]:
-        """The summary and the shapes as JSON values; the repeats are in the file."""
+        """The summary and the batch compositions as JSON values; the repeats are in the file."""
         names = ("repeats", "reproduces", "rms", "mean_abs", "max_abs", "changed", "flips")
-        return {name: getattr(self, name) for name in names} | {"shapes": self.shapes.to_json()}
+        return {name: getattr(self, name) for name in names} | {"shapes": self.compositions.to_json()}
 
     def describe(self) -> str:
         """The floor in a line, for people."""

@@ -14,7 +14,7 @@ from ..grammar import counted
 from ..trace import Trace
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Reference:
     """Logprobs of the golden's N tokens in float32 arithmetic, processed as the golden's are.
 

@@ -5,15 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
-
-from packaging.version import InvalidVersion, Version
 
 from ..check.check import judge_answers
 from ..check.context import Context
@@ -22,17 +17,15 @@ from ..comparison.vocabulary import Verdict
 from ..errors import EngineError, GoldenError, UsageError
 from ..golden import Golden
 from ..progress import doing
-from .environments import DiskFullError, Environment
+from .environments import Environment
 from .executors import Job, answered, run_job, today
+from .installer import DiskFullError
 from .worker import load_answers
 
-#: Nothing that text models need, and builds that want CUDA beside a CPU torch; and triton, whose version torch decides: the
-#: one that CPU releases pin does not go with the build of torch that an index may have in place of theirs.
-_UNWANTED: Final = ("torchvision", "torchaudio", "torchcodec", "triton")
 _NAME: Final = "golden"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tried:
     """One release: what the golden's check came to there, or why it did not run."""
 
@@ -57,7 +50,7 @@ class Tried:
         return f"{self.version}: {self.verdict}" + (f" ({causes})" if causes and not self.comparison.passed else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Switch:
     """Where the outcome changed: `before` has the older release's, `after` the newer's. All releases tried, in order.
 
@@ -68,82 +61,6 @@ class Switch:
     after: Tried
     tried: tuple[Tried, ...]
     skipped: tuple[str, ...]
-
-
-def releases_between(known: Sequence[str], one: str, other: str) -> list[str]:
-    """The releases from `one` to `other`, oldest first, both included, in the order of PEP 440.
-
-    In between, pre-releases and development releases are left out, and so are a release's repackagings (post releases, local
-    versions) where the release itself is there. Raises UsageError where one of the two does not exist.
-    """
-    ordered = sorted((parsed, text) for text in known if (parsed := _parsed(text)) is not None)
-    ends = []
-    for text in (one, other):
-        found = [version for version, _ in ordered if version == _parsed(text)]
-        if not found:
-            raise UsageError(f"there is no release {text}; known are {', '.join(text for _, text in ordered) or 'none'}")
-        ends.append(found[0])
-    low, high = sorted(ends)
-    between = [(version, text) for version, text in ordered if low <= version <= high]
-    first: dict[str, Version] = {}
-    for version, _ in between:
-        if not version.is_prerelease:
-            first.setdefault(version.base_version, version)
-    return [text for version, text in between if version in ends or version == first.get(version.base_version)]
-
-
-def _parsed(text: str) -> Version | None:
-    try:
-        return Version(text)
-    except InvalidVersion:
-        return None
-
-
-def is_prerelease(text: str) -> bool:
-    """Whether a version is a pre-release or a development release; not where it is no version."""
-    version = _parsed(text)
-    return version is not None and version.is_prerelease
-
-
-def known_releases(package: str, *, pre: bool = False) -> list[str]:
-    """A package's releases on the configured index, with `pre` the pre-releases too. Raises UsageError where it has none."""
-    done = _pip("index", "versions", package, *(["--pre"] if pre else []))
-    found = re.search(r"Available versions: (.*)", done.stdout)
-    if found is None:
-        raise UsageError(f"no releases of {package} are known to the configured package index")
-    return [version.strip() for version in found.group(1).split(",")]
-
-
-def environment_of(
-    package: str, version: str, also: Sequence[str] = (), after_install: Mapping[str, str] | None = None
-) -> Environment:  # fmt: skip
-    """What a release is installed from: its own metadata's requirements, without the local version of torch's build.
-
-    `also` are extra pins for dependencies that a release left open, such as "transformers<5"; `after_install` has Python
-    files by name, as Environment has.
-
-    Raises EngineError where the release cannot be had.
-    """
-    done = _pip("install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-", f"{package}=={version}")
-    try:
-        (entry,) = json.loads(done.stdout)["install"]
-        needs = entry["metadata"].get("requires_dist", [])
-    except (ValueError, KeyError):
-        why = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise EngineError(f"{package} {version} cannot be had: {(why or ['pip says nothing of it'])[-1]}") from None
-    kept = [need for need in needs if "extra ==" not in need and re.split(r"[^\w-]", need, maxsplit=1)[0] not in _UNWANTED]
-    relaxed = [re.sub(r"(==[\w.]+)\+cpu", r"\1", need) for need in kept]
-    return Environment(
-        f"{package}-{version}",
-        packages=(f"{package}=={version}",),
-        resolved=(*relaxed, *also),
-        after_install=dict(after_install or {}),
-    )
-
-
-def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 
 def try_release(
@@ -158,7 +75,7 @@ def try_release(
     }  # fmt: skip
     files = {"job.json": json.dumps(told, sort_keys=True).encode(), f"{_NAME}.golden.safetensors": golden_path.read_bytes()}
     folder = out / version
-    job = Job(version, environment, files, {}, cpus=2, gpus=0, minutes=20)
+    job = Job(name=version, environment=environment, files=files, variables={}, cpus=2, gpus=0, minutes=20)
     if not answered(job, folder):
         for old in folder.glob("*") if folder.is_dir() else ():
             old.unlink()
@@ -216,10 +133,10 @@ def bisect(
             high = place
     order = {version: n for n, version in enumerate(versions)}
     return Switch(
-        tried[versions[low]],
-        tried[versions[high]],
-        tuple(sorted(tried.values(), key=lambda t: order[t.version])),
-        tuple(versions[low + 1 : high]),
+        before=tried[versions[low]],
+        after=tried[versions[high]],
+        tried=tuple(sorted(tried.values(), key=lambda t: order[t.version])),
+        skipped=tuple(versions[low + 1 : high]),
     )
 
 

@@ -10,51 +10,45 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from ..atomic import write_whole
 from ..checkpoint.digests import digest_of
 from ..errors import EngineError
+from .installer import CommandError, DiskFullError, clean_variables, installer_of, run_command
+from .releases import requirements_of
 
 _READY: Final = "logprob-parity.json"
 #: What the worker needs beside the engine: an environment that had it and has it no more is not whole.
 _NEEDED: Final = ("numpy", "safetensors")
-#: How often one that waits for pip looks whether it is to stop, in seconds.
-_LOOK: Final = 0.1
-#: What a full disk is called, here and in what pip and workers print; with less than so many bytes left a disk is full.
-FULL: Final = "No space left on device"
-_NOTHING_LEFT: Final = 8_000_000
 _INSTALLED: Final = """
 import importlib.metadata
 print(sorted(f"{d.metadata['Name']} {d.version}" for d in importlib.metadata.distributions()))
 """
 
 
-class DiskFullError(EngineError):
-    """There is no disk left for an environment: that says nothing of what was to be installed."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
     """What an engine version is installed from.
 
     Either `python`, an interpreter of the user's that is used as it is, or pins: `requirements` (texts of requirement
-    files) and `packages` are installed without their dependencies, `resolved` with them. `after_install` has Python files
-    by name, texts too: the environment's own Python runs them, in this order, when everything is installed. `variables`
-    are set for the engine's process.
+    files) and `packages` are installed without their dependencies, `resolved` with them; of a `release`
+    (`package==version`) the dependencies are what its own metadata requires. `after_install` has Python files by name, texts
+    too: the environment's own Python runs them, in this order, when everything is installed. `variables` are set for the
+    engine's process.
     """
 
     name: str
     requirements: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     resolved: tuple[str, ...] = ()
+    release: str = ""
     after_install: Mapping[str, str] = field(default_factory=dict)
     python: str = ""
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -63,7 +57,8 @@ class Environment:
     def digest(self) -> str:
         """16 hex digits of what it is made of."""
         parts = [self.requirements, self.packages, self.resolved, list(sys.version_info[:2])]
-        return digest_of([*parts, list(self.after_install.values())] if self.after_install else parts)
+        later = {"release": self.release, "after_install": list(self.after_install.values())}
+        return digest_of([*parts, later] if any(later.values()) else parts)
 
 
 def installed_in(environment: Environment) -> str:
@@ -83,36 +78,60 @@ def default_home() -> Path:
 
 
 def python_of(
-    environment: Environment, home: Path, notify: Callable[[str], None], stop: threading.Event | None = None
-) -> Path:  # fmt: skip
+    environment: Environment,
+    home: Path,
+    notify: Callable[[str], None],
+    stop: threading.Event | None = None,
+    failed: dict[str, str] | None = None,
+) -> Path:
     """The interpreter of an environment, which is made first where there is none yet. `stop` ends that from another thread.
+
+    `failed` remembers, by digest, why environments could not be made: they are not tried again.
 
     Raises EngineError, in one line, where it cannot be made, DiskFullError for want of disk; what was half-made is removed.
     """
     stop = stop or threading.Event()
+    failed = {} if failed is None else failed
     if environment.python:
-        given = shutil.which(environment.python)
-        if given is None:
-            raise EngineError(f"environment {environment.name}: there is no interpreter {environment.python}")
-        if _ask(given, "print('Python')").stdout.strip() != "Python":
-            raise EngineError(f"environment {environment.name}: {environment.python} is no Python")
-        return Path(given)
+        return _users_python(environment)
     folder = home / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', environment.name)}-{environment.digest[:8]}"
     python = folder / "bin" / "python"
     with _locked(folder):
         if _is_whole(folder, environment):
             return python
+        if why := failed.get(environment.digest):
+            raise EngineError(why)
         notify(f"making the environment {environment.name} (kept in {folder})")
         shutil.rmtree(folder, ignore_errors=True)
         try:
+            folder.mkdir()
             _make(environment, folder, python, stop)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError):
-                why = error.strerror or str(error)
-                raise _kind_of(error)(f"environment {environment.name} was not made: {why} ({folder})") from None
+            if isinstance(error, (OSError, EngineError)):
+                told = _not_made(environment, error, folder)
+                if not isinstance(told, DiskFullError) and not stop.is_set():
+                    failed[environment.digest] = str(told)
+                raise told from None
             raise
     return python
+
+
+def _users_python(environment: Environment) -> Path:
+    """The interpreter that an environment names. Raises EngineError where it is none."""
+    found = shutil.which(environment.python)
+    if found is None:
+        raise EngineError(f"environment {environment.name}: there is no interpreter {environment.python}")
+    if _ask(found, "print('Python')").stdout.strip() != "Python":
+        raise EngineError(f"environment {environment.name}: {environment.python} is no Python")
+    return Path(found)
+
+
+def _not_made(environment: Environment, error: OSError | EngineError, folder: Path) -> EngineError:
+    told = f"environment {environment.name} was not made: "
+    if isinstance(error, EngineError):
+        return type(error)(f"{told}{error}")
+    return _kind_of(error)(f"{told}{error.strerror or error} ({folder})")
 
 
 def _kind_of(error: OSError) -> type[EngineError]:
@@ -146,70 +165,45 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _make(environment: Environment, folder: Path, python: Path, stop: threading.Event) -> None:
-    run = functools.partial(_run, environment, folder, stop)
-    run([sys.executable, "-m", "venv", str(folder)])
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "--no-input", "install"]
+    """Make an environment in an empty folder, its ready file last."""
+    packages, resolved = environment.packages, environment.resolved
+    if environment.release:
+        packages = (*packages, environment.release)
+        resolved = (*requirements_of(environment.release, folder, stop), *resolved)
+    run_command([sys.executable, "-m", "venv", str(folder)], folder, stop)  # by both: with pip, and what comes with it
+    installer = installer_of(python, own_files=bool(environment.after_install))
+    install = functools.partial(run_command, folder=folder, stop=stop, installer=installer)
+    pins = folder / "requirements.txt"
     for text in environment.requirements:
-        pins = folder / "requirements.txt"
         pins.write_text(text, "utf-8")
-        run([*pip, "--no-deps", "-r", str(pins)])
-    if environment.packages:
-        run([*pip, "--no-deps", *environment.packages])
-    if environment.resolved:
-        run([*pip, *environment.resolved])
+        install([*installer.command, "--no-deps", "-r", str(pins)])
+    if packages:
+        install([*installer.command, "--no-deps", *packages])
+    if resolved:
+        install([*installer.command, *resolved])
+    made = {
+        "digest": environment.digest,
+        "name": environment.name,
+        "after_install": _after_install(environment, folder, python, stop),
+        "imports": _imports(folder),
+    }
+    write_whole(folder / _READY, json.dumps(made).encode())
+
+
+def _after_install(environment: Environment, folder: Path, python: Path, stop: threading.Event) -> list[str]:
+    """Run what comes after an install; the lines that it printed."""
     printed = []
+    script = folder / "after_install.py"
     for name, code in environment.after_install.items():
-        script = folder / "after_install.py"
         script.write_text(code, "utf-8")
-        printed += run([str(python), str(script)], f"after_install {name}: ").splitlines()
-        script.unlink()
-    made = {"digest": environment.digest, "name": environment.name, "after_install": printed, "imports": _imports(folder)}
-    text = json.dumps(made)
-    (folder / f"{_READY}.part").write_text(text, "utf-8")
-    (folder / f"{_READY}.part").replace(folder / _READY)
-
-
-def _run(environment: Environment, folder: Path, stop: threading.Event, command: Sequence[str], step: str = "") -> str:
-    """What a command printed. Raises EngineError where it fails, DiskFullError for want of disk; `step` is for the message."""
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command, env=_variables(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
         try:
-            while process.poll() is None and not stop.wait(_LOOK):
-                pass
-        finally:
-            ended_by_us = process.poll() is None
-            if ended_by_us:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
-        output.seek(0)
-        said = output.read()
-    if ended_by_us:
-        raise EngineError(f"environment {environment.name} was not made: the run was interrupted")
-    if status:
-        full = shutil.disk_usage(folder.parent).free < _NOTHING_LEFT  # venv does not say why its ensurepip ended
-        why = FULL if full else _last_error(said)
-        kind = DiskFullError if FULL in why else EngineError
-        raise kind(f"environment {environment.name} was not made: {step}{why}")
-    return said
+            printed += run_command([str(python), str(script)], folder, stop).splitlines()
+        except CommandError as error:
+            raise CommandError(f"after_install {name}: {error}") from None
+    script.unlink(missing_ok=True)
+    return printed
 
 
 def _ask(python: str | Path, code: str) -> subprocess.CompletedProcess[str]:
     command = [str(python), "-c", code]
-    return subprocess.run(command, env=_variables(), capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-
-
-def _variables() -> dict[str, str]:
-    """The user's environment, without what it says of Python."""
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-
-
-def _last_error(output: str) -> str:
-    """The line of pip's output that says why."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR") or "Error" in line]
-    errors = [line for line in errors if FULL in line] or errors
-    text = (errors or lines or ["pip failed without a word"])[-1]
-    return re.sub(r"^ERROR:\s*", "", text)[:300]
+    return subprocess.run(command, env=clean_variables(), capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)

@@ -22,7 +22,9 @@ from typing import Any, Final, Protocol
 
 from ..checkpoint.digests import find_model
 from ..errors import EngineError, GoldenError, ParityError, UsageError
-from .environments import FULL, DiskFullError, Environment, installed_in, python_of
+from .environments import Environment, installed_in, python_of
+from .install_failure import FULL
+from .installer import DiskFullError
 from .worker import load_answers, load_recorded
 
 _PACKAGE: Final = Path(__file__).resolve().parent.parent
@@ -38,7 +40,7 @@ _CONNECT_SECONDS: Final = 5.0
 _STOPPED: Final = "was ended: the run was interrupted"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One engine start and what it is asked: `files` go into its folder, `job.json` among them."""
 
@@ -99,18 +101,23 @@ class Executor(Protocol):
 
 
 def run_job(
-    job: Job, folder: Path, home: Path, notify: Callable[[str], None], stop: threading.Event | None = None
-) -> str:  # fmt: skip
+    job: Job,
+    folder: Path,
+    home: Path,
+    notify: Callable[[str], None],
+    stop: threading.Event | None = None,
+    failed: dict[str, str] | None = None,
+) -> str:
     """Run one job in its folder. Returns an empty text, or why there are no answers, in one line.
 
-    `stop` ends it from another thread. Raises DiskFullError where there is no disk left for it.
+    `stop` ends it from another thread; `failed` is that of `python_of`. Raises DiskFullError where there is no disk left.
     """
     stop = stop or threading.Event()
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in job.files.items():
         (folder / name).write_bytes(data)
     try:
-        python = python_of(job.environment, home, notify, stop)
+        python = python_of(job.environment, home, notify, stop, failed)
     except DiskFullError:
         raise
     except ParityError as error:
@@ -189,6 +196,7 @@ class LocalExecutor:
         """See Executor.run."""
         free, changed, stop = [self._cores], threading.Condition(), threading.Event()
         ended: queue.Queue[tuple[Job, str]] = queue.Queue()
+        failed: dict[str, str] = {}
 
         def work(job: Job) -> None:
             wanted = min(job.cpus, self._cores)
@@ -196,7 +204,7 @@ class LocalExecutor:
                 changed.wait_for(lambda: stop.is_set() or free[0] >= wanted)
                 free[0] -= wanted
             try:
-                why = _STOPPED if stop.is_set() else run_job(job, out / job.name, home, notify, stop)
+                why = _STOPPED if stop.is_set() else run_job(job, out / job.name, home, notify, stop, failed)
             except DiskFullError as error:
                 why = str(error)
             except Exception as error:
@@ -250,7 +258,7 @@ class RayExecutor:
             else:
                 waiting[remote.options(num_cpus=min(job.cpus, cpus), num_gpus=job.gpus).remote(job, str(home))] = job
         try:
-            yield from self._results(waiting, out, notify)
+            yield from self._results(waiting, out)
         finally:
             for task in waiting:
                 self._ray.cancel(task)  # the task then ends its worker
@@ -261,7 +269,7 @@ class RayExecutor:
         """What the best node of the cluster has of a resource."""
         return max((int(node["Resources"].get(resource, 0)) for node in self._ray.nodes() if node["Alive"]), default=0)
 
-    def _results(self, waiting: dict[Any, Job], out: Path, notify: Callable[[str], None]) -> Iterator[tuple[Job, str]]:
+    def _results(self, waiting: dict[Any, Job], out: Path) -> Iterator[tuple[Job, str]]:
         while waiting:
             (ready,), _ = self._ray.wait(list(waiting), num_returns=1)
             job = waiting.pop(ready)
@@ -272,7 +280,6 @@ class RayExecutor:
             (out / job.name).mkdir(parents=True, exist_ok=True)
             for name, data in files.items():
                 (out / job.name / name).write_bytes(data)
-            notify(f"{job.name}: {why or 'answered'}")
             yield job, why
 
 

@@ -12,7 +12,7 @@ from ..checkpoint.digests import find_model, find_tokenizer, model_digests
 from ..errors import IncomparableError, UsageError
 from ..golden import Golden
 from ..spec import Sampling
-from ..trace import container
+from ..trace import file_format
 from .plan import Cell, Matrix
 
 #: Where a golden's file keeps what `asked_of` says.
@@ -43,7 +43,7 @@ def check_is_of_plan(place: Path, matrix: Matrix, reference: Cell, sampling: str
         raise _another(place, f"with other prompts, {text!r:.60} one of them", f"has {matrix.prompts[differ[0]]!r:.60} there")
     if (asked := matrix.samplings[sampling].as_run_by(trace.engine)) != trace.sampling:
         raise _another(place, *_apart(trace.sampling, asked))
-    kept = container.read_metadata(place).get(ASKED)
+    kept = file_format.read_metadata(place).get(ASKED)
     if kept is not None and kept != asked_of(reference):
         raise _another(place, f"with the settings {kept}", f"has {asked_of(reference)} for {reference.name}")
 

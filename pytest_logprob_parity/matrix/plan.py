@@ -17,6 +17,7 @@ from ..spec import DTYPES, EngineSpec, Sampling
 from ..spec.settings import check_slips
 from ..suggest import nearest
 from .environments import Environment
+from .releases import release_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,9 +61,11 @@ _KEYS: Final[Mapping[str, _Kind]] = {
 }
 _NEEDED: Final = ("model", "prompts", "reference", "sampling", "environment", "cell")
 _ENVIRONMENT_KEYS: Final[Mapping[str, _Kind]] = {
-    "requirements": _TEXTS, "packages": _TEXTS, "resolved": _TEXTS, "after_install": _TEXTS, "python": _TEXT,
-    "variables": _VARIABLES,
+    "requirements": _TEXTS, "packages": _TEXTS, "resolved": _TEXTS, "release": _TEXT, "after_install": _TEXTS,
+    "python": _TEXT, "variables": _VARIABLES,
 }  # fmt: skip
+#: What an environment is installed from.
+_INSTALLS: Final = ("requirements", "packages", "resolved", "release")
 _CELL_KEYS: Final[Mapping[str, _Kind]] = {
     "environment": _TEXT,
     "settings": ("a table", lambda v: isinstance(v, dict)),
@@ -77,7 +80,7 @@ _CELL_KEYS: Final[Mapping[str, _Kind]] = {
 _MOST: Final = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One engine version with its settings. `cpus` and `gpus` are what it needs, `minutes` how long it may take."""
 
@@ -90,7 +93,7 @@ class Cell:
     minutes: float = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
     """Cells x dtypes x samplings, all on one model, a folder below `root`, and one set of prompts.
 
@@ -170,13 +173,18 @@ def _read(file: Path, where: str) -> str:
 def _environment(name: str, values: Mapping[str, Any], folder: Path) -> Environment:
     where = f"environment {name!r}"
     _check(values, _ENVIRONMENT_KEYS, (), where)
-    if not any(values.get(key) for key in ("requirements", "packages", "resolved", "python")):
+    if not any(values.get(key) for key in (*_INSTALLS, "python")):
         raise UsageError(f"{where} says neither what to install nor which python to use")
-    installs = [key for key in ("requirements", "packages", "resolved", "after_install") if values.get(key)]
+    installs = [key for key in (*_INSTALLS, "after_install") if values.get(key)]
     if values.get("python") and installs:
         raise UsageError(f"{where} has both python and {installs[0]}: nothing is installed beside an interpreter that is there")
+    try:
+        release = release_of(values["release"]) if "release" in values else ""
+    except UsageError as error:
+        raise UsageError(f"{where}: release: {error}") from None
     return Environment(
-        name,
+        name=name,
+        release=release,
         requirements=tuple(_read(folder / file, where) for file in values.get("requirements", ())),
         packages=tuple(values.get("packages", ())),
         resolved=tuple(values.get("resolved", ())),
@@ -193,7 +201,7 @@ def _cell(name: str, values: Mapping[str, Any], environments: Mapping[str, Envir
         raise UsageError(f"cell {name!r}: no environment {where!r}{nearest(where, environments)}")
     _check_settings(values.get("settings", {}), f"cell {name!r}")
     rest = {key: value for key, value in values.items() if key != "environment"}
-    return Cell(name, environments[where], **rest)
+    return Cell(name=name, environment=environments[where], **rest)
 
 
 def _check_settings(settings: Mapping[str, Any], where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from .plan import Cell, Matrix, slug
 from .worker import load_answers, load_recorded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One cell, dtype and sampling: the verdict, or `not run` with the reason as the headline.
 
@@ -45,7 +45,8 @@ class Row:
         """The row as JSON values; numbers that are not finite are left out."""
         findings = [finding.to_json() for finding in self.findings]
         metrics = {k: v for k, v in (self.metrics or {}).items() if abs(v) < float("inf")}
-        return {**self.__dict__, "findings": findings, "metrics": metrics}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "findings": findings, "metrics": metrics}
 
 
 def run_matrix(
@@ -116,7 +117,15 @@ def _job(matrix: Matrix, cell: Cell, dtype: str, kind: str, prompts: list[list[i
     }
     files = {**files, "job.json": json.dumps(told, sort_keys=True).encode()}
     name = f"{kind}-{slug(cell.name)}-{dtype}"
-    return Job(name, cell.environment, files, cell.variables, cell.cpus, cell.gpus, cell.minutes)
+    return Job(
+        name=name,
+        environment=cell.environment,
+        files=files,
+        variables=cell.variables,
+        cpus=cell.cpus,
+        gpus=cell.gpus,
+        minutes=cell.minutes,
+    )
 
 
 def _ask(
@@ -134,35 +143,41 @@ def _ask(
         waiting.append(job)
     whys = {job.name: "" for job in jobs}
     answers = executor.run(waiting, out, home, notify) if waiting else iter(())
+    told: dict[str, str] = {}
     for job, why in each("job", answers, len(waiting)):
         whys[job.name] = why
-        notify(f"{job.name}: {why or 'answered'}")
+        before = told.setdefault(why, job.name) if why else job.name
+        notify(f"{job.name}: {why or 'answered'}" if before == job.name else f"{job.name}: the same as {before}")
     return whys
 
 
 def _judged(
     matrix: Matrix, cell: Cell, dtype: str, goldens: dict[tuple[str, str], Path], folder: Path, why: str
 ) -> list[Row]:  # fmt: skip
-    rows = []
-    for name in matrix.samplings:
+    """The rows of one job: judged, or `not run` where `why` or its answers say that nothing can be judged."""
+    return [_row(cell.name, dtype, name, goldens[dtype, name], folder, why) for name in matrix.samplings]
+
+
+def _row(cell: str, dtype: str, sampling: str, golden: Path, folder: Path, why: str) -> Row:
+    try:
         if why:
-            rows.append(Row(cell.name, dtype, name, "not run", why))
-            continue
-        try:
-            golden = Golden.load(goldens[dtype, name])
-            answers = load_answers(folder, slug(name))
-            comparison, _ = judge_answers(golden, answers, None, "rl", Context())
-        except ParityError as error:
-            rows.append(Row(cell.name, dtype, name, "not run", str(error)))
-            continue
-        now = answers.replays["decode"]
-        rows.append(
-            Row(
-                cell.name, dtype, name, comparison.verdict, comparison.headline, now.engine_version, now.distribution(),
-                comparison.findings, dict(comparison.metrics),
-            )
-        )  # fmt: skip
-    return rows
+            raise EngineError(why)
+        answers = load_answers(folder, slug(sampling))
+        comparison, _ = judge_answers(Golden.load(golden), answers, None, "rl", Context())
+    except ParityError as error:
+        return Row(cell=cell, dtype=dtype, sampling=sampling, verdict="not run", headline=str(error))
+    actual = answers.replays["decode"]
+    return Row(
+        cell=cell,
+        dtype=dtype,
+        sampling=sampling,
+        verdict=comparison.verdict,
+        headline=comparison.headline,
+        version=actual.engine_version,
+        distribution=actual.distribution(),
+        findings=comparison.findings,
+        metrics=dict(comparison.metrics),
+    )
 
 
 def _token_ids(matrix: Matrix) -> list[list[int]]:

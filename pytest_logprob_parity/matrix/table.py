@@ -30,7 +30,7 @@ def page(rows: Sequence[Row], reference: str) -> list[str]:
             _short(row) for name in samplings for row in rows if (row.cell, row.dtype, row.sampling) == (cell, dtype, name)
         ]
         lines.append(f"| {cell} | {dtype} | " + " | ".join(texts) + " |")
-    reasons = dict.fromkeys(_reason(row) for row in rows if row.verdict == "not run" or _is_bare(row))
+    reasons = [*_not_run(rows), *(_reason(row) for row in rows if _is_bare(row))]
     return [*lines, *(["", *reasons] if reasons else [])]
 
 
@@ -39,9 +39,17 @@ def _is_bare(row: Row) -> bool:
     return row.verdict in ("unverified", "fail") and not row.findings
 
 
+def _not_run(rows: Sequence[Row]) -> list[str]:
+    """A line for each cell and reason: dtypes that did not run for the same reason are told together."""
+    dtypes: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.verdict == "not run":
+            named = dtypes.setdefault((row.cell, row.headline), [])
+            named += [row.dtype] if row.dtype not in named else []
+    return [f"- {cell} ({', '.join(named)}) did not run: {why}" for (cell, why), named in dtypes.items()]
+
+
 def _reason(row: Row) -> str:
-    if row.verdict == "not run":
-        return f"- {row.cell} ({row.dtype}) did not run: {row.headline}"
     return f"- {row.cell} ({row.dtype}), {row.sampling}, {row.verdict}: {row.headline}"
 
 

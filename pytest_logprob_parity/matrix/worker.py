@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from ..atomic import write_whole
 from ..check.ask import Answers, ask
 from ..check.measure import Measured, measure
 from ..engines.pool import Pool
@@ -19,7 +20,7 @@ from ..errors import ParityError
 from ..golden import Golden
 from ..spec import EngineSpec, Sampling
 from ..trace import FloatArray, Trace
-from ..trace.container import read, write
+from ..trace.file_format import read, write
 
 _POLICY, _DRAWN, _OWN = "policy_logprobs", "drawn_logprobs", "own_logprobs"
 
@@ -39,8 +40,7 @@ def work(folder: Path) -> None:
             save_answers(folder, name, ask(engine, golden, ("decode", "regenerate")))
         config = engine.config
         told = {"engine": config.engine, "version": config.version, "config": dict(config.values)}
-    (folder / "done.json.part").write_text(json.dumps(told, default=str), "utf-8")
-    (folder / "done.json.part").replace(folder / "done.json")
+    write_whole(folder / "done.json", json.dumps(told, default=str).encode())
 
 
 def save_recorded(folder: Path, name: str, measured: Measured) -> None:
@@ -74,7 +74,12 @@ def load_answers(folder: Path, name: str) -> Answers:
     columns, metadata = read(folder / f"{name}.more.safetensors")
     replays = {path: Trace.load(folder / f"{name}.{path}.safetensors") for path in metadata["paths"]}
     drawn = columns.get(_DRAWN)
-    return Answers(replays, metadata["fingerprint"], columns.get(_POLICY), None if drawn is None else lambda: drawn)
+    return Answers(
+        replays=replays,
+        fingerprint=metadata["fingerprint"],
+        policy_logprobs=columns.get(_POLICY),
+        draw=None if drawn is None else lambda: drawn,
+    )
 
 
 def main() -> None:

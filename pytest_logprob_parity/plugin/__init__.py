@@ -1,6 +1,11 @@
 """The pytest side: options, marker, hooks, fixtures. Light: nothing heavy is imported before a fixture is used."""
 
-from .collection import pytest_collection_modifyitems, pytest_itemcollected, pytest_make_parametrize_id
+from .collection import (
+    pytest_collection_finish,
+    pytest_collection_modifyitems,
+    pytest_itemcollected,
+    pytest_make_parametrize_id,
+)
 from .configure import pytest_configure, pytest_report_header, pytest_sessionstart
 from .fixtures import golden_trace, parity_engine, parity_engine_factory, parity_engines, trainer_scorer
 from .hookspecs import pytest_addhooks
@@ -20,6 +25,7 @@ __all__ = [
     "parity_engines",
     "pytest_addhooks",
     "pytest_addoption",
+    "pytest_collection_finish",
     "pytest_collection_modifyitems",
     "pytest_configure",
     "pytest_fixture_setup",

@@ -10,7 +10,7 @@ import pytest
 from ..errors import ParityError, UsageError
 from ..spec.settings import make_spec, marker_settings
 from .options import OBJECTIVES
-from .stash import ITEM, MARKER, NODE_ID, SESSION, ItemSettings, node_id_of
+from .stash import ITEM, MARKER, NODE_ID, SESSION, UNCOMPARED, ItemSettings, node_id_of
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
@@ -62,6 +62,18 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
     for i, item in zip(slots, ordered, strict=True):
         items[i] = item
     _find_unused(session, items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tell those who implement the hook which goldens no test asks for."""
+    own, cache = session.config.stash[SESSION], getattr(session.config, "cache", None)
+    unasked = None if cache is None else cache.get(UNCOMPARED, None)
+    session.config.hook.pytest_parity_collected(
+        session=session,
+        golden_dir=own.golden_dir,
+        gone=sorted(own.unused),
+        unasked=[path for path in unasked if isinstance(path, str)] if isinstance(unasked, list) else None,
+    )
 
 
 def _find_unused(session: pytest.Session, items: list[pytest.Item]) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..comparison.tolerance import Tolerance
     from ..comparison.vocabulary import Level
     from ..engines.engine import Engine
-    from ..report.results import Outcome
+    from ..report.outcomes import Outcome
     from ..trace import ReplayPath, Trace
 
 

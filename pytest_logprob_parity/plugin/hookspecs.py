@@ -19,6 +19,16 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 class Hooks:
     """What this plugin calls. All are optional, and what they raise is an error of the test, or of the run's end."""
 
+    def pytest_parity_collected(
+        self, session: pytest.Session, golden_dir: Path, gone: Sequence[str], unasked: Sequence[str] | None
+    ) -> None:
+        """Tests were collected, and these goldens below `golden_dir` are unused, as paths from the root.
+
+        `gone` are the goldens of wholly collected test files that no test claims. `unasked` are those that no check of their
+        test asked for when it last passed here; None where pytest's cache remembers no run. The cache is a file that anybody
+        may have written: look at what stands at a path before you remove it.
+        """
+
     def pytest_parity_recorded(self, item: pytest.Item, name: str, path: Path, comparison: Comparison) -> None:
         """A golden was recorded.
 

@@ -129,11 +129,11 @@ class Outcomes:
         readings = [{**record["history"], "outcome": record["outcome"]} for record in records if "history" in record]
         if path is None or not readings:
             return ()
-        from ..report.history.run import keep_run
+        from ..report.history.add_run import add_run
         from ..report.write import project_of
 
         try:
-            series, lines, self._warnings = keep_run(path, readings, created, project_of(self._config.rootpath))
+            series, lines, self._warnings = add_run(path, readings, created, project_of(self._config.rootpath))
         except (UsageError, OSError) as error:
             self._problems.append(f"logprob-parity: not in the history: {error}")
             return ()
@@ -143,7 +143,7 @@ class Outcomes:
         return series
 
     def _report(self, run: Run, records: Sequence[Mapping[str, Any]], created: str, series: Sequence[Series]) -> None:
-        from ..report.run import report_run
+        from ..report.run_report import report_run
 
         parts = [record.get("part", "") for record in records if record["outcome"] != UNCHECKED or record.get("part")]
         expected = {record.get("part", "") for record in records if record["outcome"] == "expected"}
@@ -158,7 +158,7 @@ class Outcomes:
 def _cut_off(run: Path, records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Records of checks that ended before their worker died or the run was broken off: only their parts are there."""
     from ..report.folder import unnamed_parts
-    from ..report.history.line import reading_of_entry
+    from ..report.history.run_record import check_record_of_entry
 
     parts = unnamed_parts(run, {record.get("part", "") for record in records})
-    return [{"outcome": e["outcome"], "part": name, "history": reading_of_entry(e)} for name, e in parts.items()]
+    return [{"outcome": e["outcome"], "part": name, "history": check_record_of_entry(e)} for name, e in parts.items()]

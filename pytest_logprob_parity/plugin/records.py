@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from ..check.context import Checked, Context
     from ..comparison.result import Comparison
     from ..errors import Kind
-    from ..report.results import Outcome
+    from ..report.outcomes import Outcome
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Kept:
     """Where an obtained trace lies, from the root, and why it cannot be accepted ("" where it can)."""
 
@@ -133,11 +133,11 @@ class Records:
                 record["logged"] = told["logged"]
             record["metrics"] = {k: v for k, v in told["metrics"].items() if v is not None}
         if self._session.history is not None:
-            from ..report.history.line import made_by, reading_of
+            from ..report.history.run_record import check_record, made_by
 
             digest = "" if checked is None else checked.golden.digest
             place = {"node_id": self._node_id, "name": context.name, "golden": context.shown_path, "digest": digest}
-            record["history"] = reading_of(place, outcome, record, record.get("metrics", {}), made_by(comparison, checked))
+            record["history"] = check_record(place, outcome, record, record.get("metrics", {}), made_by(comparison, checked))
         if self._session.report is not None:
             about = self._about(context, outcome, message, kept)
             record["part"] = self._write_part(self._session.report, about, record, comparison, checked)
@@ -192,7 +192,7 @@ class Records:
         checked: Checked | None,
     ) -> str:
         """The name of this check's part of the report; "" where it could not be written, which the report then says."""
-        from ..report.entry import make_entry
+        from ..report.check_entry import make_entry
         from ..report.folder import report_of, write_part
 
         headline = record["headline"] if comparison is None else comparison.headline

@@ -91,7 +91,7 @@ class Session:
         return {**settings, "engine": SERVER, "url": self.server}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ItemSettings:
     """What one marked test asks for: its spec (None: no model named), or what is wrong with its marker; `objective` is "" where
     the marker names none.

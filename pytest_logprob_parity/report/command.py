@@ -12,10 +12,11 @@ from ..comparison.message import failure_message
 from ..comparison.vocabulary import Verdict
 from ..errors import UsageError
 from ..golden import SUFFIX
-from .entry import make_entry
+from .check_entry import make_entry
 from .github import add_to_summary, no_summary, workflow_commands
-from .results import GOOD, Outcome, counts_of
-from .write import read_all, results_of, write_report
+from .merge import read_all
+from .outcomes import GOOD, Outcome, counts_of
+from .write import results_of, write_report
 
 _OUT: Final = Path("parity-report")
 _OUTCOMES: Final[Mapping[Verdict, Outcome]] = {"pass": "passed", "fail": "failed", "unverified": "unverified"}

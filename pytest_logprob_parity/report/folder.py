@@ -20,9 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from ..atomic import write_whole
 from ..bounded import parse_json, read_text
 from ..errors import UsageError
-from .results import FORMAT, LARGEST, NAME
+from .results_file import LARGEST, NAME
+from .results_schema import FORMAT
 
 try:
     import fcntl
@@ -56,8 +58,7 @@ class Run:
         Raises OSError where these cannot be written.
         """
         if results is not None and _alive(self.folder, besides=self.path):
-            (self.path / f"{NAME}.part").write_text(results, "ascii")
-            os.replace(self.path / f"{NAME}.part", self.path / NAME)
+            write_whole(self.path / NAME, results.encode("ascii"))
         else:
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
@@ -197,8 +198,7 @@ def unwritable(folder: Path, error: OSError) -> UsageError:
 def write_part(run: Path, entry: Mapping[str, Any]) -> str:
     """Leave the entry of one check for the process that reports; gives its name. Raises OSError."""
     name = f"{uuid.uuid4().hex}.json"
-    (run / f"{name}.part").write_text(json.dumps(entry, allow_nan=False), "ascii")
-    os.replace(run / f"{name}.part", run / name)
+    write_whole(run / name, json.dumps(entry, allow_nan=False).encode("ascii"))
     return name
 
 

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from ..visible_text import visible
 from .markdown import render_markdown
-from .results import GOOD, IN_WORDS, cause_of, title_of
+from .outcomes import GOOD, IN_WORDS
+from .titles import cause_of, title_of
 
 #: GitHub shows ten errors and ten warnings of a step; ours are the worst.
 _MOST: Final = 10

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..visible_text import visible
-from .results import EXPECTED, GOOD, IN_WORDS, WARNED, cause_of, counts_of, title_of
+from .outcomes import EXPECTED, GOOD, IN_WORDS, WARNED, counts_of
+from .titles import cause_of, title_of
 
 #: Checks that are listed one by one; GitHub cuts a summary off at 1 MiB.
 _LISTED: Final = 60

@@ -15,7 +15,8 @@ from markupsafe import Markup
 from ..comparison.findings import LAYERS
 from ..visible_text import visible, visible_token
 from .charts import Chart, charts_of, history_charts
-from .results import IN_WORDS, OUTCOMES, cause_of, counts_of, title_of
+from .outcomes import IN_WORDS, OUTCOMES, counts_of
+from .titles import cause_of, title_of
 
 _PAGE: Final = "page.html"
 _CHART: Final = "charts.svg.jinja"

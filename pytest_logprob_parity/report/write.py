@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import UsageError
-from ..trace import container
-from .folder import check_library, check_ours, ignore, is_part, unwritable
+from .. import atomic
+from .finite_json import to_text
+from .folder import check_library, check_ours, ignore, unwritable
 from .github import repository
 from .markdown import render_markdown
-from .results import NAME, fitting, make_results, merge, read_results, to_text
+from .results_file import NAME, fitting, make_results
 
 PAGE: Final = "index.html"
 SUMMARY: Final = "summary.md"
@@ -47,38 +47,11 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> Path:
 
     texts = {NAME: to_text(content), PAGE: render_page(content), SUMMARY: render_markdown(content)}
     try:
-        container.replace_all({folder / name: text.encode("utf-8") for name, text in texts.items()})
+        atomic.replace_all({folder / name: text.encode("utf-8") for name, text in texts.items()})
         ignore(folder)
     except OSError as error:
         raise unwritable(folder, error) from None
     return folder / PAGE
-
-
-def find_results(places: Sequence[Path]) -> list[Path]:
-    """The results.json files that are meant: files themselves, folders of reports, folders that hold such at any depth.
-
-    Raises UsageError for a place without any.
-    """
-    found: list[Path] = []
-    for place in places:
-        if place.is_dir():
-            here = (
-                [place / NAME]
-                if (place / NAME).is_file()
-                else sorted(file for file in place.rglob(NAME) if not is_part(file.relative_to(place)))
-            )
-            if not here:
-                raise UsageError(f"{place}: no {NAME} in it; pytest --parity-report=DIR writes one")
-            found += here
-        else:
-            found.append(place)
-    return list(dict.fromkeys(path.absolute() for path in found)) if len(found) > 1 else found
-
-
-def read_all(places: Sequence[Path]) -> dict[str, Any]:
-    """One content of all results that are meant. Raises UsageError."""
-    results = [(path, read_results(path)) for path in find_results(places)]
-    return results[0][1] if len(results) == 1 else merge(results)
 
 
 def _prefix(root: Path) -> str:

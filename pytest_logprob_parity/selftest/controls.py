@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..golden.noise_floor import Shapes
-from .fault import Fault, NotPossibleError
+from ..trace.batch_composition import BatchCompositions
+from .engine_under_test import NotPossibleError
+from .fault import Fault
 
 if TYPE_CHECKING:
     from ..check.ask import Answers
@@ -38,9 +39,9 @@ def _batch_compositions(number: int) -> Fault:
     @contextlib.contextmanager
     def plant(under_test: EngineUnderTest) -> Iterator[Answers]:
         floor = under_test.golden.floor
-        shapes = Shapes() if floor is None else floor.shapes
+        shapes = BatchCompositions() if floor is None else floor.compositions
         drawn = (0 if floor is None else floor.repeats) + number
-        logprobs = under_test.engine.replay_in_drawn_shapes(under_test.golden.trace, shapes, drawn)
+        logprobs = under_test.engine.replay_in_batch_compositions(under_test.golden.trace, shapes, drawn)
         clean = under_test.clean  # no top-k comes with these logprobs: that of another batch would contradict them
         yield under_test.with_column(
             logprobs=logprobs, top_logprobs=clean.top_logprobs[:, :0], top_token_ids=clean.top_token_ids[:, :0],

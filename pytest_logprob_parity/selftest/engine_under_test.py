@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,10 @@ from ..golden import Golden
 from ..spec import EngineSpec
 from ..trace import ReplayPath, Trace
 from .checkpoint_tensors import CheckpointTensors
-from .fault import NotPossibleError
+
+
+class NotPossibleError(Exception):
+    """This engine, version, hardware or golden does not allow a fault; the text says why."""
 
 
 class EngineUnderTest:
@@ -85,15 +89,17 @@ class EngineUnderTest:
 
         The running engine takes them where that is faithful, or else one is started from a changed checkpoint.
         """
-        if self._start_needed(changed):
-            with self._started_from(changed) as engine:
-                yield self._planted(engine)
-            return
-        self.engine.update_weights({**self.checkpoint.tensors, **changed}, clear_cache=True)
-        try:
-            yield self._planted(self.engine)
-        finally:
-            self.engine.update_weights(self.engine.folder, clear_cache=True)
+        if not self._start_needed(changed):
+            self.engine.update_weights({**self.checkpoint.tensors, **changed}, clear_cache=True)
+            try:
+                answers = self._planted(self.engine)
+                if not self._is_clean(answers):
+                    yield answers
+                    return
+            finally:
+                self.engine.update_weights(self.engine.folder, clear_cache=True)
+        with self._started_from(changed) as engine:  # also where the running engine took the weights and did not use them
+            yield self._planted(engine)
 
     def takes_weights(self) -> bool:
         """Whether the running engine takes its own weights again and answers bit for bit as before; tried once.
@@ -103,8 +109,7 @@ class EngineUnderTest:
         if self._takes_weights is None:
             try:
                 self.engine.update_weights(self.engine.folder, clear_cache=True)
-                again = self.engine.replay(self.golden.trace).logprobs
-                self._takes_weights = bool(np.array_equal(again, self.clean.logprobs, equal_nan=True))
+                self._takes_weights = self._is_clean(ask(self.engine, self.golden, ("decode",)))
             except (EngineError, UsageError):
                 self._takes_weights = False
             if not self._takes_weights:
@@ -117,9 +122,17 @@ class EngineUnderTest:
         self.engine = self.pool.engine(self.spec)
 
     def _start_needed(self, changed: Mapping[str, Any]) -> bool:
-        """vLLM on CPUs keeps a packed copy of a tied LM head, which a weight update does not reach."""
-        packed = bool(tied_heads(self.engine.folder)) and "cuda" not in self.answers.fingerprint["hardware"]
-        return (packed and bool(set(changed) & set(self.checkpoint.vocabulary))) or not self.takes_weights()
+        """Whether the running engine would not use these tensors: vLLM on CPUs keeps a packed copy of an LM head tied to
+        the embedding, and a weight update does not reach it.
+        """
+        vocabulary = self.checkpoint.vocabulary
+        tied = len(vocabulary) == 1 or bool(tied_heads(self.engine.folder))
+        packed = tied and "cuda" not in self.answers.fingerprint["hardware"]
+        return (packed and bool(set(changed) & set(vocabulary))) or not self.takes_weights()
+
+    def _is_clean(self, answers: Answers) -> bool:
+        """Whether these logprobs are bit for bit those of the engine without a fault."""
+        return bool(np.array_equal(answers.replays["decode"].logprobs, self.clean.logprobs, equal_nan=True))
 
     @contextlib.contextmanager
     def _started_from(self, changed: Mapping[str, Any]) -> Iterator[Engine]:
@@ -142,12 +155,10 @@ class EngineUnderTest:
     def _unversioned(answers: Answers, fingerprint: Mapping[str, Any] | None = None) -> Answers:
         """The answers of an engine that does not know that its weights were changed."""
         replays = {path: trace.with_(weight_versions=None) for path, trace in answers.replays.items()}
-        return Answers(
-            replays, fingerprint or answers.fingerprint, answers.policy_logprobs, answers.draw, answers.remarks
-        )  # fmt: skip
+        return dataclasses.replace(answers, replays=replays, fingerprint=fingerprint or answers.fingerprint)
 
     def _answers(self, replays: Mapping[Any, Trace]) -> Answers:
-        return Answers(replays, self.answers.fingerprint)
+        return Answers(replays=replays, fingerprint=self.answers.fingerprint)
 
 
 def first_line(error: BaseException) -> str:

@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
+from .engine_under_test import EngineUnderTest
 from .truth import IMMATERIAL, MATERIAL
 
 if TYPE_CHECKING:
     from ..check.ask import Answers
-    from .engine_under_test import EngineUnderTest
 
 #: What a fault is planted in; `control` is no fault at all.
 Kind = Literal["setting", "sampler", "report", "weights", "control"]
@@ -21,10 +21,6 @@ KINDS: Final[tuple[Kind, ...]] = ("control", "sampler", "report", "weights", "se
 
 #: What a check said: a verdict, or `error` where it ended with an error, which is as red as `fail`.
 Outcome = Literal["pass", "unverified", "fail", "error", "not possible"]
-
-
-class NotPossibleError(Exception):
-    """This engine, version, hardware or golden does not allow a fault; the text says why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, Final
@@ -46,9 +47,7 @@ def judge_fault(fault: Fault, golden: Golden, clean: Trace, answers: Answers, ob
 def verdict_of(golden: Golden, answers: Answers, objective: Objective, *, unchanged: bool) -> Comparison:
     """What a check says of the answers: of an engine that nobody changed, or as of another build."""
     if not unchanged:
-        answers = Answers(
-            answers.replays, {**answers.fingerprint, **_ANOTHER_BUILD}, answers.policy_logprobs, answers.draw, answers.remarks
-        )  # fmt: skip
+        answers = dataclasses.replace(answers, fingerprint={**answers.fingerprint, **_ANOTHER_BUILD})
     comparison, _ = judge_answers(golden, answers, None, "rl", Context(objective=objective))
     return comparison
 

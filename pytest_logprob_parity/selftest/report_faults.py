@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def report_faults() -> list[Fault]:
     """The faults of the report."""
     return [
-        _fault("logprobs shifted by one token", "all", _shifted),
+        _fault("logprobs one token late", "all", _shifted),
         _fault("logprobs of the neighbouring row", "all", lambda trace: {"logprobs": _of_neighbour(trace)}),
         _fault("logprobs of the neighbouring row", "one pair of rows", lambda trace: {"logprobs": _of_neighbour(trace, 2)}),
-        _fault("ranks and top-k shifted by one token", "all", _top_k_shifted),
+        _fault("top-k and ranks one token late", "all", _top_k_shifted),
         _fault("logprobs in base 2", "all", lambda trace: {"logprobs": trace.logprobs / np.float32(np.log(2))}),
         _fault("logprobs rounded to bfloat16", "all", lambda trace: {"logprobs": _in_bfloat16(trace.logprobs)}),
         _fault("NaN for some tokens", "1 in 100", _some_nan),

@@ -18,15 +18,15 @@ from ..grammar import counted
 from ..progress import doing
 from ..spec import EngineSpec, Sampling
 from .controls import first_controls, later_controls
-from .engine_under_test import EngineUnderTest, first_line
-from .fault import Fault, NotPossibleError, Row
+from .engine_under_test import EngineUnderTest, NotPossibleError, first_line
+from .fault import Fault, Row
 from .judge import judge_fault
 from .prompts import LENGTH, make_prompts
 from .report_faults import report_faults
 from .sampler_faults import sampler_faults
 from .setting_faults import setting_faults
 from .truth import Objective
-from .weight_faults import weight_faults
+from .weight_faults import matrix_faults, vocabulary_faults
 
 #: How a golden is sampled where nothing else is asked for: with a temperature and a truncation, for faults of either.
 SAMPLING: Final = Sampling(temperature=0.7, top_p=0.9, n=2, max_tokens=32, ignore_eos=True, seed=1, logprobs=5)
@@ -95,12 +95,10 @@ def _check_golden_fits(pool: Pool, plan: Plan, path: Path) -> None:
 
 def _described(under_test: EngineUnderTest) -> str:
     """The golden in one line."""
-    golden = under_test.golden
-    trace = golden.trace
-    floor = "no noise floor" if golden.floor is None else golden.floor.describe()
+    trace = under_test.golden.trace
     return (
         f"golden: {counted(trace.num_sequences, 'sequences')} of {counted(trace.num_prompts, 'prompts')}, "
-        f"{counted(trace.num_tokens, 'tokens')}, {trace.dtype}, {trace.sampling.processing()}; {floor}"
+        f"{counted(trace.num_tokens, 'tokens')}, {trace.dtype}, {trace.sampling.processing()}"
     )
 
 
@@ -110,7 +108,8 @@ def _faults(under_test: EngineUnderTest) -> list[Fault]:
     settings = {**config.get("config", {}), "dtype": config.get("dtype")}
     reload, *restarts = later_controls()
     return [
-        *first_controls(), *sampler_faults(sampling), *report_faults(), *weight_faults(), reload,
+        *first_controls(), *sampler_faults(sampling), *report_faults(), *matrix_faults(), reload,
+        *vocabulary_faults(),
         *setting_faults(settings, raw_is_processed=sampling.raw_is_processed), *restarts,
     ]  # fmt: skip
 

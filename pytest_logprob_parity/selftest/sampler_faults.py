@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .fault import Fault, NotPossibleError
+from .engine_under_test import NotPossibleError
+from .fault import Fault
 
 if TYPE_CHECKING:
     from ..check.ask import Answers

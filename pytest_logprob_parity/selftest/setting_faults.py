@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from .fault import Fault, NotPossibleError
+from .engine_under_test import NotPossibleError
+from .fault import Fault
 from .weight_faults import noised_matrices
 
 if TYPE_CHECKING:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
-from ..grammar import counted
 from .fault import Row
 from .truth import IMMATERIAL, MATERIAL
-
-_OUTCOMES: Final = {"error": "fail (error)", "not possible": "not possible here"}
 
 
 def header() -> str:
@@ -20,7 +17,7 @@ def header() -> str:
 
 def line(row: Row) -> str:
     """One row of the table; what is wrong about it is marked."""
-    outcome = _OUTCOMES.get(row.outcome, row.outcome)
+    outcome = "fail (error)" if row.outcome == "error" else row.outcome
     if row.outcome == "not possible":
         return _line(row.fault, row.size, outcome, "", "", row.said)
     rms = "no number" if row.rms is None else f"{row.rms:.2g}"
@@ -34,7 +31,7 @@ def line(row: Row) -> str:
 
 def _line(*cells: str) -> str:
     fault, size, outcome, rms, times, named = cells
-    return f"{fault:<40} {size:<38} {outcome:<17} {rms:>9} {times:>8}  {named}".rstrip()
+    return f"{fault:<33} {size:<32} {outcome:<12} {rms:>9} {times:>8}  {named}".rstrip()
 
 
 def summary(rows: Sequence[Row], objective: str) -> list[str]:
@@ -43,7 +40,7 @@ def summary(rows: Sequence[Row], objective: str) -> list[str]:
     missed = [row for row in matters if row.missed]
     controls = [row for row in rows if row.kind == "control" and row.outcome != "not possible"]
     alarms = [row for row in controls if row.false_alarm]
-    caught = f"{len(matters) - len(missed)} of {counted(len(matters), 'faults')} are caught"
+    caught = f"{len(matters) - len(missed)} of {len(matters):,} faults are caught"
     left = f"not caught: {_names(missed)}; " if missed else ""
     lines = [
         f"On this machine, with this golden, {caught}; {left}false alarms {len(alarms)} of {len(controls)}"

@@ -20,7 +20,7 @@ Dtype: TypeAlias = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 DTYPES: Final[tuple[Dtype, ...]] = get_args(Dtype)
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, slots=True, init=False)
 class EngineSpec:
     """What to run: engine kind, model, dtype, seed, a profile of pinned defaults, and settings on top.
 

@@ -55,7 +55,7 @@ _CONVERSIONS: Final[Mapping[type, Any]] = {float: _number, int: _whole, bool: _f
 _TYPE_NAMES: Final = {float: "a number", int: "a whole number", bool: "True or False", tuple: "a list"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How to sample, in vLLM's names and units. `seed` is the seed of the first sequence; every other has its own.
 

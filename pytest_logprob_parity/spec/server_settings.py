@@ -13,7 +13,7 @@ from ..errors import UsageError
 SERVER: Final = "vllm-server"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     """How to reach a server: the settings of an EngineSpec that do not describe its engine.
 

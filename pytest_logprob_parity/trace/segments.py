@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import numpy as np
 from .columns import BoolArray, LongArray, rows_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """A run of tokens that one request of an engine wrote: `token_ids[start:stop]` of sequence `sequence`.
 
@@ -33,4 +32,5 @@ def segments_of(mask: BoolArray, sequence_offsets: LongArray) -> Iterator[Segmen
     first, last = np.flatnonzero(starts[:-1] & mask), np.flatnonzero(stops[1:] & mask) + 1
     sequences = rows_of(sequence_offsets)[first]
     turns = np.arange(len(first)) - np.searchsorted(sequences, sequences)
-    yield from itertools.starmap(Segment, zip(*(x.tolist() for x in (sequences, turns, first, last)), strict=True))
+    for sequence, turn, start, stop in zip(*(x.tolist() for x in (sequences, turns, first, last)), strict=True):
+        yield Segment(sequence=sequence, turn=turn, start=start, stop=stop)

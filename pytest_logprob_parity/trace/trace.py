@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from ..spec import Sampling
-from . import container
+from . import file_format
 from .build import columns_of_sequences, complete_columns
 from .columns import COLUMNS, BoolArray, FloatArray, IntArray, LongArray, checked_columns, empty_top_k, rows_of
 from .labels import (
@@ -30,7 +30,7 @@ from .labels import (
 from .segments import Segment, segments_of
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
     """Completions and what an engine said of their tokens.
 
@@ -274,12 +274,12 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Write the trace to a safetensors file, atomically. Raises OSError."""
-        container.write(Path(path), self.to_columns(), {"trace": self.to_metadata()})
+        file_format.write(Path(path), self.to_columns(), {"trace": self.to_metadata()})
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
         """Read a trace from its file, or out of a golden. Raises GoldenError naming what is wrong with the file."""
-        columns, metadata = container.read(Path(path))
+        columns, metadata = file_format.read(Path(path))
         if "golden" in metadata:
             columns = {name: column for name, column in columns.items() if name in COLUMNS}
         return cls.from_file_parts(columns, metadata, Path(path))
@@ -316,11 +316,11 @@ class Trace:
                 if unknown
                 else "it has no labels"
             )
-            raise container.damaged(path, f"not a trace: {what}")
+            raise file_format.damaged(path, f"not a trace: {what}")
         try:
             labels = with_forcing(metadata["trace"])
             texts = unpack_texts(**labels.pop("token_texts"))
             told = {**labels, "sampling": Sampling.of(labels["sampling"]), "token_texts": texts, "source": metadata["digest"]}
             return cls(**columns, **told)  # type: ignore[arg-type]
         except (UsageError, TypeError, ValueError, OverflowError, KeyError, AttributeError) as error:
-            raise container.damaged(path, f"its parts do not fit together: {error}") from None
+            raise file_format.damaged(path, f"its parts do not fit together: {error}") from None

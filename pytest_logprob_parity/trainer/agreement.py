@@ -1,4 +1,4 @@
-"""Does the trainer agree with the engine? Its logprobs of the rollouts' tokens, held against those that came with them."""
+"""Does the trainer agree with the engine? Its logprobs of the rollouts' tokens, compared with the rollouts' own."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..golden import Golden
 from ..notes import Note
 from ..suggest import nearest
 from ..trace import Trace
-from .column_causes import disagreement, trainer_is_off
+from .column_causes import causes_in_two_columns, causes_of_a_wrong_trainer
 from .entropy import entropy_note, entropy_numbers
 from .limits import trainer_tolerance
 from .scorer import Scorer
 from .scorer_causes import causes, not_a_number
 from .scoring import score
-from .trainer_column import ThirdOpinion, column_of
+from .trainer_column import ReferenceEvaluation, column_of
 
-#: So many turns that lack their first logprob are no chance.
+#: If this many turns lack the logprob of their first token, it was lost.
 _TURNS: Final = 4
 
 
@@ -47,25 +47,27 @@ def agreement(
         raise UsageError(f"rollouts are a Trace or a Golden, not {type(rollouts).__name__}")
     if trainer_dtype not in (*DTYPES, "unknown"):
         raise UsageError(f"trainer_dtype={trainer_dtype!r}: known are {', '.join(DTYPES)}{nearest(str(trainer_dtype), DTYPES)}")
-    trace, left_out = _where_it_may_end(rollouts.trace if isinstance(rollouts, Golden) else rollouts)
+    trace, left_out = _without_min_tokens(rollouts.trace if isinstance(rollouts, Golden) else rollouts)
     rollouts = dataclasses.replace(rollouts, trace=trace) if isinstance(rollouts, Golden) else trace
     _check_first_tokens(trace)
     column = column_of(trace, trainer_dtype)
     if column is None and scorer is None:
         raise UsageError(
-            "these rollouts have no logprobs of a trainer (trainer_logprobs): read a batch in which the trainer has written "
-            "its own, or give a scorer"
+            "these rollouts have no logprobs of a trainer (trainer_logprobs): read a batch that has the trainer's own, or give "
+            "a scorer"
         )
-    asked = None if scorer is None else _Asked(scorer, score(trace, scorer, batch_size=batch_size, entropies=True), batch_size)
-    question = _Question(rollouts=rollouts, trace=trace, asked=asked, tolerance=tolerance, objective=objective)
-    answer = _by_scorer(question) if column is None else _by_column(question, column)
-    comparison = _with_what_was_seen(answer, question, column, left_out)
+    reference = (
+        None if scorer is None else _Reference(scorer, score(trace, scorer, batch_size=batch_size, entropies=True), batch_size)
+    )
+    inputs = _Inputs(rollouts=rollouts, trace=trace, reference=reference, tolerance=tolerance, objective=objective)
+    answer = _by_scorer(inputs) if column is None else _by_column(inputs, column)
+    comparison = _with_what_was_seen(answer, inputs, column, left_out)
     prints = rollouts.fingerprint.get("config") if isinstance(rollouts, Golden) else None
     return with_gap(comparison, tolerance, prints)
 
 
-class _Asked(NamedTuple):
-    """A scorer, and what it gave when it was asked in batches of `batch_size`."""
+class _Reference(NamedTuple):
+    """A scorer, and its logprobs in batches of `batch_size`."""
 
     scorer: Scorer
     scored: Trace
@@ -73,12 +75,12 @@ class _Asked(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Question:
-    """Rollouts (of a golden or not) that a trainer's logprobs are compared with, and by which limits."""
+class _Inputs:
+    """Rollouts that a trainer's logprobs are compared with, the scorer if there is one, and the limits."""
 
     rollouts: Trace | Golden
     trace: Trace
-    asked: _Asked | None
+    reference: _Reference | None
     tolerance: Tolerance | Mapping[str, Any] | str | None
     objective: str
 
@@ -86,14 +88,15 @@ class _Question:
         return trainer_tolerance(self.trace.dtype, trainer.dtype, self.tolerance, self.objective)
 
     def judge(self, trainer: Trace) -> Comparison:
-        expected = _as_the_trainer_sees_it(self.trace, trainer)
+        expected = _in_the_trainers_distribution(self.trace, trainer)
         return judge(expected, trainer, self.limits(trainer), "rl", Evidence(sides=("rollout", "trainer")))
 
     def causes(self, comparison: Comparison) -> tuple[list[Finding], list[Note]]:
-        """Why the scorer's logprobs are not the rollouts' own, where they are not."""
-        assert self.asked is not None
-        scorer, scored, batch_size = self.asked
-        return causes(comparison, self.rollouts, comparison.expected, scored, scorer, batch_size, self.limits(scored))
+        """Why the scorer's logprobs differ from the rollouts', and notes."""
+        assert self.reference is not None
+        scorer, scored, batch_size = self.reference
+        limits = self.limits(scored)
+        return causes(comparison, self.rollouts, scored=scored, scorer=scorer, batch_size=batch_size, limits=limits)
 
 
 class _Answer(NamedTuple):
@@ -104,52 +107,53 @@ class _Answer(NamedTuple):
     notes: list[Note]
 
 
-def _by_scorer(question: _Question) -> _Answer:
+def _by_scorer(inputs: _Inputs) -> _Answer:
     """The scorer stands for the trainer."""
-    assert question.asked is not None
-    comparison = question.judge(question.asked.scored)
-    return _Answer(comparison, *question.causes(comparison))
+    assert inputs.reference is not None
+    comparison = inputs.judge(inputs.reference.scored)
+    return _Answer(comparison, *inputs.causes(comparison))
 
 
-def _by_column(question: _Question, column: Trace) -> _Answer:
+def _by_column(inputs: _Inputs, column: Trace) -> _Answer:
     """The trainer's column is compared with the rollouts'. A scorer, where there is one, evaluates both: where they agree it
-    has to agree with them, and where they do not it tells which of them is off.
+    has to agree with them, and where they differ it shows which of the two is wrong.
     """
-    comparison = question.judge(column)
+    comparison = inputs.judge(column)
     if (broken := not_a_number(comparison.expected, column)) is not None:
         return _Answer(comparison, [broken], [])
-    noise = question.limits(column).fit_rms
+    noise = inputs.limits(column).fit_rms
     agree = comparison.verdict != "fail" and all(gate.sure for gate in comparison.gates)
-    alone = list(comparison.findings) if agree else disagreement(comparison, question.trace, column, noise)
-    if question.asked is None:
+    alone = list(comparison.findings) if agree else causes_in_two_columns(comparison, inputs.trace, column, noise)
+    if inputs.reference is None:
         return _Answer(comparison, alone, [])
-    scorer, scored, _ = question.asked
-    opinion = ThirdOpinion.of(scorer, comparison.expected, column, scored)
-    note = Note("third_opinion", opinion.told(agree=agree))
-    by_scorer = question.judge(scored) if agree or opinion.off == "rollouts" else comparison
+    scorer, scored, _ = inputs.reference
+    evaluation = ReferenceEvaluation.by(scorer, rollouts=comparison.expected, column=column, scored=scored)
+    note = Note("third_opinion", evaluation.text(agree=agree))
+    by_scorer = inputs.judge(scored) if agree or evaluation.wrong == "rollouts" else comparison
     if agree and by_scorer.passed:
         return _Answer(comparison, alone, [note])
-    if agree or opinion.off == "rollouts":
-        findings, notes = question.causes(by_scorer)
+    if agree or evaluation.wrong == "rollouts":
+        findings, notes = inputs.causes(by_scorer)
         return _Answer(by_scorer if agree else comparison, findings, [note, *notes])
-    if opinion.off == "trainer":
-        return _Answer(comparison, trainer_is_off(comparison, question.trace, column, scored, scorer, noise), [note])
+    if evaluation.wrong == "trainer":
+        findings = causes_of_a_wrong_trainer(comparison, inputs.trace, column, scored, scorer, noise)
+        return _Answer(comparison, findings, [note])
     return _Answer(comparison, alone, [note])
 
 
-def _with_what_was_seen(answer: _Answer, question: _Question, column: Trace | None, left_out: list[Note]) -> Comparison:
-    """The comparison with its findings, the entropies that a side gives, and notes of what was compared and what was not."""
-    comparison, more, trace = answer.comparison, answer.notes, question.trace
+def _with_what_was_seen(answer: _Answer, inputs: _Inputs, column: Trace | None, left_out: list[Note]) -> Comparison:
+    """The comparison with its findings, the entropies that a side has, and notes on what was compared and what was not."""
+    comparison, more, trace = answer.comparison, answer.notes, inputs.trace
     if comparison.actual is column and comparison.passed and not comparison.metrics["n_changed"]:
-        text = "the trainer's logprobs are the rollouts', bit for bit: if it copies them (a bypass), nothing of it was checked"
+        text = "the trainer's logprobs are bit-identical to the rollouts': if it copies them (a bypass), it was not checked"
         more = [*more, Note("copied", text)]
-    sides = (column, None if question.asked is None else question.asked.scored)
+    sides = (column, None if inputs.reference is None else inputs.reference.scored)
     knows = next((side for side in sides if side is not None and side.trainer_entropies is not None), None)
     entropies = {} if knows is None else entropy_numbers(comparison.expected, knows)
     drawn = entropy_note(trace, entropies, agree=comparison.passed)
     notes = [*without_top_k(comparison).notes, *more, *left_out, *([] if drawn is None else [drawn])]
     if comparison.expected is not trace:
-        text = "compared without truncation: the rollouts' second replay, and the trainer's distribution over all tokens"
+        text = "compared without truncation: the rollouts' untruncated logprobs with the trainer's distribution over all tokens"
         notes.append(Note("without_truncation", text))
     if unknown := _unknown_dtypes(trace, comparison.actual):
         notes.append(Note("unknown_dtype", unknown))
@@ -158,24 +162,24 @@ def _with_what_was_seen(answer: _Answer, question: _Question, column: Trace | No
 
 
 def _check_first_tokens(trace: Trace) -> None:
-    """Refuse rollouts that lack the logprob of the first token of each turn: a reader or an engine lost it everywhere."""
+    """Raise UsageError for rollouts that lack the logprob of the first token of every turn."""
     starts = np.array([segment.start for segment in trace.segments() if trace.mask[segment.start]], np.int64)
     lacks = int(np.count_nonzero(np.isnan(trace.logprobs[starts])))
     if lacks >= _TURNS and lacks == len(starts) and not np.isnan(trace.logprobs[trace.mask]).all():
         raise UsageError(
-            f"these rollouts have no logprob of the first token of any of their {lacks:,} turns: what reads the engine's "
-            "answers lost it, and an update takes something else for it"
+            f"these rollouts have no logprob of the first token of any of their {lacks:,} turns: the code that reads the "
+            "engine's output loses it, and the update uses another number in its place"
         )
 
 
 def without_top_k(comparison: Comparison) -> Comparison:
-    """The comparison without the notes of how much of a top-k would tell more: trainers have none."""
+    """The comparison without the note that a larger top-k would show more: trainers have none."""
     return dataclasses.replace(comparison, notes=tuple(note for note in comparison.notes if note.key != "top_k"))
 
 
-def _where_it_may_end(trace: Trace) -> tuple[Trace, list[Note]]:
-    """The trace without the tokens at which `min_tokens` kept the engine from ending: it left the tokens that end a sequence
-    out there, and a trainer does not. Raw logprobs are of before that. Raises UsageError where nothing is left.
+def _without_min_tokens(trace: Trace) -> tuple[Trace, list[Note]]:
+    """The trace without the first `min_tokens` tokens of each request: there the engine excludes the tokens that end a
+    sequence, and a trainer does not. Raw logprobs are not affected. Raises UsageError where no token is left.
     """
     least = trace.sampling.min_tokens
     if not least:
@@ -186,15 +190,15 @@ def _where_it_may_end(trace: Trace) -> tuple[Trace, list[Note]]:
     mask = trace.mask.copy()
     for segment in trace.segments():
         mask[segment.start : min(segment.start + least, segment.stop)] = False
-    why = f"until min_tokens={least} the engine leaves out what ends a sequence, and a trainer does not"
+    why = f"before min_tokens={least} the engine excludes the tokens that end a sequence, and a trainer does not"
     if trace.mask.any() and not mask.any():
-        raise UsageError(f"these rollouts have no token that a trainer can be held against: {why}; sample without")
+        raise UsageError(f"these rollouts have no token that can be compared with a trainer: {why}; sample without min_tokens")
     note = Note("min_tokens", f"{int((trace.mask & ~mask).sum()):,} tokens left out: {why}")
     return trace.with_(sampling=sampling, mask=mask), [note]
 
 
-def _as_the_trainer_sees_it(trace: Trace, scored: Trace) -> Trace:
-    """The rollouts' logprobs that the trainer's are of the same distribution as: without truncation, where it has none."""
+def _in_the_trainers_distribution(trace: Trace, scored: Trace) -> Trace:
+    """The rollouts with the logprobs of the distribution that the trainer has: without truncation, where it has none."""
     if scored.sampling == trace.sampling or trace.untruncated_logprobs is None:
         return trace
     return trace.with_(
@@ -207,7 +211,7 @@ def _as_the_trainer_sees_it(trace: Trace, scored: Trace) -> Trace:
 
 def _unknown_dtypes(trace: Trace, scored: Trace) -> str:
     sides = [side for side, trace in (("rollouts'", trace), ("trainer's", scored)) if trace.dtype not in DTYPES]
-    return f"the {' and the '.join(sides)} dtype is not known: the limits are those of bfloat16" if sides else ""
+    return f"the {' and the '.join(sides)} dtype is unknown: the limits are those of bfloat16" if sides else ""
 
 
 def trainer_message(comparison: Comparison) -> str:

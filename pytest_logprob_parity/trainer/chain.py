@@ -1,4 +1,4 @@
-"""The chain from trainer to engine, link by link: where does it break, and by how much?"""
+"""The chain from trainer to engine: which link fails, and by how much?"""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..comparison.judge import judge
 from ..comparison.result import Comparison, MismatchError
 from ..comparison.tolerance import Tolerance, make_tolerance
 from ..errors import UsageError
-from ..golden.noise_floor import Shapes
 from ..trace import FloatArray, ReplayPath, Trace
+from ..trace.batch_composition import BatchCompositions
 from .agreement import without_top_k
 from .limits import trainer_tolerance
 from .scorer import Scorer
@@ -21,24 +21,24 @@ from .scoring import score
 
 
 class Replays(Protocol):
-    """What the chain asks of an engine: its logprobs of the rollouts' own tokens."""
+    """What the chain needs of an engine: its logprobs of the rollouts' own tokens."""
 
     def replay(self, trace: Trace, path: ReplayPath = "decode") -> Trace:
         """The tokens of `trace` with this engine's logprobs by `path`."""
         ...
 
-    def replay_in_drawn_shapes(self, trace: Trace, shapes: Shapes, number: int) -> FloatArray:
+    def replay_in_batch_compositions(self, trace: Trace, compositions: BatchCompositions, number: int) -> FloatArray:
         """Logprobs [N] of the tokens, decoded in sampled batch compositions."""
         ...
 
 
-#: Batch sizes that are held against each other.
+#: Batch sizes of the trainer that are compared.
 _SIZES: Final = (1, 8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Link:
-    """Two ends of the chain, what they are called, and how they compare."""
+    """One link of the chain: its name, and the comparison of its two ends."""
 
     name: str
     comparison: Comparison
@@ -51,15 +51,15 @@ class Link:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chain:
-    """All links, from the trainer's end to the engine's."""
+    """All links, from the trainer to the engine."""
 
     links: tuple[Link, ...]
 
     @property
     def broken(self) -> tuple[Link, ...]:
-        """The links that do not hold."""
+        """The links that fail."""
         return tuple(link for link in self.links if not link.comparison.passed)
 
     def __str__(self) -> str:
@@ -74,20 +74,20 @@ def trainer_chain(
     *,
     batch_sizes: tuple[int, int] = _SIZES,
 ) -> Chain:
-    """Hold each link of the chain from trainer to rollouts, on the rollouts' tokens.
+    """Compare each link of the chain from trainer to engine, on the rollouts' tokens.
 
-    trainer at one batch size = at another; trainer = engine prefill; engine prefill = engine decode; decode one request at a
-    time = decode of all. Each is judged by its own limits: two runs of one implementation by those of its dtype, two
-    implementations with the room that prefill against decode has.
+    The links: trainer at one batch size = at another; trainer = engine prefill; engine prefill = engine decode; decode of one
+    request at a time = decode of all at once. Each link has its own limits: those of the coarser dtype of its two ends, for
+    decode compared with prefill.
 
-    Prefill gives raw logprobs only. Where the rollouts were divided by a temperature, the trainer stands between prefill and
-    decode: undivided it is held against the one, divided against the other. Raises UsageError for rollouts of a truncated
-    distribution and under penalties, EngineError where the engine fails.
+    Prefill gives raw logprobs only. Where the rollouts were divided by a temperature, the trainer is compared twice: undivided
+    with prefill, divided with decode. Raises UsageError for rollouts of a truncated distribution and for rollouts sampled under
+    penalties, EngineError where the engine fails.
     """
     if not rollouts.is_raw and (rollouts.sampling.truncates or rollouts.sampling.penalizes):
         raise UsageError(
-            f"the chain goes by way of prefill, which gives raw logprobs, and these rollouts are {rollouts.distribution()}: "
-            "sample without truncation and penalties for it"
+            f"the chain compares with prefill, which gives raw logprobs, and these rollouts are {rollouts.distribution()}: "
+            "sample without truncation and penalties"
         )
     small, large = (score(rollouts, scorer, batch_size=size) for size in batch_sizes)
     prefill, decode = engine.replay(rollouts, "prefill"), engine.replay(rollouts, "decode")
@@ -107,13 +107,14 @@ def trainer_chain(
         *by_prefill,
         ("engine decode, one at a time = all at once", ("batched decode", "decode one at a time"), decode, alone),
     )
-    return Chain(tuple(Link(name, _judge(a, b, sides, tolerance)) for name, sides, a, b in ends))
+    links = (Link(name, _judge(expected, actual, sides, tolerance)) for name, sides, expected, actual in ends)
+    return Chain(tuple(links))
 
 
 def assert_trainer_chain(
     engine: Replays, scorer: Scorer, rollouts: Trace, tolerance: Tolerance | Mapping[str, Any] | None = None
 ) -> Chain:  # fmt: skip
-    """Assert that every link of `trainer_chain` holds; returns the chain. Raises MismatchError naming those that do not."""
+    """Assert that every link of `trainer_chain` passes; returns the chain. Raises MismatchError with the links that fail."""
     __tracebackhide__ = True
     chain = trainer_chain(engine, scorer, rollouts, tolerance)
     if chain.broken:
@@ -123,19 +124,20 @@ def assert_trainer_chain(
 
 
 def _one_at_a_time(engine: Replays, rollouts: Trace) -> Trace:
-    alone = Shapes(batch_sizes=(1,), weights=(1.0,), alone=1.0, blocks=1)
-    return rollouts.with_(logprobs=engine.replay_in_drawn_shapes(rollouts, alone, 0), top_logprobs=rollouts.top_logprobs[:, :0],
-                          top_token_ids=rollouts.top_token_ids[:, :0])  # fmt: skip
+    alone = BatchCompositions(batch_sizes=(1,), weights=(1.0,), alone=1.0, blocks=1)
+    logprobs = engine.replay_in_batch_compositions(rollouts, alone, 0)
+    return rollouts.with_(
+        logprobs=logprobs, top_logprobs=rollouts.top_logprobs[:, :0], top_token_ids=rollouts.top_token_ids[:, :0]
+    )
 
 
-def _judge(one: Trace, other: Trace, sides: tuple[str, str], tolerance: Any) -> Comparison:
-    one, other = (_bare(trace) for trace in (one, other))
-    limits = make_tolerance(trainer_tolerance(one.dtype, other.dtype), tolerance)
-    return without_top_k(judge(one, other, limits, "rl", Evidence(sides=sides)))
+def _judge(expected: Trace, actual: Trace, sides: tuple[str, str], tolerance: Any) -> Comparison:
+    limits = make_tolerance(trainer_tolerance(expected.dtype, actual.dtype), tolerance)
+    return without_top_k(judge(_raw(expected), _raw(actual), limits, "rl", Evidence(sides=sides)))
 
 
-def _bare(trace: Trace) -> Trace:
-    """The trace as what it is here: raw logprobs by one path, without a top-k."""
+def _raw(trace: Trace) -> Trace:
+    """The trace labelled as raw logprobs, without a top-k: both ends of a link have the same distribution."""
     return dataclasses.replace(
         trace, logprobs_mode="raw_logprobs", top_logprobs=trace.top_logprobs[:, :0], top_token_ids=trace.top_token_ids[:, :0]
     )

@@ -1,4 +1,4 @@
-"""Entropy beside logprobs: were the rollouts' tokens drawn from the distributions that their logprobs are of?"""
+"""Entropy beside logprobs: were the rollouts' tokens sampled from the distributions of their logprobs?"""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy as np
 from ..notes import Note
 from ..trace import Trace
 
-#: A mean is off where it is so many of its standard errors from what is expected, and by so much (nats).
+#: A mean differs where it is more than this many standard errors, and more than this (nats), from the expected one.
 _ERRORS, _LEAST = 5.0, 0.01
-#: A distribution of less entropy (nats) is nearly certain.
+#: A distribution with less entropy than this (nats) is nearly certain.
 _SURE: Final = 0.1
-#: Tokens and sequences that such a mean takes.
+#: Tokens and sequences that a mean needs.
 _TOKENS, _SEQUENCES = 200, 8
 
 
 def entropy_numbers(rollouts: Trace, trainer: Trace) -> dict[str, float]:
-    """`trainer_entropy`: mean entropy of the trainer's distributions over the tokens (nats); `surprise`: mean -logprob of the
+    """`trainer_entropy`: mean entropy of the trainer's distributions over the tokens (nats). `surprise`: mean -logprob of the
     rollouts' tokens to the trainer, and `surprise_error`, its standard error. Empty where the trainer gives no entropies.
 
-    Of tokens drawn from the trainer's distributions -logprob is their entropy on average, at every position and whatever came
-    before: so sums of (-logprob - entropy) are a martingale, whose variance is the sum of the squares. Where a distribution is
-    nearly certain, what it rarely draws may be missing from those: two outcomes of the entropy H have the variance H log(1/p),
-    p the rare one's probability, about H (1 + log(1/H)).
+    For tokens sampled from the trainer's distributions, the mean of -logprob is their entropy, at every position and whatever
+    came before. So sums of (-logprob - entropy) are a martingale, whose variance is the sum of the squares. Where a
+    distribution is nearly certain, its rare tokens may be missing from these squares: two outcomes with entropy H have the
+    variance H log(1/p), p being the probability of the rare one, which is about H (1 + log(1/H)).
     """
     if trainer.trainer_entropies is None:
         return {}
@@ -42,22 +42,25 @@ def entropy_numbers(rollouts: Trace, trainer: Trace) -> dict[str, float]:
 
 
 def entropy_note(rollouts: Trace, numbers: Mapping[str, float], *, agree: bool) -> Note | None:
-    """What the numbers tell of how the tokens were drawn, where the logprobs `agree`; None where there are no numbers."""
+    """A note on how the tokens were sampled, where the logprobs `agree`; None where there are no entropies."""
     if not numbers:
         return None
     entropy, surprise, error = numbers["trainer_entropy"], numbers["surprise"], numbers["surprise_error"]
-    text = f"the trainer's entropy is {entropy:.3g} nats, the mean -logprob of the tokens {surprise:.3g} +- {error:.2g}"
+    text = (
+        f"the trainer's mean entropy is {entropy:.3g} nats, the mean -logprob of the tokens is {surprise:.3g} +- {error:.2g} "
+        "nats"
+    )
     sampling, off = rollouts.sampling, surprise - entropy
     free = not (sampling.greedy or sampling.truncates or sampling.penalizes or rollouts.replay)
     enough = np.count_nonzero(rollouts.mask) >= _TOKENS and rollouts.num_sequences >= _SEQUENCES
     if not (agree and free and enough):
         return Note("entropy", text)
     if abs(off) <= max(_ERRORS * error, _LEAST):
-        return Note("entropy", f"{text}, as of tokens that are drawn from its distributions")
-    how, why = ("likelier", "truncation or a lower temperature") if off < 0 else ("less likely", "higher temperature")
+        return Note("entropy", f"{text}, as for tokens sampled from its distributions")
+    how, why = ("more likely", "truncation or a lower temperature") if off < 0 else ("less likely", "higher temperature")
     text += (
-        f": they are {how} than tokens that are drawn from its distributions ({abs(off) / error:.0f} standard errors). The "
-        f"logprobs agree, but the sampler drew from others (a {why} that the label of these rollouts lacks), or the rollouts "
-        "were chosen by what they are"
+        f": they are {how} than tokens sampled from its distributions ({abs(off) / error:.0f} standard errors). The logprobs "
+        f"agree, but the sampler used other distributions (a {why} that the label of these rollouts lacks), or the rollouts "
+        "were selected by their content"
     )
     return Note("drawn_otherwise", text)

@@ -1,4 +1,4 @@
-"""The limits between an engine and a trainer, whose precisions may differ: those of the coarser dtype."""
+"""The limits between an engine and a trainer: those of the coarser of their dtypes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def trainer_tolerance(
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     objective: str = DEFAULT_OBJECTIVE,
 ) -> Tolerance:
-    """The limits between an engine and a trainer: those of the coarser dtype for decode against prefill, changed by
-    `tolerance`, or widened by the gap that it names.
+    """The limits between an engine and a trainer: those of the coarser dtype for decode compared with prefill, changed
+    by `tolerance`, or those of the difference in precision that it names.
     """
     known = [dtype for dtype in (rollout_dtype, trainer_dtype) if dtype in DTYPES]
     coarser = max(known, key=FINEST_FIRST.index) if len(known) == 2 else "unknown"
@@ -28,6 +28,6 @@ def trainer_tolerance(
 
 
 def is_coarser(one: str, other: str) -> bool:
-    """Whether dtype `one` is coarser than `other`; what is not known may be."""
+    """Whether dtype `one` is coarser than `other`, or one of them is unknown."""
     known = one in FINEST_FIRST and other in FINEST_FIRST
     return not known or FINEST_FIRST.index(one) > FINEST_FIRST.index(other)

@@ -1,4 +1,4 @@
-"""Is what the trainer computes a function of the right logits? A soft cap is one, and so is a scale; other weights are not."""
+"""Are the trainer's logits a function of the right logits? A soft cap and a scale are; other weights are not."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from .trainer_faults import furthest_off
 
 Doubles = npt.NDArray[np.float64]
 
-#: Sequences that are asked about, and tokens of them: half of them to fit by, half to try it on.
+#: How many sequences are scored, how many of their tokens are used (half to fit, half to test), and how many are needed.
 _SEQUENCES, _TOKENS, _FEWEST = 8, 160, 40
-#: A position's logits are counted in so many bins; the function is a line from knot to knot of so many.
+#: The logits of a position are counted in this many bins. The function is piecewise linear between this many knots.
 _BINS, _KNOTS = 2048, 9
-#: A bend of the function by a nat counts as much as a token that is off by this (nats).
+#: A bend of the function by one nat costs as much as a token that differs by this (nats).
 _STRAIGHT: Final = 1e-3
-#: A function that leaves less than this share of what is off is one of the logits: other weights leave nearly all.
+#: The function explains the numbers where it leaves less than this share of the RMS difference. Other weights leave nearly all.
 _LEAVES: Final = 0.15
 
 
-def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: Scorer, noise: float) -> Finding | None:
-    """`logits` first where some function of the scorer's logits gives the trainer's numbers, but for a part of what is off.
+def explaining_logit_function(rollouts: Trace, scored: Trace, column: Trace, scorer: Scorer, noise: float) -> Finding | None:
+    """Candidates, `logits` first, where a function of the scorer's logits explains most of the difference to the column.
 
-    The function is piecewise linear, fitted to half of the tokens by least squares (log p = f(x_t) - log sum exp f(x)) and
-    tried on the others. A scorer that does not give logits is not asked.
+    The function is piecewise linear. It is fitted to half of the tokens by least squares (log p = f(x_t) - log sum exp f(x))
+    and tested on the other half. None for a scorer that does not give logits.
     """
     from scipy.optimize import least_squares
 
     if not isinstance(scorer, GivesLogits):
         return None
     few = [*furthest_off(rollouts, scored, column, noise)[: _SEQUENCES // 2], *spread(rollouts, _SEQUENCES // 2)]
-    chosen, values, counts, given = _logits_of(rollouts, column, scorer, list(dict.fromkeys(few)))
-    if len(given) < _FEWEST or not np.isfinite(values).all():  # a vocabulary that is partly excluded has no such function
+    chosen, values, counts, numbers = _logits_of(rollouts, column, scorer, list(dict.fromkeys(few)))
+    if len(numbers) < _FEWEST or not np.isfinite(values).all():  # no such function where tokens are excluded
         return None
     temperature = rollouts.sampling.applied_temperature
     chosen, values = chosen / temperature, values / temperature
@@ -54,29 +54,35 @@ def function_of_logits(rollouts: Trace, scored: Trace, column: Trace, scorer: Sc
         slopes = inside[0][of] - np.einsum("nb,nbk->nk", p / total, inside[1][of])
         return inside[0][of] @ function - (np.log(total) + largest)[:, 0], slopes
 
-    fit, rest = np.arange(len(given)) % 2 == 0, np.arange(len(given)) % 2 == 1
-    bends = _STRAIGHT * np.diff(np.eye(_KNOTS), 2, axis=0)  # what no token of the half tells goes on as it came
+    fit, rest = np.arange(len(numbers)) % 2 == 0, np.arange(len(numbers)) % 2 == 1
+    bends = _STRAIGHT * np.diff(np.eye(_KNOTS), 2, axis=0)  # where no token lies, the line goes on
     found = least_squares(
-        lambda f: np.concatenate([logprobs(f, fit)[0] - given[fit], bends @ f]),
+        lambda f: np.concatenate([logprobs(f, fit)[0] - numbers[fit], bends @ f]),
         np.zeros(_KNOTS),
         jac=lambda f: np.concatenate([logprobs(f, fit)[1], bends]),
         max_nfev=100,
     )
-    before, left = (_rms(logprobs(function, rest)[0] - given[rest]) for function in (knots, found.x))
+    before, left = (_rms(logprobs(function, rest)[0] - numbers[rest]) for function in (knots, found.x))
     if left > _LEAVES * before:
         return None
     text = (
-        f"a function of its logits gives the numbers, up to RMS {left:.2g} nats (without: {before:.2g}): a soft cap "
-        "or a scale, on one side alone or another one"
+        f"a function of the scorer's logits gives these numbers up to RMS {left:.2g} nats (without it: {before:.2g}): a soft "
+        "cap or a scale, on one side only or with another value"
     )
-    return Finding("trainer", None, text, ("logits", "temperature", "head_precision"), {"left": left, "off": before})
+    return Finding(
+        layer="trainer",
+        cause=None,
+        evidence=text,
+        candidates=("logits", "temperature", "head_precision"),
+        values={"left": left, "off": before},
+    )
 
 
 def _logits_of(
     rollouts: Trace, column: Trace, scorer: GivesLogits, sequences: list[int]
 ) -> tuple[Doubles, Doubles, Doubles, Doubles]:
-    """Of some tokens: the token's logit [n], all logits in bins by their means [n, bins] and counts [n, bins], and what the
-    trainer gave it [n].
+    """For some tokens: the token's logit [n], the means [n, bins] and counts [n, bins] of all logits in bins, and the column's
+    number [n].
     """
     import torch
 
@@ -85,22 +91,22 @@ def _logits_of(
         start, stop = rollouts.bounds(sequence)
         ids = torch.tensor([[*rollouts.prompt(sequence), *rollouts.completion(sequence)]])
         logits = scorer.logits(ids, torch.ones_like(ids))[0][0, ids.shape[1] - 1 - (stop - start) :].double().cpu()
-        numbers = column.logprobs[start:stop].astype(np.float64)
-        for n in np.flatnonzero(rollouts.mask[start:stop] & np.isfinite(numbers)):
+        of_sequence = column.logprobs[start:stop].astype(np.float64)
+        for n in np.flatnonzero(rollouts.mask[start:stop] & np.isfinite(of_sequence)):
             row = logits[n]
             edges = torch.linspace(float(row.min()), float(row.max()), _BINS + 1, dtype=torch.float64)
             bins = (torch.bucketize(row, edges) - 1).clamp(0, _BINS - 1)
             counts = torch.bincount(bins, minlength=_BINS).double()
             sums = torch.bincount(bins, row, minlength=_BINS)
             means = torch.where(counts > 0, sums / counts.clamp(min=1), edges[:-1])
-            found.append((float(row[rollouts.token_ids[start + n]]), means.numpy(), counts.numpy(), numbers[n]))
+            found.append((float(row[rollouts.token_ids[start + n]]), means.numpy(), counts.numpy(), of_sequence[n]))
     found = found[:: max(len(found) // _TOKENS, 1)]
-    chosen, values, counted, given = (np.array(part) for part in zip(*found, strict=True)) if found else (np.empty(0),) * 4
-    return chosen, values, counted, given
+    chosen, values, counted, numbers = (np.array(part) for part in zip(*found, strict=True)) if found else (np.empty(0),) * 4
+    return chosen, values, counted, numbers
 
 
 def _hats(x: Doubles, knots: Doubles) -> Doubles:
-    """Weights [..., knots] by which a piecewise linear function at x [...] is that of its values at the knots."""
+    """Weights [..., knots] of the values at the knots in a piecewise linear function at x [...]."""
     at = np.clip((x - knots[0]) / (knots[1] - knots[0]), 0, len(knots) - 1)
     low = np.minimum(at.astype(np.int64), len(knots) - 2)
     weights = np.zeros((*x.shape, len(knots)))

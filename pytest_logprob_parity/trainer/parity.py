@@ -1,4 +1,4 @@
-"""Does the trainer agree with the engine? Its logprobs of the rollouts' tokens, held against those that came with them."""
+"""Does the trainer agree with the engine? Its logprobs of the rollouts' tokens, compared with the rollouts' own."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ def assert_trainer_parity(
     metrics: str | None = None,
     config: Any = None,
 ) -> Comparison:
-    """Assert that a trainer's logprobs of the tokens of `rollouts` are those that came with them; returns the comparison.
+    """Assert that a trainer's logprobs of the tokens of `rollouts` agree with the rollouts' own; returns the comparison.
 
-    d = trainer - rollout, in nats, so that exp(d) is the policy ratio of an on-policy step. The trainer's logprobs are those
-    in hand: the column `trainer_logprobs` that a framework's reader takes from its batch (computed in `trainer_dtype`). No
-    model is needed for that. A `scorer` is asked as a trainer asks its model: token ids, attention mask, and the temperature
-    of the rollouts. Where there is no column, it stands for the trainer. Where there is one, it is a third opinion: if the
-    columns agree it has to agree with them, and if they do not it says which of the two is off.
+    d = trainer - rollout, in nats, so that exp(d) is the policy ratio of an on-policy step. The trainer's logprobs are the
+    column `trainer_logprobs`, which a framework's reader takes from its batch; it was computed in `trainer_dtype`. This needs
+    no model. A `scorer` is called as a trainer calls its model: with token ids, attention mask, and the temperature of the
+    rollouts. Without a column it stands for the trainer. With a column it is a reference evaluation: where the columns agree
+    it has to agree with them, and where they differ it shows which of the two is wrong.
 
-    `tolerance` changes limits, names a framework whose thresholds they become (`"verl"`), or declares a gap that is there on
-    purpose (`"fp8"`); `objective` is the update that they are judged for (`token`, `sequence`, `truncated`, `unclipped`);
-    `metrics` names a framework whose metrics are reported with it, by its own names, and `config` is its configuration
-    (a GRPOConfig; veRL's, or the `rollout_correction` of it), whose caps and modes they go by.
+    `tolerance` changes limits, names a framework whose thresholds become the limits (`"verl"`), or declares a difference in
+    precision (`"fp8"`). `objective` is the update that is judged (`token`, `sequence`, `truncated`, `unclipped`). `metrics`
+    names a framework: its metrics are reported under its own names. `config` is the configuration of this framework (a
+    GRPOConfig; veRL's, or its `rollout_correction`), from which the metrics take their caps and modes.
 
-    Rollouts of a truncated distribution are compared without truncation where the trace has `untruncated_logprobs`, over
-    their kept sets where it lists them and the scorer can do that, and are else refused with the reason, as those sampled
-    under a penalty are. A column in hand is over all tokens: held against them it fails, for that is what the update sees.
+    Rollouts of a truncated distribution are compared without truncation if the trace has `untruncated_logprobs`, or over the
+    truncated support if the trace lists it and the scorer accepts it. Otherwise they are refused with the reason, and so are
+    rollouts sampled under a penalty. A trainer's column is over all tokens: compared with truncated rollouts it fails, because
+    that is what the update uses.
 
     Raises MismatchError for the verdicts `fail` and `unverified`, UsageError for what cannot be compared.
     """
@@ -74,7 +75,7 @@ def compare_with_trainer(
     metrics: str | None = None,
     config: Any = None,
 ) -> Comparison:
-    """What `assert_trainer_parity` asserts, whatever its verdict."""
+    """The comparison that `assert_trainer_parity` makes, whatever its verdict."""
     name = _framework_asked_for(tolerance, metrics, config)
     comparison = agreement(
         rollouts, scorer, limits_of(tolerance), objective=objective, trainer_dtype=trainer_dtype, batch_size=batch_size
@@ -83,8 +84,8 @@ def compare_with_trainer(
 
 
 def _framework_asked_for(tolerance: Any, metrics: str | None, config: Any) -> str:
-    """The framework whose metrics are asked for; empty where none is. Raises UsageError for a configuration of none."""
+    """The framework whose metrics are wanted, or "". Raises UsageError for a configuration without a framework."""
     name = metrics or (tolerance if isinstance(tolerance, str) and tolerance not in GAPS else "")
     if config is not None and not name:
-        raise UsageError('config= is what a framework\'s metrics go by: say which, metrics="trl"')
+        raise UsageError('config= is the configuration of a framework: name the framework too, metrics="trl"')
     return name

@@ -81,7 +81,7 @@ class TakesAdapters(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Declared:
-    """What a scorer declares of itself by its attributes (see Scorer), with what holds where it has none of a name."""
+    """The attributes of a scorer (see Scorer), with a default for each that it does not have."""
 
     name: str
     dtype: str = "unknown"
@@ -94,7 +94,7 @@ class Declared:
 
     @classmethod
     def by(cls, scorer: Any) -> Declared:
-        """What this scorer declares. Any callable may be a scorer, so that this is where its attributes are looked for."""
+        """What this scorer declares. Any callable can be a scorer: only here are its attributes looked up by name."""
         names = ("dtype", "head_dtype", "renormalises", "gives_entropies", "vocabulary", "tokenizer", "model")
         return cls(name=name_of(scorer), **{name: getattr(scorer, name) for name in names if hasattr(scorer, name)})
 

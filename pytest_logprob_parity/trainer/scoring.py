@@ -1,4 +1,4 @@
-"""Scoring a trace: a scorer is asked for its logprobs of the rollouts' own tokens."""
+"""A scorer's logprobs of the tokens of a trace, as a trace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..spec import Sampling
 from ..trace import FloatArray, Trace
 from .scorer import Declared, Scorer, name_of
 
-#: What rounding makes of a logprob of 0, in nats.
+#: A logprob may be this far above 0 by rounding (nats).
 _POSITIVE: Final = 0.02
 
 
@@ -30,17 +30,18 @@ def score(
 ) -> Trace:
     """The scorer's logprobs of the tokens of `trace`, as a trace of its own: path `prefill`, no top-k.
 
-    `temperature` takes the place of the rollouts' own; `sequences` are those to score (default: all), NaN in the others. With
-    `entropies` the trace has those of the scorer's distributions (`trainer_entropies`), where the scorer gives any.
+    `temperature` replaces the rollouts' own. `sequences` are those to score (default: all); the others get NaN. With
+    `entropies` the trace has the entropies of the scorer's distributions (`trainer_entropies`), if the scorer gives them.
 
-    Masked tokens are context and get no logprob. Where the rollouts were truncated the scorer's numbers are over the kept
-    sets, if it can do that and the trace lists them whole; else over all tokens, to go with `untruncated_logprobs`.
+    Masked tokens are context and get no logprob. Where the rollouts were truncated, the scorer's distributions are over the
+    truncated support, if it can do that and the trace lists the support whole; else over all tokens, to compare with
+    `untruncated_logprobs`.
 
-    Raises UsageError for rollouts that no trainer can be held against, with the reason.
+    Raises UsageError for rollouts that cannot be compared with a trainer, with the reason.
     """
     _check_can_score(trace, scorer)
     declared = Declared.by(scorer)
-    kept = _kept_sets(trace, declared)
+    kept = _supports(trace, declared)
     temperature = trace.sampling.applied_temperature if temperature is None else temperature
     more = {"entropies": True} if entropies and declared.gives_entropies else {}
     columns, before = np.full((1 + len(more), trace.num_tokens), np.nan, np.float32), _state_of(declared.model)
@@ -49,10 +50,10 @@ def score(
             columns[:, slice(*trace.bounds(sequence))] = values
     if changed := [name for name, state in _state_of(declared.model).items() if before[name] != state]:
         raise UsageError(
-            f"{declared.name} changed its model while it scored ({', '.join(changed)}): a trainer that goes on "
-            "with it trains otherwise; score in a context that puts it back"
+            f"{declared.name} changed its model while it scored ({', '.join(changed)}): this changes the training that "
+            "follows; restore the model after scoring"
         )
-    return as_trainers(
+    return trainers_trace(
         trace,
         columns[0],
         entropies=columns[1] if more else None,
@@ -62,11 +63,11 @@ def score(
     )
 
 
-def as_trainers(
+def trainers_trace(
     trace: Trace, logprobs: FloatArray, *, entropies: FloatArray | None, sampling: Sampling, name: str, dtype: str
 ) -> Trace:
-    """What a trainer called `name` says of the tokens of `trace`: `logprobs` [N] and `entropies` [N] (nats), NaN where masked;
-    path `prefill`, no top-k and no ranks.
+    """The trace of a trainer called `name` for the tokens of `trace`: its `logprobs` [N] and `entropies` [N] (nats), NaN where
+    masked; path `prefill`, no top-k and no ranks.
     """
     return trace.with_(
         logprobs=np.where(trace.mask, logprobs, np.nan).astype(np.float32),
@@ -89,8 +90,17 @@ def as_trainers(
     )
 
 
+def rms(expected: Trace, actual: Trace) -> float:
+    """RMS difference (nats) of two traces of the same tokens, over the unmasked tokens of `expected` where it is finite; 0
+    where there is none.
+    """
+    d = (actual.logprobs.astype(np.float64) - expected.logprobs)[expected.mask]
+    d = d[np.isfinite(d)]
+    return float(np.sqrt(np.mean(d**2))) if len(d) else 0.0
+
+
 def spread(trace: Trace, count: int) -> list[int]:
-    """So many sequences at even distances, or all."""
+    """`count` sequences at even distances, or all where there are fewer."""
     places: list[int] = np.linspace(0, trace.num_sequences - 1, min(trace.num_sequences, count)).astype(int).tolist()
     return places
 
@@ -112,7 +122,7 @@ def _state_of(model: Any) -> dict[str, Any]:
 def _check_can_score(trace: Trace, scorer: Any) -> None:
     if not callable(scorer):
         raise UsageError(f"a scorer is a callable (token ids, attention mask, temperature) -> logprobs, not {scorer!r:.60}")
-    with contextlib.suppress(ValueError):  # what is written in C does not tell
+    with contextlib.suppress(ValueError):  # a function written in C has no signature
         try:
             inspect.signature(scorer).bind(None, None, 1.0)
         except TypeError as error:
@@ -120,21 +130,23 @@ def _check_can_score(trace: Trace, scorer: Any) -> None:
                 f"{name_of(scorer)} cannot be called as (token ids, attention mask, temperature): {error}"
             ) from None
     if not trace.mask.any():
-        raise UsageError("every token of these rollouts is masked: there is nothing for a trainer to score")
+        raise UsageError("every token of these rollouts is masked: there is nothing to score")
     if np.isnan(trace.logprobs[trace.mask]).all():
         raise UsageError("these rollouts have no logprobs: ask the engine for them (SamplingParams(logprobs=0) or more)")
     if (largest := float(trace.logprobs[trace.mask & np.isfinite(trace.logprobs)].max(initial=-np.inf))) > _POSITIVE:
-        raise UsageError(f"the largest logprob of these rollouts is {largest:+.3g}: none is above 0; are they probabilities?")
+        raise UsageError(
+            f"the largest logprob of these rollouts is {largest:+.3g}: a logprob is at most 0; are they probabilities?"
+        )
     if trace.sampling.penalizes:
         raise UsageError(
             f"these rollouts were sampled with {trace.sampling.processing()}: a trainer applies no penalty, so its "
-            "logprobs are of another distribution; sample without, or compare an engine's raw logprobs"
+            "logprobs are of another distribution; sample without penalties, or compare an engine's raw logprobs"
         )
     if (empty := np.flatnonzero(np.diff(trace.prompt_offsets) == 0)).size:
-        raise UsageError(f"prompt {empty[0]} is empty: a trainer has no logprob of a token that nothing stands before")
+        raise UsageError(f"prompt {empty[0]} is empty: a trainer has no logprob for the first token of a row")
     for what, ids in (("token id", trace.token_ids), ("prompt token id", trace.prompt_token_ids)):
         if ids.min(initial=0) < 0:
-            raise UsageError(f"{what} {int(ids.min())} is no token: a label or a filler among the ids")
+            raise UsageError(f"{what} {int(ids.min())} is not a token: the ids contain a label or padding")
     declared = Declared.by(scorer)
     largest = int(max(trace.token_ids.max(initial=0), trace.prompt_token_ids.max(initial=0)))
     if declared.vocabulary is not None and largest >= declared.vocabulary:
@@ -152,34 +164,33 @@ def _check_tokenizer(trace: Trace, declared: Declared) -> None:
     for token, text in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True):
         if text != trace.text(token):
             raise UsageError(
-                f"{declared.name} has another tokenizer than the rollouts: token {token} is {text!r} there and "
+                f"{declared.name} has another tokenizer than the rollouts: token {token} is {text!r} in the scorer and "
                 f"{trace.text(token)!r} in the rollouts"
             )
 
 
-def _kept_sets(trace: Trace, declared: Declared) -> Any:
-    """The kept sets [N, K] that the scorer has to make its distribution over; None where it need not."""
+def _supports(trace: Trace, declared: Declared) -> Any:
+    """The truncated supports [N, K] that the scorer's distributions have to be over; None where they are over all tokens."""
     if not trace.sampling.truncates or trace.is_raw or trace.untruncated_logprobs is not None:
         return None
-    asked = trace.sampling.processing()
+    processing = trace.sampling.processing()
     if not declared.renormalises:
         raise UsageError(
-            f"these rollouts are of a truncated distribution ({asked}), and {declared.name} computes one over all tokens: "
-            "give untruncated_logprobs (an engine's replay without truncation; goldens have them), or a scorer that takes kept "
-            "sets"
+            f"these rollouts are of a truncated distribution ({processing}), and {declared.name} computes one over all tokens: "
+            "give untruncated_logprobs (an engine's replay without truncation; goldens have them), or one that renormalises"
         )
     complete = listed_whole(trace) | ~trace.mask
     if not complete.all():
         raise UsageError(
-            f"these rollouts are of a truncated distribution ({asked}), and their top-{trace.top_k} logprobs do not list the "
-            f"kept set of {int(np.count_nonzero(~complete))} of {int(trace.mask.sum())} tokens: record more of them, or give "
-            "untruncated_logprobs"
+            f"these rollouts are of a truncated distribution ({processing}), and their top-{trace.top_k} logprobs do not list "
+            f"the whole truncated support of {int(np.count_nonzero(~complete))} of {int(trace.mask.sum())} tokens: record a "
+            "larger top-k, or give untruncated_logprobs"
         )
     return np.where(np.isfinite(trace.top_logprobs), trace.top_token_ids, -1)
 
 
 def _batches(trace: Trace, sequences: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Sequences of like lengths together, longest first."""
+    """Batches of sequences of similar lengths, the longest first."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise UsageError(f"batch_size={size!r}: must be a whole number, 1 or more")
     lengths = trace.total_lengths

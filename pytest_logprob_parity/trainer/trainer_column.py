@@ -6,16 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from ..trace import Trace
 from .scorer import Scorer, name_of
-from .scoring import as_trainers
+from .scoring import rms, trainers_trace
 
 
 def column_of(trace: Trace, dtype: str) -> Trace | None:
-    """The trainer's column of these rollouts as a trace of its own: over all tokens, divided by the rollouts' temperature, as
-    trainers do; None where the rollouts have none.
+    """The trainer's column of these rollouts as a trace of its own; None where the rollouts have none. Its distributions are
+    over all tokens, divided by the rollouts' temperature, as trainers compute them.
     """
     if trace.trainer_logprobs is None:
         return None
@@ -23,12 +21,15 @@ def column_of(trace: Trace, dtype: str) -> Trace | None:
         trace.sampling.untruncated(), repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0
     )
     own, entropies = trace.trainer_logprobs, trace.trainer_entropies
-    return as_trainers(trace, own, entropies=entropies, sampling=sampling, name="trainer", dtype=dtype)
+    return trainers_trace(trace, own, entropies=entropies, sampling=sampling, name="trainer", dtype=dtype)
 
 
-@dataclass(frozen=True)
-class ThirdOpinion:
-    """How far two columns are `apart`, and a scorer from each of them: `rollouts`, `trainer` (RMS, nats)."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceEvaluation:
+    """How a scorer compares with the two columns of a batch: RMS differences in nats.
+
+    `apart`: between the two columns; `rollouts`, `trainer`: between the scorer and each of them.
+    """
 
     scorer: str
     apart: float
@@ -36,26 +37,27 @@ class ThirdOpinion:
     trainer: float
 
     @classmethod
-    def of(cls, scorer: Scorer, rollouts: Trace, column: Trace, scored: Trace) -> ThirdOpinion:
-        """The opinion of `scorer`, which gave `scored`."""
-        return cls(name_of(scorer), rms(rollouts, column), rms(rollouts, scored), rms(column, scored))
+    def by(cls, scorer: Scorer, *, rollouts: Trace, column: Trace, scored: Trace) -> ReferenceEvaluation:
+        """The evaluation by `scorer`, whose logprobs are `scored`."""
+        return cls(
+            scorer=name_of(scorer),
+            apart=rms(rollouts, column),
+            rollouts=rms(rollouts, scored),
+            trainer=rms(column, scored),
+        )
 
     @property
-    def off(self) -> Literal["rollouts", "trainer", ""]:
-        """Which of the two is off: the one that is more than twice as far from the scorer."""
+    def wrong(self) -> Literal["rollouts", "trainer", ""]:
+        """The side that is wrong: its difference to the scorer is more than twice the other's. "" where neither is."""
         return "trainer" if self.rollouts < self.trainer / 2 else "rollouts" if self.trainer < self.rollouts / 2 else ""
 
-    def told(self, *, agree: bool) -> str:
-        """The opinion in words; `agree` where the two columns do."""
-        told = f"{self.scorer} is RMS {self.rollouts:.2g} nats from the rollouts, {self.trainer:.2g} from the trainer"
+    def text(self, *, agree: bool) -> str:
+        """The evaluation in words; `agree` where the two columns do."""
+        text = (
+            f"reference evaluation: {self.scorer} differs from the rollouts by RMS {self.rollouts:.2g} nats, from the trainer "
+            f"by {self.trainer:.2g}"
+        )
         if agree:
-            return f"third opinion: {told}; the two agree (RMS {self.apart:.2g})"
-        which = {"trainer": "the trainer is off", "rollouts": "the rollouts are off", "": "it agrees with neither"}[self.off]
-        return f"third opinion: {told}, which are {self.apart:.2g} apart: {which}"
-
-
-def rms(one: Trace, other: Trace) -> float:
-    """RMS of the difference of two columns over the tokens of the first one's mask (nats); 0 where there is none."""
-    d = (other.logprobs.astype(np.float64) - one.logprobs)[one.mask]
-    d = d[np.isfinite(d)]
-    return float(np.sqrt(np.mean(d**2))) if len(d) else 0.0
+            return f"{text}; the two agree (RMS {self.apart:.2g})"
+        wrong = {"trainer": "the trainer is wrong", "rollouts": "the rollouts are wrong", "": "it agrees with neither"}
+        return f"{text}; the two differ by {self.apart:.2g}: {wrong[self.wrong]}"

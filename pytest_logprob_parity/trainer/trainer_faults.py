@@ -1,10 +1,13 @@
-"""What a trainer may have done otherwise, tried on a scorer that gives the right numbers: other context, labels, masks."""
+"""Faults of a trainer, made on purpose with a scorer that is right: another context, other labels, another mask.
+
+The fault that gives the trainer's own numbers is the one that the trainer has.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -14,98 +17,119 @@ from ..trace import Trace
 from .scorer import Declared, Scorer
 from .scoring import score
 
-#: Sequences that are asked about first, and up to how many then; tokens of context that a packed row may have.
+#: Sequences that are scored first, up to how many are scored then, and tokens of context that a packed row may have.
 _FEW, _MORE, _LONGEST = 4, 12, 4096
-#: A sequence, or what was asked about, is off by so many times the noise, and of so many tokens.
+#: Numbers differ where their RMS is more than this many times the noise. A fault needs this many tokens to be judged.
 _FAR, _TOKENS = 5.0, 8
-#: So many token ids of each kind of which one may have been taken for the padding's.
+#: How many frequent token ids of each kind may have been taken for padding.
 _COMMON: Final = 4
-#: Positions of a sequence that are asked for another token.
+#: Positions of a sequence at which another token is scored.
 _POSITIONS: Final = 12
 
+#: Scores some sequences with a fault: places [n] in the trace, and the logprobs [n] there.
+_Score = Callable[[Sequence[int]], tuple[Any, Any]]
 
-def otherwise(rollouts: Trace, scored: Trace, column: Trace, scorer: Scorer, noise: float) -> Finding | None:
-    """What explains `column`, the trainer's numbers, up to `noise` (RMS, nats): the scorer asked with that fault. None where
-    nothing that is tried does.
 
-    `scored` is what it gives without. The sequences that are furthest off are asked about, and then others that are off: a
-    fault that explains a few of them and not the rest is none.
+class _Fault(NamedTuple):
+    """A fault: its layer, the causes that it may be, a key, a sentence about the trainer, and how to score with it."""
+
+    layer: Layer
+    causes: tuple[Cause, ...]
+    key: str
+    text: str
+    score: _Score
+    values: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default; never changed
+
+
+def explaining_fault(
+    rollouts: Trace, scored: Trace, column: Trace, scorer: Scorer, noise: float, *, whose: str
+) -> Finding | None:  # fmt: skip
+    """The fault with which the scorer gives the numbers of `column`, up to `noise` (RMS, nats); None where no fault does.
+
+    `scored` has the scorer's numbers without a fault. The sequences that differ most are scored first, then others that
+    differ: a fault that explains only the first ones is not the cause. `whose` column it is, for the sentence. `values` of the
+    finding have the key of the fault.
     """
     off = furthest_off(rollouts, scored, column, noise)
-    for layer, causes, text, ask in _tried(rollouts, scorer, _hidden_words(rollouts, scored, column, noise)):
-        left = [_left(ask(some), scored, column, noise) for some in (off[:_FEW], off[_FEW:_MORE]) if some]
-        if left and max(left) <= noise:
-            alone = causes[0] if len(causes) == 1 else None
-            text = f"{text} (leaves RMS {left[0]:.2g} nats)"
-            return Finding(layer, alone, text, () if alone else causes, values={"left": left[0]})
+    for fault in _faults(rollouts, scorer, _hidden_words(rollouts, scored, column, noise), whose):
+        remains = [_remaining_rms(fault.score(some), scored, column, noise) for some in (off[:_FEW], off[_FEW:_MORE]) if some]
+        if remains and max(remains) <= noise:
+            alone = fault.causes[0] if len(fault.causes) == 1 else None
+            text = f"{fault.text} (with this fault the scorer differs from it by RMS {remains[0]:.2g} nats)"
+            values = {"fault": fault.key, **fault.values, "left": remains[0]}
+            return Finding(
+                layer=fault.layer, cause=alone, evidence=text, candidates=() if alone else fault.causes, values=values
+            )
     return None
 
 
 def furthest_off(rollouts: Trace, scored: Trace, column: Trace, noise: float) -> list[int]:
-    """The sequences in which the column is off by more than `noise`, the furthest first; those with NaN count as furthest."""
+    """The sequences whose RMS difference is beyond `noise`, the largest first. Those with NaN count as the largest."""
     d = np.where(rollouts.mask, column.logprobs.astype(np.float64) - scored.logprobs, 0.0)
-    owner = rollouts.sequence_of_token
-    sizes = np.bincount(owner, np.square(np.nan_to_num(d, nan=1e3, posinf=1e3, neginf=-1e3)), rollouts.num_sequences)
-    rms = np.sqrt(sizes / np.maximum(np.bincount(owner, rollouts.mask, rollouts.num_sequences), 1))
+    squares = np.square(np.nan_to_num(d, nan=1e3, posinf=1e3, neginf=-1e3))
+    sums = np.bincount(rollouts.sequence_of_token, squares, rollouts.num_sequences)
+    counts = np.bincount(rollouts.sequence_of_token, rollouts.mask, rollouts.num_sequences)
+    rms = np.sqrt(sums / np.maximum(counts, 1))
     return [int(s) for s in np.argsort(-rms, kind="stable") if rms[s] > _FAR * noise]
 
 
-def _left(told: tuple[Any, Any], scored: Trace, column: Trace, noise: float) -> float:
-    """RMS (nats) of what a fault leaves at the places [n] that it was asked about; infinite where it explains nothing there."""
-    places, values = told
-    given, clean = (trace.logprobs[places].astype(np.float64) for trace in (column, scored))
-    if len(places) < _TOKENS or not np.isfinite(values).all() or not np.isfinite(given).all():
+def _remaining_rms(with_fault: tuple[Any, Any], scored: Trace, column: Trace, noise: float) -> float:
+    """RMS difference (nats) between the column and what the scorer gives with a fault, at the places [n] that were scored;
+    infinite where this explains nothing.
+    """
+    places, expected = with_fault
+    actual, without_fault = (trace.logprobs[places].astype(np.float64) for trace in (column, scored))
+    if len(places) < _TOKENS or not np.isfinite(expected).all() or not np.isfinite(actual).all():
         return float(np.inf)
-    if np.sqrt(np.mean(np.square(clean - given))) <= _FAR * noise:
-        return float(np.inf)  # nothing is off there
-    return float(np.sqrt(np.mean(np.square(values - given))))
+    if np.sqrt(np.mean(np.square(actual - without_fault))) <= _FAR * noise:
+        return float(np.inf)  # nothing differs there
+    return float(np.sqrt(np.mean(np.square(actual - expected))))
 
 
-#: What gives places [n] of a trace and the logprobs [n] there, for some sequences.
-_Ask = Callable[[Sequence[int]], tuple[Any, Any]]
-_Tried = tuple[Layer, tuple[Cause, ...], str, _Ask]
-
-
-def _tried(rollouts: Trace, scorer: Scorer, words: Sequence[int]) -> Iterator[_Tried]:
-    """Layer, cause and text of each fault, and what the scorer gives with it; `words` may have been taken for padding."""
-    tokenizer, widest = Declared.by(scorer).tokenizer, int(np.diff(rollouts.prompt_offsets).max())
-
-    def padded(by: int) -> Callable[[list[int]], list[int]]:
-        return lambda prompt: [by] * (widest - len(prompt)) + prompt
-
-    changes: list[tuple[Cause, str, Callable[[list[int]], list[int]]]] = [
-        ("prompt", "it computed without the first token of the prompt", lambda p: p[1:] or p),
-        ("prompt", "it computed with the first token of the prompt twice", lambda p: [p[0], *p]),
-        ("prompt", "it computed without the last token of the prompt", lambda p: p[:-1] or p),
-        ("prompt", "it computed with the first token of the prompt once more before the completion", lambda p: [*p, p[0]]),
-    ]
-    paddings = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-    for padding in dict.fromkeys((*(int(i) for i in paddings if i is not None), 0)):
-        text = f"it saw the padding (token {padding}) before shorter prompts"
-        changes.append(("attention_mask", text, padded(padding)))
-    for cause, text, change in changes:
+def _faults(rollouts: Trace, scorer: Scorer, words: Sequence[int], whose: str) -> Iterator[_Fault]:
+    """All faults that are tried. `words` are the token ids that may have been taken for padding."""
+    for cause, key, text, change in _other_prompts(rollouts, scorer, whose):
         changed = {s: change(rollouts.prompt(s)) for s in range(rollouts.num_sequences)}
-        yield "trainer", (cause,), text, functools.partial(_with_prompts, rollouts, scorer, changed.__getitem__)
-
+        yield _Fault("trainer", (cause,), key, text, functools.partial(_with_prompts, rollouts, scorer, changed.__getitem__))
     for token in words:
-        text = f"it did not see token {token} ({rollouts.text(token)!r}), as if that were padding"
+        text = f"{whose} does not see token {token} ({rollouts.text(token)!r}), as if it were padding"
         inside = any(token in rollouts.completion(s)[:-1] for s in range(rollouts.num_sequences))
-        hidden: tuple[Cause, ...] = ("attention_mask",) if inside else ("prompt", "attention_mask")
-        for ask in (_hidden, _left_out):
-            yield "trainer", hidden, text, functools.partial(ask, rollouts, scorer, token)
-
-    text = "its rows saw those before them: packed without a border between them"
-    yield "trainer", ("packing",), text, functools.partial(_packed, rollouts, scorer)
-    for text, questions in (
-        ("of the token after the one that is scored: labels were shifted twice", _after_next),
-        ("of the first tokens of its row, which are the prompt's", _first_tokens),
+        causes: tuple[Cause, ...] = ("attention_mask",) if inside else ("prompt", "attention_mask")
+        for with_fault in (_hidden, _left_out):
+            scores = functools.partial(with_fault, rollouts, scorer, token)
+            yield _Fault("trainer", causes, "hidden_token", text, scores, {"token": token})
+    text = f"each row of {whose} sees the rows before it: they are packed without a border between them"
+    yield _Fault("trainer", ("packing",), "packed_rows", text, functools.partial(_packed, rollouts, scorer))
+    for key, text, questions in (
+        ("next_token", "belong to the token after their own: the labels are shifted twice", _after_next),
+        ("first_tokens", "belong to the first tokens of the row, which are the prompt's", _first_tokens),
     ):
-        ask = functools.partial(_of_other_tokens, rollouts, scorer, questions)
-        yield "semantic", ("wrong_token",), f"its numbers are {text}", ask
+        scores = functools.partial(_of_other_tokens, rollouts, scorer, questions)
+        yield _Fault("semantic", ("wrong_token",), key, f"{whose}'s numbers {text}", scores)
+
+
+def _other_prompts(
+    rollouts: Trace, scorer: Scorer, whose: str
+) -> Iterator[tuple[Cause, str, str, Callable[[list[int]], list[int]]]]:  # fmt: skip
+    """Faults that are another prompt: cause, key, text, and what they make of a prompt."""
+    yield "prompt", "first_missing", f"{whose} computes without the first token of the prompt", lambda p: p[1:] or p
+    yield "prompt", "first_twice", f"{whose} computes with the first token of the prompt twice", lambda p: [p[0], *p]
+    yield "prompt", "last_missing", f"{whose} computes without the last token of the prompt", lambda p: p[:-1] or p
+    text = f"{whose} computes with the first token of the prompt once more before the completion"
+    yield "prompt", "first_again", text, lambda p: [*p, p[0]]
+    tokenizer, widest = Declared.by(scorer).tokenizer, int(np.diff(rollouts.prompt_offsets).max())
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    for padding in dict.fromkeys((*(int(i) for i in ids if i is not None), 0)):
+        text = f"{whose} sees the padding (token {padding}) before shorter prompts"
+        yield "attention_mask", "seen_padding", text, functools.partial(_padded, padding, widest)
+
+
+def _padded(padding: int, width: int, prompt: list[int]) -> list[int]:
+    return [padding] * (width - len(prompt)) + prompt
 
 
 def _hidden_words(rollouts: Trace, scored: Trace, column: Trace, noise: float) -> list[int]:
-    """Token ids that the trainer may not have seen: those after which sequences part most often, and the commonest."""
+    """Token ids that the trainer may not see: those after which most sequences begin to differ, and the most frequent."""
     before, parted = np.roll(rollouts.token_ids, 1), list[int]()
     far = np.abs(column.logprobs.astype(np.float64) - scored.logprobs) > _FAR * noise
     for s in range(rollouts.num_sequences):
@@ -122,7 +146,7 @@ def _commonest(token_ids: Any) -> list[int]:
 
 
 def _places(trace: Trace, sequences: Sequence[int]) -> Any:
-    """The places of all tokens of these sequences that are trained on."""
+    """The places of the unmasked tokens of these sequences."""
     places = np.concatenate([np.arange(*trace.bounds(s)) for s in sequences] or [np.empty(0, np.int64)])
     return places[trace.mask[places]]
 
@@ -130,7 +154,7 @@ def _places(trace: Trace, sequences: Sequence[int]) -> Any:
 def _with_prompts(
     trace: Trace, scorer: Scorer, change: Callable[[int], list[int]], sequences: Sequence[int]
 ) -> tuple[Any, Any]:  # fmt: skip
-    """With other prompts, one for each sequence."""
+    """Scores with another prompt for each sequence."""
     prompts = [change(s) if s in sequences else trace.prompt(s)[-1:] for s in range(trace.num_sequences)]
     other = trace.with_(
         prompt_token_ids=np.concatenate([np.asarray(p, trace.prompt_token_ids.dtype) for p in prompts]),
@@ -142,13 +166,13 @@ def _with_prompts(
 
 
 def _packed(trace: Trace, scorer: Scorer, _: Sequence[int]) -> tuple[Any, Any]:
-    """With all sequences before it as context; of the first few, for those after them have too many before."""
+    """Scores with all sequences before it as context. Only the first few: later ones have too many before them."""
     few = [s for s in range(1, min(_FEW, trace.num_sequences)) if _length(trace, s) <= _LONGEST]
     return _with_prompts(trace, scorer, lambda s: _before(trace, s) + trace.prompt(s), few)
 
 
 def _hidden(trace: Trace, scorer: Scorer, token: int, sequences: Sequence[int]) -> tuple[Any, Any]:
-    """With a mask that hides one token id wherever it stands; not of that token, nor of what follows it."""
+    """Scores with a mask that hides a token id everywhere, except this token itself and the tokens that follow it."""
 
     def blind(ids: Any, mask: Any, temperature: float) -> Any:
         return scorer(ids, mask * (ids != token), temperature)
@@ -158,8 +182,8 @@ def _hidden(trace: Trace, scorer: Scorer, token: int, sequences: Sequence[int]) 
 
 
 def _left_out(trace: Trace, scorer: Scorer, token: int, sequences: Sequence[int]) -> tuple[Any, Any]:
-    """With one token id left out of all contexts, as where what is hidden has no position; not of that token, nor of what
-    follows it.
+    """Scores with a token id removed from all contexts, as where a hidden token has no position; except this token itself
+    and the tokens that follow it.
     """
     keep = trace.token_ids != token
     if not (keep & trace.mask & np.isfinite(trace.logprobs)).any():
@@ -181,12 +205,12 @@ def _left_out(trace: Trace, scorer: Scorer, token: int, sequences: Sequence[int]
 
 
 def _first_of_group(trace: Trace) -> list[int]:
-    """A sequence of each prompt."""
+    """One sequence of each prompt."""
     return [int(np.argmax(trace.group == group)) for group in range(trace.num_prompts)]
 
 
 def _beside(trace: Trace, token: int, sequences: Sequence[int]) -> Any:
-    """The places of tokens that are not `token` and do not follow it."""
+    """The places of tokens that are neither `token` nor follow it."""
     before, places = np.roll(trace.token_ids, 1), _places(trace, sequences)
     for start, stop, s in ((*trace.bounds(s), s) for s in sequences):
         before[start : min(start + 1, stop)] = trace.prompt(s)[-1]
@@ -207,28 +231,28 @@ def _of_other_tokens(
     questions: Callable[[list[int], list[int]], list[tuple[list[int], int]]],
     sequences: Sequence[int],
 ) -> tuple[Any, Any]:
-    """The logprobs of other tokens behind other contexts, in place of those of a sequence's first ones."""
-    asked, places = list[tuple[list[int], int]](), list[int]()
+    """Scores other tokens after other contexts, in place of the first tokens of a sequence."""
+    chosen, places = list[tuple[list[int], int]](), list[int]()
     for s in sequences:
         of_this = questions(trace.prompt(s), trace.completion(s))
-        asked += of_this
+        chosen += of_this
         places += range(trace.bounds(s)[0], trace.bounds(s)[0] + len(of_this))
-    if not asked:
+    if not chosen:
         return np.empty(0, np.int64), np.empty(0)
-    return np.array(places), _answers(trace, scorer, asked)
+    return np.array(places), _logprobs_of(trace, scorer, chosen)
 
 
-def _answers(rollouts: Trace, scorer: Scorer, questions: Sequence[tuple[list[int], int]]) -> Any:
-    """The scorer's logprobs of these tokens, each behind its context."""
+def _logprobs_of(rollouts: Trace, scorer: Scorer, questions: Sequence[tuple[list[int], int]]) -> Any:
+    """The scorer's logprobs of these tokens, each after its context."""
     count = len(questions)
-    asked = Trace.from_arrays(
+    trace = Trace.from_arrays(
         prompt_token_ids=np.concatenate([context for context, _ in questions]),
         prompt_offsets=np.concatenate([[0], np.cumsum([len(context) for context, _ in questions])]),
         token_ids=np.array([token for _, token in questions]),
         sequence_offsets=np.arange(count + 1), logprobs=np.full(count, -1.0), sampling=rollouts.sampling.untruncated(),
         dtype=rollouts.dtype,
     )  # fmt: skip
-    return score(asked, scorer).logprobs
+    return score(trace, scorer).logprobs
 
 
 def _before(trace: Trace, sequence: int) -> list[int]:

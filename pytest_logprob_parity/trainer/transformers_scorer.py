@@ -16,23 +16,25 @@ from ..spec import DTYPES
 from ..suggest import nearest
 from .scorer import DIVISIONS
 
-#: Tokens whose logits over the whole vocabulary are in memory at once.
+#: How many tokens have their logits over the whole vocabulary in memory at once.
 CHUNK: Final = 1024
-#: Numbers that a CPU's cache holds, of a few megabytes.
+#: How many numbers fit into the cache of a CPU.
 _CACHED: Final = 1 << 20
 
 
 class TransformersScorer:
     """Logprobs of given tokens by a causal transformers model (see Scorer).
 
-    `model` is a folder (nothing is fetched) or a loaded model (a PeftModel, a wrapped one), which is scored without dropout and
-    left as it was found; `adapter` the folder of a LoRA adapter to merge into it (times
-    `adapter_factor`), for a model that comes as a folder; `dtype` its precision (`float64` to `bfloat16`; by default float32,
-    and that of a loaded model), `head_dtype` that of its head (by default the model's), `divides` where the temperature goes:
-    `logits`, in the head's precision, as TRL and veRL do, or `float32`. `packed` puts a batch's sequences one after another
-    in one row, with positions that begin anew, as trainers without padding do. `chunk_tokens` rows of logits [tokens,
-    vocabulary] are in memory at once; logprobs do not depend on it. Runs where the model is: on a GPU if there is one, for a
-    folder.
+    - `model`: a folder (nothing is fetched) or a loaded model (a PeftModel or a wrapped model too), which is scored without
+      dropout and left as it was
+    - `dtype`: the precision of the model, `float64` to `bfloat16` (default: float32 for a folder, else the loaded model's)
+    - `head_dtype`: the precision of its LM head (default: the model's)
+    - `divides`: where the logits are divided by the temperature: `logits`, in the LM head's precision, or `float32`
+    - `packed`: put the sequences of a batch one after another in one row, with positions that begin anew, as trainers without
+      padding do
+    - `chunk_tokens`: how many rows of logits [tokens, vocabulary] are in memory at once; logprobs do not depend on it
+    - `device`: where a folder is loaded (default: a GPU if there is one)
+    - `adapter`, `adapter_factor`: the folder of a LoRA adapter to merge into a model that is a folder, and a factor of it
 
     Raises UsageError for a folder or settings that do not exist, EngineError where the model does not load.
     """
@@ -64,13 +66,13 @@ class TransformersScorer:
             "device": device,
         }  # fmt: skip
         self._adapter = (model, adapter) if adapter is not None else None
-        #: The adapter that is on top; None where there is none.
+        #: The adapter that was merged into the model; None where there is none.
         self.adapter: Adapter | None = None
         if isinstance(model, (str, Path)):
             model, self.tokenizer, self.adapter = _load(Path(model), dtype or "float32", device, adapter, adapter_factor)
         elif adapter is not None:
             raise UsageError(
-                "TransformersScorer(adapter=...): the model is loaded already; give its folder, or merge it yourself"
+                "TransformersScorer(adapter=...): the model is loaded already; give its folder, or merge the adapter yourself"
             )
         else:
             model = _unwrapped(model)
@@ -90,17 +92,17 @@ class TransformersScorer:
         self.chunk_tokens = chunk_tokens
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
         head = "" if self.head_dtype == self.dtype else f", {self.head_dtype} head"
-        laid_on = "" if adapter is None else f", adapter {Path(adapter).name}"
-        self.name = f"transformers {self.dtype}{head}{', packed' if packed else ''}{laid_on}"
+        merged = "" if adapter is None else f", adapter {Path(adapter).name}"
+        self.name = f"transformers {self.dtype}{head}{', packed' if packed else ''}{merged}"
 
     @property
     def has_adapters(self) -> bool:
-        """Whether LoRA adapters are in its layers, or were merged into it."""
+        """Whether the model has LoRA layers, or an adapter was merged into it."""
         return self.adapter is not None or any(hasattr(module, "lora_A") for module in self.model.modules())
 
     def as_trained(self) -> TransformersScorer | None:
-        """This scorer with every module in the mode in which it was found, and other random numbers each time: what a trainer
-        computes that never asks its model to evaluate. None where the model is in no training mode.
+        """This scorer with every module in the mode in which it was found and new random numbers each time, as a trainer
+        computes that does not switch its model to evaluation. None where no module is in training mode.
         """
         if not any(module.training for module in self.model.modules()):
             return None
@@ -110,13 +112,13 @@ class TransformersScorer:
         return other
 
     def other_adapters(self) -> Iterator[tuple[str, Callable[[], TransformersScorer]]]:
-        """What goes wrong with an adapter on the other side, in words, each with how to load the scorer that does the same."""
+        """Usual mistakes with the adapter, in words, each with how to load the scorer that makes it."""
         if self._adapter is None:
             return
         model, adapter = self._adapter
         for words, factor in _other_factors(Path(model), Path(adapter)):
-            given: dict[str, Any] = {"adapter": None} if factor == 0 else {"adapter": adapter, "adapter_factor": factor}
-            yield words, functools.partial(TransformersScorer, model, **self._settings, **given)
+            change: dict[str, Any] = {"adapter": None} if factor == 0 else {"adapter": adapter, "adapter_factor": factor}
+            yield words, functools.partial(TransformersScorer, model, **self._settings, **change)
 
     def __call__(
         self,
@@ -128,11 +130,11 @@ class TransformersScorer:
         kept_mask: Any = None,
         entropies: bool = False,
     ) -> Any:
-        """Logprobs [B, L - 1] (nats; float64 for a float64 head, else float32) of the tokens from the second one on.
+        """Logprobs [B, L - 1] (nats; float64 for a float64 LM head, else float32) of the tokens from the second one on.
 
         `token_ids`, `attention_mask` int [B, L], padded on either side; the logprob of a padded token is 0. With
         `kept_token_ids` [B, L - 1, K] (-1: none) the distribution is one over those where `kept_mask` [B, L - 1] is set.
-        With `entropies` a pair, beside them those of the distributions [B, L - 1] (nats).
+        With `entropies` a pair: the logprobs, and the entropies of the distributions [B, L - 1] (nats).
         """
         import torch
 
@@ -154,17 +156,17 @@ class TransformersScorer:
             return tuple(columns) if entropies else columns[0]
 
     def logits(self, token_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
-        """All logits [B, L - 1, V], in the head's precision, and the tokens [B, L - 1] that they predict: unchunked."""
+        """All logits [B, L - 1, V] in the LM head's precision, and the tokens [B, L - 1] that they predict: unchunked."""
         with _as_found(self.model, self._mode):
             ids, mask = token_ids.to(self.model.device), attention_mask.to(self.model.device).bool()
             return self._head.logits(self._hidden(ids, mask)[:, :-1]), ids[:, 1:]
 
     def _hidden(self, ids: Any, mask: Any) -> Any:
-        """Last hidden states [B, L, H]; 0 where the mask is."""
+        """Last hidden states [B, L, H]; 0 where the mask is 0."""
         import torch
 
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        if not self.packed:  # a token that is hidden inside a row still counts, as where transformers is given no positions
+        if not self.packed:  # a masked token inside a row still counts, as in transformers without position ids
             positions = (torch.arange(ids.shape[1], device=ids.device) - mask.long().argmax(-1, keepdim=True)).clamp(min=0)
         if not self.packed:
             out = self.model.base_model(
@@ -181,7 +183,7 @@ class TransformersScorer:
     def _gather(
         self, rows: Any, targets: Any, temperature: float, kept: Any, exact: Any, *, entropies: bool
     ) -> list[Any]:  # fmt: skip
-        """Logprobs [n], and entropies [n] where they are asked for."""
+        """Logprobs [n], and with `entropies` the entropies [n]."""
         import torch
 
         pieces: list[list[Any]] = [[], []] if entropies else [[]]
@@ -222,7 +224,7 @@ def _check_settings(dtype: str | None, head_dtype: str | None, divides: str, chu
 
 
 def _unwrapped(model: Any) -> Any:
-    """The causal language model inside a PeftModel, whose adapters stay in its layers, or a wrapper such as DDP's."""
+    """The causal language model inside a wrapper such as DDP's or a PeftModel, whose adapters stay in its layers."""
     while not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):
         model = model.module
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -233,8 +235,8 @@ def _unwrapped(model: Any) -> Any:
 
 @contextlib.contextmanager
 def _as_found(model: Any, mode: Literal["eval", "as found"] = "eval") -> Iterator[None]:
-    """Without gradients, and in the mode `eval` without dropout and autocast; the model's modes and all random numbers stay as
-    they were.
+    """A context without gradients, and in the mode `eval` without dropout and autocast. It restores the modes of the model and
+    all random states.
     """
     import torch
 
@@ -254,7 +256,7 @@ def _as_found(model: Any, mode: Literal["eval", "as found"] = "eval") -> Iterato
 
 
 def _in_cache(logits: Any) -> Any:
-    """Logits [n, V] by so few rows that what is made of them stays in a CPU's cache."""
+    """Logits [n, V] in pieces of so few rows that they fit into the cache of a CPU."""
     return logits.split(max(1, _CACHED // logits.shape[-1])) if logits.device.type == "cpu" else (logits,)
 
 
@@ -279,7 +281,7 @@ def entropy_of(logits: Any, total: Any) -> Any:
 
 
 def _other_factors(model: Path, adapter: Path) -> Iterator[tuple[str, float]]:
-    """Factors that an adapter is wrongly multiplied by besides its own: words, and the factor."""
+    """Usual wrong factors of an adapter: words, and the factor."""
     read = read_adapter(adapter, digests.find_model(str(model), Path.cwd()))
     scales, rank = sorted(set(read.modules.values())), read.rank
     yield "no adapter at all", 0.0

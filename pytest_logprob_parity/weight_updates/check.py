@@ -1,4 +1,4 @@
-"""Did an engine take a weight update as it was asked to? A trace, held against what transformers does."""
+"""Did an engine take a weight update as asked? Its trace is compared with what transformers computes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from ..notes import Note
 from ..trace import Trace
 from ..trainer.agreement import without_top_k
 from ..trainer.limits import trainer_tolerance
-from .reference import BETTER, CLEARED, FITS, KEPT, UpdateReading, UpdateReference
+from .outcomes import CLEARED, KEPT, Evaluation
+from .update_reference import BETTER, FITS, UpdateReference
 
 
 def assert_weight_update(
@@ -34,17 +35,15 @@ def assert_weight_update(
 ) -> Comparison:
     """Assert that an engine took a weight update as `mode` and `clear_cache` ask; returns the comparison.
 
-    `trace` is what `Engine.update_weights(..., prompts=...)` returned, or what was written after it; its `weight_versions`
-    say which tokens are of which weights. `before` and `after` are the checkpoints, or folders of LoRA adapters on top of
-    `model`, which the reference merges. The reference is transformers in float32,
-    which does the same with its `past_key_values`: old keys and values under new weights for `keep` without clearing (and
-    `v0`), computed again with clearing. Other ways it could have gone are held against the trace too: an update that never
-    came, at another token, not in every layer, keys and values that should have been thrown away (of the request itself, or
-    of its prompt in a prefix cache).
+    `trace` is what `Engine.update_weights(..., prompts=...)` returned, or what was generated after it. Its `weight_versions`
+    say which weights wrote each token. `before` and `after` are the checkpoints, or folders of LoRA adapters on top of `model`,
+    which the reference merges. The reference is transformers in float32 with its `past_key_values`: old keys and values under
+    new weights for `keep` without clearing (and `v0`), computed again with clearing. The trace is compared with other outcomes
+    too: an update that never arrived, arrived at another token, or not in every layer, and old keys and values that should
+    have been cleared (of the request itself, or of its prompt in a prefix cache).
 
-    Raises MismatchError for the verdicts `fail` and `unverified`, with `stale_weights`, `adapter` (what `stale_weights` is
-    called where adapters are what changed) or `stale_kv_cache` by name, and UsageError for a trace that says nothing of
-    weights.
+    Raises MismatchError for the verdicts `fail` and `unverified`, with the cause `stale_weights`, `adapter` (the same for
+    adapters) or `stale_kv_cache`, and UsageError for a trace without weight versions.
     """
     __tracebackhide__ = True
     comparison = check_weight_update(
@@ -63,11 +62,11 @@ def check_weight_update(
     tolerance: Tolerance | Mapping[str, Any] | str | None = None,
     model: str | Path | None = None,
 ) -> Comparison:
-    """What `assert_weight_update` asserts, whatever its verdict."""
-    WeightUpdate(Path(after), mode, clear_cache)
+    """The comparison that `assert_weight_update` makes, whatever its verdict."""
+    WeightUpdate(weights=Path(after), mode=mode, clear_cache=clear_cache)
     reference = UpdateReference(Path(before), Path(after), trace, None if model is None else Path(model))
     asked = CLEARED if clear_cache else KEPT
-    reading = reference.read(asked)
+    evaluation = reference.evaluate(asked)
     expected = trace.with_(
         logprobs=reference.logprobs(asked), top_token_ids=trace.top_token_ids[:, :0], top_logprobs=trace.top_logprobs[:, :0],
         engine="transformers", engine_version="", dtype="float32", logprobs_mode="processed_logprobs",
@@ -76,16 +75,16 @@ def check_weight_update(
     limits = make_tolerance(trainer_tolerance("float32", trace.dtype), tolerance)
     comparison = judge(expected, trace, limits, "rl", Evidence(sides=("reference", "engine")))
     comparison = with_gap(comparison, tolerance)
-    notes = [*without_top_k(comparison).notes, Note("reading", f"explained by {reading}")]
-    far_better = reading.rms[reading.best] < BETTER * reading.rms[asked]
-    if reading.best != asked and (comparison.verdict != "pass" or far_better):
-        return _failed(comparison, _finding(reading, reference.stale, FITS * limits.fit_rms), notes)
-    if comparison.passed and not reading.tells_arrival:
-        why = "the two checkpoints give these tokens the same logprobs" if reference.updated else "none was written after it"
-        headline = f"Not shown that the update arrived: {why}"
+    notes = [*without_top_k(comparison).notes, Note("reading", f"explained by {evaluation}")]
+    far_better = evaluation.rms[evaluation.best] < BETTER * evaluation.rms[asked]
+    if evaluation.best != asked and (comparison.verdict != "pass" or far_better):
+        return _failed(comparison, _finding(evaluation, reference.stale, FITS * limits.fit_rms), notes)
+    if comparison.passed and not evaluation.shows_arrival:
+        why = "both checkpoints give these tokens the same logprobs" if reference.updated else "no token was written after it"
+        headline = f"Inconclusive: the trace cannot show whether the update arrived: {why}"
         return dataclasses.replace(comparison, verdict="unverified", headline=headline, notes=tuple(notes))
-    if not reading.tells_cache:
-        text = "these tokens do not tell whether keys and values were kept or computed again"
+    if not evaluation.shows_cache:
+        text = "these tokens do not show whether keys and values were kept or computed again"
         notes.append(Note("cache_not_told", text))
     return dataclasses.replace(comparison, notes=tuple(notes))
 
@@ -97,18 +96,20 @@ def _failed(comparison: Comparison, finding: Finding, notes: Sequence[Note]) -> 
     )  # fmt: skip
 
 
-def _finding(reading: UpdateReading, stale: WeightsCause, noise: float) -> Finding:
-    """What a reading comes to; `stale` is the cause of weights that did not come. A way that leaves more than `noise` (nats)
-    is no cause, only the nearest of those that were tried.
+def _finding(evaluation: Evaluation, stale: WeightsCause, noise: float) -> Finding:
+    """The finding of an evaluation whose best outcome is not the one that was asked for; `stale` is the cause where weights did
+    not arrive. An outcome that leaves more than `noise` (RMS, nats) is not named as the cause, only as the nearest.
     """
-    best = reading.best
+    best = evaluation.best
     cause: WeightsCause = "stale_kv_cache" if best == KEPT or best.prompt_block else "weights_differ" if best.swapped else stale
-    values: dict[str, Any] = {"rms": reading.rms[best], "rms_as_asked": reading.rms[reading.asked], **best.to_json()}
-    if reading.rms[best] > noise:
-        text = f"nearest: {best}, which leaves RMS {reading.rms[best]:.2g} (as asked: {reading.rms[reading.asked]:.2g})"
+    values: dict[str, Any] = {"rms": evaluation.rms[best], "rms_as_asked": evaluation.rms[evaluation.asked], **best.to_json()}
+    if evaluation.rms[best] > noise:
+        text = (
+            f"nearest: {best}, which leaves RMS {evaluation.rms[best]:.2g} (as asked: {evaluation.rms[evaluation.asked]:.2g})"
+        )
         candidates: tuple[WeightsCause, ...] = (cause, stale, "stale_kv_cache", "weights_differ")
-        return Finding("weights", None, text, tuple(dict.fromkeys(candidates)), values)
-    text = f"{best} (RMS {reading.rms[best]:.2g}; as asked: {reading.rms[reading.asked]:.2g})"
+        return Finding(layer="weights", cause=None, evidence=text, candidates=tuple(dict.fromkeys(candidates)), values=values)
+    text = f"{best} (RMS {evaluation.rms[best]:.2g}; as asked: {evaluation.rms[evaluation.asked]:.2g})"
     if best == CLEARED:
-        return Finding("weights", None, text, ("stale_kv_cache", "engine_build"), values)
-    return Finding("weights", cause, text, values=values)
+        return Finding(layer="weights", cause=None, evidence=text, candidates=("stale_kv_cache", "engine_build"), values=values)
+    return Finding(layer="weights", cause=cause, evidence=text, values=values)

@@ -1,4 +1,4 @@
-"""Does an engine that took new weights give what a fresh engine of these weights gives?"""
+"""Does an engine that took new weights give the same logprobs as a fresh engine of these weights?"""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 def assert_updated_equals_cold(
     engine: Engine, weights: str | Path, *, prompts: Sequence[Any], sampling: Any = None
 ) -> Comparison:  # fmt: skip
-    """Assert that `engine`, once it has taken `weights`, gives what a fresh engine of them gives; returns the comparison.
+    """Assert that `engine`, updated to `weights`, gives the logprobs of a fresh engine of them; returns the comparison.
 
-    `weights` is a checkpoint folder. The engine takes them at rest and answers `prompts` under `sampling`; a fresh engine of
-    the same settings is asked about the same tokens. What both give has to be the same bit for bit: what is more than noise of
-    the dtype explains fails, and what is less is `unverified`. Where vLLM has checksums of its parameters they are compared
-    too: these see no packed or cached copies, which the replay does. The engine goes on with its new weights.
+    `weights` is a checkpoint folder. The engine takes it while no request runs, and generates from `prompts` under `sampling`.
+    A fresh engine with the same settings replays the same tokens. The logprobs must be bit-identical: a difference beyond the
+    noise of the dtype fails, a smaller one is `unverified`. Where vLLM has checksums of its parameters, these are compared
+    too; they do not cover packed or cached copies, which the replay does. The engine keeps its new weights.
 
-    Raises MismatchError, with the parameters whose checksums differ, and UsageError for what is no checkpoint folder.
+    Raises MismatchError, with the parameters whose checksums differ, and UsageError where `weights` is not a checkpoint folder.
     """
     __tracebackhide__ = True
     comparison = check_updated_equals_cold(engine, weights, prompts=prompts, sampling=sampling)
@@ -40,10 +40,10 @@ def assert_updated_equals_cold(
 def check_updated_equals_cold(
     engine: Engine, weights: str | Path, *, prompts: Sequence[Any], sampling: Any = None
 ) -> Comparison:
-    """What `assert_updated_equals_cold` asserts, whatever its verdict."""
+    """The comparison that `assert_updated_equals_cold` makes, whatever its verdict."""
     if not isinstance(weights, (str, Path)) or is_adapter(Path(weights)):
         raise UsageError(
-            "a fresh engine starts of a checkpoint folder: give one, and no tensors or adapter (merge_adapter writes one)"
+            "a fresh engine starts from a checkpoint folder: give one, not tensors or an adapter (merge_adapter writes one)"
         )
     engine.update_weights(weights)
     trace = engine.generate(prompts, sampling)
@@ -57,30 +57,36 @@ def check_updated_equals_cold(
     apart = sorted(name for name in own if sums.get(name) != own[name])
     notes = list(comparison.notes)
     if own:
-        told = (
+        result = (
             f"{len(apart)} of {len(own)} checksums differ, {apart[0]!r} first" if apart else f"all {len(own)} checksums agree"
         )
-        notes.append(Note("checksums", f"vLLM's own checksums of the parameters: {told}"))
+        notes.append(Note("checksums", f"vLLM's own checksums of the parameters: {result}"))
     comparison = _strictly(comparison)
     findings = comparison.findings
     if comparison.verdict == "fail" and not any(finding.cause for finding in findings):
         where = (
             f"parameters differ: {', '.join(apart[:4])}"
             if apart
-            else "parameters agree: packed or cached copies of them, or keys and values"
+            else "the parameters agree: packed or cached copies of them, or keys and values, may be old"
         )
-        findings = (Finding("weights", None, where, ("stale_weights", "stale_kv_cache", "weights_differ")),)
+        findings = (
+            Finding(
+                layer="weights", cause=None, evidence=where, candidates=("stale_weights", "stale_kv_cache", "weights_differ")
+            ),
+        )
     return dataclasses.replace(comparison, findings=findings, notes=tuple(notes))
 
 
 def _strictly(comparison: Comparison) -> Comparison:
-    """Other bits of the same weights are no pass, however little an update feels them: beyond the dtype's noise they fail."""
+    """The comparison with the verdict for one set of weights: a difference beyond the noise of the dtype fails, a smaller one
+    is unverified.
+    """
     if comparison.verdict != "pass" or not comparison.metrics["n_changed"]:
         return comparison
     beyond = any(note.key == "beyond_dtype" for note in comparison.notes)
     rms = comparison.metrics["rms_diff"]
     if beyond:
-        headline = f"The updated engine is not what a fresh one is: RMS {rms:.2g} nats, more than noise of its dtype explains"
+        headline = f"The updated engine differs from a fresh one: RMS {rms:.2g} nats, more than the noise of its dtype explains"
         return dataclasses.replace(comparison, verdict="fail", headline=headline, findings=())
-    headline = f"Not shown that the updated engine is what a fresh one is: not bit for bit the same, RMS {rms:.2g} nats"
+    headline = f"Inconclusive: the updated engine is not bit-identical to a fresh one, RMS {rms:.2g} nats"
     return dataclasses.replace(comparison, verdict="unverified", headline=headline)

@@ -27,4 +27,4 @@ def test_rollouts_and_trainer_agree(parity_engine):
     )  # and so do its own logprobs
     rollouts = TRL.read(batch, sampling=SAMPLING, dtype="float32")
     assert_trainer_parity(rollouts, trainer_dtype="float32", metrics="trl")
-    assert_trainer_parity(rollouts, TRL.scorer(MODEL, dtype="float32"), trainer_dtype="float32")  # a third opinion
+    assert_trainer_parity(rollouts, TRL.scorer(MODEL, dtype="float32"), trainer_dtype="float32")  # a reference evaluation

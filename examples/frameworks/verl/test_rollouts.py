@@ -25,4 +25,4 @@ def test_rollouts_and_trainer_agree(parity_engine):
     batch["old_log_probs"] = logprobs_of_trainer(batch, MODEL, SAMPLING.temperature, "bfloat16")  # and so do its own logprobs
     rollouts = VERL.read(batch, sampling=SAMPLING, dtype="bfloat16")
     assert_trainer_parity(rollouts, trainer_dtype="bfloat16", metrics="verl")
-    assert_trainer_parity(rollouts, VERL.scorer(MODEL, dtype="bfloat16"), trainer_dtype="bfloat16")  # a third opinion
+    assert_trainer_parity(rollouts, VERL.scorer(MODEL, dtype="bfloat16"), trainer_dtype="bfloat16")  # a reference evaluation

@@ -80,11 +80,18 @@ def shifted_top_k(expected: Columns, actual: Columns, wrong: Side) -> Contradict
             side = name if wrong == "actual" else {"before": "after", "after": "before"}[name]
             off = expected if wrong == "expected" else actual
             text = (
-                f"each top-k of {off.name} is that of the token {side} ({count:,} positions tell), and the chosen logprobs "
+                f"each top-k of {off.name} is that of the token {side} (seen at {count:,} positions), but the chosen logprobs "
                 "are not shifted"
             )
             return Contradiction(
-                "semantic", "shifted_positions", text, (), key="top_k_shifted", side=wrong, count=count, of=count
+                layer="semantic",
+                cause="shifted_positions",
+                evidence=text,
+                candidates=(),
+                key="top_k_shifted",
+                side=wrong,
+                count=count,
+                of=count,
             )
     return None
 
@@ -107,7 +114,15 @@ def other_top_k(expected: Columns, actual: Columns, agreed: Bools) -> Contradict
         f"the top-k of {actual.name} gives likely tokens other probabilities than {expected.name}'s at {found:,} of {count:,} "
         f"positions where the chosen logprobs agree ({where(actual, off)})"
     )
-    return Contradiction("path", None, text, ("engine_build", "parallelism"), key="top_k_differs", count=found, of=count)
+    return Contradiction(
+        layer="path",
+        cause=None,
+        evidence=text,
+        candidates=("engine_build", "parallelism"),
+        key="top_k_differs",
+        count=found,
+        of=count,
+    )
 
 
 def _furthest(one: Columns, other: Columns, usable: Bools, width: int) -> Doubles:
@@ -139,18 +154,25 @@ def other_ranks(expected: Columns, actual: Columns, agreed: Bools) -> Contradict
     constant, share = int(values[how_often.argmax()]), how_often.max() / count
     constant_off = bool(constant and share >= _MOST)
     if constant_off:
-        found, how = int(how_often.max()), f"are {expected.name}'s {constant:+d}"
+        found, how = int(how_often.max()), f"are {expected.name}'s rank {constant:+d}"
     else:
         far = np.maximum(actual_ranks / expected_ranks, expected_ranks / actual_ranks) > _FACTOR
         found, how = int(np.count_nonzero(far)), f"differ from {expected.name}'s by more than a factor of {_FACTOR:g}"
         if found < max(_ENOUGH, _RANKS * count):
             return None
-    text = f"{found:,} of {count:,} ranks of {actual.name} {how}, and the chosen logprobs agree"
+    text = f"{found:,} of {count:,} ranks of {actual.name} {how}, but the chosen logprobs agree"
     fewer = not constant_off and bool((actual_ranks <= expected_ranks).all() or (expected_ranks <= actual_ranks).all())
     if fewer:  # see within: half of what should be counted, on one side
-        text += "; one side counts too few, as vLLM does on CPUs without AVX-512"
+        text += "; the ranks of one side are too small, as vLLM's are on CPUs without AVX-512"
     return Contradiction(
-        "path", None, text, ("engine_build", "parallelism"), key="ranks_differ", count=found, of=count, new=not fewer
+        layer="path",
+        cause=None,
+        evidence=text,
+        candidates=("engine_build", "parallelism"),
+        key="ranks_differ",
+        count=found,
+        of=count,
+        new=not fewer,
     )
 
 
@@ -176,12 +198,14 @@ def probability_one(expected: Columns, actual: Columns) -> Contradiction | None:
     with np.errstate(invalid="ignore"):
         agree = np.abs(a - e)[rest] <= margin
     if np.any(rest & ~actual.first_of_turn) and np.mean(agree) > _MOST:  # those that were not accepted have their own numbers
-        text += ": as accepted draft tokens are reported, or numbers that were lost and filled up"
+        text += ": engines report accepted draft tokens like this, and logprobs that were lost and replaced by 0 look the same"
     else:
         text += f": all but {where(actual, rest)}" if rest.any() else ": all of them"
-        text += "; as of accepted draft tokens, or of tokens that were forced"
+        text += "; engines report accepted draft tokens and forced tokens like this"
     candidates: tuple[Cause, ...] = ("speculative_decoding", "wrong_values", "engine_build")
-    return Contradiction("path", None, text, candidates, key="probability_one", count=count, of=of)
+    return Contradiction(
+        layer="path", cause=None, evidence=text, candidates=candidates, key="probability_one", count=count, of=of
+    )
 
 
 def no_logprob(expected: Columns, actual: Columns) -> Contradiction | None:
@@ -192,10 +216,12 @@ def no_logprob(expected: Columns, actual: Columns) -> Contradiction | None:
     if count < 2 or not np.all(first[missing]) or count < _MOST * turns:
         return None
     text = (
-        f"{count:,} of {len(missing):,} tokens of {actual.name} have no logprob: {where(actual, missing)}. That is no NaN "
-        "of the computation: no number was given, or the code that reads answers lost it"
+        f"{count:,} of {len(missing):,} tokens of {actual.name} have no logprob: {where(actual, missing)}. The "
+        "computation does not give such NaN: the engine gave no number, or the code that reads its answers lost it"
     )
-    return Contradiction("path", None, text, ("engine_build",), key="no_logprob", count=count, of=len(missing))
+    return Contradiction(
+        layer="path", cause=None, evidence=text, candidates=("engine_build",), key="no_logprob", count=count, of=len(missing)
+    )
 
 
 def shifted_tokens(expected: Trace, actual: Trace, rows: Alignment, names: Names) -> Iterator[Contradiction]:
@@ -210,13 +236,19 @@ def shifted_tokens(expected: Trace, actual: Trace, rows: Alignment, names: Names
             counts[kind] += 1
     for kind, count in counts.items():
         if count:
-            what = {"twice": "a token stands twice", "more": "there is a token more", "missing": "a token is missing"}[kind]
+            what = {"twice": "a token is repeated", "more": "there is an extra token", "missing": "a token is missing"}[kind]
             text = (
                 f"in {count:,} of {expected.num_sequences:,} sequences of {names.actual} {what}; the tokens after it are "
                 f"those of {names.expected}, with its logprobs"
             )
             yield Contradiction(
-                "semantic", "shifted_positions", text, (), key="tokens_shifted", count=count, of=expected.num_sequences
+                layer="semantic",
+                cause="shifted_positions",
+                evidence=text,
+                candidates=(),
+                key="tokens_shifted",
+                count=count,
+                of=expected.num_sequences,
             )
 
 

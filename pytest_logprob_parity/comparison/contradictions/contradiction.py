@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from ...notes import Note
@@ -17,7 +17,7 @@ Key = Literal[
 
 #: How a headline begins; other contradictions are of one side with itself.
 _TITLES: Final[Mapping[Key, str]] = {
-    "probability_one": "These are no sampling probabilities",
+    "probability_one": "The logprobs are not sampling probabilities",
     "tokens_shifted": "Tokens are out of place",
     "no_logprob": "Logprobs are missing",
 }
@@ -32,14 +32,13 @@ _SAID_BY: Final[Mapping[str, frozenset[Key]]] = {
 _EXPLAIN: Final[frozenset[Key]] = frozenset({"probability_one", "tokens_shifted", "no_distribution", "top_k_shifted"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Contradiction(Finding):
     """A finding that columns of a record contradict each other, at `count` of `of` places of `side`.
 
     `new` says that the comparison must not pass for it: it is on the actual side, and not on the expected one in like number.
     """
 
-    _: KW_ONLY
     key: Key = "chosen_and_top_k"
     side: Side = "actual"
     count: int = 0
@@ -47,7 +46,7 @@ class Contradiction(Finding):
     new: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """All contradictions of two aligned records."""
 
@@ -84,4 +83,4 @@ class Record:
     def notes(self) -> tuple[Note, ...]:
         """What is to be said of contradictions that are not new: they do not decide."""
         others = [c.evidence for c in self.contradictions if not c.new]
-        return tuple(Note("contradiction", f"a contradiction that does not decide: {text}") for text in others)
+        return tuple(Note("contradiction", f"a contradiction that does not change the verdict: {text}") for text in others)

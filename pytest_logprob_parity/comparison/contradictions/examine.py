@@ -44,8 +44,12 @@ def examine(expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAM
     if not rows.tokens:
         return Record(tuple(between_sides.shifted_tokens(expected, actual, rows, names)))
     kept = _looked_at(expected, actual, rows)
-    expected_columns = Columns(expected, "expected", np.arange(expected.num_tokens)[rows.expected][kept], names.expected)
-    actual_columns = Columns(actual, "actual", np.arange(actual.num_tokens)[rows.actual][kept], names.actual)
+    expected_columns = Columns(
+        trace=expected, side="expected", rows=np.arange(expected.num_tokens)[rows.expected][kept], name=names.expected
+    )
+    actual_columns = Columns(
+        trace=actual, side="actual", rows=np.arange(actual.num_tokens)[rows.actual][kept], name=names.actual
+    )
     found = [*between_sides.shifted_tokens(expected, actual, rows, names)]
     found += [c for c in (between_sides.no_logprob(expected_columns, actual_columns),) if c is not None]
     same_meaning = expected.distribution() == actual.distribution()
@@ -76,7 +80,15 @@ def _within(side: Columns, mine: list[within_side.Check], theirs: list[within_si
             candidates: tuple[Cause, ...] = ("engine_build", "parallelism")
             found.append(
                 Contradiction(
-                    "path", None, text, candidates, key=check.key, side=side.side, count=check.count, of=check.of, new=new
+                    layer="path",
+                    cause=None,
+                    evidence=text,
+                    candidates=candidates,
+                    key=check.key,
+                    side=side.side,
+                    count=check.count,
+                    of=check.of,
+                    new=new,
                 )
             )
     return found
@@ -114,13 +126,17 @@ def _looked_at(expected: Trace, actual: Trace, rows: Alignment) -> slice | Longs
     return np.union1d(inside, far)
 
 
-def topk_judged(expected: Trace, actual: Trace) -> Note:
+def topk_judged(expected: Trace, actual: Trace, names: Names = _NAMES) -> Note:
     """Whether the top-k was judged, as a note: over the common width where the two sides differ in it."""
     expected_width, actual_width = _width(expected), _width(actual)
     if expected_width and actual_width:
-        wider = f" (the golden's has {expected_width}, this run's {actual_width})" if expected_width != actual_width else ""
+        wider = (
+            f" ({names.expected} has a top-{expected_width}, {names.actual} a top-{actual_width})"
+            if expected_width != actual_width
+            else ""
+        )
         return Note("top_k_judged", f"top-{min(expected_width, actual_width)} judged on both sides{wider}")
-    lacking = "this run" if expected_width else "the golden"
+    lacking = names.actual if expected_width else names.expected
     missing = f"{lacking} has none" if expected_width or actual_width else "neither side has one"
     return Note("top_k_judged", f"top-k not judged: {missing}")
 

@@ -19,7 +19,7 @@ Longs = npt.NDArray[np.int64]
 _HALF: Final = ("bfloat16", "float16")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)  # no slots: cached_property needs a dict
 class Columns:
     """One side's record of n aligned tokens, which stand at `rows` [n] of its trace; `name` is what sentences call it.
 

@@ -17,7 +17,7 @@ _ROUNDING: Final = 0.02
 _ENOUGH, _MOST = 5, 0.5
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Check:
     """What one check says of one side: the tokens [n] that it `flagged`, among `of`, and the sentence around the count.
 
@@ -43,8 +43,8 @@ def checks(side: Columns, other: Columns) -> Iterator[Check]:
     yield _above_zero(side, noise, whose)
     if side.trace.top_k:
         empty, what = _no_distribution(side)
-        text = f"{{count}} of {{of}} positions of {whose} have a top-k that is no distribution: {what}"
-        yield Check("no_distribution", empty, len(empty), text)
+        text = f"{{count}} of {{of}} positions of {whose} have a top-k that is not a distribution: {what}"
+        yield Check(key="no_distribution", flagged=empty, of=len(empty), text=text)
         yield _mass(side, noise, whose)
         yield _chosen(side, ~empty, noise, whose)
         yield _above_the_largest(side, ~empty, noise, whose)
@@ -73,8 +73,8 @@ def _no_distribution(side: Columns) -> tuple[Bools, str]:
         text
         for flagged, text in (
             (broken, "NaN"),
-            (nothing, "all of it is -inf"),
-            (constant, f"all of it is {float(side.largest[constant][0]) if constant.any() else 0:g}"),
+            (nothing, "all values are -inf"),
+            (constant, f"all values are {float(side.largest[constant][0]) if constant.any() else 0:g}"),
         )
         if flagged.any()
     ]
@@ -85,7 +85,7 @@ def _above_zero(side: Columns, noise: float, whose: str) -> Check:
     largest = np.fmax(side.chosen, side.largest)
     size = np.where(np.isfinite(largest), largest, 0.0)  # +inf and NaN are told as such
     text = f"{{count}} of {{of}} positions of {whose} have logprobs above 0"
-    return Check("above_zero", size > _ROUNDING, len(size), text, _beyond(size, noise, len(size)))
+    return Check(key="above_zero", flagged=size > _ROUNDING, of=len(size), text=text, certain=_beyond(size, noise, len(size)))
 
 
 def _mass(side: Columns, noise: float, whose: str) -> Check:
@@ -94,7 +94,7 @@ def _mass(side: Columns, noise: float, whose: str) -> Check:
     most = float(total[flagged].max()) if flagged.any() else 0.0
     text = f"the probabilities of the top-k add up to more than 1 at {{count}} of {{of}} positions of {whose} (to {most:.3g})"
     size = np.where(flagged, np.log(np.maximum(total, 1)), 0.0)
-    return Check("mass_above_one", flagged, len(flagged), text, _beyond(size, noise, len(flagged)))
+    return Check(key="mass_above_one", flagged=flagged, of=len(flagged), text=text, certain=_beyond(size, noise, len(flagged)))
 
 
 def _chosen(side: Columns, usable: Bools, noise: float, whose: str) -> Check:
@@ -104,8 +104,8 @@ def _chosen(side: Columns, usable: Bools, noise: float, whose: str) -> Check:
         off = np.where(known & (side.chosen != side.own), np.abs(side.chosen - side.own), 0.0)
         off = np.where(off > rounding(side.own), off, 0.0)
     of = int(np.count_nonzero(known))
-    text = f"{{count}} of {{of}} chosen logprobs of {whose} are not what its own top-k lists for the same token"
-    return Check("chosen_and_top_k", off > 0, of, text, _beyond(off, noise, of))
+    text = f"{{count}} of {{of}} chosen logprobs of {whose} differ from what its own top-k lists for the same token"
+    return Check(key="chosen_and_top_k", flagged=off > 0, of=of, text=text, certain=_beyond(off, noise, of))
 
 
 def _above_the_largest(side: Columns, usable: Bools, noise: float, whose: str) -> Check:
@@ -114,7 +114,7 @@ def _above_the_largest(side: Columns, usable: Bools, noise: float, whose: str) -
     over = np.where(over > rounding(side.largest), over, 0.0)
     of = int(np.count_nonzero(known))
     text = f"{{count}} of {{of}} chosen logprobs of {whose} are larger than the largest of a top-k that does not list the token"
-    return Check("above_the_largest", over > 0, of, text, _beyond(over, noise, of))
+    return Check(key="above_the_largest", flagged=over > 0, of=of, text=text, certain=_beyond(over, noise, of))
 
 
 def _ranks(side: Columns, usable: Bools, noise: float, whose: str) -> Check:
@@ -134,7 +134,7 @@ def _ranks(side: Columns, usable: Bools, noise: float, whose: str) -> Check:
     small, large = known & (side.ranks < 1 + likelier), known & inside & (side.ranks > as_likely)
     decides = bool(large.any())
     text = f"{{count}} of {{of}} ranks of {whose} contradict the order of its own top-k"
-    return Check("rank_and_top_k", small | large, int(np.count_nonzero(known)), text, decides=decides)
+    return Check(key="rank_and_top_k", flagged=small | large, of=int(np.count_nonzero(known)), text=text, decides=decides)
 
 
 def in_words(check: Check, side: Columns) -> str:

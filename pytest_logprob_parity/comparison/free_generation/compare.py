@@ -58,7 +58,7 @@ def compare_free_run(expected: Trace, actual: Trace, near_tie: float) -> FreeRun
     )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)  # no slots: cached_property needs a dict
 class _Turn:
     """One turn on both sides: `segment` of the expected trace, sequence `index` of the actual one."""
 

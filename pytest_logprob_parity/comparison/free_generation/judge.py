@@ -6,6 +6,7 @@ from typing import Final
 
 import numpy as np
 
+from ...grammar import counted, is_or_are
 from ...trace import Trace
 from ..findings import Finding
 from .argmax import shows_the_argmax
@@ -32,31 +33,46 @@ def judge_free_run(
     if free_run is None or free_run.same:
         return "", None
     if exact:
-        finding = Finding("sampling", "seed_stream", f"logprobs of the golden's tokens agree bit for bit, and {free_run}")
-        return f"The engine writes other tokens although its logprobs agree bit for bit: {free_run}", finding
+        finding = Finding(
+            layer="sampling",
+            cause="seed_stream",
+            evidence=f"the logprobs of the golden's tokens are bit-identical, but {free_run}",
+        )
+        return f"The engine generates other tokens although its logprobs are bit-identical: {free_run}", finding
     if free_run.stops_changed > len(free_run.ends):
-        finding = Finding("sampling", None, f"tokens agree, and {free_run}", ("engine_build", "seed_stream"))
-        return f"The engine stops elsewhere although it writes the same tokens: {free_run}", finding
+        finding = Finding(
+            layer="sampling",
+            cause=None,
+            evidence=f"the tokens agree, but {free_run}",
+            candidates=("engine_build", "seed_stream"),
+        )
+        return f"The engine stops at another place although it generates the same tokens: {free_run}", finding
     if expected.sampling.greedy:
         text = _left_the_likeliest(free_run, expected)
         if not text:
             return "", None
-        return f"Greedy decoding no longer takes the likeliest token: {text}", Finding("sampling", "seed_stream", text)
+        return f"Greedy decoding no longer takes the likeliest token: {text}", Finding(
+            layer="sampling", cause="seed_stream", evidence=text
+        )
     (expected_distinct, actual_distinct), (expected_others, actual_others) = free_run.distinct, free_run.not_likeliest
     fewer = expected_distinct >= 8 and actual_distinct < expected_distinct / 2 and free_run.distinct_p < _ALPHA
     collapsed = fewer or (expected_others >= _MIN_NON_ARGMAX and not actual_others)
     if collapsed or free_run.shift_p < _ALPHA:
         text = (
-            f"its own tokens are {free_run.likelihood_shift:+.3g} nats a token likelier than the golden's (chance does that in "
-            f"{free_run.shift_p:.1g} of cases), {actual_distinct} distinct completions where the golden has "
-            f"{expected_distinct}, {actual_others} tokens that are not the likeliest where it has {expected_others}"
+            f"the generated tokens are {free_run.likelihood_shift:+.3g} nats per token likelier than the golden's "
+            f"(p = {free_run.shift_p:.1g}); {counted(actual_distinct, 'distinct completions')} (golden: {expected_distinct}); "
+            f"{counted(actual_others, 'tokens')} {is_or_are(actual_others)} not the likeliest (golden: {expected_others})"
         )
-        return f"The engine does not draw as it reports: {text}", Finding("sampling", None, text, ("seed_stream",))
+        return f"The sampler changed, the engine does not sample from the distribution that it reports: {text}", Finding(
+            layer="sampling", cause=None, evidence=text, candidates=("seed_stream",)
+        )
     predicted = predicted_divergences(expected, mean_abs_diff)
     other = free_run.diverged + len(free_run.ends)
     if same_stream and _poisson_tail(other, _FLIP_MARGIN * predicted) < _ALPHA:
-        text = f"{other} of {free_run.turns} wrote other tokens, noise of this size explains about {predicted:.2g}"
-        return f"The engine writes other tokens although its logprobs agree: {text}", Finding("sampling", "seed_stream", text)
+        text = f"{other} of {free_run.turns} turns have other tokens; noise of this size explains about {predicted:.2g}"
+        return f"The engine generates other tokens although its logprobs agree: {text}", Finding(
+            layer="sampling", cause="seed_stream", evidence=text
+        )
     return "", None
 
 
@@ -68,7 +84,8 @@ def _left_the_likeliest(free_run: FreeRun, expected: Trace) -> str:
     expected_others, actual_others = free_run.not_likeliest
     shown = shows_the_argmax(expected) and not expected_others
     if actual_others and (shown or _poisson_tail(actual_others, _FLIP_MARGIN * max(expected_others, 1)) < _ALPHA):
-        return f"{actual_others} tokens of its own are not the likeliest where the golden has {expected_others}"
+        generated = counted(actual_others, "generated tokens")
+        return f"{generated} {is_or_are(actual_others)} not the likeliest (golden: {expected_others})"
     far = [d for d in (*free_run.divergences, *free_run.ends) if np.isfinite(d.gap) and not d.near_tie]
     return str(far[0]) if far else ""
 

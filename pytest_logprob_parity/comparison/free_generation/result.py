@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
     """Where a free run first leaves the golden. `gap` is the golden's top-2 gap there (nats; NaN without a top-2)."""
 
@@ -26,7 +26,7 @@ class Divergence:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FreeRun:
     """How many turns were written again, how many of them diverged, and how many only ended elsewhere.
 
@@ -71,10 +71,10 @@ class FreeRun:
 
     def __str__(self) -> str:
         if self.same:
-            return f"all {self.turns} came back token for token and stopped where they stopped"
-        text = f"{self.diverged} of {self.turns} wrote other tokens"
+            return f"all {self.turns} turns have the golden's tokens and stop at the same place"
+        text = f"{self.diverged} of {self.turns} turns have other tokens"
         if self.stops_changed:
-            text += f", {self.stops_changed} stopped elsewhere"
+            text += f", {self.stops_changed} stop at another place"
         if self.relabelled:
-            text += f", {self.relabelled} name the other of two finish reasons that both hold"
+            text += f", {self.relabelled} report the other of two finish reasons that both hold"
         return text + (f"; first at {self.divergences[0]}" if self.divergences else "")

@@ -45,8 +45,14 @@ def logits_processing_steps(positions: Positions) -> Iterator[ProcessingStep]:
     if step is not None:
         scaled = not step.finding.cause and bool(found) and all(_is_scaled(p, sampling, slope) for p in found)
         if scaled:
-            text = f"{_larger(scale, positions)}, before the penalties: no temperature comes there"
-            finding = Finding("weights", None, text, ("weights_differ", "head_precision"), step.finding.values)
+            text = f"{_larger(scale, positions)}, before the penalties, where no temperature is applied"
+            finding = Finding(
+                layer="weights",
+                cause=None,
+                evidence=text,
+                candidates=("weights_differ", "head_precision"),
+                values=step.finding.values,
+            )
             step = dataclasses.replace(step, finding=finding)
         elif not step.finding.cause and not found and (sampling.presence_penalty or sampling.frequency_penalty):
             # what both sides have lowered is divided as well
@@ -55,8 +61,14 @@ def logits_processing_steps(positions: Positions) -> Iterator[ProcessingStep]:
         yield step
     penalties = [] if scaled else [_penalty_step(penalty, sampling, positions.names) for penalty in found]
     if not penalties and not scaled and not bare and moves_only_seen(positions, slope):
-        text = "only tokens that stood before are moved, by no penalty that explains them"
-        penalties = [ProcessingStep(Finding("semantic", None, text, ("penalties", "weights_differ")), False, False)]
+        text = "only tokens that occurred before differ, and no penalty explains by how much"
+        penalties = [
+            ProcessingStep(
+                finding=Finding(layer="semantic", cause=None, evidence=text, candidates=("penalties", "weights_differ")),
+                on_expected=False,
+                recorded=False,
+            )
+        ]
     yield from penalties
     yield from truncation_steps(positions, slope, alone=slope == 1 and not penalties, penalised=bool(penalties))
 
@@ -81,7 +93,7 @@ def scale_of(positions: Positions) -> Scale:
     temperature = positions.expected_trace.sampling.temperature or 1.0
     for slope in (temperature, 1 / temperature, 1.0):  # a recorded repetition penalty explains the rest of the slope
         if repetition != 1 and any(line.is_(slope * r) for r in (repetition, 1 / repetition)):
-            return Scale(slope, line.error, line.positions, line.removed)
+            return Scale(slope=slope, error=line.error, positions=line.positions, removed=line.removed)
     return line
 
 
@@ -101,31 +113,50 @@ def _temperature_step(scale: Scale, positions: Positions) -> ProcessingStep:
     labelled = now != expected_temperature and scale.is_(expected_temperature / now)
     if labelled and positions.expected_trace.logprobs_mode == positions.actual_trace.logprobs_mode:
         how = fitted.format(f"{expected_temperature / scale.slope:.4f}", expected_temperature * scale.error / scale.slope**2)
-        text = f"temperature {now:g} in place of {expected_temperature:g}, as the labels say {how}"
+        text = f"temperature {now:g} instead of {expected_temperature:g}, as the labels say {how}"
         values["temperature"] = expected_temperature / scale.slope
-        return ProcessingStep(Finding("semantic", "temperature", text, values=values), now > expected_temperature, False)
+        return ProcessingStep(
+            finding=Finding(layer="semantic", cause="temperature", evidence=text, values=values),
+            on_expected=now > expected_temperature,
+            recorded=False,
+        )
     recorded = sampling.temperature if not sampling.greedy else 1.0
     name = f"temperature {recorded:g}"
     if recorded != 1 and scale.is_(recorded):
         how = fitted.format(f"{scale.slope:.4f}", scale.error)
         text = f"{applied(name, names, on_expected=True)} {how}"
         values["temperature"] = scale.slope
-        return ProcessingStep(Finding("semantic", "temperature", text, values=values), True, True, name)
+        return ProcessingStep(
+            finding=Finding(layer="semantic", cause="temperature", evidence=text, values=values),
+            on_expected=True,
+            recorded=True,
+            name=name,
+        )
     if recorded != 1 and scale.is_(1 / recorded):
         how = fitted.format(f"{1 / scale.slope:.4f}", scale.error / scale.slope**2)
         text = f"{applied(name, names, on_expected=False, twice=not labelled)} {how}"
         values["temperature"] = 1 / scale.slope
-        return ProcessingStep(Finding("semantic", "temperature", text, values=values), False, True, name, twice=not labelled)
+        return ProcessingStep(
+            finding=Finding(layer="semantic", cause="temperature", evidence=text, values=values),
+            on_expected=False,
+            recorded=True,
+            name=name,
+            twice=not labelled,
+        )
     other = expected_temperature / scale.slope
     text = (
-        f"{_larger(scale, positions)}: temperature {other:.3f} in place of {expected_temperature:g}, or another scale of the "
-        "logits (final norm, head); the logprobs alone do not tell these apart"
+        f"{_larger(scale, positions)}: temperature {other:.3f} instead of {expected_temperature:g}, or another scale of the "
+        "logits (final norm, LM head); the logprobs alone cannot distinguish these"
     )
     values["temperature"] = other
     others: tuple[Cause, ...] = ("weights_differ", "head_precision", "engine_build")
     chosen = may_be_chosen(other, expected_temperature * scale.error / scale.slope**2)
     candidates: tuple[Cause, ...] = ("temperature", *others) if chosen else ("engine_build", *others[:2], "temperature")
-    return ProcessingStep(Finding("semantic", None, text, candidates, values), scale.slope < 1, False)
+    return ProcessingStep(
+        finding=Finding(layer="semantic", cause=None, evidence=text, candidates=candidates, values=values),
+        on_expected=scale.slope < 1,
+        recorded=False,
+    )
 
 
 def _larger(scale: Scale, positions: Positions) -> str:
@@ -149,8 +180,10 @@ def _penalty_step(penalty: Penalty, sampling: Sampling, names: Names) -> Process
         on_expected = near(penalty.change, expected_value)
         fitted = penalty.change if on_expected else now
     elif expected_value != neutral and penalty.alike:  # with two unknown values there is none to tell
-        text = f"tokens that stood before are moved: another {words} or {penalty.alike.replace('_', ' ')} would look like this"
-        return ProcessingStep(Finding("semantic", "penalties", text), on_expected, False)
+        text = f"only tokens that occurred before differ: another {words} or {penalty.alike.replace('_', ' ')} looks like this"
+        return ProcessingStep(
+            finding=Finding(layer="semantic", cause="penalties", evidence=text), on_expected=on_expected, recorded=False
+        )
     elif expected_value != neutral:
         fitted = penalty.actual(expected_value)
     name, twice = f"{words} {expected_value if recorded else round(fitted, 3):g}", recorded and not on_expected
@@ -159,9 +192,15 @@ def _penalty_step(penalty: Penalty, sampling: Sampling, names: Names) -> Process
         if on_expected and not recorded:
             text += f", or {now:.3g} to {names.actual} and none to {names.expected}"
     else:
-        text = f"{name} in place of the recorded {expected_value:g}"
+        text = f"{name} instead of the recorded {expected_value:g}"
     text += f" (fitted {fitted:.3f} +- {penalty.error:.1g} from {penalty.positions:,} positions)"
     if penalty.alike:
-        text += f"; a {penalty.alike.replace('_', ' ')} would look the same here"
+        text += f"; a {penalty.alike.replace('_', ' ')} looks the same here"
     values = {penalty.name: fitted, "error": penalty.error, "positions": penalty.positions}
-    return ProcessingStep(Finding("semantic", "penalties", text, values=values), on_expected, recorded, name, twice)
+    return ProcessingStep(
+        finding=Finding(layer="semantic", cause="penalties", evidence=text, values=values),
+        on_expected=on_expected,
+        recorded=recorded,
+        name=name,
+        twice=twice,
+    )

@@ -21,7 +21,9 @@ def lm_head_finding(positions: Positions) -> Finding | None:
         return None  # rounding moves no logit by more than a step: something else did
     names = positions.names
     text = f"{names.expected}'s logits {_words(expected)}, those of {names.actual} {_words(actual)}"
-    return Finding("head", "head_precision", text, values={"expected_step": expected, "actual_step": actual})
+    return Finding(
+        layer="head", cause="head_precision", evidence=text, values={"expected_step": expected, "actual_step": actual}
+    )
 
 
 def _within(positions: Positions, most: float) -> bool:
@@ -52,5 +54,5 @@ def logit_step(positions: Positions, side: Side) -> float | None:
 
 def _words(step: float) -> str:
     if not step:
-        return "lie on no grid, as those of a head in float32"
-    return f"lie on a grid of {f'1/{round(1 / step)}' if step < 1 else f'{step:g}'}, as those of a head in fewer bits"
+        return "lie on no grid, as an LM head in float32 gives them"
+    return f"lie on a grid of {f'1/{round(1 / step)}' if step < 1 else f'{step:g}'}, as an LM head in fewer bits gives them"

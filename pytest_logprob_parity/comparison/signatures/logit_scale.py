@@ -24,7 +24,7 @@ _ROUND, _NEARLY = 0.05, 0.004
 _ONE_LINE: Final = 0.9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
     """actual = `slope` x expected + a constant for each position, over `positions` of them.
 
@@ -49,7 +49,7 @@ class Scale:
         return abs(self.slope - slope) <= max(FINEST * slope, _SURE * self.error)
 
 
-NO_SCALE: Final = Scale(1.0, math.inf, 0, 0.0)
+NO_SCALE: Final = Scale(slope=1.0, error=math.inf, positions=0, removed=0.0)
 
 
 def fit_scale(expected: Doubles, actual: Doubles, used: Any, classes: Any = None) -> Scale:
@@ -86,7 +86,9 @@ def fit_scale(expected: Doubles, actual: Doubles, used: Any, classes: Any = None
     before, after = float(((y - x) ** 2).sum()), float(((y - slope * x) ** 2).sum())
     together = float((x * y).sum()) ** 2 / (float((x**2).sum()) * float((y**2).sum()))
     uniform = together >= _ONE_LINE and not apart > max(_BENT * slope, _SURE * math.hypot(halves[0][1], halves[1][1]))
-    return Scale(slope, _error(x, y, slope), len(x), 1 - after / before if before else 0.0, uniform)
+    return Scale(
+        slope=slope, error=_error(x, y, slope), positions=len(x), removed=1 - after / before if before else 0.0, uniform=uniform
+    )
 
 
 def may_be_chosen(temperature: float, error: float = 0.0) -> bool:

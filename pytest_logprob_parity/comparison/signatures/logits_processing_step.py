@@ -8,7 +8,7 @@ from ..findings import Finding
 from ..sides import Names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessingStep:
     """One step of processing that one side has and the other has not.
 

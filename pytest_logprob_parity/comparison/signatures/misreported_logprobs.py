@@ -40,7 +40,7 @@ _LOGARITHMS: Final = {1.443: ", as log2 is of the natural logarithm", 0.434: ", 
 _TELLING: Final = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Misreport:
     """A side whose chosen logprobs are not those of its own top-k: `text` says how, with its numbers.
 
@@ -70,7 +70,7 @@ def misreport(positions: Positions, side: Side) -> Misreport | None:
     cause, how = _explain(trace, rows, said, own, known)
     with np.errstate(invalid="ignore"):
         minor = (count < _ENOUGH and count < _FEW * of) or float(np.median(np.abs(said - own)[wrong])) < _ROUNDING
-    text = f"{whose} reports for {count:,} of {of:,} chosen tokens another number than its own top-k: {how}"
+    text = f"{whose} reports another number than its own top-k for {count:,} of {of:,} chosen tokens: {how}"
     return Misreport(cause, text, minor)
 
 
@@ -81,7 +81,7 @@ def no_logprobs(positions: Positions, side: Side) -> Misreport | None:
     chosen, top = trace.logprobs[rows].astype(np.float64), trace.top_logprobs[rows].astype(np.float64)
     above = int(np.count_nonzero(np.nan_to_num(np.column_stack([chosen, top]), nan=0.0, posinf=0.0).max(axis=1) > _ROUNDING))
     if above >= _ENOUGH:
-        text = f"{whose} numbers are above 0 at {above:,} of {of:,} positions: probabilities, or a sign turned around"
+        text = f"{whose} logprobs are above 0 at {above:,} of {of:,} positions: these are probabilities, or the sign is wrong"
         return Misreport("wrong_values", text)
     total = np.where(trace.top_token_ids[rows] >= 0, np.exp(np.minimum(np.nan_to_num(top, nan=-np.inf), 0)), 0).sum(axis=1)
     beyond = int(np.count_nonzero(total > 1 + _ROUNDING))
@@ -131,7 +131,7 @@ def find_rewritten(positions: Positions) -> Misreport | None:
         exact = np.mean(np.abs(change) <= _EXACT * np.maximum(1, np.abs(y))) >= _ALL_BUT_FEW
         if exact and abs(size) > _CHANGED and np.sqrt(np.mean((y - x) ** 2)) > _ROUNDING:
             return Misreport(
-                "wrong_values", f"every number of {names.actual} is {text}: no distribution has a normaliser like that"
+                "wrong_values", f"every logprob of {names.actual} is {text}: no distribution is normalised like that"
             )
     return None
 
@@ -163,7 +163,7 @@ def find_shift(positions: Positions) -> Misreport | None:
         fits = np.abs(actual - moved)[telling] <= 0.1 * np.abs(moved - expected)[telling]
         if np.mean(fits) >= _MOST and np.median(apart[telling]) > _TELLING:
             of = int(np.count_nonzero(telling))
-            text = f"each number is that which {positions.names.expected} has for the token {name} ({of:,} positions)"
+            text = f"each logprob is the one that {positions.names.expected} has for the token {name} ({of:,} positions)"
             return Misreport("shifted_positions", text)
     return None
 
@@ -180,7 +180,7 @@ def find_shifted_rows(positions: Positions) -> Misreport | None:
         telling = beside & (np.roll(positions.sequences, shift) == positions.sequences) & (moved != expected)
         if np.count_nonzero(telling) >= _ENOUGH and np.mean((actual == moved)[telling]) >= _MOST:
             of = int(np.count_nonzero(telling))
-            text = f"each top-k is that which {positions.names.expected} has for the token {name} ({of:,} positions)"
+            text = f"each top-k is the one that {positions.names.expected} has for the token {name} ({of:,} positions)"
             return Misreport("shifted_positions", text)
     return None
 
@@ -247,9 +247,9 @@ def find_normaliser(positions: Positions) -> Misreport | None:
     if size < _ROUNDING or left > 0.05 * size:
         return None
     text = (
-        f"each position is off by one number (RMS {size:.2g} nats), between its tokens nothing differs ({left:.1g}): "
-        f"{positions.names.actual} sums over other tokens, did to logprobs what is done to logits, or differs in tokens that "
-        "no top-k lists"
+        f"each position differs by one constant (RMS {size:.2g} nats), its tokens do not differ otherwise ({left:.1g} nats): "
+        f"{positions.names.actual} normalises over other tokens, processes logprobs instead of logits, or differs in tokens "
+        "that no top-k lists"
     )
     return Misreport("wrong_values", text)
 
@@ -262,7 +262,7 @@ def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -
     with np.errstate(invalid="ignore"):
         wrong = known & (np.abs(said - own) > _SAME * np.maximum(1, np.abs(own)))
     if np.count_nonzero(wrong) < _ENOUGH:
-        return "wrong_values", f"off by {np.median(np.abs(said - own)[wrong]):.3g} nats in the middle"
+        return "wrong_values", f"off by {np.median(np.abs(said - own)[wrong]):.3g} nats (median)"
 
     def fits(values: Any, where: Any = None, slack: float = 1e-3) -> bool:
         of = wrong if where is None else wrong & where
@@ -284,7 +284,7 @@ def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -
             f"{value} for each, {'and each is the first of its sequence' if starts else 'whatever the token'}",
         )
     if fits(first):
-        return "wrong_token", "that of the likeliest token (a dict read in its order)"
+        return "wrong_token", "that of the likeliest token (a dict was read in its order)"
     for name, shift in (("the token before", 1), ("the token after", -1)):
         moved = np.roll(own, shift)
         if fits(moved, np.isfinite(moved)):
@@ -293,7 +293,7 @@ def _explain(trace: Trace, rows: Any, said: Doubles, own: Doubles, known: Any) -
     if fits(own / np.log(2)):
         return "wrong_values", "log2 in place of the natural logarithm"
     if np.max(np.abs(said - own)[wrong]) < _ROUNDING * max(1.0, float(np.max(np.abs(own[wrong])))):
-        return "wrong_values", f"rounded, by {np.median(np.abs(said - own)[wrong]):.2g} nats in the middle"
+        return "wrong_values", f"rounded, by {np.median(np.abs(said - own)[wrong]):.2g} nats (median)"
     if np.isfinite(ratio) and fits(own * ratio):
         return "wrong_values", f"{ratio:.3f} times it"
     floor = said.min()
@@ -315,6 +315,6 @@ def _by_sequence(trace: Trace, rows: Any, said: Doubles, own: Doubles, wrong: An
     gap = np.minimum(np.abs(ordered[near] - values), np.abs(ordered[np.maximum(near - 1, 0)] - values))
     elsewhere = bool(np.mean(gap <= 1e-5 * np.maximum(1, np.abs(values))) > _MOST)
     if elsewhere and values.std() and own[wrong].std() and np.corrcoef(values, own[wrong])[0, 1] < 0.9:
-        return "wrong_token", "those of other tokens, which stand elsewhere in the trace"
+        return "wrong_token", "those of other tokens, elsewhere in the trace"
     spread = np.abs(said - own)[wrong]
-    return "wrong_values", f"off by {np.median(spread):.3g} nats in the middle"
+    return "wrong_values", f"off by {np.median(spread):.3g} nats (median)"

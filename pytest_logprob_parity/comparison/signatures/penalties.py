@@ -30,7 +30,7 @@ _WIDEST: Final = 4.0
 _ALL_OF_THEM: Final = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Penalty:
     """A penalty that differs between the sides, with its standard `error`, in the units of the field of Sampling `name`.
 
@@ -144,7 +144,7 @@ def _repetition(positions: Positions, off: Doubles, scale: float, classes: Any) 
             return None  # no penalty moves the others
     on_expected = lower > 0 if lower else steeper > 1
     change = value if on_expected else 1 / value
-    return Penalty("repetition_penalty", change, error * change, line.positions), line.slope
+    return Penalty(name="repetition_penalty", change=change, error=error * change, positions=line.positions), line.slope
 
 
 def _additive(positions: Positions, off: Doubles, used: Any, temperature: float, steeper: float = 1.0) -> list[Penalty] | None:
@@ -186,11 +186,11 @@ def _additive(positions: Positions, off: Doubles, used: Any, temperature: float,
             change, error = expected_value - (steeper * expected_value - slope * temperature), fit.errors[name] * temperature
             if abs(change) <= max(_AS_RECORDED * abs(expected_value), _SURE * error):
                 continue
-        found.append(Penalty(name, change, error, len(rows), alike))
+        found.append(Penalty(name=name, change=change, error=error, positions=len(rows), alike=alike))
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Plane:
     """Slopes of y on some columns through 0, their errors clustered by position, and the squares that are left."""
 

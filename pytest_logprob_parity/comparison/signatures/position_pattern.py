@@ -39,10 +39,10 @@ def find_position_pattern(positions: Positions) -> Finding | None:
     if np.count_nonzero(far) > np.count_nonzero(telling & (place == 0)) / 2:
         count, size = int(np.count_nonzero(telling & (place == 0))), float(np.median(sizes[telling & (place == 0)]))
         text = (
-            f"only the first token of a turn is off ({count:,} of them, {size:.2g} nats in the middle), the others agree: what "
-            "the prompt's pass computes or reports differs; other weights would move all"
+            f"only the first token of a turn differs ({count:,} of them, median {size:.2g} nats), the others agree: the "
+            "prefill of the prompt computes or reports something else; other weights would move all tokens"
         )
-        return Finding("path", None, text, ("chunked_prefill", "prefix_cache", "engine_build"))
+        return Finding(layer="path", cause=None, evidence=text, candidates=("chunked_prefill", "prefix_cache", "engine_build"))
     return None
 
 
@@ -83,9 +83,9 @@ def _min_tokens(positions: Positions, off: Doubles, chosen: Bools, least: int) -
     taken = -np.log1p(-np.minimum(left_out[listed], 1 - 1e-9))
     fits = np.abs(np.abs(constants[listed]) - taken) <= _EXACT + _SHARE * taken
     has, lacking = (names.actual, names.expected) if on_expected else names
-    text = f"only the first {least} tokens of each turn are off, as many as min_tokens says"
+    text = f"only the first {least} tokens of each turn differ, as many as min_tokens says"
     if np.count_nonzero(listed) >= _ENOUGH and fits.mean() > 1 - _SHARE:
         tokens = ", ".join(str(i) for i in sorted(excluded)[:3])
-        text += f": {has} has {'tokens' if len(excluded) > 1 else 'token'} {tokens} there, which {lacking} leaves out"
-        return Finding("semantic", "min_tokens", text)
-    return Finding("semantic", None, text, ("min_tokens", "penalties", "truncation"))
+        text += f": {has} has {'tokens' if len(excluded) > 1 else 'token'} {tokens} there, which {lacking} excludes"
+        return Finding(layer="semantic", cause="min_tokens", evidence=text)
+    return Finding(layer="semantic", cause=None, evidence=text, candidates=("min_tokens", "penalties", "truncation"))

@@ -28,7 +28,7 @@ _LARGEST: Final = 4_000_000
 _NEAREST: Final = 0.9
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)  # no slots: cached_property needs a dict
 class Positions:
     """n positions, m tokens each: the chosen one, then the golden's top-k without it.
 

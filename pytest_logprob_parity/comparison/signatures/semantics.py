@@ -63,13 +63,16 @@ def label_findings(
     cause: SemanticCause, expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAMES
 ) -> list[Finding]:  # fmt: skip
     """The findings for labels that differ: what they claim, and step by step what the numbers say of it."""
-    claim = f"{expected.distribution()} against {actual.distribution()}"
+    claim = f"{expected.distribution()} in {names.expected}, {actual.distribution()} in {names.actual}"
     of_steps = [step.finding for step in logits_processing_steps(positions_of(expected, actual, rows, names=names))]
     same = [finding for finding in of_steps if finding.cause == cause]
     if same:
         claim += f"; {same[0].evidence}"
     values = same[0].values if same else {}
-    return [Finding("semantic", cause, claim, values=values), *(finding for finding in of_steps if finding.cause != cause)]
+    return [
+        Finding(layer="semantic", cause=cause, evidence=claim, values=values),
+        *(finding for finding in of_steps if finding.cause != cause),
+    ]
 
 
 # -- what the numbers say ----------------------------------------------------------------------------------------------
@@ -86,14 +89,21 @@ def semantic_findings(
     for sequences in (None, off) if off is not None and len(off) else (None,):
         positions = positions_of(expected, actual, rows, sequences, names, most)
         reports = _reported(positions)
-        found = [Finding("semantic", report.cause, report.text) for report in reports]
+        found = [Finding(layer="semantic", cause=report.cause, evidence=report.text) for report in reports]
         if all(report.minor for report in reports):
             steps = list(logits_processing_steps(positions))
             found = [*_whole(steps, positions), *(step.finding for step in steps), *found]
             if not found and (by_place := find_position_pattern(positions)):
                 found = [by_place]
             elif not found and (normaliser := find_normaliser(positions)):
-                found = [Finding("semantic", None, normaliser.text, _of_a_normaliser(positions.expected_trace.sampling))]
+                found = [
+                    Finding(
+                        layer="semantic",
+                        cause=None,
+                        evidence=normaliser.text,
+                        candidates=_of_a_normaliser(positions.expected_trace.sampling),
+                    )
+                ]
         if found:
             where = "" if sequences is None else f"in {len(sequences)} of {expected.num_sequences} sequences: "
             return [dataclasses.replace(f, evidence=where + f.evidence) for f in found]
@@ -122,8 +132,8 @@ def _reported(positions: Positions) -> list[Misreport]:
 def _whole(steps: Sequence[ProcessingStep], positions: Positions) -> Iterator[Finding]:
     """Raw for processed: all that the recorded sampling asks for is on one side only."""
     recorded, names = _recorded(positions.expected_trace.sampling), positions.names
-    for on_expected, text in ((True, f"{names.expected}'s logprobs are processed, these are raw"),
-                            (False, f"these logprobs are processed, {names.expected}'s are raw")):  # fmt: skip
+    for on_expected, text in ((True, f"{names.expected}'s logprobs are processed, {names.actual}'s are raw"),
+                            (False, f"{names.actual}'s logprobs are processed, {names.expected}'s are raw")):  # fmt: skip
         found = {step.finding.cause for step in steps if step.on_expected == on_expected and step.recorded}
         other = any(
             s.on_expected != on_expected and s.finding.cause and not s.recorded for s in steps
@@ -137,11 +147,16 @@ def _whole(steps: Sequence[ProcessingStep], positions: Positions) -> Iterator[Fi
                 applied(s.name, names, on_expected=s.on_expected, twice=twice and s.twice) for s in steps if s.recorded
             )
             if twice:
-                yield Finding("semantic", None, f"{text}, or it was applied twice: {said}", ("raw_vs_processed", *recorded))
+                yield Finding(
+                    layer="semantic",
+                    cause=None,
+                    evidence=f"{text}, or it was applied twice: {said}",
+                    candidates=("raw_vs_processed", *recorded),
+                )
             else:
                 values = [s.finding.values for s in steps if s.on_expected == on_expected and s.recorded]
                 unlisted = values[0] if len(values) == 1 and "beyond_top_k" in values[0] else {}
-                yield Finding("semantic", "raw_vs_processed", f"{text}: {said}", values=unlisted)
+                yield Finding(layer="semantic", cause="raw_vs_processed", evidence=f"{text}: {said}", values=unlisted)
 
 
 def _penalties(sampling: Sampling) -> int:
@@ -175,7 +190,8 @@ def left_unexplained(expected: Trace, actual: Trace, rows: Alignment, most: floa
     rest = positions.noise(scale.slope)
     if rest <= most:
         return ""
-    return f"left unexplained between tokens of one position: RMS {rest:.2g} nats, beyond noise: weights or path differ, too"
+    text = f"the temperature leaves an RMS difference of {rest:.2g} nats between tokens of one position"
+    return f"{text}, more than noise: weights or path differ, too"
 
 
 def unsure_of(expected: Trace, actual: Trace, rows: Alignment) -> str:
@@ -185,15 +201,15 @@ def unsure_of(expected: Trace, actual: Trace, rows: Alignment) -> str:
     if usable < ENOUGH:
         more = "record logprobs=5" if k < 5 else f"record {ENOUGH - usable} more positions"
         return (
-            f"top-{k}: both sides name two tokens at {usable} positions, {ENOUGH} are needed to tell a temperature, a "
-            f"truncation, a penalty and other weights apart: {more}"
+            f"top-{k}: both sides list two tokens at {usable} positions; {ENOUGH} are needed to distinguish a temperature, a "
+            f"truncation, a penalty and other weights: {more}"
         )
     if k == 1:
         return (
-            f"top-1: both sides name two tokens at {usable:,} positions, where another one was chosen: a truncation or a "
-            "penalty may not show; record logprobs=5"
+            f"top-1: both sides list two tokens at {usable:,} positions, where another token was chosen: a truncation or a "
+            "penalty may not be visible; record logprobs=5"
         )
     wanted = expected.sampling.top_k
     return (
-        f"top-{k}: a truncation to top-k {wanted} cannot be told, record logprobs={wanted + 1} or more" if wanted >= k else ""
+        f"top-{k}: a truncation to top-k {wanted} is not visible, record logprobs={wanted + 1} or more" if wanted >= k else ""
     )

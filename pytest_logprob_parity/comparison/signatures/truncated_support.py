@@ -30,7 +30,7 @@ _ALL: Final = 1e-5
 _STANDS_OUT, _LEAST, _SUMMED = 20, 1e-6, 5e-4
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Kept:
     """One side's kept sets. `complete` bool [n]: truncation excluded something, and what it left is all listed.
 
@@ -95,10 +95,10 @@ def kept_of(trace: Trace, rows: Any, k: int | None = None) -> Kept:
     # A place that is not used says less: some engines give the chosen token a place of its own only where it needs one.
     whole = (ids < 0).any(axis=1) & (total > 1 - WHOLE)
     complete = (listed_out | whole) & (counts > 0) & ~apart if top.shape[1] else np.zeros(len(rows), bool)
-    return Kept(np.asarray(complete), counts, ties, np.asarray(total, np.float64))
+    return Kept(complete=np.asarray(complete), counts=counts, ties=ties, total=np.asarray(total, np.float64))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     """Which limits the kept sets allow: `top_k`, or an interval each for `top_p` and `min_p`; None where they allow none.
 
@@ -152,15 +152,17 @@ def fit_limits(inside: Bools, listed: Doubles, stretch: Doubles, noise: float = 
     reached, floor = float(np.quantile(outside / most, 1 - _STRAY)), float(np.quantile(least / most, _STRAY))
     blur = math.exp(2 * noise)
     return Limits(
-        len(mass),
-        float(mass.mean()),
-        common if by_count else None,
-        (max(min(low, high) - noise, 0.0), min(max(low, high) + noise, 1.0)) if low - high <= _BLUR + noise else None,
-        (min(reached, floor) / blur, min(max(reached, floor) * blur, 1.0)) if reached <= floor * blur * (1 + _BLUR) else None,
+        positions=len(mass),
+        mass=float(mass.mean()),
+        top_k=common if by_count else None,
+        top_p=(max(min(low, high) - noise, 0.0), min(max(low, high) + noise, 1.0)) if low - high <= _BLUR + noise else None,
+        min_p=(min(reached, floor) / blur, min(max(reached, floor) * blur, 1.0))
+        if reached <= floor * blur * (1 + _BLUR)
+        else None,
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Lift:
     """All tokens of a position are likelier by one constant: mass that is not listed was cut away. At `positions` positions
     the constant stands out; `mass` is what is kept there, on average.

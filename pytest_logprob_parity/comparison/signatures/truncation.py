@@ -74,10 +74,15 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Process
         if what:
             name = "a truncation"
             text = f"{applied(name, positions.names, on_expected=on_expected)}: {' and '.join(what)}"
-            text += f"; top-{k} logprobs do not show how wide its kept sets are: record more" if k else ""
+            text += f"; top-{k} logprobs do not show the whole truncated support: record more logprobs" if k else ""
             # the recorded one excludes none that was sampled under it, but for a few by noise: what excludes more is another
             whole = recorded and count <= max(_FEW, _NONE * _NONE * len(actual))
-            yield ProcessingStep(Finding("semantic", "truncation", text, values=values), on_expected, whole, name)
+            yield ProcessingStep(
+                finding=Finding(layer="semantic", cause="truncation", evidence=text, values=values),
+                on_expected=on_expected,
+                recorded=whole,
+                name=name,
+            )
 
 
 def _one_truncates(
@@ -109,12 +114,17 @@ def _one_truncates(
         f"kept mass {limits.mass:.2f} on average ({limits.positions:,} positions"
     )
     fits = any(limit is not None for limit in (limits.top_k, limits.top_p, limits.min_p))
-    unnamed = "they say no more of its limit" if fits else "no single limit explains them"
-    text += f"; they allow {', '.join(names)})" if names else f"; {unnamed})"
+    unnamed = "its limit cannot be narrowed down" if fits else "no single limit explains the kept tokens"
+    text += f"; consistent with {', '.join(names)})" if names else f"; {unnamed})"
     if not kept.renormalised:
-        text += f"; what was kept adds up to {np.mean(kept.total[kept.complete]):.3f}, not to 1"
+        text += f"; the kept probabilities add up to {np.mean(kept.total[kept.complete]):.3f}, not to 1"
     values = {"kept_mass": limits.mass, "positions": limits.positions, **allowed}
-    return ProcessingStep(Finding("semantic", "truncation", text, values=values), on_expected, recorded, name)
+    return ProcessingStep(
+        finding=Finding(layer="semantic", cause="truncation", evidence=text, values=values),
+        on_expected=on_expected,
+        recorded=recorded,
+        name=name,
+    )
 
 
 def _both_truncate(
@@ -131,21 +141,27 @@ def _both_truncate(
         less = fewer > more
         counts = expected.counts.mean(), actual.counts.mean()
         text = (
-            f"{recorded} was recorded, and {'fewer' if less else 'more'} tokens are left in {positions.names.actual}: "
-            f"{counts[1]:.2f} on average in place of {counts[0]:.2f}, other sets at {fewer + more:.0%} of positions"
+            f"{recorded} was recorded, but {'fewer' if less else 'more'} tokens are kept in {positions.names.actual}: "
+            f"{counts[1]:.2f} on average instead of {counts[0]:.2f}, other tokens at {fewer + more:.0%} of positions"
         )
         common = np.unique(actual.counts[actual.complete])
         if len(common) == 1:
-            text += f"; always {int(common[0])}, as top-k {int(common[0])} would leave"
+            text += f"; always {int(common[0])}, as top-k {int(common[0])} keeps"
         values = {"kept_expected": float(counts[0]), "kept_actual": float(counts[1])}
-        yield ProcessingStep(Finding("semantic", "truncation", text, values=values), bool(not less), False)
+        yield ProcessingStep(
+            finding=Finding(layer="semantic", cause="truncation", evidence=text, values=values),
+            on_expected=bool(not less),
+            recorded=False,
+        )
     elif expected.renormalised != actual.renormalised and most < 1 + truncated_support.WHOLE:
         side, kept = (positions.names.expected, expected) if actual.renormalised else (positions.names.actual, actual)
         text = (
-            f"{recorded} was not followed by a normalisation in {side}: what was kept adds up to "
+            f"{recorded} was not followed by a renormalisation in {side}: the kept probabilities add up to "
             f"{np.mean(kept.total[kept.complete]):.3f} on average, not to 1 ({int(kept.complete.sum()):,} positions)"
         )
-        yield ProcessingStep(Finding("semantic", "truncation", text), False, False)
+        yield ProcessingStep(
+            finding=Finding(layer="semantic", cause="truncation", evidence=text), on_expected=False, recorded=False
+        )
 
 
 def _one_constant(positions: Positions) -> bool:

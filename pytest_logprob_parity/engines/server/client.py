@@ -36,7 +36,7 @@ KEY_VARIABLE: Final = "VLLM_API_KEY"
 _LARGEST: Final = 16 * 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Failure:
     """Why a request failed: what kind it is, the reason in words, and whether another try may help."""
 
@@ -75,7 +75,7 @@ class Client:
 
     def ask(self, method: str, path: str, body: Any = None, *, timeout: float = 30.0) -> Answer:
         """One request, sent once. Raises DownError where nobody answers, EngineError for a time-out."""
-        settings = ServerSettings(self.url, timeout=timeout, retries=0)
+        settings = ServerSettings(url=self.url, timeout=timeout, retries=0)
         return self._drive(lambda: self._send(method, path, body, settings))
 
     def post_all(
@@ -147,18 +147,20 @@ class Client:
             try:
                 request = self._session.build_request(method, path, json=body, timeout=limits)
                 answer, after = await asyncio.wait_for(self._receive(request, path, largest), settings.timeout + _GRACE)
-                failure = _Failure("status", f"status {answer.status}", answer.status in _PASSING, after)
+                failure = _Failure(
+                    kind="status", reason=f"status {answer.status}", again=answer.status in _PASSING, after=after
+                )
             except self._httpx.ConnectError as error:
                 failure = _no_connection(str(error))
             except (self._httpx.TimeoutException, asyncio.TimeoutError) as error:
                 timeouts += 1
                 again = timeouts <= _TIMEOUT_RETRIES
                 if isinstance(error, self._httpx.ConnectTimeout):
-                    failure = _Failure("down", f"no connection within {limits.connect:g} s", again)
+                    failure = _Failure(kind="down", reason=f"no connection within {limits.connect:g} s", again=again)
                 else:
-                    failure = _Failure("slow", f"no answer within {limits.read:g} s", again)
+                    failure = _Failure(kind="slow", reason=f"no answer within {limits.read:g} s", again=again)
             except self._httpx.TransportError as error:
-                failure = _Failure("lost", f"connection lost ({one_line(str(error)) or type(error).__name__})")
+                failure = _Failure(kind="lost", reason=f"connection lost ({one_line(str(error)) or type(error).__name__})")
             if not failure.again or tries > settings.retries:
                 effort = f" after {tries} tries in {time.monotonic() - began:.1f} s" if tries > 1 else ""
                 if answer is None:
@@ -294,7 +296,7 @@ def _run_in_thread(loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine
 def _no_connection(error: str) -> _Failure:
     """Why there is none, by what httpx says of it."""
     if "SSL" in error:
-        return _Failure("refused", f"no TLS there, or a certificate that is not trusted ({error})", again=False)
+        return _Failure(kind="refused", reason=f"no TLS there, or a certificate that is not trusted ({error})", again=False)
     if error.startswith("[Errno"):  # the resolver's
-        return _Failure("down", f"no such host ({error.partition('] ')[2]})")
-    return _Failure("down", "connection refused")
+        return _Failure(kind="down", reason=f"no such host ({error.partition('] ')[2]})")
+    return _Failure(kind="down", reason="connection refused")

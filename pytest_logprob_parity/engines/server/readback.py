@@ -49,7 +49,7 @@ _TOLD: Final[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
 _MOVED: Final = 1e-3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
     """What a server tells. `served` is what it calls its model, `names` are others that it may answer with, `model` is what it
     was started with, `digests` are that model's ({} where it tells none), `vocabulary` is how many token ids it takes.
@@ -170,9 +170,16 @@ def _by_its_own(client: Client, spec: EngineSpec, settings: ServerSettings) -> T
         values["logprobs_mode"] = mode
     unverified = check_readback(asked, values, name_of(client, number))
     values = {name: json_value(value) for name, value in values.items()}
+    forcing, unforced = forcing_of(how)
     return Told(
-        number, served, values, *forcing_of(how), ("the model's digest", *unverified), names=_aliases(models, served)
-    )  # fmt: skip
+        version=number,
+        served=served,
+        values=values,
+        forcing=forcing,
+        unforced=unforced,
+        unverified=("the model's digest", *unverified),
+        names=_aliases(models, served),
+    )
 
 
 def _of_development(config: Any, spec: EngineSpec) -> tuple[dict[str, Any], dict[str, Any]] | None:

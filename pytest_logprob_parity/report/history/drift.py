@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..results import DRIFTING
-from .line import MADE_BY, READING
+from ..results_schema import DRIFTING
+from .run_record import CHECK_RECORD, MADE_BY
 
 #: Runs before the newest one, without which there is no band.
 FEWEST: Final = 8
@@ -32,7 +32,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Series:
-    """One check over runs, oldest first: each a reading with its run's `created` and `version`.
+    """One check over runs, oldest first: each a record with its run's `created` and `version`.
 
     `bands` are those of the newest run, by metric, and `outside` the metrics in which it leaves them.
     """
@@ -81,9 +81,9 @@ def series_of(lines: Iterable[Mapping[str, Any]]) -> list[Series]:
     """Each check of these runs, by node id and name."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in sorted(lines, key=lambda line: line["created"]):
-        for reading in line["checks"]:
-            run = {"created": line["created"], "version": line["version"], **{name: reading[name] for name in READING}}
-            found.setdefault((reading["node_id"] or reading["golden"], reading["name"]), []).append(run)
+        for record in line["checks"]:
+            run = {"created": line["created"], "version": line["version"], **{name: record[name] for name in CHECK_RECORD}}
+            found.setdefault((record["node_id"] or record["golden"], record["name"]), []).append(run)
     return [_series(*check, runs) for check, runs in sorted(found.items())]
 
 

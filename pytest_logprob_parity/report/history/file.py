@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from ...atomic import write_whole
 from ...bounded import parse_json, read_bytes
 from ...errors import UsageError
 from ...json_shape import check_shape
-from ...trace import container
-from ..results import LARGEST, to_text
-from .line import FORMAT, LINE, SCHEMA
+from ..finite_json import to_text
+from ..results_file import LARGEST
+from .run_record import FORMAT, RUN_RECORD, SCHEMA
 
 try:
     import fcntl
@@ -63,7 +64,7 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
         if size and os.pread(handle, 1, size - 1) != b"\n":
             data = b"\n" + data
         if size + len(data) > MOST:
-            container.replace_all({path: _newest(os.pread(handle, size, 0), MOST // 2) + data.lstrip(b"\n")})
+            write_whole(path, _newest(os.pread(handle, size, 0), MOST // 2) + data.lstrip(b"\n"))
         elif os.write(handle, data) < len(data):  # one write; a full disk takes part of it
             os.ftruncate(handle, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -130,9 +131,6 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         if line.get("schema") != SCHEMA:
             told = f"schema {line.get('schema')!r:.20}, this version of pytest-logprob-parity reads {SCHEMA}"
             raise UsageError(f"{path}: line {number} has {told}; upgrade it")
-        try:
-            check_shape(line, LINE, "it")
-        except UsageError as error:
-            raise UsageError(f"{path}: line {number} is not as pytest-logprob-parity writes it: {error}") from None
+        check_shape(line, RUN_RECORD, f"{path}: line {number}", advice="delete the line, or name another file")
         lines.append(line)
     return lines, skipped

@@ -9,11 +9,11 @@ from typing import Any
 
 from ...errors import UsageError
 from ...visible_text import visible_token
-from ..results import NAME, read_results
-from ..write import find_results
+from ..merge import find_results
+from ..results_file import NAME, read_results
 from .drift import Series, changes
 from .file import is_history, read
-from .line import METRICS, line_of_results
+from .run_record import METRICS, run_record_of_results
 
 
 def read_places(places: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -34,11 +34,11 @@ def read_places(places: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]
             skipped += cut
         if not histories or (place.is_dir() and any(place.rglob(NAME))):
             results |= dict.fromkeys(file.absolute() for file in find_results([place]))
-    known = {_key(line, reading) for line in lines for reading in line["checks"]}
+    known = {_key(line, record) for line in lines for record in line["checks"]}
     for file in results:
-        line = line_of_results(read_results(file))
-        new = {_key(line, reading): reading for reading in line["checks"]}
-        checks = [reading for key, reading in new.items() if key not in known]
+        line = run_record_of_results(read_results(file))
+        new = {_key(line, record): record for record in line["checks"]}
+        checks = [record for key, record in new.items() if key not in known]
         lines += [{**line, "checks": checks}] if checks else []
         known |= set(new)
     if not lines:
@@ -46,8 +46,8 @@ def read_places(places: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]
     return lines, skipped
 
 
-def _key(line: Mapping[str, Any], reading: Mapping[str, Any]) -> tuple[str, str]:
-    return line["created"], json.dumps(reading, sort_keys=True)
+def _key(line: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[str, str]:
+    return line["created"], json.dumps(record, sort_keys=True)
 
 
 def table(series: Series, last: int) -> Iterator[str]:

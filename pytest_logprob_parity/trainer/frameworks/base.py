@@ -1,4 +1,4 @@
-"""What this project knows of a framework: how it computes logprobs, what it logs, asks of its engine, and gets wrong."""
+"""The description of a training framework: its logprobs, its metrics, its batches, its engine settings and its mistakes."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 Doubles = npt.NDArray[np.float64]
 
-#: Log-ratios are cut off here before they are exponentiated: the squares still fit a double.
+#: Log-ratios are clipped to +- this (nats) before they are exponentiated: their squares still fit into a double.
 _MOST: Final = 300.0
 
-#: Where lines of metrics are broken.
+#: The width of a line of metrics.
 _WIDTH: Final = 108
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class Pairs:
-    """The tokens that both sides have, n of them: `rollout` and `trainer` logprobs [n] (nats), the `sequence` of each [n].
+    """The n tokens with finite logprobs on both sides: `rollout` and `trainer` [n] (nats), and the `sequence` of each [n].
 
-    `sequences` counts the sequences, those without such a token too; 0 stands for those that have one. `entropies` [n] (nats)
-    are those of the trainer's distributions, where it gave any. Tokens that a side excludes or says nothing of are left out.
+    `sequences` counts all sequences, also those without such a token; 0 stands for those that have one. `entropies` [n] (nats)
+    are those of the trainer's distributions, if the trainer gives them.
     """
 
     rollout: Doubles
@@ -47,18 +47,24 @@ class Pairs:
     def of(cls, expected: Trace, actual: Trace) -> Pairs:
         """The aligned tokens of two traces that are finite on both sides."""
         rows = align(expected, actual)
-        places = np.arange(expected.num_tokens)[rows.expected]
-        rollout = expected.logprobs[places].astype(np.float64)
-        there = np.arange(actual.num_tokens)[rows.actual]
-        trainer = actual.logprobs[there].astype(np.float64)
+        in_expected = np.arange(expected.num_tokens)[rows.expected]
+        rollout = expected.logprobs[in_expected].astype(np.float64)
+        in_actual = np.arange(actual.num_tokens)[rows.actual]
+        trainer = actual.logprobs[in_actual].astype(np.float64)
         kept = np.isfinite(rollout) & np.isfinite(trainer)
-        owner = expected.sequence_of_token[places]
-        entropies = None if actual.trainer_entropies is None else actual.trainer_entropies[there][kept].astype(np.float64)
-        return cls(rollout[kept], trainer[kept], owner[kept], expected.num_sequences, entropies)
+        owner = expected.sequence_of_token[in_expected]
+        entropies = None if actual.trainer_entropies is None else actual.trainer_entropies[in_actual][kept].astype(np.float64)
+        return cls(
+            rollout=rollout[kept],
+            trainer=trainer[kept],
+            sequence=owner[kept],
+            sequences=expected.num_sequences,
+            entropies=entropies,
+        )
 
     @property
     def d(self) -> Doubles:
-        """trainer - rollout [n], in nats, within +-300."""
+        """trainer - rollout [n] in nats, clipped to +-300."""
         return np.clip(self.trainer - self.rollout, -_MOST, _MOST)
 
     @property
@@ -76,26 +82,26 @@ class Pairs:
         return np.asarray(self.by_sequence(values) / self.by_sequence(np.ones_like(values)))
 
     def padded(self, by_sequence: Doubles) -> Doubles:
-        """Numbers of the sequences that have tokens, with a 0 for every one that has none: masked means of nothing."""
+        """Numbers of the sequences that have tokens, and a 0 for each of the others: the masked mean over no token."""
         return np.concatenate([by_sequence, np.zeros(max(self.sequences - len(by_sequence), 0))])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Framework:
     """One training framework.
 
-    - `title`: as it writes itself; `package`: its distribution, empty where there is none to install
+    - `title`: as it writes its own name; `package`: its distribution, "" where there is none to install
     - `logprobs(logits [..., L, V], token_ids [..., L], temperature) -> [..., L]`: its documented formula, in torch, on logits
       that are aligned with the tokens they predict
     - `installed()`: the same by the package's own function; raises EngineError with what is missing
-    - `divides`: where it divides by the temperature (see Scorer); `head_dtype`: the precision of its head, where it has one
-      of its own
-    - `metrics(pairs, **settings)`: what it logs of rollout against trainer, by its own names; `configured(config)` reads the
-      settings, its caps and modes, off its configuration, where it has any
-    - `thresholds`: between what its documents call normal, (least, most) by metric; `tolerance`: the same as limits of
-      Tolerance, for `tolerance="..."`, as far as they can be said so; what is not named keeps its default
-    - `profile`: the name of the profile with the settings that it asks of vLLM; `mistakes`: what that recipe gets wrong
-    - `read(...)`: a trace from what it has in hand; `watches`: see `watch`, where its trainer can be
+    - `divides`: where it divides by the temperature (see Scorer); `head_dtype`: the precision of its LM head, if it differs
+      from the model's
+    - `metrics(pairs, **settings)`: what it logs of rollout and trainer, by its own names; `configured(config)` reads the
+      settings (caps and modes) from its configuration, if it has any
+    - `thresholds`: what its documents call normal, (least, most) by metric; `tolerance`: the same as limits of Tolerance, for
+      `tolerance="..."`, as far as they can be expressed so
+    - `profile`: the name of the profile with the settings that it uses for vLLM; `mistakes`: known mistakes of its recipe
+    - `read(batch, ...)`: a trace of its batch; `watches`: see `watch`, if its trainer can be watched
     """
 
     name: str
@@ -115,26 +121,26 @@ class Framework:
     watches: Callable[..., list[Comparison]] | None = None
 
     def log(self, expected: Trace, actual: Trace, config: Any = None) -> Logged:
-        """What it logs of rollouts (`expected`) against a trainer (`actual`), as its configuration says, by default as its
-        defaults do; numbers beyond its thresholds are marked. Raises UsageError for a configuration that is not its own.
+        """What it logs of rollouts (`expected`) and a trainer (`actual`) under its configuration, by default under its
+        defaults. Numbers beyond its thresholds are marked. Raises UsageError for a configuration that is not its own.
         """
         if config is not None and self.configured is None:
-            raise UsageError(f"{self.name}: its metrics have no settings: leave config out")
+            raise UsageError(f"{self.name}: its metrics have no settings; leave config out")
         settings = {} if config is None or self.configured is None else self.configured(config)
         values = dict(self.metrics(Pairs.of(expected, actual), **settings))
         parts = [f"{name} {value:.4g}{self._mark(name, value)}" for name, value in values.items()]
-        lines = [f"{self.name}: {', '.join(parts[:1]) or 'logs nothing of its rollouts against its trainer'}"]
+        lines = [f"{self.name}: {', '.join(parts[:1]) or 'logs no metric of its rollouts and its trainer'}"]
         for part in parts[1:]:
             fits = len(lines[-1]) + len(part) + 2 <= _WIDTH
             lines[-1:] = [f"{lines[-1]}, {part}"] if fits else [f"{lines[-1]},", f"  {part}"]
         return Logged(self.name, values, tuple(lines))
 
     def watch(self, trainer: Any = None, **settings: Any) -> list[Comparison]:
-        """Have a trainer check its own batches in hand: the first, then every n-th (`every`). Returns the list that the
-        comparisons are put into. Raises UsageError where this framework's trainer cannot be watched.
+        """Make a trainer check its own batches: the first, then every n-th (`every`). Returns the list to which each comparison
+        is added. Raises UsageError where the trainer of this framework cannot be watched.
         """
         if self.watches is None:
-            raise UsageError(f"{self.name}: its trainer cannot be watched; read a batch, and assert_trainer_parity(batch)")
+            raise UsageError(f"{self.name}: its trainer cannot be watched; read a batch and call assert_trainer_parity")
         return self.watches(trainer, **settings)
 
     def _mark(self, name: str, value: float) -> str:
@@ -144,8 +150,8 @@ class Framework:
     def scorer(
         self, model: Any, *, dtype: str | None = None, head_dtype: str | None = None, adapter: str | Path | None = None
     ) -> Scorer:
-        """A scorer that makes logits of `model`, with `adapter` on top (see TransformersScorer), and takes the framework's own
-        function from there on: the package's where it is installed, else its formula.
+        """A scorer that computes the logits of `model`, with `adapter` merged into it (see TransformersScorer), and then calls
+        the framework's own function: the package's if it is installed, else its formula.
         """
         from ..transformers_scorer import TransformersScorer
 
@@ -153,14 +159,14 @@ class Framework:
             function, how = self.installed(), f"{self.title}'s own function"
         except EngineError:
             function, how = self.logprobs, f"{self.title}'s formula"
-        given = TransformersScorer(
+        model_scorer = TransformersScorer(
             model, dtype=dtype, head_dtype=head_dtype or self.head_dtype, divides=self.divides, adapter=adapter
         )
-        return FrameworkScorer(given, function, how)
+        return FrameworkScorer(model_scorer, function, how)
 
 
 class FrameworkScorer:
-    """See Framework.scorer. Whole logits, as the frameworks' functions want them: for sequences of ordinary length."""
+    """See Framework.scorer. It computes whole logits, as the frameworks' functions need them: not for very long sequences."""
 
     gives_entropies: Final = True
 
@@ -195,7 +201,7 @@ class FrameworkScorer:
     def __call__(
         self, token_ids: Any, attention_mask: Any, temperature: float = 1.0, *, entropies: bool = False
     ) -> Any:  # fmt: skip
-        """Logprobs [B, L - 1] of the tokens from the second one on; with `entropies` a pair, beside them the entropies."""
+        """Logprobs [B, L - 1] of the tokens from the second one on; with `entropies` a pair: the logprobs and the entropies."""
         logits, targets = self.logits(token_ids, attention_mask)
         logprobs = self._function(logits, targets, temperature)
         if not entropies:
@@ -205,7 +211,7 @@ class FrameworkScorer:
 
 
 def field_of(config: Any, name: str) -> Any:
-    """A field of a configuration, an object or a mapping; None where it has none of that name."""
+    """A field of a configuration, which is an object or a mapping; None where it has none of that name."""
     if hasattr(config, "keys"):
         return config[name] if name in config.keys() else None  # noqa: SIM118 (a DictConfig)
     return getattr(config, name, None)
@@ -217,8 +223,8 @@ def has_field(config: Any, name: str) -> bool:
 
 
 def missing(title: str, package: str, error: BaseException) -> EngineError:
-    """The error of `installed` where a package is not there, or does not import."""
-    return EngineError(f"{title}'s own function cannot be had: {package} does not import ({type(error).__name__}: {error})")
+    """The error of `installed` where a package is missing or does not import."""
+    return EngineError(f"{title}'s own function is not available: {package} does not import ({type(error).__name__}: {error})")
 
 
 def gather_minus_logsumexp(logits: Any, token_ids: Any) -> Any:
@@ -227,5 +233,5 @@ def gather_minus_logsumexp(logits: Any, token_ids: Any) -> Any:
 
 
 def log_softmax_then_gather(logits: Any, token_ids: Any) -> Any:
-    """The same by a log-softmax over the whole vocabulary; in half precision this rounds every logprob to that precision."""
+    """The same by a log-softmax over the whole vocabulary. In half precision it rounds every logprob to that precision."""
     return logits.log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]

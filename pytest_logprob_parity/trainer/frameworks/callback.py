@@ -1,4 +1,4 @@
-"""A trainer that checks its own batches while it trains."""
+"""A trainer that checks its own batches during training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from . import limits_of, with_metrics
 
 
 class Watching:
-    """The first batch, then every `every`-th is checked; the next one, too, where one had too little evidence to say.
+    """Checks the first batch, then every `every`-th, and the batch after an unverified one.
 
-    `done` are the comparisons so far. Raises UsageError for an `every` below 1.
+    `done` has the comparisons so far. Raises UsageError for an `every` below 1.
     """
 
     def __init__(self, framework: str, every: int) -> None:
@@ -24,13 +24,13 @@ class Watching:
         self._framework, self._every, self._wait = framework, every, 0
 
     def due(self) -> bool:
-        """Whether the batch that comes now is to be checked."""
+        """Whether the next batch is to be checked."""
         self._wait -= 1
         return self._wait < 0
 
     def check(self, rollouts: Trace, *, tolerance: object = None, config: object = None, **settings: object) -> None:
-        """Hold two columns in hand against each other (see assert_trainer_parity). A training is stopped by what fails, with
-        MismatchError; what is unverified is a warning.
+        """Compare the two columns of a batch (see assert_trainer_parity). A failed check raises MismatchError, which stops the
+        training; an unverified one is a warning.
         """
         compared = agreement(rollouts, tolerance=limits_of(tolerance), **settings)  # type: ignore[arg-type]
         comparison = with_metrics(compared, self._framework, config)
@@ -42,6 +42,6 @@ class Watching:
             self.leave_out(f"{comparison.verdict}: {comparison.headline}")
 
     def leave_out(self, why: str) -> None:
-        """A warning of a batch that says nothing; the next one is checked."""
+        """Warn that a batch was not checked; the next one is."""
         self._wait = 0
         warnings.warn(f"{self._framework}: watch(): {why}", stacklevel=3)

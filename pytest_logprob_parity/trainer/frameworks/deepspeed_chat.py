@@ -1,4 +1,4 @@
-"""DeepSpeed-Chat: a log-softmax and a gather, without temperature; no engine that reports logprobs."""
+"""DeepSpeed-Chat: a log-softmax and a gather, without temperature. Its engine reports no logprobs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def logprobs(logits: Any, token_ids: Any, temperature: float) -> Any:
 
 def installed() -> Callable[[Any, Any, float], Any]:
     """Raises EngineError: there is no package to install."""
-    raise EngineError("DeepSpeed-Chat's own function cannot be had: it is an example of DeepSpeedExamples, on no index")
+    raise EngineError("DeepSpeed-Chat's own function is not available: it is an example in DeepSpeedExamples, on no index")
 
 
 def metrics(pairs: Pairs) -> dict[str, float]:
-    """Nothing: it prints rewards and losses, and no KL, ratio or share of clipped tokens."""
+    """None: it prints rewards and losses, and no KL, ratio or share of clipped tokens."""
     del pairs
     return {}
 
@@ -34,18 +34,19 @@ def read(experience: Any, *, sampling: Any = None, tokenizer: Any = None, **labe
     """A trace of what generate_experience returns.
 
     `prompts` [B, P] padded on the left; `input_ids`, `attention_mask` [B, S]: prompt, answer from P on, padding; `logprobs`
-    [B, S - 1], place t for token t + 1: the trainer's own, raw, and labelled so. Raises UsageError for what is not so.
+    [B, S - 1], place t for token t + 1: the trainer's own, raw; the trace has these labels. Raises UsageError for a batch that
+    is not aligned so.
     """
-    given = Batch("deepspeed-chat", experience)
-    ids, prompts = given.ids("input_ids"), given.ids("prompts")
+    source = Batch("deepspeed-chat", experience)
+    ids, prompts = source.ids("input_ids"), source.ids("prompts")
     width = prompts.shape[1]
     if len(prompts) != len(ids) or width >= ids.shape[1] or not np.array_equal(prompts, ids[:, :width]):
-        raise given.refuse("input_ids do not begin with prompts: rows were dropped or the prompts are of another batch")
-    attention = given.mask("attention_mask", {"that of input_ids": ids.shape})
-    starts = given.lengths("attention_mask of the prompts", attention[:, :width], "left")
-    lengths = given.lengths("attention_mask of the answers (is a pad token inside?)", attention[:, width:], "right")
-    values = given.column("logprobs", {"one less than input_ids, place t for token t + 1": (len(ids), ids.shape[1] - 1)})
-    given.check_logprobs("logprobs", values[:, width - 1 :], attention[:, width:], filled=False)
+        raise source.refuse("input_ids do not begin with prompts: rows were dropped, or the prompts belong to another batch")
+    attention = source.mask("attention_mask", {"that of input_ids": ids.shape})
+    starts = source.lengths("attention_mask of the prompts", attention[:, :width], "left")
+    lengths = source.lengths("attention_mask of the answers (is a pad token inside?)", attention[:, width:], "right")
+    values = source.column("logprobs", {"one less than input_ids, place t for token t + 1": (len(ids), ids.shape[1] - 1)})
+    source.check_logprobs("logprobs", values[:, width - 1 :], attention[:, width:], filled=False)
     sequences = [
         {
             "prompt_token_ids": ids[row, width - start : width],
@@ -55,7 +56,7 @@ def read(experience: Any, *, sampling: Any = None, tokenizer: Any = None, **labe
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
     ]
     own = {"engine": "deepspeed-chat", "path": "prefill", "logprobs_mode": "raw_logprobs"}
-    return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels={**own, **labels})
+    return source.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels={**own, **labels})
 
 
 DEEPSPEED_CHAT: Final = Framework(

@@ -1,4 +1,4 @@
-"""What calling the functions of both NeMo frameworks takes: their tensor-parallel code, in a group of one process."""
+"""Calls of the tensor-parallel functions of both NeMo frameworks, in a group of one process."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def flat_rows(logits: Any, token_ids: Any) -> tuple[Any, Any]:
-    """Logits [B, L, V] and ids [B, L] of either with any axes in front, copied: these functions write into them."""
+    """Copies of logits and ids with one batch axis, [B, L, V] and [B, L]: the functions write into them."""
     return logits.reshape(-1, *logits.shape[-2:]).clone(), token_ids.reshape(-1, token_ids.shape[-1]).clone()
 
 
 @contextlib.contextmanager
 def group_of_one() -> Iterator[Any]:
-    """A torch process group of this process alone: the one that is there, or one for a while."""
+    """A context with a torch process group of this process alone: the existing one, or a temporary one."""
     import torch.distributed as dist
 
     own = not dist.is_initialized()

@@ -1,4 +1,4 @@
-"""NeMo-Aligner (0.7): its trainer never divides by the temperature."""
+"""NeMo-Aligner (0.7): its trainer does not divide by the temperature."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def installed() -> Callable[[Any, Any, float], Any]:
 
 
 def metrics(pairs: Pairs) -> dict[str, float]:
-    """Its PPO's ratios over tokens, with the rollout's logprobs for the previous ones. It takes its own for these, so that
-    by itself it logs 1 at every first step, whatever the engine did.
+    """The ratios of its PPO over tokens, with the rollout's logprobs as the previous ones. NeMo-Aligner itself uses the
+    trainer's logprobs for both, and so logs 1 at every first step, whatever the engine did.
     """
     if not len(pairs.rollout):
         return {}
@@ -66,24 +66,24 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
     """A trace of a PPO rollout batch.
 
     `response_tokens` [B, S], prompt and response, padded on the right; `prompt_lengths`, `response_lengths` [B], the second
-    with the prompt; `logprobs` [B, S - 1], place t for token t + 1. They are the trainer's own, raw: the trace is labelled
-    so, and is what an engine's replay of the same tokens is to be held against. Raises UsageError for what is not so.
+    with the prompt; `logprobs` [B, S - 1], place t for token t + 1. They are the trainer's own, raw: the trace has these
+    labels. Compare it with an engine's replay of the same tokens. Raises UsageError for a batch that is not aligned so.
     """
-    given = Batch("nemo-aligner", batch)
-    ids = given.ids("response_tokens")
+    source = Batch("nemo-aligner", batch)
+    ids = source.ids("response_tokens")
     per_row = {"one for each row of response_tokens": (len(ids),)}
-    starts, stops = given.column("prompt_lengths", per_row), given.column("response_lengths", per_row)
-    values = given.column("logprobs", {"one less than response_tokens, place t for token t + 1": (len(ids), ids.shape[1] - 1)})
+    starts, stops = source.column("prompt_lengths", per_row), source.column("response_lengths", per_row)
+    values = source.column("logprobs", {"one less than response_tokens, place t for token t + 1": (len(ids), ids.shape[1] - 1)})
     bad = np.flatnonzero((starts < 1) | (stops < starts) | (stops > ids.shape[1]))
     if len(bad):
         row = int(bad[0])
-        raise given.refuse(
+        raise source.refuse(
             f"row {row} has prompt_lengths {int(starts[row])} and response_lengths {int(stops[row])} of {ids.shape[1]} tokens: "
             "response_lengths counts the prompt too"
         )
     places = np.arange(1, ids.shape[1])
     written = (places >= starts[:, None]) & (places < stops[:, None])
-    given.check_logprobs("logprobs", values, written, filled=False)
+    source.check_logprobs("logprobs", values, written, filled=False)
     sequences = [
         {
             "prompt_token_ids": ids[row, :start],
@@ -93,7 +93,7 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
         for row, (start, stop) in enumerate(zip(starts.astype(int).tolist(), stops.astype(int).tolist(), strict=True))
     ]
     own = {"engine": "nemo-aligner", "path": "prefill", "logprobs_mode": "raw_logprobs"}
-    return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels={**own, **labels})
+    return source.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels={**own, **labels})
 
 
 NEMO_ALIGNER: Final = Framework(

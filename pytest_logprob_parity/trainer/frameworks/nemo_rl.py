@@ -13,7 +13,7 @@ from .base import Doubles, Framework, Pairs, gather_minus_logsumexp, missing
 from .batches import Batch
 from .megatron import flat_rows, group_of_one
 
-#: What its global means add to the number of tokens.
+#: Its global means add this to the number of tokens.
 _EPSILON: Final = 1e-8
 
 
@@ -49,7 +49,9 @@ def installed() -> Callable[[Any, Any, float], Any]:
 
 
 def metrics(pairs: Pairs) -> dict[str, float]:
-    """What its loss logs of generation (g) and previous (p, the trainer's) logprobs: sums over tokens by n + 1e-8."""
+    """The metrics of its loss, of generation logprobs (the rollout's) and previous ones (the trainer's): sums over tokens
+    divided by n + 1e-8.
+    """
     d = pairs.d
     middle = np.logaddexp(pairs.trainer, pairs.rollout) - math.log(2)
 
@@ -77,24 +79,24 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
     with the first token of the mask. `prev_logprobs` [B, S], the trainer's own, are `trainer_logprobs`
     of the trace. Raises UsageError for what is not aligned so.
     """
-    given = Batch("nemo-rl", batch)
-    ids = given.ids("input_ids")
+    source = Batch("nemo-rl", batch)
+    ids = source.ids("input_ids")
     aligned = {"that of input_ids, place t for token t: its loss cuts the first one off": ids.shape}
-    written = given.mask("token_mask", aligned)
-    values = given.column("generation_logprobs", aligned)
-    given.check_logprobs("generation_logprobs", values, written)
-    trainer = given.of_trainer("prev_logprobs", aligned, written)
+    written = source.mask("token_mask", aligned)
+    values = source.column("generation_logprobs", aligned)
+    source.check_logprobs("generation_logprobs", values, written)
+    trainer = source.of_trainer("prev_logprobs", aligned, written)
     per_row = {"one for each row of input_ids": (len(ids),)}
-    used = given.mask("sample_mask", per_row) if given.get("sample_mask") is not None else np.ones(len(ids), bool)
+    used = source.mask("sample_mask", per_row) if source.get("sample_mask") is not None else np.ones(len(ids), bool)
     ends = [int(np.flatnonzero(row)[-1]) + 1 if row.any() else 0 for row in written]
-    lengths = given.column("input_lengths", per_row).astype(int) if given.get("input_lengths") is not None else ends
+    lengths = source.column("input_lengths", per_row).astype(int) if source.get("input_lengths") is not None else ends
     sequences = []
     for row, length in enumerate(map(int, lengths)):
         if ends[row] > length or length > ids.shape[1]:
-            raise given.refuse(f"token_mask of row {row} marks token {ends[row] - 1}, input_lengths is {length}: padded left?")
+            raise source.refuse(f"token_mask of row {row} marks token {ends[row] - 1}, input_lengths is {length}: padded left?")
         first = int(np.argmax(written[row])) if written[row].any() else length
         if written[row].any() and first == 0:
-            raise given.refuse(f"token_mask of row {row} marks the first token of all, which nothing was given to predict")
+            raise source.refuse(f"token_mask of row {row} marks the first token of the row, which cannot have a logprob")
         sequences.append(
             {
                 "prompt_token_ids": ids[row, :first],
@@ -104,7 +106,7 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
                 "trainer_logprobs": None if trainer is None else trainer[row, first:length],
             }
         )
-    return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
+    return source.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
 
 
 NEMO_RL: Final = Framework(

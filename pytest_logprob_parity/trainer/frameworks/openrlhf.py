@@ -1,4 +1,4 @@
-"""OpenRLHF (0.11): logits to float32, divided by T in float32; its batch is shifted by one token."""
+"""OpenRLHF (0.11): the logits are divided by T in float32; the columns of its batch are shifted by one token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def logprobs(logits: Any, token_ids: Any, temperature: float) -> Any:
 
 
 def installed() -> Callable[[Any, Any, float], Any]:
-    """OpenRLHF's `log_probs_from_logits`, on a copy in float32: it divides its caller's logits in place. Raises EngineError."""
+    """OpenRLHF's `log_probs_from_logits`, on a float32 copy of the logits, which it divides in place. Raises EngineError."""
     try:
         from openrlhf.models.utils import log_probs_from_logits
     except Exception as error:
@@ -37,8 +37,8 @@ def installed() -> Callable[[Any, Any, float], Any]:
 
 
 def metrics(pairs: Pairs) -> dict[str, float]:
-    """`vllm_kl` and `is_filter_ratio` of PolicyLoss with is_correction_level="token"; over tokens. Its ppo_kl and
-    ppo_clip_ratio hold the trainer against itself.
+    """`vllm_kl` and `is_filter_ratio` of PolicyLoss with is_correction_level="token", over tokens. Its ppo_kl and
+    ppo_clip_ratio compare the trainer with itself, and are not included.
     """
     if not len(pairs.rollout):
         return {}
@@ -52,26 +52,26 @@ def read(experience: Any, *, sampling: Any = None, tokenizer: Any = None, **labe
     `sequences`, `attention_mask` [B, S] padded on the right; `action_mask`, `rollout_log_probs` [B, S - 1], whose place t is
     for token t + 1: 0 and 0.0 on the prompt and on what the environment wrote. The completion begins with the first action.
     `action_log_probs` [B, S - 1], the trainer's own, are `trainer_logprobs` of the trace.
-    `prompts`, texts, are held against the ids if a tokenizer is given. Raises UsageError for what is not aligned so.
+    `prompts`, texts, are compared with the ids if a tokenizer is given. Raises UsageError for a batch that is not aligned so.
     """
-    given = Batch("openrlhf", experience)
-    ids = given.ids("sequences")
-    lengths = given.lengths("attention_mask", given.mask("attention_mask", {"that of sequences": ids.shape}), "right")
+    source = Batch("openrlhf", experience)
+    ids = source.ids("sequences")
+    lengths = source.lengths("attention_mask", source.mask("attention_mask", {"that of sequences": ids.shape}), "right")
     shifted = {"one less than sequences, place t for token t + 1": (len(ids), ids.shape[1] - 1)}
-    actions = given.mask("action_mask", shifted)
+    actions = source.mask("action_mask", shifted)
     why = 'OpenRLHF asks its engine for them only if is_correction_level is not "off"'
-    values = given.column("rollout_log_probs", shifted, why)
-    given.check_logprobs("rollout_log_probs", values, actions)
-    trainer = given.of_trainer("action_log_probs", shifted, actions)
-    texts = given.get("prompts")
+    values = source.column("rollout_log_probs", shifted, why)
+    source.check_logprobs("rollout_log_probs", values, actions)
+    trainer = source.of_trainer("action_log_probs", shifted, actions)
+    texts = source.get("prompts")
     sequences = []
     for row, length in enumerate(lengths):
         places = np.flatnonzero(actions[row])
         if len(places) and places[-1] + 2 > length:
-            raise given.refuse(f"action_mask of row {row} marks token {places[-1] + 1}, attention_mask has {length} tokens")
+            raise source.refuse(f"action_mask of row {row} marks token {places[-1] + 1}, attention_mask has {length} tokens")
         first = int(places[0]) + 1 if len(places) else length
         if texts is not None and row < len(texts) and isinstance(texts[row], str):
-            given.check_text(f"prompts[{row}]", texts[row], ids[row, :first].tolist(), tokenizer)
+            source.check_text(f"prompts[{row}]", texts[row], ids[row, :first].tolist(), tokenizer)
         sequences.append(
             {
                 "prompt_token_ids": ids[row, :first],
@@ -81,7 +81,7 @@ def read(experience: Any, *, sampling: Any = None, tokenizer: Any = None, **labe
                 "trainer_logprobs": None if trainer is None else trainer[row, first - 1 : length - 1],
             }
         )
-    return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
+    return source.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
 
 
 OPENRLHF: Final = Framework(
@@ -97,7 +97,7 @@ OPENRLHF: Final = Framework(
     tolerance={"outlier": math.log(2)},
     profile="openrlhf",
     mistakes=(
-        "with is_correction_level=off, the default, no logprobs are asked of the engine: there is nothing to compare",
+        "with is_correction_level=off, the default, the engine is not asked for logprobs: there is nothing to compare",
         "min_tokens=1 masks the end token at the first place in the engine only",
         "top-p reaches the engine only",
         "a token that is missing in the engine's dict gets the logprob 0.0, probability 1, in single-turn rollouts",

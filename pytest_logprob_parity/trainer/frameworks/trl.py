@@ -1,4 +1,4 @@
-"""TRL (1.16): GRPOTrainer, whose logprobs come out of a head fused with the log-softmax, in float32."""
+"""TRL (1.16): GRPOTrainer. Its LM head is fused with the log-softmax and gives logprobs in float32."""
 
 from __future__ import annotations
 
@@ -12,32 +12,18 @@ from ...comparison.result import Comparison
 from ...errors import UsageError
 from ...spec import Sampling
 from ...trace import Trace
-from .base import Framework, Pairs, field_of, gather_minus_logsumexp, has_field, log_softmax_then_gather, missing
+from .base import Framework, Pairs, field_of, gather_minus_logsumexp, has_field, missing
 from .batches import Batch, as_array
 from .callback import Watching
 
-#: GRPOConfig.vllm_importance_sampling_clip_max: a sequence with a larger ratio gets the ratio 0 (`sequence_mask`, its default).
+#: GRPOConfig.vllm_importance_sampling_clip_max: in its default mode, `sequence_mask`, larger ratios of sequences become 0.
 CAP: Final = 3.0
 MODES: Final = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
 
 
 def logprobs(logits: Any, token_ids: Any, temperature: float) -> Any:
-    """What GRPOTrainer makes of its head's output: float32, then times 1 / T, then x_t - log sum exp x; float32 [..., L]."""
+    """The logits to float32, times 1 / T, then x_t - log sum exp x, as GRPOTrainer does it; float32 [..., L]."""
     return gather_minus_logsumexp(logits.float() * (1 / temperature), token_ids)
-
-
-def fused_head(hidden: Any, weight: Any, token_ids: Any, temperature: float) -> Any:
-    """The same from hidden states [N, H] and head weights [V, H], multiplied in their dtype: float32 [N]."""
-    return logprobs(hidden @ weight.T, token_ids, temperature)
-
-
-def selective(logits: Any, token_ids: Any, temperature: float) -> Any:
-    """What `selective_log_softmax` computes, as TRL's other trainers use it: / T in the dtype of the logits, and in float32
-    and float64 x_t - log sum exp x, else a log-softmax in that dtype. [..., L], in that dtype.
-    """
-    logits = logits / temperature if temperature != 1 else logits
-    exact = str(logits.dtype) in ("torch.float32", "torch.float64")
-    return (gather_minus_logsumexp if exact else log_softmax_then_gather)(logits, token_ids)
 
 
 def installed() -> Callable[[Any, Any, float], Any]:
@@ -49,35 +35,22 @@ def installed() -> Callable[[Any, Any, float], Any]:
     return lambda logits, token_ids, temperature: selective_log_softmax(logits.float(), token_ids, temperature)
 
 
-def installed_fused_head() -> Callable[[Any, Any, Any, float], Any]:
-    """The kernel of GRPOTrainer itself, with the signature of `fused_head`. Raises EngineError."""
-    try:
-        from trl.kernels import ChunkedLogProbFunction
-    except Exception as error:
-        raise missing("TRL", "trl.kernels", error) from error
-
-    def function(hidden: Any, weight: Any, token_ids: Any, temperature: float) -> Any:
-        return ChunkedLogProbFunction.apply(hidden, weight, None, token_ids, temperature, 4096)[0]
-
-    return function
-
-
 def configured(config: Any) -> dict[str, Any]:
     """Arguments of `metrics` from a GRPOConfig."""
     names = {name: f"vllm_importance_sampling_{name}" for name in ("mode", "clip_max", "clip_min")}
     if lacks := [theirs for theirs in names.values() if not has_field(config, theirs)]:
-        raise UsageError(f"trl: this configuration has no {', '.join(lacks)}: give the GRPOConfig of TRL 1.16")
+        raise UsageError(f"trl: this configuration has no {', '.join(lacks)}: give a GRPOConfig of TRL 1.16")
     return {name: field_of(config, theirs) for name, theirs in names.items()}
 
 
 def metrics(
     pairs: Pairs, *, mode: str = "sequence_mask", clip_max: float | None = CAP, clip_min: float | None = None
 ) -> dict[str, float]:
-    """GRPOTrainer's `sampling/*` of one process: the ratio of a token, or of a sequence, exp of the sum of its d; outside of
-    `clip_min` and `clip_max` it is cut off (`truncate`) or 0 (`mask`). A sequence without a token has the ratio 1. Its
-    `entropy`, a mean over tokens, is with it where the trainer's entropies are given.
+    """GRPOTrainer's `sampling/*` of one process. The ratio of a token is exp(d), that of a sequence exp of the sum of its d.
+    Outside of `clip_min` and `clip_max` it is clipped (`truncate`) or 0 (`mask`). A sequence without a token has the ratio 1.
+    `entropy`, a mean over tokens, is included if the trainer's entropies are known.
 
-    Raises UsageError for a mode that is none.
+    Raises UsageError for an unknown mode.
     """
     if mode not in MODES:
         raise UsageError(f"trl: mode={mode!r}: known are {', '.join(MODES)}")
@@ -103,32 +76,32 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
     `prompt_ids`, `prompt_mask` [B, P] padded on the left, `completion_ids`, `completion_mask` and `sampling_per_token_logps`
     [B, C] padded on the right, `tool_mask` [B, C] where tools were called (0: a tool wrote the token). `old_per_token_logps`
     [B, C], the trainer's own, are `trainer_logprobs` of the trace. Rows whose completion_mask is 0 everywhere
-    (mask_truncated_completions) are left out: they train nothing, and nothing says how long they are. A list is read as the
+    (mask_truncated_completions) are left out: they are not trained on, and their lengths are unknown. A list is read as the
     rows of AsyncGRPO: `input_ids` of prompt and completion, `completion_mask` (1: trained on) and `old_log_probs`, the
     engine's, all [L]; `model_version` becomes the weight version. `labels` are those of Trace.from_sequences (`dtype`,
-    `engine_version`). Raises UsageError for what is not aligned so.
+    `engine_version`). Raises UsageError for a batch that is not aligned so.
     """
     if isinstance(batch, (list, tuple)):
         return _read_rows(batch, sampling=sampling, tokenizer=tokenizer, labels=labels)
-    given = Batch("trl", batch)
-    prompts, completions = given.ids("prompt_ids"), given.ids("completion_ids")
-    starts = given.lengths("prompt_mask", given.mask("prompt_mask", {"that of prompt_ids": prompts.shape}), "left")
+    source = Batch("trl", batch)
+    prompts, completions = source.ids("prompt_ids"), source.ids("completion_ids")
+    starts = source.lengths("prompt_mask", source.mask("prompt_mask", {"that of prompt_ids": prompts.shape}), "left")
     aligned = {"one for each of completion_ids, none shifted away": completions.shape}
-    present = given.mask("completion_mask", aligned)
-    lengths = given.lengths("completion_mask", present, "right")
-    written = present & (given.mask("tool_mask", aligned) if given.get("tool_mask") is not None else True)
+    present = source.mask("completion_mask", aligned)
+    lengths = source.lengths("completion_mask", present, "right")
+    written = present & (source.mask("tool_mask", aligned) if source.get("tool_mask") is not None else True)
     why = "TRL has them with use_vllm and vllm_importance_sampling_correction"
-    values = given.column("sampling_per_token_logps", aligned, why)
+    values = source.column("sampling_per_token_logps", aligned, why)
     if len(prompts) != len(completions):
-        raise given.refuse(f"{len(prompts)} rows of prompt_ids, {len(completions)} of completion_ids")
+        raise source.refuse(f"{len(prompts)} rows of prompt_ids, {len(completions)} of completion_ids")
     rows = [row for row, length in enumerate(lengths) if length]
     if not rows:
-        raise given.refuse(
-            "completion_mask is 0 everywhere: mask_truncated_completions hides all of them, for all were cut off"
+        raise source.refuse(
+            "completion_mask is 0 everywhere: mask_truncated_completions hides all of them, because all were truncated"
         )
     names = [f"sampling_per_token_logps of row {row}" for row in rows]
-    given.check_logprobs("sampling_per_token_logps", values[rows], written[rows], rows=names)
-    trainer = given.of_trainer("old_per_token_logps", aligned, written)
+    source.check_logprobs("sampling_per_token_logps", values[rows], written[rows], rows=names)
+    trainer = source.of_trainer("old_per_token_logps", aligned, written)
     sequences = [
         {
             "prompt_token_ids": prompts[row, prompts.shape[1] - start :],
@@ -140,7 +113,7 @@ def read(batch: Any, *, sampling: Any = None, tokenizer: Any = None, **labels: A
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
         if length
     ]
-    return given.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
+    return source.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
 
 
 #: The columns of AsyncGRPO's rows.
@@ -148,15 +121,15 @@ _ROW: Final = ("input_ids", "completion_mask", "old_log_probs")
 
 
 def _read_rows(rows: Sequence[Any], *, sampling: Any, tokenizer: Any, labels: Any) -> Trace:
-    """A trace of AsyncGRPO's rows: what an environment or another turn's prompt wrote is masked."""
+    """A trace of AsyncGRPO's rows. Tokens of an environment, or of the prompt of another turn, are masked."""
     whole = Batch("trl", {})
     sequences: list[dict[str, Any]] = []
     for index, row in enumerate(rows):
-        given, name = Batch("trl", row), f"row {index}"
-        ids, mask, values = columns = [as_array(given.get(column)) for column in _ROW]
+        source, name = Batch("trl", row), f"row {index}"
+        ids, mask, values = columns = [as_array(source.get(column)) for column in _ROW]
         for column, array in zip(_ROW, columns, strict=True):
             if array is None or array.ndim != 1:
-                raise whole.refuse(f"{name} has no {column} [tokens], as rows of AsyncGRPO have beside {', '.join(_ROW)}")
+                raise whole.refuse(f"{name} has no {column} [tokens]: rows of AsyncGRPO have {', '.join(_ROW)}")
         assert ids is not None
         assert mask is not None
         assert values is not None
@@ -166,7 +139,7 @@ def _read_rows(rows: Sequence[Any], *, sampling: Any, tokenizer: Any, labels: An
         if not len(trained):
             continue
         if not trained[0]:
-            raise whole.refuse(f"{name} has no prompt: its first token has nothing to be predicted from")
+            raise whole.refuse(f"{name} has no prompt: its first token cannot have a logprob")
         first, stop = int(trained[0]), int(trained[-1]) + 1
         written = mask[first:stop].astype(bool)
         whole.check_row(f"old_log_probs of {name}", values[first:stop], written)
@@ -176,32 +149,34 @@ def _read_rows(rows: Sequence[Any], *, sampling: Any, tokenizer: Any, labels: An
             "logprobs": values[first:stop],
             "mask": written,
         }
-        version = given.get("model_version")
+        version = source.get("model_version")
         if version is not None:
             sequence["weight_versions"] = np.full(stop - first, int(version))
         sequences.append(sequence)
     if not sequences:
-        raise whole.refuse("no row has a token with completion_mask 1: nothing is trained on")
+        raise whole.refuse("no row has a token with completion_mask 1: no token is trained on")
     return whole.trace(sequences, sampling=sampling, tokenizer=tokenizer, labels=labels)
 
 
 def sampling_of(arguments: Any) -> Sampling:
-    """What a GRPOConfig has its engine sample with."""
-    given = {name: getattr(arguments, name, None) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
-    given["max_tokens"] = getattr(arguments, "max_completion_length", None)
-    return Sampling(**{name: value for name, value in given.items() if value is not None})
+    """The sampling of a GRPOConfig."""
+    settings = {
+        name: getattr(arguments, name, None) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    }
+    settings["max_tokens"] = getattr(arguments, "max_completion_length", None)
+    return Sampling(**{name: value for name, value in settings.items() if value is not None})
 
 
 def watch(
     trainer: Any, *, every: int = 50, dtype: str = "unknown", objective: str = DEFAULT_OBJECTIVE, tolerance: Any = None
 ) -> list[Comparison]:
-    """Have a GRPOTrainer check its own batches: the first one it trains on, then every `every`-th. Returns the list that the
-    comparisons are put into.
+    """Make a GRPOTrainer check its own batches: the first that it trains on, then every `every`-th. Returns the list to which
+    each comparison is added.
 
-    Its rollouts are held against its `old_per_token_logps`, in hand: no model is asked. The sampling and the dtype of the
-    trainer are read from its arguments; `dtype` is that of the engine. A check that fails raises MismatchError out of
-    `trainer.train()`; one with too little evidence is a warning, and the next batch is checked. Raises UsageError where a
-    batch has no such column, and for what is no GRPOTrainer, or lacks what is read here.
+    Its rollouts are compared with its `old_per_token_logps`: this needs no model. The sampling and the dtype of the trainer are
+    read from its arguments; `dtype` is that of the engine. A failed check raises MismatchError out of `trainer.train()`. An
+    unverified one is a warning, and the next batch is checked. Raises UsageError where a batch has no such column, and for a
+    `trainer` that is not a GRPOTrainer.
     """
     watching = Watching("trl", every)
     if not hasattr(trainer, "_generate_and_score_completions"):
@@ -247,8 +222,8 @@ TRL: Final = Framework(
     profile="trl",
     mistakes=(
         "top-p, top-k, min-p and penalties reach the engine only: the trainer divides by T and by nothing else",
-        "the logprob of the first of a position's ranked list is taken: with logprobs > 0 that is the likeliest token's",
-        "cast_lm_head_to_fp32 makes the trainer's head float32 and leaves the engine's as it is",
+        "the logprob of the first of a position's ranked list is taken: with logprobs > 0 that is the most likely token's",
+        "cast_lm_head_to_fp32 makes the trainer's LM head float32 and leaves the engine's as it is",
         "the engine's dtype is auto while the trainer runs float32 weights under bfloat16 autocast",
         "importance_sampling_ratio is logged after the cap has set large ratios to 0, and NaN logprobs count as ratio 1",
     ),

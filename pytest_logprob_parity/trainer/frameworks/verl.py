@@ -1,4 +1,4 @@
-"""veRL (0.9): logprobs in the dtype of the logits, bfloat16 under its default autocast; the most metrics of all."""
+"""veRL (0.9): logprobs in the dtype of the logits, which is bfloat16 under its default autocast."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .batches import Batch
 from .callback import Watching
 from .verl_batches import in_hand, read
 
-#: algorithm.rollout_correction.rollout_is_threshold: weights are cut off here (token level).
+#: algorithm.rollout_correction.rollout_is_threshold: weights are clipped to this (token level).
 THRESHOLD: Final = 2.0
-#: Log-ratios are cut off here before they are exponentiated.
+#: Log-ratios are clipped to +- this (nats) before they are exponentiated.
 _SAFE: Final = 20.0
 #: The modes of `actor.loss_agg_mode`.
 MODES: Final = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
-#: What its masked means add to the number of tokens.
+#: Its masked means add this to the number of tokens.
 _EPSILON: Final = 1e-8
 
 
@@ -44,7 +44,7 @@ def installed() -> Callable[[Any, Any, float], Any]:
 
 
 def _scaled(logits: Any, temperature: float) -> Any:
-    """The trainer's division: T as a float32 tensor, in the dtype of the logits; none at T = 1."""
+    """The logits divided as its trainer does: by T as a float32 tensor, in the dtype of the logits; not at T = 1."""
     import torch
 
     if temperature == 1:
@@ -53,7 +53,7 @@ def _scaled(logits: Any, temperature: float) -> Any:
 
 
 def _exp(values: Doubles) -> Doubles:
-    """exp, of values that it would overflow at cut off."""
+    """exp of values clipped below overflow."""
     return np.asarray(np.exp(np.minimum(values, 300.0)))
 
 
@@ -64,11 +64,11 @@ def configured(config: Any) -> dict[str, Any]:
         inner = field_of(config, name)
         config = config if inner is None else inner
     names = ("rollout_is", "rollout_is_threshold", "rollout_is_batch_normalize")
-    given = {name: field_of(config, name) for name in names if has_field(config, name)}
-    if not given:
+    settings = {name: field_of(config, name) for name in names if has_field(config, name)}
+    if not settings:
         raise UsageError("verl: no rollout_correction in this configuration: give it, its algorithm, or the whole one")
-    given |= {name: field_of(actor, name) for name in ("loss_agg_mode", "loss_scale_factor")}
-    return {name: value for name, value in given.items() if value is not None or name == "rollout_is"}
+    settings |= {name: field_of(actor, name) for name in ("loss_agg_mode", "loss_scale_factor")}
+    return {name: value for name, value in settings.items() if value is not None or name == "rollout_is"}
 
 
 def metrics(
@@ -82,10 +82,10 @@ def metrics(
 ) -> dict[str, float]:
     """`rollout_corr/*` and `training/rollout_*`, with old := trainer; `actor/entropy` where its entropies are given.
 
-    The arguments are those of `algorithm.rollout_correction`: weights by `token` or `sequence` (none for None), cut off at a
-    threshold (0.5_2.0: set to 0 outside). Means over tokens divide by n + 1e-8; means over sequences count a sequence without
-    tokens as 0. Its rejection (`rollout_rs`) is not among them. `loss_agg_mode` and `loss_scale_factor` are the actor's: what
-    entropies are added up by. Raises UsageError for a level, threshold or mode that is none.
+    The arguments are those of `algorithm.rollout_correction`: weights by `token` or `sequence` (no weights for None), clipped
+    at a threshold (0.5_2.0: 0 outside). Means over tokens divide by n + 1e-8; means over sequences count a sequence without
+    tokens as 0. Its rejection (`rollout_rs`) is not included. `loss_agg_mode` and `loss_scale_factor` are the actor's, for the
+    entropies. Raises UsageError for an unknown level, threshold or mode.
     """
     if not len(pairs.rollout):
         return {}
@@ -149,7 +149,7 @@ def _of_probabilities(pairs: Pairs) -> dict[str, float]:
 
 
 def _entropy(pairs: Pairs, mode: str, factor: float | None) -> float | None:
-    """Its `agg_loss` of the entropies; None without any, and for the mode that divides by the width of a padded batch."""
+    """Its `agg_loss` of the entropies; None without entropies, and for the mode that divides by the width of a padded batch."""
     if mode not in MODES:
         raise UsageError(f"verl: loss_agg_mode={mode!r}: known are {', '.join(MODES)}")
     if pairs.entropies is None or (mode == "seq-mean-token-sum-norm" and factor is None):
@@ -167,7 +167,7 @@ def _entropy(pairs: Pairs, mode: str, factor: float | None) -> float | None:
 
 
 def _weights(pairs: Pairs, level: str, threshold: float | str, *, normalize: bool) -> dict[str, float]:
-    """Its importance weights: one for each token, or that of the token's sequence."""
+    """Metrics of its importance weights: of each token, or of the token's sequence."""
     if level not in ("token", "sequence"):
         raise UsageError(f"verl: rollout_is={level!r}: known are token, sequence and none")
     least, most = _bounds(threshold)
@@ -212,13 +212,13 @@ def _weights(pairs: Pairs, level: str, threshold: float | str, *, normalize: boo
 
 
 def _bounds(threshold: float | str) -> tuple[float | None, float]:
-    """The lower bound, if there is one, and the upper one: 2.0, or "0.5_2.0"."""
+    """The lower threshold, if there is one, and the upper one: from 2.0, or "0.5_2.0"."""
     try:
         parts = [float(part) for part in str(threshold).split("_")]
     except ValueError:
         parts = []
     if not 1 <= len(parts) <= 2 or not all(part > 0 for part in parts):
-        raise UsageError(f'verl: rollout_is_threshold={threshold!r}: a number above 0, or two of them as "0.5_2.0"')
+        raise UsageError(f'verl: rollout_is_threshold={threshold!r}: must be a number above 0, or two as "0.5_2.0"')
     return (None, parts[0]) if len(parts) == 1 else (parts[0], parts[1])
 
 
@@ -226,13 +226,13 @@ def watch(
     trainer: Any = None, *, every: int = 50, dtype: str = "unknown", trainer_dtype: str = "unknown",
     temperature: float = 1.0, objective: str = DEFAULT_OBJECTIVE, tolerance: Any = None,
 ) -> list[Comparison]:  # fmt: skip
-    """Have veRL check its own batches: the first one, then every `every`-th. Returns the list that comparisons are put into.
+    """Make veRL check its own batches: the first, then every `every`-th. Returns the list to which each comparison is added.
 
-    In the process of its trainer, before `fit()`. It hooks into `calculate_debug_metrics`, which veRL calls with the rollouts'
-    logprobs beside the trainer's where `calculate_log_probs` is on, in its older trainer and in `use_v1`; `trainer` is not
-    needed. What `use_v1` hands over has no prompts: rows of one `uid` are of one prompt, and a row without one is its own. A
-    check that fails raises MismatchError out of `fit()`; one with too little evidence is a warning, and the next batch is
-    checked. Raises UsageError for an `every` below 1, EngineError where veRL is not there or has no such function.
+    Call it in the process of the trainer, before `fit()`. It wraps `calculate_debug_metrics`, which veRL calls with the
+    logprobs of the rollouts and of the trainer if `calculate_log_probs` is on, in its older trainer and in `use_v1`; `trainer`
+    is not needed. Batches of `use_v1` have no prompts: rows with one `uid` have one prompt, and a row without `uid` has its
+    own. A failed check raises MismatchError out of `fit()`. An unverified one is a warning, and the next batch is checked.
+    Raises UsageError for an `every` below 1, EngineError where veRL is not installed or has no such function.
     """
     import sys
 
@@ -284,7 +284,8 @@ VERL: Final = Framework(
     tolerance={"mean_diff": 0.1},
     profile="verl",
     mistakes=(
-        "top-p and top-k reach the engine only: processed logprobs are then over the kept set, the trainer's over all tokens",
+        "top-p and top-k reach the engine only: processed logprobs are then over the truncated support, the trainer's over all "
+        "tokens",
         "under bfloat16 autocast the logprobs are rounded to bfloat16: up to 0.14 nats by themselves",
         "without calculate_log_probs there are no rollout_log_probs, and no metric says so",
         "bypass_mode takes the rollout's logprobs for the old ones: every metric of their difference is then 0",

@@ -14,10 +14,11 @@ from ..comparison.message import side
 from ..comparison.result import Comparison
 from ..errors import ParityError
 from ..golden import describe
-from .history.line import made_by
-from .plots import plots_of, short
-from .results import Outcome, finite
-from .sequences import texts_of, worst_sequences
+from .chart_numbers import plots_of, short
+from .finite_json import finite
+from .history.run_record import made_by
+from .outcomes import Outcome
+from .worst_sequences import texts_of, worst_sequences
 
 _JUDGED: Final = ("verdict", "level", "objective", "setup", "difference", "shown", "free_run", "logged")
 _LISTS: Final = ("findings", "gates", "shows", "notes")

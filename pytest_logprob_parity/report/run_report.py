@@ -7,10 +7,13 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from .finite_json import to_text
 from .folder import Run, ended_beside, in_turn, read_part
 from .github import add_to_summary, no_summary, on_github, workflow_commands
 from .history.drift import Series
-from .results import EXPECTED, NAME, merge, read_results, to_text
+from .merge import merge
+from .outcomes import EXPECTED
+from .results_file import NAME, read_results
 from .write import PAGE, results_of, write_report
 
 

@@ -12,7 +12,7 @@ from ..comparison.alignment import align
 from ..comparison.result import Comparison
 from ..errors import ParityError
 from ..trace import Trace
-from .plots import short
+from .chart_numbers import short
 
 #: How many sequences a check that did not pass shows, and one that passed.
 _FAILED, _PASSED = 3, 1

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from ..._version import __version__
-from ...json_shape import NUMBER, Maybe
-from ..results import DRIFTING, finite
+from ...json_shape import NUMBER_OR_NULL, OrNull
+from ..finite_json import finite
+from ..results_schema import DRIFTING
 
 if TYPE_CHECKING:
     from ...check.context import Checked
@@ -22,10 +23,12 @@ METRICS: Final = (*DRIFTING, "n_tokens")
 MADE_BY: Final = ("engine", "dtype", "torch", "hardware")
 _TEXTS: Final = ("node_id", "name", "golden", "digest", "outcome", *MADE_BY)
 #: A check of a run; the last three are null where nothing was judged.
-READING: Final = {
-    **dict.fromkeys(_TEXTS, str), **dict.fromkeys(("verdict", "level", "objective"), Maybe(str)), "metrics": {str: NUMBER},
-}  # fmt: skip
-LINE: Final = {"format": str, "schema": int, "created": str, "version": str, "project": str, "checks": [READING]}
+CHECK_RECORD: Final = {
+    **dict.fromkeys(_TEXTS, str),
+    **dict.fromkeys(("verdict", "level", "objective"), OrNull(str)),
+    "metrics": {str: NUMBER_OR_NULL},
+}
+RUN_RECORD: Final = {"format": str, "schema": int, "created": str, "version": str, "project": str, "checks": [CHECK_RECORD]}
 
 
 def made_by(comparison: Comparison | None, checked: Checked | None) -> dict[str, str]:
@@ -40,7 +43,7 @@ def made_by(comparison: Comparison | None, checked: Checked | None) -> dict[str,
     return told
 
 
-def reading_of(
+def check_record(
     about: Mapping[str, str], outcome: str, judged: Mapping[str, Any], metrics: Mapping[str, Any], by: Mapping[str, str]
 ) -> dict[str, Any]:
     """A check as a line has it; `about` has its node_id, name, golden (a path) and digest, `judged` may have a verdict.
@@ -59,20 +62,20 @@ def reading_of(
     }
 
 
-def reading_of_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+def check_record_of_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A check of a results.json as a line has it."""
     about = {"node_id": entry["node_id"], "name": entry["name"], **{n: entry["golden"][n] for n in ("path", "digest")}}
     about["golden"] = about.pop("path")
-    return reading_of(about, entry["outcome"], entry, entry["metrics"], entry.get("made_by", {}))
+    return check_record(about, entry["outcome"], entry, entry["metrics"], entry.get("made_by", {}))
 
 
-def line_of(readings: Iterable[Mapping[str, Any]], created: str, project: str, version: str = __version__) -> dict[str, Any]:
+def run_record(records: Iterable[Mapping[str, Any]], created: str, project: str, version: str = __version__) -> dict[str, Any]:
     """A run; `format` comes first, so that the file's first bytes say what it is."""
     about = {"format": FORMAT, "schema": SCHEMA, "created": created, "version": version, "project": project}
-    return {**about, "checks": list(readings)}
+    return {**about, "checks": list(records)}
 
 
-def line_of_results(content: Mapping[str, Any]) -> dict[str, Any]:
+def run_record_of_results(content: Mapping[str, Any]) -> dict[str, Any]:
     """A run, from its results.json."""
-    readings = [reading_of_entry(entry) for entry in content["checks"]]
-    return line_of(readings, content["created"], content["project"], content["version"])
+    records = [check_record_of_entry(entry) for entry in content["checks"]]
+    return run_record(records, content["created"], content["project"], content["version"])

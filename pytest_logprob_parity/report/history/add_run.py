@@ -8,20 +8,20 @@ from typing import Any
 
 from .drift import Series, series_of
 from .file import append, read
-from .line import line_of
+from .run_record import run_record
 
 
-def keep_run(
-    path: Path, readings: Iterable[Mapping[str, Any]], created: str, project: str
+def add_run(
+    path: Path, records: Iterable[Mapping[str, Any]], created: str, project: str
 ) -> tuple[list[Series], list[str], list[str]]:
     """Append a run: each of its checks over all runs, lines for people, and warnings of checks that leave their bands.
 
     Raises UsageError and OSError where the history cannot be read or written.
     """
-    line = line_of(readings, created, project)
+    line = run_record(records, created, project)
     past, skipped = read(path) if path.exists() else ([], [])
     append(path, line)
-    ours = {(reading["node_id"] or reading["golden"], reading["name"]) for reading in line["checks"]}
+    ours = {(record["node_id"] or record["golden"], record["name"]) for record in line["checks"]}
     series = [check for check in series_of([*past, line]) if (check.node_id, check.name) in ours]
     lines = [f"logprob-parity: {text}" for text in skipped]
     lines.append(f"logprob-parity: run {len(past) + 1} in the history {path.name}")

@@ -1,23 +1,20 @@
-"""The file below traces and goldens: safetensors with one metadata key, a digest of its content, written atomically."""
+"""The file format of traces and goldens: safetensors with one metadata key, and in it a digest of the whole content."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import os
-import shutil
 import stat
-import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..bounded import check_depth, parse_json, whole
+from ..atomic import replace_all
+from ..bounded import open_without_waiting, parse_json
 from ..errors import GoldenError
+from ..safetensors_header import header_json, read_head, tensors_begin
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -36,10 +33,6 @@ MOST_BYTES: Final = 2**31
 _LARGEST: Final = 2**53
 _MOST_AXES: Final = 8
 _LFS_POINTER: Final = b"version https://git-lfs"
-#: How the name of a file that is being written ends.
-PART: Final = ".part"
-#: Seconds in which a new file may not be locked yet by whoever writes it.
-_MOMENT: Final = 60.0
 
 
 def damaged(path: Path, why: str) -> GoldenError:
@@ -101,7 +94,7 @@ def _views(header: Mapping[str, Any], data: bytes) -> dict[str, npt.NDArray[Any]
     """
     import numpy as np
 
-    begin = 8 + int.from_bytes(data[:8], "little")
+    begin = tensors_begin(data)
     columns, spans = {}, []
     for name, entry in header.items():
         if name == _METADATA:
@@ -146,17 +139,15 @@ def read_bytes(path: Path, *, head_only: bool = False) -> bytes:
     """A file's bytes, or those of its header: of a regular file of at most 2 GiB. Raises GoldenError, in one line."""
     try:
         # a FIFO would be waited for, and a device has no end: what is no regular file is never read
-        with open(path, "rb", opener=_at_once) as file:
+        with open(path, "rb", opener=open_without_waiting) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise GoldenError("no regular file stands there (a pipe, a device): move it away", path)
             if about.st_size > MOST_BYTES:
                 raise GoldenError(f"{about.st_size / 2**30:.1f} GiB: no golden or trace is larger than 2 GiB", path)
-            head = file.read(8)
-            length = int.from_bytes(head, "little")
+            head = read_head(file, _MOST_HEADER)
             if head_only:
-                return head + file.read(min(length, _MOST_HEADER))
-            head += file.read(min(length, _MOST_HEADER))
+                return head
             _check_size(path, head, about.st_size)  # a file that is mostly hole is not read
             file.seek(0)
             return file.read(about.st_size)
@@ -176,25 +167,18 @@ def _check_size(path: Path, head: bytes, size: int) -> None:
         raise damaged(path, f"its header does not fit its content ({size:,} bytes)")
 
 
-def _at_once(path: str, flags: int) -> int:
-    """Open without waiting for somebody at the other end of a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def _header(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """The header of safetensors, and our metadata in it."""
     if data.startswith(_LFS_POINTER):
         raise GoldenError("a Git LFS pointer, not the file itself; run `git lfs pull`", path)
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(len(data) - 8, _MOST_HEADER):
+    if len(data) < 8 or tensors_begin(data) > min(len(data), 8 + _MOST_HEADER):
         raise damaged(path, f"cut short, or no safetensors file ({len(data):,} bytes)")
     try:
-        header = parse_json(data[8 : 8 + length].decode("utf-8"))
+        header = parse_json(header_json(data).decode("utf-8"))
         texts = header[_METADATA]
         if data[8:9] != b"{" or not all(isinstance(text, str) for text in texts.values()):
             raise TypeError
-        metadata = json.loads(texts[_KEY], object_pairs_hook=_once, parse_int=whole)  # limits may be infinite
-        check_depth(metadata)
+        metadata = parse_json(texts[_KEY], finite=False)  # limits may be infinite
         schema = metadata["schema"]
         if type(schema) is not int or schema < 1:
             raise TypeError
@@ -209,85 +193,8 @@ def _header(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return header, metadata
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON in which no key stands twice: two readers would see two files. Raises ValueError."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
-
-
 def _digest_place(data: bytes | bytearray) -> int:
     """Where the 64 digits of the digest stand: behind its key in the header (quotes are escaped in there)."""
-    length = int.from_bytes(data[:8], "little")
-    key = rb"\"digest\":\""
-    place = data.find(key, 8, 8 + length)
-    return place + len(key) if place >= 0 else 8 + length
-
-
-def replace_all(files: Mapping[Path, bytes | bytearray]) -> None:
-    """Write several files: each whole or not at all, and none of them before all are on the disk.
-
-    What killed runs have left in the same folders is removed. Raises OSError where a file cannot be written; all old files
-    then stay, or are put back.
-    """
-    umask = os.umask(0)
-    os.umask(umask)
-    staged: dict[Path, str] = {}
-    before: dict[Path, str | None] = {}
-    with contextlib.ExitStack() as open_files:  # open, and so locked, until all have their places
-        try:
-            for folder in dict.fromkeys(path.parent for path in files):
-                folder.mkdir(parents=True, exist_ok=True)
-                _clear_parts(folder)
-            for path, data in files.items():
-                handle, staged[path] = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
-                file = open_files.enter_context(os.fdopen(handle, "wb"))
-                fcntl.flock(file, fcntl.LOCK_SH)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(staged[path], 0o666 & ~umask)  # mkstemp makes files that only their owner may read
-            for path, name in staged.items():
-                before[path] = _kept(path, name) if len(staged) > 1 else None
-                os.replace(name, path)
-        except BaseException:
-            for path, name in staged.items():
-                with contextlib.suppress(OSError):
-                    if path in before and not Path(name).exists():  # it has its place already
-                        _put_back(path, before[path])
-                    else:
-                        os.unlink(name)
-            raise
-        finally:
-            for old in filter(None, before.values()):
-                with contextlib.suppress(OSError):
-                    os.unlink(old)
-
-
-def _kept(path: Path, name: str) -> str | None:
-    """Another name of the file that is replaced, to put it back; None where there is none."""
-    old = f"{name.removesuffix(PART)}.old{PART}"
-    try:
-        os.link(path, old)
-    except FileNotFoundError:
-        return None
-    except OSError:  # no links here
-        shutil.copy2(path, old)
-    return old
-
-
-def _put_back(path: Path, old: str | None) -> None:
-    if old is None:
-        path.unlink()
-    else:
-        os.replace(old, path)
-
-
-def _clear_parts(folder: Path) -> None:
-    """Remove the unfinished files of runs that were killed: nobody holds them, and they are older than a moment."""
-    for part in folder.glob(f".*{PART}"):
-        with contextlib.suppress(OSError), open(part, "rb", opener=_at_once) as file:
-            if time.time() - os.fstat(file.fileno()).st_mtime > _MOMENT:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                part.unlink()
+    key, end = rb"\"digest\":\"", tensors_begin(data)
+    place = data.find(key, 8, end)
+    return place + len(key) if place >= 0 else end

@@ -1,0 +1,217 @@
+"""Compares the verdicts of two checkouts of this project, case by case: a refactoring must not change one.
+
+    python benchmarks/same_verdicts.py BEFORE AFTER [--more FOLDER ...] [--engine transformers vllm]
+
+Each tree reads the same cases in a process of its own: goldens against themselves, against each other, and against seeded
+changes of their traces (see `changed_traces.py`); traces and scripts of other folders; engines that record and check. A tree is
+asked by its public face alone: the package's names, `show --json` and `diff --json`. Keys, verdicts, causes, layers, gates and
+numbers must be equal, to the last bit. Sentences may differ, and are counted apart. The exit status is 1 where anything else
+differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from changed_traces import CHANGES
+
+#: Keys whose texts are for people.
+SENTENCES: Final = frozenset({"headline", "text", "evidence", "shows", "lines", "message", "name", "first"})
+#: Keys of an answer whose `name` is one for programs.
+_NAMED: Final = ("fingerprint_differences", "fingerprint", "show")
+_SHOWN: Final = 3
+HERE: Final = Path(__file__).resolve().parent
+
+
+class Outcome(NamedTuple):
+    """One case in both trees: the keys that differ, apart by whether they are sentences, with both values."""
+
+    case: Mapping[str, Any]
+    kind: str
+    verdict: str
+    hard: Sequence[tuple[str, str, str]]
+    sentences: Sequence[tuple[str, str, str]]
+
+
+def goldens_below(folder: Path) -> list[str]:
+    """The goldens and traces of a checkout, as paths below it; its models' weights are none."""
+    listed = subprocess.run(["git", "ls-files", "*.safetensors"], cwd=folder, capture_output=True, text=True, check=True)
+    return sorted(path for path in listed.stdout.split() if not path.startswith("models/"))
+
+
+def options(rng: random.Random) -> dict[str, Any]:
+    """A level, an objective and a tolerance for one case."""
+    return {
+        "level": rng.choice(["rl", "rl", "noise", "bitwise"]),
+        "objective": rng.choice(["token", "sequence", "truncated", "unclipped"]),
+        "tolerance": rng.choice([None] * 6 + ["fp8", "int8", {"rms_diff": 0.2}, {"outlier": 1.0, "mean_diff": 0.1}]),
+        "bare": rng.choice([None, None, True]),
+    }
+
+
+def cases_of_pairs(goldens: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Each golden shown, and held against itself and every other one."""
+    rng = random.Random(1)
+    for golden in goldens:
+        yield {"kind": "show", "golden": golden}
+        for actual in goldens:
+            pair = {"golden": golden, "actual": actual}
+            yield {"kind": "diff", **pair, "level": rng.choice([None, "bitwise", "noise"])}
+            yield from ({"kind": kind, **pair, **options(rng)} for kind in ("check", "compare", "helpers"))
+
+
+def cases_of_changes(goldens: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Each golden against every change of its trace and some mixtures of changes, and with other settings."""
+    rng = random.Random(2)
+    for golden in goldens:
+        mixtures = [rng.sample(sorted(CHANGES), rng.choice([2, 2, 3])) for _ in range(60)]
+        for changes in [*([name] for name in CHANGES), *mixtures]:
+            told = {"golden": golden, "changes": changes, "seed": rng.randrange(10**6)}
+            trained = {
+                "scorer": rng.choice([None, None, "rollouts", "trainer"]),
+                "trainer_dtype": rng.choice(["float32", "bfloat16", "float16", "unknown"]),
+                "metrics": rng.choice([None, "trl", "verl", "openrlhf", "nemo-rl", "nemo-aligner", "pipelinerl"]),
+            }
+            kind = rng.choice(["compare", "helpers", "diff"])
+            yield {"kind": "check", **told, **options(rng)}
+            yield {"kind": kind, **told, **options(rng)}
+            yield {"kind": "trainer", **told, **options(rng), **trained}
+    for golden in goldens[::4]:
+        for setting in range(150):
+            changes = rng.choice([["noise 0.2"], ["mean 0.05"], ["the same"], ["noise 0.01"]])
+            yield {"kind": "diff", "golden": golden, "changes": changes, "seed": setting, "setting": setting}
+
+
+def all_cases(goldens: Sequence[str], more: Sequence[Path], engines: Sequence[str], every: int) -> list[dict[str, Any]]:
+    """The cases of the goldens, of further folders, and of engines."""
+    files = sorted(str(path) for folder in more for path in folder.rglob("*.safetensors"))
+    scripts = sorted(str(path) for folder in more for path in folder.rglob("*.py"))
+    return [
+        *cases_of_pairs([*goldens, *files]),
+        *list(cases_of_changes([*goldens, *files]))[::every],
+        *({"kind": "script", "golden": path} for path in scripts),
+        *({"kind": "engine", "engine": kind} for kind in engines),
+    ]
+
+
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of a JSON value by dotted key, as JSON: equal texts are equal to the last bit, NaN is NaN."""
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from flat(item, f"{key}.{name}" if key else name)
+    elif isinstance(value, list) and value:
+        for number, item in enumerate(value):
+            yield from flat(item, f"{key}[{number}]")
+    else:
+        yield key, json.dumps(value)
+
+
+def name_of(key: str) -> str:
+    """The last name of a dotted key."""
+    return key.split(".")[-1].partition("[")[0]
+
+
+def is_sentence(key: str) -> bool:
+    """Whether the text at a dotted key is for people."""
+    return name_of(key) in SENTENCES and not key.startswith(_NAMED)
+
+
+def outcome_of(case: Mapping[str, Any], before: Any, after: Any) -> Outcome:
+    """What differs between the answers of both trees to one case."""
+    old, new = dict(flat(before)), dict(flat(after))
+    differ = [(key, old.get(key, "-"), new.get(key, "-")) for key in {**old, **new} if old.get(key) != new.get(key)]
+    hard, sentences = ([row for row in differ if is_sentence(row[0]) == wanted] for wanted in (False, True))
+    kind, verdict = case["kind"], after.get("verdict") or after.get("error") or "read"
+    if "moved" in (before.get("ended"), after.get("ended")):  # a script that imports what the refactoring moved
+        kind, hard, verdict = "script of a moved module", [], "not comparable"
+    return Outcome(case, kind, verdict, hard, sentences)
+
+
+def kept_answers(tree: Path, cases: Sequence[Mapping[str, Any]], keep: Path | None) -> list[Any]:
+    """The answers of a tree: those that `keep` has of the same commit and cases, or new ones, which are then kept there."""
+    if keep is None:
+        return answers(tree, cases)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=tree, capture_output=True, text=True, check=True)
+    readers = [path.read_bytes() for path in (HERE / "answer_cases.py", HERE / "changed_traces.py")]
+    digest = hashlib.sha256(b"".join([*readers, json.dumps(cases).encode()])).hexdigest()[:12]
+    path = keep / f"{commit.stdout.strip()}-{digest}.json"
+    if not path.exists() or "dirty" in path.name:
+        keep.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(answers(tree, cases)))
+    found: list[Any] = json.loads(path.read_text())
+    return found
+
+
+def answers(tree: Path, cases: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What a tree answers to each case, read with its package. Raises RuntimeError where its process ends early."""
+    with tempfile.TemporaryDirectory() as folder:
+        listed, out, log = (Path(folder) / name for name in ("cases.json", "answers", "log"))
+        listed.write_text(json.dumps(cases))
+        environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, str(HERE / "answer_cases.py"), str(listed), folder]
+        with out.open("w") as stdout, log.open("w") as stderr:
+            status = subprocess.run(command, cwd=tree, env=environment, stdout=stdout, stderr=stderr, check=False).returncode
+        told = [line.removeprefix("answer ") for line in out.read_text().splitlines() if line.startswith("answer ")]
+        if status or len(told) != len(cases):
+            raise RuntimeError(f"{tree}: {len(told)} of {len(cases)} answers, exit status {status}\n{log.read_text()[-2000:]}")
+        return [json.loads(line) for line in told]
+
+
+def named(case: Mapping[str, Any]) -> str:
+    """A case in one line."""
+    return ", ".join(f"{name} {value}" for name, value in case.items() if value not in (None, [], ""))
+
+
+def report(outcomes: Sequence[Outcome]) -> int:
+    """Print what differs, and the counts. Gives how many cases differ other than in sentences."""
+    wrong = [outcome for outcome in outcomes if outcome.hard]
+    for outcome in wrong[:40]:
+        print(f"DIFFERS: {named(outcome.case)}: {len(outcome.hard)} keys")
+        for key, old, new in outcome.hard[:_SHOWN]:
+            print(f"  {key}: {old:.160} -> {new:.160}")
+    for (kind, verdict), count in sorted(Counter((outcome.kind, outcome.verdict) for outcome in outcomes).items()):
+        print(f"  {kind:<26}{verdict:<40}{count:>7,}")
+    texts = {name_of(row[0]): row for outcome in outcomes for row in outcome.sentences}
+    counts = Counter(name_of(row[0]) for outcome in outcomes for row in outcome.sentences)
+    for name, count in counts.most_common():
+        print(f"  {count:,} other sentences under {name}, such as {texts[name][1]:.110} -> {texts[name][2]:.110}")
+    keys = Counter(key.partition("[")[0] for outcome in wrong for key, _, _ in outcome.hard)
+    if keys:
+        print("  keys that differ:", ", ".join(f"{key} {count:,}" for key, count in keys.most_common(12)))
+    in_sentences = sum(bool(outcome.sentences) for outcome in outcomes)
+    print(f"{len(outcomes):,} cases: {len(wrong):,} differ; {in_sentences:,} have other sentences")
+    return len(wrong)
+
+
+def main() -> int:
+    """0 where no verdict, key or number differs, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path, help="a checkout")
+    parser.add_argument("after", type=Path, help="the checkout that is to give the same verdicts")
+    parser.add_argument("--more", type=Path, nargs="*", default=[], help="folders with further goldens, traces and scripts")
+    parser.add_argument("--engine", nargs="*", default=[], help="engine kinds that record a golden and check it")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th of the cases of changed traces")
+    parser.add_argument("--keep", type=Path, help="a folder: keeps the answers of each commit, and reads them again")
+    given = parser.parse_args()
+    trees = [given.before.resolve(), given.after.resolve()]
+    same = [path for path in goldens_below(trees[0]) if (trees[1] / path).exists()]
+    gone = sorted({*goldens_below(trees[0])} ^ {*goldens_below(trees[1])})
+    print(f"{len(same)} goldens and traces in both trees" + (f"; in one alone: {gone}" if gone else ""))
+    cases = all_cases(same, [folder.resolve() for folder in given.more], given.engine, given.every)
+    before, after = (kept_answers(tree, cases, given.keep) for tree in trees)
+    return 1 if report([outcome_of(*row) for row in zip(cases, before, after, strict=True)]) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
