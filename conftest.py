@@ -59,9 +59,10 @@ class SharedPool:
 
 #: What takes longest, first: two workers then end together.
 SLOW_FIRST = (
-    "test_docs.py", "test_server.py", "test_selftest.py", "test_diagnosis.py", "test_engine.py", "test_weights.py",
-    "test_adapters.py", "test_plugin.py", "test_matrix.py", "test_in_hand.py", "test_frameworks.py", "test_gaps.py",
-    "test_noise_floor.py", "test_rl_run.py", "test_head.py", "test_migration.py",
+    "test_docs.py", "test_server.py", "test_catalogue.py", "test_diagnosis.py", "test_engine.py", "test_weights.py",
+    "test_plugin.py", "test_matrix.py", "test_report.py", "test_trainer.py", "test_in_hand.py", "test_frameworks.py",
+    "test_adapters.py", "test_noise_floor.py", "test_rl_run.py", "test_gaps.py", "test_head.py", "test_migration.py",
+    "test_selftest.py", "test_signatures.py", "test_accept.py",
 )  # fmt: skip
 
 
