@@ -117,9 +117,8 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def pool(request):
-    """The engines of this whole run; tests go back and forth between a few of them, each of 2 GB."""
+    """The engines of this whole run: one here, which stays, and two in processes of their own, of 2 GB each."""
     engines = pool_of(request.config)
-    engines.processes = 3
     engines.keeps_place = True
     return engines
 
