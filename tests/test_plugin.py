@@ -45,6 +45,7 @@ def summary(result):
 # -- record, check, fail, accept --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("repeats", ["5"])  # the default
 def test_record_then_check(pytester, run_inner):
     pytester.makepyfile(test_it=TEST)
     first = run_inner("--update-golden")
