@@ -267,7 +267,7 @@ def test_a_floor_that_no_shape_moved_says_nothing_of_other_builds():
     still = NoiseFloor(np.zeros((3, 4), np.float32), BatchCompositions(), reproduces=True)
     assert (
         still.describe()
-        == "noise floor of 3 repeats: no other batch composition moved a bit, so it says nothing of other builds"
+        == "noise floor of 3 repeats: identical under every batch composition tried; this is no bound for other builds"
     )
     moved = NoiseFloor(np.float32([[0, 0], [0, 0.5]]), BatchCompositions(), reproduces=True)
     assert "RMS 0.35 nats between two of them, max 0.5, 50.0% of the tokens move" in moved.describe()
