@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from ..bounded import read_text
 from ..checkpoint.prompts import check_prompts
 from ..errors import UsageError
+from ..json_shape import Closed, Fits, Items, Number, OneOf, OptionalKey, check_shape
 from ..spec import DTYPES, EngineSpec, Sampling
 from ..spec.settings import check_slips
 from ..suggest import nearest
@@ -25,55 +26,49 @@ else:
     import tomli as tomllib  # comes with pytest
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+def _repeats_fit(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0 and value != 1
 
 
-def _is_list(value: Any, fits: Callable[[Any], bool] = _is_text) -> bool:
-    return isinstance(value, list) and all(map(fits, value))
-
-
-def _is_table(value: Any, of: type = str) -> bool:
-    return isinstance(value, dict) and all(isinstance(entry, of) for entry in value.values())
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-#: A kind of value: in words, and as a test.
-_Kind: TypeAlias = tuple[str, Callable[[Any], bool]]
-_TEXT: Final[_Kind] = ("a text", _is_text)
-_TEXTS: Final[_Kind] = ("a list of texts", _is_list)
-_TABLES: Final[_Kind] = ("tables, one or more", lambda v: bool(v) and _is_table(v, dict))
-_VARIABLES: Final[_Kind] = ("a table of texts", _is_table)
-_FROM_0: Final[_Kind] = ("a whole number, 0 or more", lambda v: _is_whole(v, 0))
-_KEYS: Final[Mapping[str, _Kind]] = {
-    "model": _TEXT,
-    "prompts": ("a list, or the name of a JSON file", lambda v: isinstance(v, list) or _is_text(v)),
-    "dtypes": (f"a list, one or more of {', '.join(DTYPES)}", lambda v: bool(v) and _is_list(v, lambda e: e in DTYPES)),
-    "reference": _TEXT,
-    "goldens": _TEXT,
-    "repeats": ("0 for no noise floor, or a whole number, 2 or more", lambda v: _is_whole(v, 0) and v != 1),
-    "sampling": _TABLES,
-    "environment": _TABLES,
-    "cell": _TABLES,
-}
-_NEEDED: Final = ("model", "prompts", "reference", "sampling", "environment", "cell")
-_ENVIRONMENT_KEYS: Final[Mapping[str, _Kind]] = {
-    "requirements": _TEXTS, "packages": _TEXTS, "resolved": _TEXTS, "release": _TEXT, "after_install": _TEXTS,
-    "python": _TEXT, "variables": _VARIABLES,
-}  # fmt: skip
+_TEXT: Final = Fits("a string that is not empty", lambda value: isinstance(value, str) and bool(value))
+_TEXTS: Final = OptionalKey([_TEXT])
+_VARIABLES: Final = OptionalKey({str: str})
+_ENVIRONMENT: Final = Closed(
+    {
+        "requirements": _TEXTS,
+        "packages": _TEXTS,
+        "resolved": _TEXTS,
+        "release": OptionalKey(_TEXT),
+        "after_install": _TEXTS,
+        "python": OptionalKey(_TEXT),
+        "variables": _VARIABLES,
+    }
+)
 #: What an environment is installed from.
 _INSTALLS: Final = ("requirements", "packages", "resolved", "release")
-_CELL_KEYS: Final[Mapping[str, _Kind]] = {
-    "environment": _TEXT,
-    "settings": ("a table", lambda v: isinstance(v, dict)),
-    "variables": _VARIABLES,
-    "cpus": ("a whole number, 1 or more", lambda v: _is_whole(v, 1)),
-    "gpus": _FROM_0,
-    "minutes": ("a number above 0", lambda v: isinstance(v, (int, float)) and v is not True and v > 0),
-}
+_CELL: Final = Closed(
+    {
+        "environment": _TEXT,
+        "settings": OptionalKey({}),
+        "variables": _VARIABLES,
+        "cpus": OptionalKey(Number(1, whole=True)),
+        "gpus": OptionalKey(Number(0, whole=True)),
+        "minutes": OptionalKey(Fits("a number above 0", lambda value: type(value) in (int, float) and value > 0)),
+    }
+)
+_PLAN: Final = Closed(
+    {
+        "model": _TEXT,
+        "prompts": Fits("a list, or the name of a JSON file", lambda value: isinstance(value, list) or _TEXT.test(value)),
+        "dtypes": OptionalKey(Items(OneOf(DTYPES), least=1)),
+        "reference": _TEXT,
+        "goldens": OptionalKey(_TEXT),
+        "repeats": OptionalKey(Fits("0 for no noise floor, or a whole number, 2 or more", _repeats_fit)),
+        "sampling": {str: {}},
+        "environment": {str: _ENVIRONMENT},
+        "cell": {str: _CELL},
+    }
+)
 
 
 #: Bytes of a plan, at most.
@@ -119,6 +114,7 @@ def load_plan(path: Path) -> Matrix:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"{path}: not valid TOML: {error}") from None
+    check_shape(data, _PLAN, path)
     try:
         return _plan(data, path.absolute().parent)
     except UsageError as error:
@@ -131,7 +127,6 @@ def slug(name: str) -> str:
 
 
 def _plan(data: dict[str, Any], folder: Path) -> Matrix:
-    _check(data, _KEYS, _NEEDED, "the file")
     _check_names("sampling", data["sampling"])
     _check_names("cell", data["cell"])
     environments = {name: _environment(name, values, folder) for name, values in data["environment"].items()}
@@ -172,7 +167,6 @@ def _read(file: Path, where: str) -> str:
 
 def _environment(name: str, values: Mapping[str, Any], folder: Path) -> Environment:
     where = f"environment {name!r}"
-    _check(values, _ENVIRONMENT_KEYS, (), where)
     if not any(values.get(key) for key in (*_INSTALLS, "python")):
         raise UsageError(f"{where} needs one of {', '.join(_INSTALLS)}, python")
     installs = [key for key in (*_INSTALLS, "after_install") if values.get(key)]
@@ -195,7 +189,6 @@ def _environment(name: str, values: Mapping[str, Any], folder: Path) -> Environm
 
 
 def _cell(name: str, values: Mapping[str, Any], environments: Mapping[str, Environment]) -> Cell:
-    _check(values, _CELL_KEYS, ("environment",), f"cell {name!r}")
     where = values["environment"]
     if where not in environments:
         raise UsageError(f"cell {name!r}: no environment {where!r}{nearest(where, environments)}")
@@ -216,20 +209,10 @@ def _check_settings(settings: Mapping[str, Any], where: str) -> None:
         raise UsageError(f"{where}: settings: {error}") from None
 
 
-def _check(values: Mapping[str, Any], keys: Mapping[str, _Kind], needed: Iterable[str], where: str) -> None:
-    for key, value in values.items():
-        if key not in keys:
-            raise UsageError(f"{where} has an unknown key {key!r}{nearest(key, keys)}; known are {', '.join(keys)}")
-        words, fits = keys[key]
-        if not fits(value):
-            raise UsageError(f"{where}: {key} must be {words}, not {value!r:.80}")
-    for key in needed:
-        if key not in values:
-            raise UsageError(f"{where}: {key} is missing")
-
-
-def _check_names(kind: str, names: Iterable[str]) -> None:
-    """Raise UsageError where two names would give the same file names."""
+def _check_names(kind: str, names: Collection[str]) -> None:
+    """Raise UsageError where there is no name, and where two names would give the same file names."""
+    if not names:
+        raise UsageError(f"{kind}: the plan needs one or more")
     taken: dict[str, str] = {}
     for name in names:
         if not slug(name):
