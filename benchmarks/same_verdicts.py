@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from changed_traces import CHANGES
+from verdict_cases import all_cases, goldens_below
 
 #: Keys whose texts are for people.
 SENTENCES: Final = frozenset({"headline", "text", "evidence", "shows", "lines", "message", "name", "first"})
@@ -37,72 +36,11 @@ HERE: Final = Path(__file__).resolve().parent
 class Outcome(NamedTuple):
     """One case in both trees: the keys that differ, apart by whether they are sentences, with both values."""
 
-    case: Mapping[str, Any]
     kind: str
     verdict: str
+    case: Mapping[str, Any]
     hard: Sequence[tuple[str, str, str]]
     sentences: Sequence[tuple[str, str, str]]
-
-
-def goldens_below(folder: Path) -> list[str]:
-    """The goldens and traces of a checkout, as paths below it; its models' weights are none."""
-    listed = subprocess.run(["git", "ls-files", "*.safetensors"], cwd=folder, capture_output=True, text=True, check=True)
-    return sorted(path for path in listed.stdout.split() if not path.startswith("models/"))
-
-
-def options(rng: random.Random) -> dict[str, Any]:
-    """A level, an objective and a tolerance for one case."""
-    return {
-        "level": rng.choice(["rl", "rl", "noise", "bitwise"]),
-        "objective": rng.choice(["token", "sequence", "truncated", "unclipped"]),
-        "tolerance": rng.choice([None] * 6 + ["fp8", "int8", {"rms_diff": 0.2}, {"outlier": 1.0, "mean_diff": 0.1}]),
-        "bare": rng.choice([None, None, True]),
-    }
-
-
-def cases_of_pairs(goldens: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Each golden shown, and held against itself and every other one."""
-    rng = random.Random(1)
-    for golden in goldens:
-        yield {"kind": "show", "golden": golden}
-        for actual in goldens:
-            pair = {"golden": golden, "actual": actual}
-            yield {"kind": "diff", **pair, "level": rng.choice([None, "bitwise", "noise"])}
-            yield from ({"kind": kind, **pair, **options(rng)} for kind in ("check", "compare", "helpers"))
-
-
-def cases_of_changes(goldens: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Each golden against every change of its trace and some mixtures of changes, and with other settings."""
-    rng = random.Random(2)
-    for golden in goldens:
-        mixtures = [rng.sample(sorted(CHANGES), rng.choice([2, 2, 3])) for _ in range(60)]
-        for changes in [*([name] for name in CHANGES), *mixtures]:
-            told = {"golden": golden, "changes": changes, "seed": rng.randrange(10**6)}
-            trained = {
-                "scorer": rng.choice([None, None, "rollouts", "trainer"]),
-                "trainer_dtype": rng.choice(["float32", "bfloat16", "float16", "unknown"]),
-                "metrics": rng.choice([None, "trl", "verl", "openrlhf", "nemo-rl", "nemo-aligner", "pipelinerl"]),
-            }
-            kind = rng.choice(["compare", "helpers", "diff"])
-            yield {"kind": "check", **told, **options(rng)}
-            yield {"kind": kind, **told, **options(rng)}
-            yield {"kind": "trainer", **told, **options(rng), **trained}
-    for golden in goldens[::4]:
-        for setting in range(150):
-            changes = rng.choice([["noise 0.2"], ["mean 0.05"], ["the same"], ["noise 0.01"]])
-            yield {"kind": "diff", "golden": golden, "changes": changes, "seed": setting, "setting": setting}
-
-
-def all_cases(goldens: Sequence[str], more: Sequence[Path], engines: Sequence[str], every: int) -> list[dict[str, Any]]:
-    """The cases of the goldens, of further folders, and of engines."""
-    files = sorted(str(path) for folder in more for path in folder.rglob("*.safetensors"))
-    scripts = sorted(str(path) for folder in more for path in folder.rglob("*.py"))
-    return [
-        *cases_of_pairs([*goldens, *files]),
-        *list(cases_of_changes([*goldens, *files]))[::every],
-        *({"kind": "script", "golden": path} for path in scripts),
-        *({"kind": "engine", "engine": kind} for kind in engines),
-    ]
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -128,14 +66,17 @@ def is_sentence(key: str) -> bool:
 
 
 def outcome_of(case: Mapping[str, Any], before: Any, after: Any) -> Outcome:
-    """What differs between the answers of both trees to one case."""
+    """What differs between the answers of both trees to one case; of scripts, as far as both trees could run them."""
+    verdict = after.get("verdict") or after.get("error") or "read"
+    if case["kind"] == "script":  # one that imports what has moved ends there
+        shared = min(len(before["comparisons"]), len(after["comparisons"]))
+        ends = sorted({before["ended"], after["ended"]})
+        verdict = f"{shared} of {len(before['comparisons'])} shared, {', '.join(ends)}"
+        before, after = before["comparisons"][:shared], after["comparisons"][:shared]
     old, new = dict(flat(before)), dict(flat(after))
     differ = [(key, old.get(key, "-"), new.get(key, "-")) for key in {**old, **new} if old.get(key) != new.get(key)]
     hard, sentences = ([row for row in differ if is_sentence(row[0]) == wanted] for wanted in (False, True))
-    kind, verdict = case["kind"], after.get("verdict") or after.get("error") or "read"
-    if "moved" in (before.get("ended"), after.get("ended")):  # a script that imports what the refactoring moved
-        kind, hard, verdict = "script of a moved module", [], "not comparable"
-    return Outcome(case, kind, verdict, hard, sentences)
+    return Outcome(case["kind"], verdict, case, hard, sentences)
 
 
 def kept_answers(tree: Path, cases: Sequence[Mapping[str, Any]], keep: Path | None) -> list[Any]:
@@ -201,7 +142,7 @@ def main() -> int:
     parser.add_argument("after", type=Path, help="the checkout that is to give the same verdicts")
     parser.add_argument("--more", type=Path, nargs="*", default=[], help="folders with further goldens, traces and scripts")
     parser.add_argument("--engine", nargs="*", default=[], help="engine kinds that record a golden and check it")
-    parser.add_argument("--every", type=int, default=1, help="take every n-th of the cases of changed traces")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th of the cases of changed traces; 0: none")
     parser.add_argument("--keep", type=Path, help="a folder: keeps the answers of each commit, and reads them again")
     given = parser.parse_args()
     trees = [given.before.resolve(), given.after.resolve()]
