@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from _pytest.pytester import SysModulesSnapshot
 
+from pytest_logprob_parity.plugin import options
 from pytest_logprob_parity.plugin.stash import POOL, pool_of
 
 ROOT = Path(__file__).resolve().parent
@@ -58,9 +59,10 @@ class SharedPool:
 
 #: What takes longest, first: two workers then end together.
 SLOW_FIRST = (
-    "test_docs.py", "test_server.py", "test_selftest.py", "test_diagnosis.py", "test_engine.py", "test_weights.py",
-    "test_adapters.py", "test_plugin.py", "test_matrix.py", "test_in_hand.py", "test_frameworks.py", "test_gaps.py",
-    "test_noise_floor.py", "test_rl_run.py", "test_head.py", "test_migration.py",
+    "test_docs.py", "test_server.py", "test_catalogue.py", "test_diagnosis.py", "test_engine.py", "test_weights.py",
+    "test_plugin.py", "test_matrix.py", "test_report.py", "test_trainer.py", "test_in_hand.py", "test_frameworks.py",
+    "test_adapters.py", "test_noise_floor.py", "test_rl_run.py", "test_gaps.py", "test_head.py", "test_migration.py",
+    "test_selftest.py", "test_signatures.py", "test_accept.py",
 )  # fmt: skip
 
 
@@ -115,9 +117,8 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def pool(request):
-    """The engines of this whole run; tests go back and forth between a few of them, each of 2 GB."""
+    """The engines of this whole run: one here, which stays, and two in processes of their own, of 2 GB each."""
     engines = pool_of(request.config)
-    engines.processes = 3
     engines.keeps_place = True
     return engines
 
@@ -129,8 +130,15 @@ def in_this_process(pool, monkeypatch):
 
 
 @pytest.fixture
-def run_inner(pytester, pool):
+def repeats():
+    """How often recording replays its tokens in inner runs whose ini does not say: by default five times, which takes long."""
+    return "2"
+
+
+@pytest.fixture
+def run_inner(pytester, pool, repeats, monkeypatch):
     """Run pytest in this process on the files that pytester made, with the shared engines."""
+    monkeypatch.setitem(options._INI, "parity_repeats", (options._INI["parity_repeats"][0], repeats))
 
     def run(*arguments):
         pool.notify, notify = None, pool.notify

@@ -20,6 +20,7 @@ from typing import Any, Final, TypeAlias
 
 from .errors import ParityError, UsageError
 from .grammar import counted
+from .suggest import nearest
 
 #: Characters that an actual value, or a key, is shown with, at most.
 _SHOWN: Final = 40
@@ -108,16 +109,16 @@ def check_shape(
         _check(value, shape)
     except _MisfitError as misfit:
         where = _joined(key, reversed(misfit.keys))
-        told = f"{where or 'its content'} {misfit.actual}, expected {misfit.expected}"
-        raise error(f"{told}; {advice}" if advice else told, place) from None
+        parts = [f"{where or 'its content'} {misfit.actual}, expected {misfit.expected}", misfit.hint, advice]
+        raise error("; ".join(part for part in parts if part), place) from None
 
 
 class _MisfitError(Exception):
     """A value that does not have its shape. `keys` is filled on the way out: the innermost key comes first."""
 
-    def __init__(self, expected: str, actual: str, *keys: str | int) -> None:
+    def __init__(self, expected: str, actual: str, *keys: str | int, hint: str = "") -> None:
         super().__init__(expected)
-        self.expected, self.actual, self.keys = expected, actual, list(keys)
+        self.expected, self.actual, self.keys, self.hint = expected, actual, list(keys), hint
 
 
 def _check(value: Any, shape: Shape) -> None:
@@ -155,7 +156,8 @@ def _check_mapping(value: Any, keys: Mapping[Any, Shape], *, closed: bool) -> No
     if not isinstance(value, Mapping):
         raise _MisfitError("a mapping", f"is {_shown(value)}")
     if closed and (unknown := [key for key in value if key not in keys]):
-        raise _MisfitError(f"no other keys than {', '.join(keys)}", f"has the key {_shown(unknown[0])}")
+        hint = nearest(str(unknown[0])[:_SHOWN], keys).removeprefix(", ")
+        raise _MisfitError(f"no other keys than {', '.join(keys)}", f"has the key {_shown(unknown[0])}", hint=hint)
     for key, shape in keys.items():
         if key is str:
             _check_each(value.items(), shape)

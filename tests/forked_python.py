@@ -119,6 +119,10 @@ def serve(listener, modules):
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     for name in modules:
         importlib.import_module(name)
+    if "pytest" in modules:  # that what plugins come with is imported already is our doing
+        from _pytest.assertion.rewrite import AssertionRewritingHook
+
+        AssertionRewritingHook._warn_already_imported = lambda self, name: None
     imported = {name: value for name, value in os.environ.items() if before.get(name) != value}  # as each Python would set it
     gc.collect()
     gc.freeze()

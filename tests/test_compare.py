@@ -55,7 +55,11 @@ def moved(trace, change):
 
 def test_the_same_numbers_pass_bit_for_bit():
     result = compare(expected=make_trace(), actual=make_trace())
-    assert (result.verdict, result.headline) == ("pass", "400 logprobs agree bit for bit")
+    assert (result.verdict, result.headline.key, result.headline) == (
+        "pass",
+        "bit_identical",
+        "400 logprobs agree bit for bit",
+    )
     assert result.metrics["max_abs_diff"] == 0
     assert result.metrics["ess"] == 1
 
@@ -181,7 +185,7 @@ def test_one_nan_fails_before_anything_else():
     change = np.zeros(400)
     change[7] = np.nan
     result = compare(expected=expected, actual=moved(expected, change))
-    assert (result.verdict, result.headline) == ("fail", "1 of 400 logprobs are NaN or +inf")
+    assert (result.verdict, result.headline.key, result.headline) == ("fail", "nan", "1 of 400 logprobs are NaN or +inf")
 
 
 def test_all_nan_is_never_green():
@@ -196,8 +200,7 @@ def test_holes_in_the_golden_are_counted_and_inf_is_no_logprob():
     holes = np.zeros(400)
     holes[:100] = np.nan
     result = compare(expected=moved(trace, holes), actual=trace)
-    assert (result.verdict, result.metrics["n_missing"]) == ("unverified", 100)
-    assert "100 tokens have no logprob in the golden" in result.headline
+    assert (result.verdict, result.headline.key, result.metrics["n_missing"]) == ("unverified", "low_coverage", 100)
     holes = np.zeros(400)
     holes[3] = np.inf
     assert compare(expected=moved(trace, holes), actual=trace).verdict == "fail"
@@ -253,7 +256,9 @@ def test_raw_against_processed_is_a_finding_and_no_subtraction():
     result = compare(expected=expected, actual=actual)
     assert result.verdict == "fail"
     assert (result.findings[0].layer, result.findings[0].cause) == ("semantic", "raw_vs_processed")
-    assert "temperature 0.7 was applied to the golden and not to this run (fitted 0.7000" in result.findings[1].evidence
+    assert result.headline.key == "other_meanings"
+    assert result.findings[1].cause == "temperature"
+    assert result.findings[1].values["temperature"] == pytest.approx(0.7, abs=1e-4)
     assert math.isnan(result.metrics["mean_diff"])
     assert result.gates == ()
 
@@ -267,7 +272,7 @@ def test_a_label_is_a_claim_and_the_numbers_win():
     mislabelled = honest.with_(logprobs_mode="raw_logprobs")
     result = compare(expected=honest, actual=mislabelled)
     assert result.verdict == "pass"
-    assert "a label is wrong" in result.notes[0]
+    assert [(note.key, note.endswith("a label is wrong")) for note in result.notes[:1]] == [("labels", True)]
 
 
 def test_meanings_that_coincide_are_comparable():
@@ -282,17 +287,14 @@ def test_other_tokens_are_compared_up_to_where_they_diverge():
     tokens[[20, 399]] += 1
     result = compare(expected=expected, actual=expected.with_(token_ids=tokens))
     assert (result.metrics["n_tokens"], result.metrics["diverged_sequences"]) == (400 - 20 - 1, 2)
-    assert result.verdict == "unverified"
-    assert "Only 94.8% of the tokens could be compared" in result.headline
+    assert (result.verdict, result.headline.key) == ("unverified", "low_coverage")
+    assert result.metrics["coverage"] == pytest.approx(0.9475)
 
 
 def test_nothing_in_common_is_never_green():
     other = make_trace().with_(prompt_token_ids=np.arange(100, 110, dtype=np.int32))
     result = compare(expected=make_trace(), actual=other)
-    assert (result.verdict, result.headline) == (
-        "unverified",
-        "Nothing was compared: the two traces have no tokens in common",
-    )
+    assert (result.verdict, result.headline.key, result.metrics["coverage"]) == ("unverified", "nothing_compared", 0)
 
 
 def test_the_assertion_reads_like_assert_close():
@@ -300,7 +302,7 @@ def test_the_assertion_reads_like_assert_close():
     with pytest.raises(MismatchError) as error:
         assert_logprobs_close(expected=expected, actual=moved(expected, 0.3))
     told = str(error.value)
-    assert told.startswith("fail: Logprobs are not close: ratios outside the clip 100 % (more than ")
+    assert told.startswith("fail: Logprobs are not close: share of ratios outside the clip 100 % (more than ")
     outcomes = {gate.key: gate.outcome for gate in error.value.comparison.gates}
     failed = {"mean_diff", "k3", "clip_share", "outlier_sequences"}
     assert {key for key, outcome in outcomes.items() if outcome == "fail"} == failed

@@ -225,7 +225,7 @@ def test_the_command_prints_the_verdict_and_the_steps(golden, capsys):
     status = main(["diagnose", str(golden), f"model={MODEL}", "logprobs_mode=raw_logprobs", "--no-reading"])
     printed = capsys.readouterr().out
     assert status == 1
-    assert printed.startswith("fail: The logprobs do not mean the same")
+    assert printed.startswith("fail: The logprobs of the two sides have different meanings")
     assert "logprobs_mode accounts for 100% of the mismatch; what remains, RMS 0 nats, is noise" in printed
 
 

@@ -181,7 +181,7 @@ def test_the_newest_run_is_held_against_those_before_it(many):
     assert (clean.outside, clean.bands["rms_diff"].runs) == ((), 10)
     (drifted,) = series_of([*many, run_of(reading(0.02), day=20)])
     assert set(drifted.outside) == set(METRICS) - {"n_tokens"}
-    assert drifted.warnings()[1].startswith("rms_diff 0.02 is outside of ")
+    assert drifted.warnings()[1].startswith("rms_diff 0.02 is outside its band, ")
     (after,) = series_of([*many, run_of(reading(0.02), day=20), run_of(reading(0.001), day=21)])
     assert after.outside == ()
 
@@ -201,8 +201,8 @@ def test_a_run_that_leaves_its_band_is_warned_of_and_passes(repo, pytester, caps
     result = repo(0.001, "--parity-report=report")
     result.assert_outcomes(passed=2)
     assert result.ret == 0
-    (told,) = [line for line in result.outlines if line.startswith("  drifts, ") and "rms_diff" in line]
-    assert told.startswith("  drifts, a warning and no verdict: test_it.py::test_moves: rms_diff 0.00099")
+    (told,) = [line for line in result.outlines if line.startswith("  warning, not a verdict: ") and "rms_diff" in line]
+    assert told.startswith("  warning, not a verdict: test_it.py::test_moves: rms_diff 0.00099")
     checks = {check["node_id"]: check for check in read_results(pytester.path / "report" / "results.json")["checks"]}
     assert "rms_diff" in checks["test_it.py::test_moves"]["history"]["outside"]
     assert checks["test_it.py::test_stays"]["history"]["outside"] == []
@@ -210,7 +210,10 @@ def test_a_run_that_leaves_its_band_is_warned_of_and_passes(repo, pytester, caps
     assert page.count(">drifts</span>") == 1
     assert page.count(">mean_diff over 9 runs</title>") == page.count(">rms_diff over 9 runs</title>") == 1
     summary = (pytester.path / "report" / "summary.md").read_text()
-    assert "\nDrifts, a warning and no verdict: test&#95;it.py&#58;&#58;test&#95;moves &#40;mean&#95;diff, " in summary
+    assert (
+        "\nOutside their band (a warning, not a verdict): test&#95;it.py&#58;&#58;test&#95;moves &#40;mean&#95;diff, "
+        in summary
+    )
     before = {file.name: file.read_bytes() for file in (pytester.path / "report").iterdir()}
     assert command(capsys, "report", pytester.path / "report")[0] == 0
     assert {file.name: file.read_bytes() for file in (pytester.path / "report").iterdir()} == before
@@ -231,8 +234,8 @@ def test_the_table_shows_runs_versions_and_what_left_its_band(kept, capsys):
     assert lines[4].endswith("  engine vllm 1 -> vllm 2, torch ? -> 2.9, plugin 0.1.0 -> 0.2.0")
     assert lines[4].split()[4:10] == ["0.02"] * 6
     assert lines[5].startswith("  band, low             10 runs")
-    assert any(line.startswith("  warning: rms_diff 0.02 is outside of ") for line in lines)
-    assert lines[-1] == "11 runs, 1 check, 1 outside of its band: a warning, no verdict"
+    assert any(line.startswith("  warning: rms_diff 0.02 is outside its band, ") for line in lines)
+    assert lines[-1] == "11 runs, 1 check, 1 outside its band: a warning, not a verdict"
 
 
 def test_json_has_all_runs_and_a_schema(kept, many, capsys):

@@ -67,6 +67,7 @@ def test_what_fits(value, shape):
         ([], Items(int, least=1), "its content has 0 items, expected at least 1"),
         ([1], Items(int, 2, least=2), "its content has 1 item, expected 2"),
         ({"a": 1, "b": 1}, Closed({"a": int}), 'its content has the key "b", expected no other keys than a'),
+        ({"a": 1}, Closed({"ab": int}), 'its content has the key "a", expected no other keys than ab; did you mean \'ab\'?'),
         ({"x": {"a": {"b": 1}}}, {"x": {str: Closed({"c": int})}}, 'x.a has the key "b", expected no other keys than c'),
         (1.5, WHOLE, "its content is 1.5, expected a whole number from -2**53 to 2**53"),
         (math.nan, Number(), "its content is NaN, expected a number"),

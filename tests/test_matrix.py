@@ -145,12 +145,12 @@ settings = {{ engine = "transformers", max_num_batched_tokens = 64 }}
     told = {row["cell"]: row["headline"] for row in rows if row["verdict"] == "not run"}
     assert status == 1
     assert told["missing"] == "environment missing: there is no interpreter no-such-python"
-    assert told["noPython"] == "environment noPython: /bin/ls is no Python"
+    assert told["noPython"] == "environment noPython: /bin/ls is not a Python interpreter"
     assert told["killed"] == "its worker was killed (SIGKILL): about to die"
     assert told["nowhere"].startswith(
         "environment nowhere was not made: the configured package index has no logprob-parity-no-such-thing==9.9.9 for Python "
     )
-    assert told["slow"] == "took longer than 0.001 minutes and was ended"
+    assert told["slow"] == "took longer than 0.001 minutes and was stopped"
     assert "'max_num_batched_tokens'" in told["wrong"]  # an engine argument, and none of this engine
     assert rows[0]["verdict"] == "pass"
     assert "- slow (float32) did not run: took longer" in capsys.readouterr().out
@@ -167,16 +167,16 @@ def test_a_reference_that_cannot_run_ends_it(plan, tmp_path, capsys):
     ("change", "told"),
     [
         (("[cell.", "[cel."), "unknown key 'cel', did you mean 'cell'?"),
-        (('reference = "asked for"', 'reference = "asked"'), "reference 'asked' is no cell"),
+        (('reference = "asked for"', 'reference = "asked"'), "reference 'asked' is not a cell"),
         (('environment = "here"', 'environment = "her"'), "no environment 'her', did you mean 'here'?"),
         (('python = "', 'pyton = "'), "unknown key 'pyton', did you mean 'python'?"),
         (("temperature = 0.7", "temprature = 0.7"), "Sampling has no field 'temprature', did you mean 'temperature'?"),
-        (("[environment.here]", "[environment.here"), "no TOML"),
+        (("[environment.here]", "[environment.here"), "not valid TOML"),
         (
             (PROMPTS, 'prompts = "nowhere.json"'),
             "prompts: there is no .*nowhere.json",
         ),
-        ((PROMPTS, 'prompts = "matrix.toml"'), "prompts: .*matrix.toml is no JSON"),
+        ((PROMPTS, 'prompts = "matrix.toml"'), "prompts: .*matrix.toml is not valid JSON"),
         (("model = ", "model = 3 #"), "the file: model must be a text, not 3"),
         (("model = ", "# model = "), "the file: model is missing"),
         (
@@ -184,8 +184,8 @@ def test_a_reference_that_cannot_run_ends_it(plan, tmp_path, capsys):
             "the file: repeats must be 0 for no noise floor, or a whole number, 2 or more, not 'x'",
         ),
         (("repeats = 0", "repeats = 1"), "the file: repeats must be 0 for no noise floor, or a whole number, 2 or more, not 1"),
-        (("settings = {", 'settings = { model = "x", '), "settings has model, which is the whole plan's: model at the top"),
-        (("settings = {", 'settings = { dtype = "float32", '), "settings has dtype, which is the whole plan's: dtypes at the"),
+        (("settings = {", 'settings = { model = "x", '), "settings has model, which all cells share: set model at the top"),
+        (("settings = {", 'settings = { dtype = "float32", '), "settings has dtype, which all cells share: set dtypes at the"),
         (("settings = {", "settings = { max_modl_len = 3, "), "'asked for': settings: 'max_modl_len' .* mean 'max_model_len'?"),
         (
             ("settings = {", 'settings = { profile = "nope", '),
@@ -198,7 +198,12 @@ def test_a_reference_that_cannot_run_ends_it(plan, tmp_path, capsys):
         (('python = "', 'packages = ["x"]\npython = "'), "environment 'here' has both python and packages"),
         (('python = "', 'after_install = ["x.py"]\npython = "'), "environment 'here' has both python and after_install"),
         (('python = "', 'packages = ["x"]\nafter_install = ["no.py"] # "'), "environment 'here': there is no .*no.py"),
-        (('python = "', 'after_install = ["x.py"] # "'), "environment 'here' says neither what to install nor which python"),
+        (
+            ('python = "', 'after_install = ["x.py"] # "'),
+            "environment 'here' needs one of requirements, packages, resolved, release, python",
+        ),
+        (('python = "', 'release = "latest" # "'), "environment 'here': release: 'latest' is not a release, such as"),
+        (('python = "', 'release = "0.25.1"\npython = "'), "environment 'here' has both python and release"),
         (('python = "', 'packages = "x" # "'), "environment 'here': packages must be a list of texts, not 'x'"),
         (('python = "', 'variables = { A = 1 }\npython = "'), "environment 'here': variables must be a table of texts"),
         (("settings = {", 'settings = "raw" # {'), "cell 'asked for': settings must be a table, not 'raw'"),
@@ -209,7 +214,7 @@ def test_a_reference_that_cannot_run_ends_it(plan, tmp_path, capsys):
         (('environment = "here"', ""), "cell 'asked for': environment is missing"),
         (
             ("[environment.here]", "[sampling.'T 0.7']\n[environment.here]"),
-            "'T 0.7' .*its files would be those of 'T=0.7'",
+            "'T 0.7' .*its files would have the names of those of 'T=0.7'",
         ),
         (("[environment.here]", "[cell.'asked-for']\n[environment.here]"), "cell 'asked for' needs another name: its files"),
         (("dtypes", "# dtypes"), ""),
@@ -230,7 +235,7 @@ def test_a_plan_that_does_not_fit_says_where(plan, change, told):
 def test_a_plan_that_is_no_text_is_said_in_a_line(tmp_path, capsys):
     (tmp_path / "matrix.toml").write_bytes(b"model = '\xff'")
     assert main(["matrix", str(tmp_path / "matrix.toml")]) == 2
-    assert "matrix.toml: no TOML: " in capsys.readouterr().err
+    assert "matrix.toml: not valid TOML: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -303,7 +308,9 @@ class MadeUpEngine:
 
     def __init__(self, trace, change):
         self._trace, self._change = trace, change
-        self.config = ResolvedConfig("transformers", "1", "float32", {"logprobs_mode": "processed_logprobs"})
+        self.config = ResolvedConfig(
+            engine="transformers", version="1", dtype="float32", values={"logprobs_mode": "processed_logprobs"}
+        )
 
     def generate(self, prompts, sampling):
         return self._trace
@@ -558,7 +565,7 @@ def test_a_cluster_where_nobody_listens_is_said_at_once(plan, tmp_path, capsys):
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         status = main(["matrix", str(plan()), "--out", str(tmp_path), "--executor", "ray", "--ray-address", address])
     assert status == 2
-    assert f"no Ray cluster: nobody listens at {address}" in capsys.readouterr().err
+    assert f"no Ray cluster answers at {address}" in capsys.readouterr().err
 
 
 def test_cells_as_tasks_of_a_local_ray_cluster(plan, tmp_path, capsys):

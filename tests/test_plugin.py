@@ -45,6 +45,7 @@ def summary(result):
 # -- record, check, fail, accept --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("repeats", ["5"])  # the default
 def test_record_then_check(pytester, run_inner):
     pytester.makepyfile(test_it=TEST)
     first = run_inner("--update-golden")
@@ -66,8 +67,8 @@ def test_record_then_check(pytester, run_inner):
     second.stdout.fnmatch_lines(
         [
             "  pass (same setup, level rl, objective token) golden/test_it/*.safetensors: * logprobs agree bit for bit",
-            "    different? no: bit for bit the same",
-            "    shown (95% sure, 2 prompts): at most * of prompts like these have a sequence off by an RMS above * nats *",
+            "    different? no: bit-identical",
+            "    shown (95% confidence, 2 prompts): at most * of such prompts have a sequence with an RMS difference above *",
             "    would not have passed: * sequences with an outlier token, or *",
         ]
     )
@@ -95,12 +96,13 @@ def test_raw_logprobs_against_an_rl_golden_fail_and_say_why(pytester, run_inner,
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "E*MismatchError: fail: The logprobs do not mean the same: processed (T=0.7, top-p 0.9) in the golden, raw now",
+            "E*MismatchError: fail: The logprobs of the two sides have different meanings: processed (T=0.7, top-p 0.9) in the "
+            "golden, raw in this run",
             "E*golden*golden/test_it/test_rollouts-*.safetensors",
-            "E*sequence position*golden (rank)*now (rank)*token, after",
+            "E*sequence position*golden (rank)*this run (rank)*token, after",
             "E*findings*semantic: raw_vs_processed*",
-            "E*generation*all 16 came back token for token*",
-            "E*differs*config.logprobs_mode: 'processed_logprobs' in the golden, 'raw_logprobs' now",
+            "E*generation*all 16 turns have the golden's tokens and stop at the same place",
+            "E*differs*config.logprobs_mode: 'processed_logprobs' in the golden, 'raw_logprobs' in this run",
             "E*to accept*pytest test_it.py::test_rollouts --update-golden --parity-set logprobs_mode=raw_logprobs",
         ]
     )
@@ -119,10 +121,10 @@ def test_other_weights_fail_with_numbers_and_the_worst_tokens(pytester, run_inne
             "E*MismatchError: fail: Logprobs are not close: * (more than * fail*)",
             "E*compared * tokens of 16 sequences*",
             "E*greatest * nats *at sequence * (prompt *, sample *), position *",
-            "E*golden to now*measured*from*to*limit*",
+            "E*golden to this run*measured*from*to*limit*",
             "E*nucleus flips*<-- exceeds",
-            "E*distance to the reference*golden*now*to*limit*",
-            "E*without truncation: *KL k1*k3*ESS*",
+            "E*distance to the reference*golden*this run*to*limit*",
+            "E*without truncation (d and KL in nats): *KL k1*k3*ESS*",
             "E*findings*weights: weights_differ*",
         ]
     )
@@ -384,13 +386,13 @@ def test_what_fails_is_said_by_the_call_the_option_and_the_ini_file_in_this_orde
     run_inner().assert_outcomes(passed=1)
     result = run_inner("--parity-level=bitwise")
     result.stdout.fnmatch_lines(
-        ["E*fail: * of * logprobs are not the same bit for bit", "E*level*bitwise: any other bit fails"]
+        ["E*fail: * of * logprobs are not bit-identical", "E*level*bitwise: fails unless bit-identical"]
     )
     pytester.makeini("[pytest]\nparity_level = bitwise")
     run_inner().assert_outcomes(failed=1)
     run_inner("--parity-level=rl").assert_outcomes(passed=1)
     noise = run_inner("--parity-level=noise")
-    noise.stdout.fnmatch_lines(["E*unverified: Not shown to be a regression: *the golden has no noise floor*"])
+    noise.stdout.fnmatch_lines(["E*unverified: Inconclusive: *the golden has no noise floor*"])
     assert summary(noise) == ["logprob-parity: 1 checked, 1 unverified"]
     source = pytester.path / "test_it.py"
     source.write_text(source.read_text().replace("1e-5))", "1e-5)), level='rl'"))

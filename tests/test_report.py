@@ -448,10 +448,10 @@ def test_runs_at_the_same_time_share_a_report(project, pytester, slow_run):
     assert [path for path in (pytester.path / "report").rglob("results.json") if path.parent.name != "report"]
     assert command_status("report", pytester.path / "report") == 0  # what runs left to each other is nobody else's
     result = project("--parity-report=report", "-k", "moves", "-n", "1")
-    assert "logprob-parity: report in report/index.html, with that of 1 run at the same time" in result.outlines
+    assert "logprob-parity: report in report/index.html, with the checks of 1 other run at the same time" in result.outlines
     (pytester.path / "go-on").touch()
     out, _ = slow_run.communicate(timeout=60)
-    assert "logprob-parity: report in report/index.html, with that of 2 runs at the same time" in out
+    assert "logprob-parity: report in report/index.html, with the checks of 2 other runs at the same time" in out
     assert names_in(pytester.path / "report") == {"test_it.py::test_moves", "test_it.py::test_stays", "slow.py::test_slow"}
     assert {file.name for file in (pytester.path / "report").iterdir()} == FILES  # the last one sweeps
     project("--parity-report=report", "-k", "stays")
@@ -553,7 +553,7 @@ def test_bars_tell_a_little_beyond_a_limit_from_far_beyond_it():
     assert [bar(value)[1] for value in (1.03, 4, 400)] == ["1.03 ×", "4 ×", "400 ×"]
     near, far, further, beyond = (bar(value)[0] for value in (1.03, 4, 40, 400))
     assert 50 < near < 51 < 60 < far < further < beyond == 100
-    assert bar(1, 0) == (100, "more than none")
+    assert bar(1, 0) == (100, "limit 0")
     assert bar(None) == bar(0, 0) == (0, "0%")
 
 
@@ -866,7 +866,7 @@ def test_files_that_are_no_files_or_too_large_are_refused_without_reading_them(t
     told = one_line(capsys, "report", "/dev/zero" if kind == "device" else place, "--out", tmp_path / "out")
     assert ("larger than 64 MiB" if kind == "too large" else "not a regular file (a folder, a pipe or a device)") in told
     if kind in ("pipe", "link to a device"):  # nor is it written over
-        assert "is there already, and is no report's" in one_line(capsys, "report", *_two_traces(tmp_path), "--out", tmp_path)
+        assert "exists, and no report wrote it" in one_line(capsys, "report", *_two_traces(tmp_path), "--out", tmp_path)
 
 
 def _two_traces(folder):
@@ -980,13 +980,13 @@ def test_artifacts_of_another_repo_or_revision_are_not_merged(project, pytester,
     edit(pytester.path / "other", lambda c: c.update(project="theirs"))
     told = one_line(capsys, "report", report, pytester.path / "other", "--out", pytester.path / "out")
     assert "is of project 'theirs'" in told
-    assert "render them apart" in told
+    assert "report each of them alone" in told
     project("--update-golden")
     monkeypatch.setenv("SHIFT", "0.5")
     project("--parity-report=revision")
     told = one_line(capsys, "report", report, pytester.path / "revision", "--out", pytester.path / "out")
     assert re.search(
-        r"golden/test_it/test_moves-.* is one golden in .* and another in .*: two revisions; render them apart", told
+        r"golden/test_it/test_moves-.* differs between .* and .*: they are of two revisions; report each of them alone", told
     )
     assert not (pytester.path / "out").exists()
 
@@ -1013,7 +1013,7 @@ def test_files_that_no_report_wrote_are_left_alone(project, pytester):
     site.mkdir()
     (site / "index.html").write_text("my homepage")
     result = project("--parity-report=public")
-    result.stderr.fnmatch_lines(["*public/index.html is there already, and is no report's: name another folder"])
+    result.stderr.fnmatch_lines(["*public/index.html exists, and no report wrote it: name another folder"])
     assert [file.name for file in site.iterdir()] == ["index.html"]
     assert (site / "index.html").read_text() == "my homepage"
     project("--parity-report=").stderr.fnmatch_lines(["*--parity-report: name a folder"])

@@ -156,7 +156,7 @@ def test_a_temperature_is_named_with_its_value_and_uncertainty():
     result = compare(expected=rollouts.trace(), actual=rollouts.trace("raw"))
     text = "temperature 0.7 was applied to the golden and not to this run (fitted 0.7000 +- "
     assert text in str(finding(result, "temperature"))
-    assert result.headline.startswith("The logprobs do not mean what their label says")
+    assert result.headline.key == "wrong_label"
     twice = compare(expected=rollouts.trace(), actual=rollouts.trace(Sampling(temperature=0.49)))
     assert "applied to this run and not to the golden, or twice to this run" in str(finding(twice, "temperature"))
 
@@ -192,7 +192,7 @@ def test_a_temperature_that_nobody_recorded_is_a_candidate_beside_other_scales_o
     rollouts = policy(temperature=0.7)
     found = finding(compare(expected=rollouts.trace(), actual=rollouts.trace(Sampling(temperature=0.9))), "temperature")
     assert (found.cause, found.candidates[:2]) == (None, ("temperature", "weights_differ"))
-    assert "temperature 0.900 in place of 0.7" in found.evidence
+    assert found.values["temperature"] == pytest.approx(0.9, abs=1e-3)
 
 
 def test_top_p_is_bounded_by_kept_sets_and_not_guessed():
@@ -200,7 +200,7 @@ def test_top_p_is_bounded_by_kept_sets_and_not_guessed():
     found = finding(compare(expected=rollouts.trace(k=20), actual=rollouts.trace("raw", k=20)), "truncation")
     assert "top-p 0.9 was applied to the golden and not to this run: kept mass 0.9" in found.evidence
     low, high = found.values["top_p"]
-    assert f"they allow top-p in [{low:.4g}, {high:.4g}]" in found.evidence
+    assert f"consistent with top-p in [{low:.4g}, {high:.4g}]" in found.evidence
     assert 0.85 < low <= 0.9 <= high < 0.93
 
 
@@ -210,7 +210,7 @@ def test_a_truncation_wider_than_the_recorded_top_k_shows_in_the_tokens_that_it_
     found = finding(compare(expected=rollouts.trace(k=5), actual=actual), "truncation")
     assert "a truncation was applied to this run and not to the golden: it raises all tokens of a position" in found.evidence
     assert " and it excludes " in found.evidence
-    assert "top-5 logprobs do not show how wide its kept sets are: record more" in found.evidence
+    assert "top-5 logprobs do not show the whole truncated support: record more logprobs" in found.evidence
 
 
 def test_a_truncation_that_excludes_no_token_in_hand_shows_in_the_mass_that_it_cuts_away():
@@ -243,7 +243,7 @@ def test_a_kept_set_that_was_not_made_a_distribution_again():
         return np.where(np.isfinite(table), whole, -np.inf)
 
     result = compare(expected=rollouts.trace(k=8), actual=rollouts.trace(k=8, change=lost))
-    assert "was not followed by a normalisation in this run" in str(finding(result, "truncation"))
+    assert "was not followed by a renormalisation in this run" in str(finding(result, "truncation"))
 
 
 @pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
@@ -280,11 +280,11 @@ def test_a_number_that_its_own_top_k_contradicts_was_reported_wrongly(fault, cau
 @pytest.mark.parametrize(
     ("fault", "how"),
     [
-        (lambda x: -x, "of 1,200 positions: probabilities, or a sign turned around"),
+        (lambda x: -x, "of 1,200 positions: these are probabilities, or the sign is wrong"),
         (np.exp, "are above 0 at 1,200 of 1,200 positions"),
         (lambda x: np.maximum(x, -1.0), "probabilities of one position add up to more than 1"),
         (lambda x: x / np.log(2), "is 1.443 times the golden's, as log2 is of the natural logarithm"),
-        (lambda x: x - 0.1, "is the golden's -0.1: no distribution has a normaliser like that"),
+        (lambda x: x - 0.1, "is the golden's -0.1: no distribution is normalised like that"),
     ],
     ids=["sign", "probabilities", "clipped", "log2", "constant"],
 )
@@ -334,11 +334,11 @@ def test_what_a_temperature_leaves_is_noted_where_more_is_wrong_and_not_where_it
 
     def notes(noise):
         actual = rollouts.trace("raw", noise=noise)
-        return [note for note in compare(expected=rollouts.trace(), actual=actual).notes if note.startswith("left unexplained")]
+        return [note for note in compare(expected=rollouts.trace(), actual=actual).notes if note.key == "left_unexplained"]
 
     assert not notes(0.0)
     (note,) = notes(0.3)
-    assert note.endswith("beyond noise: weights or path differ, too")
+    assert note.endswith("more than noise: weights or path differ, too")
 
 
 def test_a_negative_penalty_is_one_of_two_readings():
@@ -365,7 +365,10 @@ def test_a_shift_is_seen_without_a_top_k_and_nothing_else_is():
     assert shifted.findings[0].cause == "shifted_positions"
     raw = compare(expected=alone, actual=without_top_k(rollouts.trace("raw")))
     assert not causes(raw)
-    assert any("top-0: both sides name two tokens at 0 positions, 50 are needed to tell" in note for note in raw.notes)
+    assert any(
+        note.key == "top_k" and note.startswith("top-0: both sides list two tokens at 0 positions; 50 are")
+        for note in raw.notes
+    )
 
 
 def test_a_top_k_of_one_serves_where_another_token_was_chosen():
@@ -579,7 +582,7 @@ def test_temperatures_that_the_labels_name_are_told_as_they_name_them():
     half = Sampling(temperature=0.25)
     actual = rollouts.trace(half, noise=0.01)
     labelled = compare(expected=rollouts.trace(), actual=actual.with_(sampling=half))
-    assert "temperature 0.25 in place of 0.5, as the labels say" in finding(labelled, "temperature").evidence
+    assert "temperature 0.25 instead of 0.5, as the labels say" in finding(labelled, "temperature").evidence
     unlabelled = compare(expected=rollouts.trace(), actual=actual)
     assert [f.cause for f in unlabelled.findings] == [None, "temperature"]
     assert "or it was applied twice" in unlabelled.findings[0].evidence
@@ -621,8 +624,8 @@ def test_whole_rows_that_are_shifted(shift, chosen):
 @pytest.mark.parametrize(
     ("recorded", "applied", "told"),
     [
-        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.3}, "repetition penalty 1.3 in place of the recorded 1.1"),
-        ({"presence_penalty": 0.5}, {"presence_penalty": 1.5}, "presence penalty 1.5 in place of the recorded 0.5"),
+        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.3}, "repetition penalty 1.3 instead of the recorded 1.1"),
+        ({"presence_penalty": 0.5}, {"presence_penalty": 1.5}, "presence penalty 1.5 instead of the recorded 0.5"),
         ({"repetition_penalty": 0.9}, {}, "repetition penalty 0.9 was applied to the golden and not to this run"),
         ({"presence_penalty": -0.5}, {}, "presence penalty -0.5 was applied to the golden and not to this run"),
     ],
@@ -651,7 +654,7 @@ def test_several_penalties_come_out_as_several_or_as_their_layer(penalties):
     assert not causes(compare(expected=rollouts.trace(k=20), actual=rollouts.trace(k=20, noise=0.02)))
     few = compare(expected=rollouts.trace(k=5), actual=rollouts.trace("raw", k=5, noise=0.01))
     assert set(causes(few)) <= {"penalties", "raw_vs_processed"}
-    assert " in place of " not in str(few)
+    assert " instead of " not in str(few)
 
 
 @pytest.mark.parametrize(
@@ -732,7 +735,7 @@ def test_what_a_top_k_of_one_may_not_show_is_said():
     rollouts = policy(temperature=0.7, top_p=0.9)
     for k, told in ((1, True), (5, False)):
         result = compare(expected=rollouts.trace(k=k), actual=rollouts.trace("raw", k=k))
-        assert any(note.startswith("top-1: both sides name two tokens at ") for note in result.notes) is told
+        assert any(note.key == "top_k" and note.startswith("top-1: ") for note in result.notes) is told
 
 
 def test_a_mixture_with_other_tokens_is_no_penalty():
@@ -804,7 +807,7 @@ def test_nan_in_a_row_says_that_the_others_have_none():
     )
     finding = compare(expected=golden, actual=now).findings[0]
     assert (finding.layer, finding.candidates[0]) == ("path", "engine_build")
-    assert f"in 1 of {SEQUENCES} sequences: other weights would make them in all" in finding.evidence
+    assert f"in 1 of {SEQUENCES} sequences: wrong weights would cause them in all" in finding.evidence
 
 
 def test_too_few_positions_for_a_temperature_prove_no_truncation():
@@ -818,4 +821,6 @@ def test_a_top_k_that_lists_no_more_than_is_kept_says_so():
     rollouts = policy(temperature=0.7, top_k=4)
     for k, unsure in ((4, True), (8, False)):
         result = compare(expected=rollouts.trace(k=k), actual=rollouts.trace("raw", k=k))
-        assert any("a truncation to top-k 4 cannot be told, record logprobs=5" in note for note in result.notes) == unsure
+        assert (
+            any(note.key == "top_k" and "top-k 4 is not visible, record logprobs=5" in note for note in result.notes) == unsure
+        )

@@ -45,9 +45,9 @@ def test_one_model_under_another_path_is_no_difference_and_another_name_is_one(n
 
 def test_the_fingerprints_agree_is_said_only_where_they_do():
     (found,) = suspects([])
-    assert found.evidence.startswith("the fingerprints agree")
+    assert found.evidence.startswith("the fingerprints match")
     (found,) = suspects(differences(prints(), prints(block_size=16)))
-    assert (found.layer, found.evidence.startswith("the fingerprints agree")) == ("path", False)
+    assert (found.layer, found.evidence.startswith("the fingerprints match")) == ("path", False)
 
 
 def test_equal_fingerprints_do_not_say_weights():

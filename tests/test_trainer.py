@@ -130,7 +130,9 @@ def test_a_trainer_that_divides_rollouts_asked_for_raw_fails_for_that_reason(poo
     raw = engine.generate(questions(16), Sampling(temperature=0.7, max_tokens=32, seed=1))
     with pytest.raises(MismatchError) as error:
         assert_trainer_parity(raw, float32)
-    headline = "fail: The logprobs do not mean the same: raw in the rollout, processed (T=0.7) in the trainer"
+    headline = (
+        "fail: The logprobs of the two sides have different meanings: raw in the rollout, processed (T=0.7) in the trainer"
+    )
     assert str(error.value).startswith(headline)
     assert error.value.comparison.findings[0].cause == "raw_vs_processed"
 
@@ -405,7 +407,7 @@ def rollout(**changes):
     ("sequence", "says"),
     [
         (rollout(token_ids=[7, 9999]), "token id 9999 is beyond the 384 of transformers float32: another tokenizer or model"),
-        (rollout(token_ids=[7, -100]), "token id -100 is not a token: the ids contain a label or padding"),
+        (rollout(token_ids=[7, -100]), "token id -100 is no token: a label or a filler among the ids"),
         (rollout(prompt_token_ids=[]), "prompt 0 is empty"),
         (rollout(mask=[False, False]), "every token of these rollouts is masked"),
         (rollout(logprobs=[None, None]), "these rollouts have no logprobs"),
@@ -443,7 +445,7 @@ def test_zeros_in_place_of_missing_logprobs_are_noted(rollouts, float32):
     assert "fillers" in {note.key for note in comparison.notes}
     unknown = compare_with_trainer(rollouts.with_(dtype="int4"), float32)
     (told,) = [note for note in unknown.notes if note.key == "unknown_dtype"]
-    assert told == "the rollouts' dtype is not known: the limits are those of bfloat16"
+    assert told == "the rollouts' dtype is unknown: the limits are those of bfloat16"
     assert "unknown_dtype" not in {note.key for note in comparison.notes}
 
 

@@ -144,7 +144,7 @@ class Reference:
             "top_logprobs": values.astype(np.float32),
             "top_token_ids": ids.astype(np.int32),
         }
-        return Reading(golden=said, now=depth, share=trace.with_(**columns))
+        return Reading(logprobs=said, depth=depth, trace=trace.with_(**columns))
 
     def _scaled(
         self, logits: Any, rows: range, trace: Trace, prompts: Sequence[Sequence[int]], sampling: Sampling

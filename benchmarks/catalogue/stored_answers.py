@@ -64,7 +64,7 @@ class Store:
             with path.open("rb") as file:
                 columns = dict(np.load(file, allow_pickle=False))
             said, depth = columns.pop("said"), columns.pop("depth")
-            return Reading(golden=said, now=depth, share=trace.with_(logprobs=said.astype(np.float32), **columns))
+            return Reading(logprobs=said, depth=depth, trace=trace.with_(logprobs=said.astype(np.float32), **columns))
 
         def write(reading: Reading, path: Path) -> None:
             np.savez(

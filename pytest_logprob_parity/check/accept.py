@@ -76,13 +76,8 @@ def propose(path: Path, obtained: Obtained, root: Path) -> Proposal:
         if not _is_of(obtained.node_id, obtained.name, golden, target):
             raise GoldenError(f"incomparable: the golden belongs to {golden.node_id or 'no test'}")
         if golden.digest == obtained.candidate:
-            return Proposal(
-                path=path,
-                obtained=obtained,
-                lines=(*block, "  accepted   the golden is this candidate already"),
-                target=target,
-                done=True,
-            )
+            block.append("  accepted   the golden is this candidate already")
+            return Proposal(path=path, obtained=obtained, lines=tuple(block), target=target, done=True)
         if golden.digest != obtained.golden_digest:
             raise GoldenError(
                 f"the golden is no longer the one that the run compared with ({obtained.golden_digest[:12]} then, "

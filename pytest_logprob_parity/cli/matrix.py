@@ -15,8 +15,8 @@ def add(verbs: Verbs) -> None:
         verbs,
         "matrix",
         "check goldens of one engine version in many others",
-        "Each cell of the plan runs in an environment of its own, which is made when it is needed and kept. Cells that were "
-        "answered in an earlier run are not run again. Writes matrix.json and matrix.md.",
+        "Each cell of the plan runs in its own environment, which is made on first use (by uv where it is installed, else by "
+        "pip) and kept. Cells that have answers from an earlier run do not run again. Writes matrix.json and matrix.md.",
         run=run,
         status={0: "every cell passed", 1: "a cell failed, is unverified or did not run"},
     )
@@ -24,14 +24,14 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--out", type=Path, default=Path("parity-matrix"), help="answers and reports (default: %(default)s)")
     verb.add_argument("--environments", type=Path, help="where environments are kept (default: the user's cache)")
     verb.add_argument("--executor", choices=("local", "ray"), default="local", help="where cells run (default: %(default)s)")
-    verb.add_argument("--ray-address", help="of the Ray cluster (default: one of this machine)")
-    verb.add_argument("--cores", type=_from_1, help="how many to share among cells (default: all)")
-    verb.add_argument("--update-golden", action="store_true", help="record the reference's goldens anew")
+    verb.add_argument("--ray-address", help="address of the Ray cluster (default: a cluster on this machine)")
+    verb.add_argument("--cores", type=_from_1, help="number of cores that all cells share (default: all)")
+    verb.add_argument("--update-golden", action="store_true", help="record the reference's goldens again")
 
 
 def _from_1(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..notes import Note
+from .headline import Headline
 from .precision_gaps import GAPS
 from .result import Comparison
 
@@ -28,5 +29,8 @@ def with_gap(comparison: Comparison, tolerance: Any, config: Mapping[str, Any] |
     if comparison.metrics.get("n_tokens") and not comparison.metrics.get("n_changed"):
         text = "a gap was declared, but every logprob is bit-identical to the other side's, as without it"
         notes.append(Note("gap_not_there", text))
-    headline = f"{comparison.headline} (declared gap: {gap.title})" if comparison.gates else comparison.headline
+    headline = comparison.headline
+    if comparison.gates:
+        text = f"{headline} (declared gap: {gap.title})"
+        headline = Headline(headline.key, text) if isinstance(headline, Headline) else text
     return dataclasses.replace(comparison, headline=headline, notes=(*notes, *comparison.notes))

@@ -1,4 +1,4 @@
-"""Does it matter? What the objective feels of the differences, and whether the golden's own noise explains it."""
+"""Does it matter? How much the differences matter to the objective, and whether the golden's own noise explains them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .tolerance import Tolerance
 
 #: A clean build's distance to the reference may be larger than the golden's by so many times what of the golden's error it
 #: does not share, and still pass; beyond the second figure noise explains it no longer, and between the two it may be either.
-#: An engine that has the golden's noise and a fault besides gets no such room: the fault outgrows it at less than 2, and with
-#: less than 1 a fault of twice the limit does not pass. Measured by bench_clean.py and bench_catalogue.py.
-_PASS_ROOM: Final = 0.6
-_FAIL_ROOM: Final = 1.25
+#: An engine that has the golden's noise and a fault besides gets no such addition: the fault outgrows it at less than 2, and
+#: with less than 1 a fault of twice the limit does not pass. Measured by bench_clean.py and bench_catalogue.py.
+_PASS_ADDED: Final = 0.6
+_FAIL_ADDED: Final = 1.25
 #: Without a reference: half of what the dtype's noise is as k3 may pass, and up to twice that may still be noise.
 _PASS_NOISE: Final = 0.5
 _FAIL_NOISE: Final = 2.0
@@ -31,7 +31,7 @@ _HIDES: Final = 0.5
 
 
 def effect_gates(rows: Differences, limits: Tolerance, setting: Setting) -> list[Gate]:
-    """The gates of what the objective feels of these differences; none where there are none."""
+    """The gates of what matters to the objective; none where there are no differences."""
     if not len(rows.d):
         return []
     objective = objective_of(limits.objective)
@@ -45,8 +45,8 @@ def effect_gates(rows: Differences, limits: Tolerance, setting: Setting) -> list
         _gate("clip_share", units, objective.outside, limits, _clip_noise(units, rows, objective, noise, setting), noise, ""),
     ]
     if objective.weight_variance is not None:
-        room = 2 * passes, 2 * may_be
-        gates.append(_gate("weight_variance", rows, objective.spread_of_weights, limits, room, noise, ""))
+        added = 2 * passes, 2 * may_be
+        gates.append(_gate("weight_variance", rows, objective.spread_of_weights, limits, added, noise, ""))
     return gates
 
 
@@ -64,11 +64,11 @@ class _Noise:
 
 
 def _gate(
-    key: GateKey, rows: Differences, felt: Callable[[m.Doubles], m.Doubles], limits: Tolerance, room: tuple[float, float],
+    key: GateKey, rows: Differences, felt: Callable[[m.Doubles], m.Doubles], limits: Tolerance, added: tuple[float, float],
     noise: _Noise, unit: str,
 ) -> Gate:  # fmt: skip
-    """The gate of the mean of `felt(d)`. `room` is what the dtype's noise adds to the limits of passing and failing where there
-    is no reference.
+    """The gate of the mean of `felt(d)`. `added` is what the dtype's noise adds to the limits of passing and failing where
+    there is no reference.
     """
     limit = getattr(limits, key)
     direct = mean_interval(felt(rows.d), rows.clusters)
@@ -77,25 +77,25 @@ def _gate(
         return Gate(key=key, value=direct.estimate, limit=limit, fail_limit=limit, low=low, high=direct.high, unit=unit)
     known = rows.known
     if not known.any():
-        hidden = room[1] > _HIDES and key == "clip_share"
-        passing = limit if hidden else limit + room[0]
+        hidden = added[1] > _HIDES and key == "clip_share"
+        passing = limit if hidden else limit + added[0]
         return Gate(
             key=key,
             value=direct.estimate,
             limit=passing,
-            fail_limit=limit + room[1],
+            fail_limit=limit + added[1],
             low=direct.low,
             high=direct.high,
             unit=unit,
             hidden=hidden,
         )
-    errors = _errors(key, rows, felt, limit, room[1], noise)
+    errors = _errors(key, rows, felt, limit, added[1], noise)
     own = errors.expected
     return Gate(
         key=key,
         value=direct.estimate,
         limit=limit,
-        fail_limit=limit + (2 + _FAIL_ROOM) * own,
+        fail_limit=limit + (2 + _FAIL_ADDED) * own,
         low=direct.low,
         high=direct.high,
         unit=unit,
@@ -119,20 +119,20 @@ def _errors(
     # the covered ones are a sample: by its lower bound for passing, by its upper one for failing, and no less than may be noise
     # without a reference
     growth[~known] -= noise.fresh * max(2 * drawn.estimate - drawn.high, 0.0)
-    beyond[~known] -= max((1 + _FAIL_ROOM) * noise.fresh * drawn.high, may_be_noise)
+    beyond[~known] -= max((1 + _FAIL_ADDED) * noise.fresh * drawn.high, may_be_noise)
     growth[known] = beyond[known] = of_actual - of_expected
     grown, least = mean_interval(growth, rows.clusters), mean_interval(beyond, rows.clusters)
 
-    def with_room(room: float) -> float:
-        """The golden's own where its error's square is larger by the room: a share of tails grows faster than that."""
-        more = 1 + room * noise.fresh
+    def with_noise(added: float) -> float:
+        """The golden's own where its error's square is larger by `added`: a share of tails grows faster than that."""
+        more = 1 + added * noise.fresh
         return float(felt(expected_error * more**0.5).mean()) if key == "clip_share" else own * more
 
     return Errors(
         expected=own,
         actual=float(of_actual.mean()),
-        limit=limit + with_room(_PASS_ROOM),
-        fail_limit=limit + with_room(_FAIL_ROOM),
+        limit=limit + with_noise(_PASS_ADDED),
+        fail_limit=limit + with_noise(_FAIL_ADDED),
         low=own + least.low,
         high=own + grown.high,
     )
@@ -164,23 +164,23 @@ def _mean_gate(units: Differences, tokens: int, limits: Tolerance, noise: _Noise
     of_expected = np.where(known, units.expected_error, mean_expected)
     of_actual = of_expected + units.d
     mean_actual = float(of_actual.mean())
-    room = _MEAN_ERRORS * min(float(np.sqrt(2 * noise.fresh * size)), float(spread)) / np.count_nonzero(known) ** 0.5
+    added = _MEAN_ERRORS * min(float(np.sqrt(2 * noise.fresh * size)), float(spread)) / np.count_nonzero(known) ** 0.5
     grown = mean_interval(
         np.copysign(1.0, mean_actual) * of_actual - np.copysign(1.0, mean_expected) * of_expected, units.clusters
     )
     errors = Errors(
         expected=abs(mean_expected),
         actual=abs(mean_actual),
-        limit=limit + room + abs(mean_expected),
-        fail_limit=limit + 2 * room + abs(mean_expected),
+        limit=limit + added + abs(mean_expected),
+        fail_limit=limit + 2 * added + abs(mean_expected),
         low=grown.low + abs(mean_expected),
         high=grown.high + abs(mean_expected),
     )
     return Gate(
         key="mean_diff",
         value=direct.estimate,
-        limit=limit + room,
-        fail_limit=limit + 2 * room,
+        limit=limit + added,
+        fail_limit=limit + 2 * added,
         low=direct.low,
         high=direct.high,
         unit="nats",

@@ -32,8 +32,8 @@ GATE_NAMES: Final[Mapping[GateKey, str]] = {
 class Errors:
     """How far both sides are from the reference, in the unit of a gate, and the interval and the limits of `actual`.
 
-    The limits are what the objective bears beside the golden's own error; `limit` with the room in which a clean build passes,
-    `fail_limit` with the room beyond which noise explains it no longer.
+    The limits are what the objective bears beside the golden's own error; `limit` with what a clean build may add
+    and pass, `fail_limit` with what noise explains at most.
     """
 
     expected: float
@@ -67,7 +67,7 @@ class Gate:
     - it passes where `high` is within `limit`, fails where `low` is above `fail_limit`, and is unverified between
     - `errors` is the same of the distances to the reference: an effect that passes there passes, for nothing has got worse;
       one fails only where it fails there and matters itself
-    - `hidden`: noise alone exceeds what the objective bears, so a difference that does not pass is not told from noise
+    - `hidden`: noise alone exceeds what the objective bears, so a difference that does not pass may be noise
     - `threshold` is what makes an outlier; `worst` the largest one, `unexplained` what no noise explains (nats), and `beyond`
       the outcome where the worst is above that
     """

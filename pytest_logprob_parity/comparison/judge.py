@@ -14,6 +14,7 @@ from .evidence import Evidence
 from .find_causes import Causes, find_causes
 from .findings import Finding
 from .free_generation.judge import judge_free_run
+from .headline import Headline
 from .is_different import is_different
 from .measurement import Measurement, measure, policy_metrics
 from .result import Comparison
@@ -69,11 +70,11 @@ def judge(expected: Trace, actual: Trace, limits: Tolerance, level: Level, evide
     )
 
 
-def _judge_free_generation(causes: Causes, evidence: Evidence) -> tuple[str, Finding | None]:
+def _judge_free_generation(causes: Causes, evidence: Evidence) -> tuple[Headline | None, Finding | None]:
     """The headline where free generation decides, and its finding: for logprobs that have been found to agree."""
     measured, floor = causes.measured, evidence.floor
     if measured.failed or causes.findings:
-        return "", None
+        return None, None
     sampled = floor.mean_abs if floor is not None else 0.0
     noise = max(sampled if np.isfinite(sampled) else 0.0, measured.numbers["mean_abs_diff"])
     return judge_free_run(
@@ -97,7 +98,7 @@ def _difference(causes: Causes, findings: list[Finding], level: Level, evidence:
     measured = causes.measured
     decided = bool(measured.failed or findings)
     if not measured.compared and not decided:
-        return Difference(different=None, reason="nothing was compared")
+        return Difference(different=None, reason="nothing was compared", key="nothing_compared")
     exact = measured.exact and not causes.record.new
     return is_different(measured.expected, exact=exact, decided=decided, level=level, evidence=evidence)
 

@@ -64,7 +64,7 @@ def difference_metrics(d: Doubles) -> dict[str, float]:
 def sequence_rms(d: Doubles, sequences: npt.NDArray[np.int64], limit: float) -> Doubles:
     """RMS of d for each sequence that has tokens among `sequences` (the number of each d), every |d| cut off at `limit`.
 
-    Its largest |d| counts as 0: one wild token makes no bad sequence, however few tokens there are.
+    Its largest |d| counts as 0: single outliers are counted by the outlier limit of tokens.
     """
     squares = np.minimum(np.abs(d), limit) ** 2
     counts, sums = np.bincount(sequences), np.bincount(sequences, weights=squares)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..golden.reference import Reference
 from ..trace import Trace
 from .alignment import Alignment
-from .tolerance import Tolerance, budget
+from .tolerance import Tolerance, counts_allowed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +52,7 @@ def support_flips(
             seen = int(np.count_nonzero(np.isneginf(reference.logprobs) & np.isfinite(expected.logprobs)))
             # the reference says how often this model's noise flips
             allowed = min(allowed, max(2 * _flips_at_most(seen, share), 1 + rows.tokens // 1000))
-        allowed, unexplained = budget(allowed, round(2 * seen / share) if share else 0, covered=share or 1.0)
+        allowed, unexplained = counts_allowed(allowed, round(2 * seen / share) if share else 0, covered=share or 1.0)
     if not count or not expected.sampling.truncates:
         return SupportFlips(count=count, allowed=allowed, unexplained=unexplained)
     places = np.arange(expected.num_tokens)[rows.expected][flipped]

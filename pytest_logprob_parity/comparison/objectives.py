@@ -1,4 +1,4 @@
-"""What an RL update feels of a change of the logprobs: by the objective that is trained, the same for every dtype."""
+"""Which changes of the logprobs matter to an RL update: by the objective that is trained, the same for every dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_LOG_RATIO: Final = 150.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """The effects that an update of this kind feels, with the limit of each. d = actual - expected, in nats; r = exp(d).
+    """The effects that matter to an update of this kind, with the limit of each. d = actual - expected, in nats; r = exp(d).
 
     - `mean_diff`: limit of |mean d|
     - `k3`: limit of E[r - 1 - d], an estimate of the KL divergence over tokens (Schulman, "Approximating KL Divergence", 2020)

@@ -13,7 +13,7 @@ from . import metrics as m
 from .gate import Gate, GateKey
 from .objectives import k3_of
 from .token_differences import Differences, Setting
-from .tolerance import Tolerance, budget
+from .tolerance import Tolerance, counts_allowed
 from .vocabulary import Verdict
 
 #: An outlier token is so many times the 95th percentile of the golden's errors; no noise explains one of so many times their
@@ -183,7 +183,7 @@ def outlier_gates(found: Outliers, tokens: int, limits: Tolerance, setting: Sett
          found.largest_rms, found.sequence_unexplained),
     )  # fmt: skip
     for key, limit, count, gone, few, threshold, worst, unexplained in counted:
-        allowed, most = budget(
+        allowed, most = counts_allowed(
             few, round(gone / found.covered), covered=found.covered, exact=setting.fine or limit in limits.explicit
         )
         allowed, most = (allowed, most) if bearable or key != "outlier_tokens" else (0, 0 if setting.fine else most)

@@ -35,8 +35,8 @@ def block_permutation_test(
 ) -> PermutationTest | None:
     """Test whether `candidate` [N] is exchangeable with `repeats` [R, N] within each of `blocks` [N] (a number a token).
 
-    Valid where every block of every replay, candidate included, drew its batch shape from one distribution: noise is a
-    function of shape, and whole runs of one shape, not their sequences, are exchangeable. With x the R + 1 replays and
+    Valid where every block of every replay, candidate included, drew its batch composition from one distribution: noise is
+    a function of it, and whole runs of one composition, not their sequences, are exchangeable. With x the R + 1 replays and
     x̄ their mean a token, each block and replay has b = sum(x - x̄), q = sum((x - x̄)^2) and the rank of q; labels are
     permuted within blocks. Bias (|sum b|) is two-sided, spread (sum q) and rank upper-sided; the three are combined by
     Westfall and Young's min-p ("Resampling-Based Multiple Testing", 1993). Every p is (1 + #{>=}) / (draws + 1).

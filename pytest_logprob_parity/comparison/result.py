@@ -50,10 +50,10 @@ class Comparison:
 
     `metrics` are floats by name (nats, shares from 0 to 1, counts), d = actual - expected over the tokens that were
     compared; `policy_metrics` are the same without truncation, where the sampling truncates and both sides have them.
-    `level` is what was asked (`bitwise`, `noise`, `rl`), `setup` how the two sides' fingerprints compare (`same`,
+    `level` is what fails (`bitwise`, `noise`, `rl`), `setup` how the two sides' fingerprints compare (`same`,
     `compatible`, or `unknown` for traces in hand), `objective` whose limits hold, `difference` the answer to "is it
     different", `shown` what the comparison says of other prompts, `sides` what the two are called, and `logged` what a
-    framework's own metrics say, where they were asked for.
+    framework's own metrics say, where one was named.
     """
 
     verdict: Verdict

@@ -41,7 +41,7 @@ class Tolerance:
     - `near_tie`: a top-2 gap up to this makes a greedy divergence a near tie; the same for the edges of top-k and min-p.
       In bfloat16 two steps of a logit between 16 and 32: builds that cut mantissas off where others round turn one.
 
-    `explicit` names the limits that a caller set: these hold as they are, with no room for noise.
+    `explicit` names the limits that a caller set: these hold as they are, with nothing added for noise.
     """
 
     mean_diff: float
@@ -84,7 +84,7 @@ class Tolerance:
         return 1 + tokens // 5000
 
 
-def budget(few: int, seen: int, *, covered: float = 1.0, exact: bool = False) -> tuple[int, int]:
+def counts_allowed(few: int, seen: int, *, covered: float = 1.0, exact: bool = False) -> tuple[int, int]:
     """How many tokens or sequences that noise has moved pass, and beyond how many noise explains them no longer.
 
     `few` are allowed for in any case. `seen` is how many the golden's own errors make expected: another build has as many in
@@ -104,7 +104,7 @@ _RMS: Final = "rms_diff"
 _GONE: Final = frozenset({"winsorize"})
 
 #: Noise by dtype. bfloat16's RMS is prime-rl's nightly limit, twice over, as an RMS; between builds of vLLM 0.01 to 0.06 was
-#: measured. float16 rounds 8 times finer; half of that gain is kept as room for sums in other orders. float32's is ten times
+#: measured. float16 rounds 8 times finer; half of that gain is kept for sums in other orders. float32's is ten times
 #: what was seen across versions. No outlier is less than half a nat, a ratio of 1.6: what is nearer, the effects measure.
 _NOISE: Final[Mapping[str, Mapping[str, float]]] = {
     "float32": {"noise_rms": 1e-5, "outlier": 0.25, "sequence_rms": 0.1, "support_flips": 1e-3, "support_depth": 1e-3,

@@ -1,4 +1,4 @@
-"""The closed vocabularies of a verdict: what it is, and what was asked."""
+"""The closed vocabularies of a verdict: what it is, and what level was set."""
 
 from __future__ import annotations
 

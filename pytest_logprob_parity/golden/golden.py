@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import GoldenError, UsageError
 from ..grammar import counted
@@ -27,11 +28,13 @@ _REFERENCE: Final = "reference_logprobs"
 class Golden:
     """A trace and what it was recorded from.
 
-    `fingerprint` is Engine.fingerprint() of the recording engine, or {} for a trace of someone's own rollouts;
-    `prompts_digest` is of the prompts as the test gave them; `node_id` and `name` say which check it belongs to.
-    `floor` is its noise floor and `reference` its reference column; None for a trace of someone's own rollouts, where nobody
-    could compute it, and in goldens of before. `tolerance` holds the limits that the recording test asked for. `digest` is that
-    of the file it was read from, "" for one that was not read.
+    - `fingerprint`: Engine.fingerprint() of the recording engine; {} for a trace of the caller's own rollouts
+    - `prompts_digest`: the digest of the prompts as the test has them
+    - `node_id`, `name`: the check that the golden belongs to
+    - `floor`, `reference`: its noise floor and its reference column; None for a trace of the caller's own rollouts, where they
+      could not be computed, and in goldens of older versions
+    - `tolerance`: the limits that the recording test asked for
+    - `digest`: the digest of the file that the golden was read from; "" where it was not read from a file
     """
 
     trace: Trace
@@ -49,7 +52,7 @@ class Golden:
         """Write the golden, whole or not at all; `also` goes into the file's metadata beside it (JSON values).
 
         Raises GoldenError where it would be larger than `max_megabytes` (saying what to sample instead) or cannot be
-        written; what stood there before then stays.
+        written; an old golden then stays.
         """
         columns = self.trace.to_columns()
         if self.floor is not None:
@@ -94,41 +97,10 @@ class Golden:
         if "golden" not in metadata:
             return cls(trace, digest=metadata["digest"])
         try:
-            golden = cls._from_header(trace, dict(metadata["golden"]), repeats, column)
+            golden = _golden_of(trace, dict(metadata["golden"]), repeats, column)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, UsageError) as error:
             raise file_format.damaged(path, f"its golden header does not hold what it should ({error})") from None
         return replace(golden, digest=metadata["digest"])
-
-    @classmethod
-    def _from_header(cls, trace: Trace, about: dict[str, Any], repeats: Any, column: Any) -> Golden:
-        texts = {name: about.pop(name) for name in ("prompts_digest", "node_id", "name")}
-        prints, tolerance, drawn = about.pop("fingerprint"), about.pop("tolerance", {}), about.pop("floor", None)
-        told = about.pop("reference", None)
-        parts = [prints, tolerance, *(prints.get(part, {}) for part in ("engine", "hardware", "config", "libraries"))]
-        if about or not all(isinstance(text, str) for text in texts.values()):
-            raise ValueError(f"unknown: {', '.join(about)}" if about else "texts that are none")
-        if (
-            not all(isinstance(part, Mapping) for part in parts)
-            or (drawn is None) != (repeats is None)
-            or ((told is None) != (column is None))
-        ):
-            raise ValueError("parts are missing")
-        if any(type(limit) not in (int, float) or not limit >= 0 for limit in tolerance.values()):
-            raise ValueError(f"limits are numbers, 0 or more, not {list(tolerance.values())!r:.60}")
-        tolerance = {name: float(limit) for name, limit in tolerance.items()}
-        floor = None
-        if drawn is not None:
-            if repeats.shape[1:] != (trace.num_tokens,):
-                raise ValueError(f"its noise floor is {list(repeats.shape)}, its tokens are {trace.num_tokens}")
-            if not (np.isfinite(kept := repeats[:, trace.mask]) | np.isneginf(kept)).all():
-                raise ValueError("its noise floor contains NaN or +inf")
-            floor = NoiseFloor(repeats, BatchCompositions.from_json(drawn["shapes"]), bool(drawn["reproduces"]))
-        reference = None
-        if told is not None:
-            if column.shape != (trace.num_tokens,):
-                raise ValueError(f"its reference is {list(column.shape)}, its tokens are {trace.num_tokens}")
-            reference = Reference.from_json(column, told)
-        return cls(trace, fingerprint=prints, **texts, floor=floor, reference=reference, tolerance=tolerance)
 
     @property
     def routed(self) -> bool | None:
@@ -136,8 +108,52 @@ class Golden:
         return "experts" in self.fingerprint if self.fingerprint else None
 
 
+def _golden_of(trace: Trace, header: dict[str, Any], repeats: Any, column: Any) -> Golden:
+    """A golden from the metadata of its file, with the columns of its noise floor and its reference, or None for these.
+
+    Raises KeyError, TypeError, ValueError, AttributeError and UsageError for metadata that is not a golden's.
+    """
+    texts = {name: header.pop(name) for name in ("prompts_digest", "node_id", "name")}
+    fingerprint, tolerance = header.pop("fingerprint"), header.pop("tolerance", {})
+    floor, reference = header.pop("floor", None), header.pop("reference", None)
+    parts = [fingerprint, tolerance, *(fingerprint.get(part, {}) for part in ("engine", "hardware", "config", "libraries"))]
+    if header or not all(isinstance(text, str) for text in texts.values()):
+        raise ValueError(f"unknown: {', '.join(header)}" if header else "texts that are none")
+    come_together = (floor is None) == (repeats is None) and (reference is None) == (column is None)
+    if not come_together or not all(isinstance(part, Mapping) for part in parts):
+        raise ValueError("parts are missing")
+    if any(type(limit) not in (int, float) or not limit >= 0 for limit in tolerance.values()):
+        raise ValueError(f"limits are numbers, 0 or more, not {list(tolerance.values())!r:.60}")
+    return Golden(
+        trace,
+        fingerprint=fingerprint,
+        **texts,
+        floor=None if floor is None else _floor_from_json(floor, repeats, trace),
+        reference=None if reference is None else _reference_from_json(reference, column, trace),
+        tolerance={name: float(limit) for name, limit in tolerance.items()},
+    )
+
+
 def _floor_to_json(floor: NoiseFloor) -> dict[str, Any]:
+    """Everything of a noise floor but its column, as JSON values."""
     return {"shapes": floor.compositions.to_json(), "reproduces": floor.reproduces}
+
+
+def _floor_from_json(value: Mapping[str, Any], repeats: npt.NDArray[np.float32], trace: Trace) -> NoiseFloor:
+    """The inverse of `_floor_to_json`. Raises ValueError for repeats that are not of the tokens of `trace`."""
+    if repeats.shape[1:] != (trace.num_tokens,):
+        raise ValueError(f"its noise floor is {list(repeats.shape)}, its tokens are {trace.num_tokens}")
+    compared = repeats[:, trace.mask]
+    if not (np.isfinite(compared) | np.isneginf(compared)).all():
+        raise ValueError("its noise floor contains NaN or +inf")
+    return NoiseFloor(repeats, BatchCompositions.from_json(value["shapes"]), bool(value["reproduces"]))
+
+
+def _reference_from_json(value: Mapping[str, Any], column: npt.NDArray[np.float32], trace: Trace) -> Reference:
+    """The reference of a golden. Raises ValueError for a column that is not of the tokens of `trace`."""
+    if column.shape != (trace.num_tokens,):
+        raise ValueError(f"its reference is {list(column.shape)}, its tokens are {trace.num_tokens}")
+    return Reference.from_json(column, value)
 
 
 def _too_large(trace: Trace, megabytes: float, limit: float) -> str:
@@ -151,7 +167,7 @@ def _too_large(trace: Trace, megabytes: float, limit: float) -> str:
 
 
 def describe(golden: Golden) -> Sequence[str]:
-    """A golden in a few lines, for people."""
+    """A description of a golden for people, in a few lines."""
     trace, prints = golden.trace, golden.fingerprint
     engine, device = prints.get("engine", {}), prints.get("hardware", {}).get("device")
     version = f"{engine.get('kind', trace.engine)} {engine.get('version', trace.engine_version)}"

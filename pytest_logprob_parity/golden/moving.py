@@ -20,7 +20,7 @@ _COLONS: Final = "::"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """One golden's file, where it goes, and the check that has it there."""
+    """One golden's file, its new path, and the check that it belongs to there."""
 
     old: Path
     new: Path
@@ -29,12 +29,12 @@ class Move:
 
 
 def moves(old: str, new: str, name: str | None, root: Path, golden_dir: Path) -> list[Move]:
-    """What moving the goldens of `old` to `new` means.
+    """The moves that bring the goldens of `old` to `new`.
 
-    `old` is a golden's file, a test (`FILE::TEST`) or a test file; `new` a test, or a test file for a test file. `name` is the
-    check's name there, where it is another one. Variants move with their golden.
+    `old` is a golden's file, a test (`FILE::TEST`) or a test file. `new` is a test; for a test file it may be a test file.
+    `name` is the new name of the check, where it changes. Variants move with their golden.
 
-    Raises UsageError for what is no such place, or where goldens stand already.
+    Raises UsageError where `old` has no goldens, where `new` is no test, and where a golden already stands at a new path.
     """
     if old.endswith(SUFFIX):
         path = variant_path(root / old, "")
@@ -61,7 +61,7 @@ def moves(old: str, new: str, name: str | None, root: Path, golden_dir: Path) ->
 
 
 def _claims_of(old: str, folder: Path) -> list[Claim]:
-    """The goldens of a test, or of a test file, by their paths, or by what they say of themselves."""
+    """The goldens of a test or a test file: by their paths, else by the test that they name."""
     test = old if _COLONS in old else f"{old}{_COLONS}x"
     found = claims_in(golden_path(folder, test).parent)
     if _COLONS not in old:
@@ -71,9 +71,9 @@ def _claims_of(old: str, folder: Path) -> list[Claim]:
 
 
 def move(made: Sequence[Move]) -> None:
-    """Write all goldens at their new places, each with its test's name in it, and then remove the old files.
+    """Write all goldens at their new paths, each with its new test in it, and then remove the old files.
 
-    Raises GoldenError where one cannot be read or written: nothing has been moved then.
+    Raises GoldenError where one cannot be read or written; nothing is moved then.
     """
     files = {}
     for step in made:

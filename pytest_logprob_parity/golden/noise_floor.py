@@ -39,7 +39,7 @@ class NoiseFloor:
 
     @property
     def repeats(self) -> int:
-        """R."""
+        """R: how often the tokens were replayed."""
         return len(self.logprobs)
 
     @functools.cached_property
@@ -78,7 +78,7 @@ class NoiseFloor:
 
     @functools.cached_property
     def flips(self) -> float:
-        """Tokens that truncation excludes in one repeat, on average: support flips of an engine that did not change."""
+        """Tokens that truncation excludes in one repeat, on average: nucleus flips of an engine that did not change."""
         return float(np.isneginf(self.logprobs).sum()) / self.repeats
 
     def to_json(self) -> dict[str, Any]:
@@ -87,10 +87,10 @@ class NoiseFloor:
         return {name: getattr(self, name) for name in names} | {"shapes": self.compositions.to_json()}
 
     def describe(self) -> str:
-        """The floor in a line, for people."""
+        """A description of the noise floor for people, in a line."""
         text = f"noise floor of {self.repeats} repeats: "
         if self.changed == 0:
-            text += "no other batch composition moved a bit, so it says nothing of other builds"
+            text += "identical under every batch composition tried; this is no bound for other builds"
         else:
             text += (
                 f"RMS {self.rms:.2g} nats between two of them, max {self.max_abs:.2g}, {self.changed:.1%} of the tokens move"

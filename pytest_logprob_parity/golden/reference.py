@@ -1,4 +1,4 @@
-"""The reference column: what the model says of the golden's tokens in float32, the distance that bfloat16 is judged by."""
+"""The reference column: the model's logprobs of the golden's tokens in float32. bfloat16 is judged by its distance to them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..trace import Trace
 class Reference:
     """Logprobs of the golden's N tokens in float32 arithmetic, processed as the golden's are.
 
-    `logprobs` is float32 [N] in nats, NaN for a token that has none (masked, or of a sequence that was left out), -inf where
-    truncation excludes the token. `source` says who computed it, `sequences` how many sequences it covers.
+    `logprobs` is float32 [N] in nats: NaN for a token without a reference (masked, or of a sequence that was left out), -inf
+    where truncation excludes the token. `source` names the code that computed it, `sequences` is how many sequences it covers.
 
     Raises UsageError for another dtype or shape.
     """
@@ -49,11 +49,11 @@ class Reference:
         return errors
 
     def share_of(self, golden: Trace) -> float:
-        """The share (0 to 1) of the golden's tokens that it covers."""
+        """The share (0 to 1) of the golden's tokens that the reference covers."""
         return int(np.count_nonzero(~np.isnan(self.logprobs))) / max(int(np.count_nonzero(golden.mask)), 1)
 
     def describe(self, golden: npt.NDArray[Any]) -> str:
-        """The reference in a line, for people: how far the golden's logprobs [N] are from it."""
+        """A description of the reference for people, in a line: how far the golden's logprobs [N] are from it."""
         errors = self.errors(golden)
         known = errors[np.isfinite(errors)]
         if not len(known):

@@ -1,1 +1,1 @@
-"""Engine versions side by side: `plan` what to run, `environments` to run it in, `worker` at their end, `executors`, `run`."""
+"""Check goldens of one engine version in many others, each in an environment of its own."""

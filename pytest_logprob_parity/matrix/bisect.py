@@ -1,4 +1,4 @@
-"""Which release changed the logprobs: a binary search over an index's releases, each in an environment of its own."""
+"""Find the release that changed the logprobs: a binary search over an index's releases, each in its own environment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NAME: Final = "golden"
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One release: what the golden's check came to there, or why it did not run."""
+    """One release: the comparison of the golden's check in it, or the `problem` for which it did not run."""
 
     version: str
     comparison: Comparison | None
@@ -39,8 +39,8 @@ class Tried:
         return "not run" if self.comparison is None else self.comparison.verdict
 
     @property
-    def tells(self) -> bool:
-        """Whether it says anything of the search: not where it did not run, nor where its check is unverified."""
+    def decided(self) -> bool:
+        """Whether its check passed or failed: it did run, and is not unverified."""
         return self.verdict in ("pass", "fail")
 
     def __str__(self) -> str:
@@ -52,9 +52,9 @@ class Tried:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switch:
-    """Where the outcome changed: `before` has the older release's, `after` the newer's. All releases tried, in order.
+    """The two releases between which the outcome changed, `before` the older one, and all releases `tried`, in order.
 
-    `skipped` lists releases between the two that could not be run, or are unverified: the switch may be in one of them.
+    `skipped` lists releases between the two that did not run or are unverified: the outcome may have changed in one of them.
     """
 
     before: Tried
@@ -67,13 +67,13 @@ def try_release(
     golden_path: Path, spec: Mapping[str, Any], root: Path, environment: Environment, version: str, out: Path, home: Path,
     notify: Callable[[str], None],
 ) -> Tried:  # fmt: skip
-    """Check a golden on one release; what was answered in an earlier run is taken from there. Raises DiskFullError."""
-    told = {
+    """Check a golden in one release, unless an earlier run did; its answers are kept in `out`. Raises DiskFullError."""
+    question = {
         **today(spec, root, environment), "root": str(root),
         "model": spec["model"], "spec": {k: v for k, v in spec.items() if k != "model"},
         "prompts": [], "repeats": 0, "record": {}, "check": [_NAME], "environment": environment.digest,
     }  # fmt: skip
-    files = {"job.json": json.dumps(told, sort_keys=True).encode(), f"{_NAME}.golden.safetensors": golden_path.read_bytes()}
+    files = {"job.json": json.dumps(question, sort_keys=True).encode(), f"{_NAME}.golden.safetensors": golden_path.read_bytes()}
     folder = out / version
     job = Job(name=version, environment=environment, files=files, variables={}, cpus=2, gpus=0, minutes=20)
     if not answered(job, folder):
@@ -95,8 +95,8 @@ def bisect(
 ) -> Switch:  # fmt: skip
     """The two neighbouring releases of `versions` (oldest first) between which the outcome changes.
 
-    The outcome is whether the golden passes, or with `cause` whether that is among its findings. Releases that do not run,
-    or whose check is unverified, are stepped around, nearest first. Raises UsageError where both ends come to the same,
+    The outcome is whether the golden passes, or with `cause` whether that is among its findings. Where a release does not
+    run, or its check is unverified, the nearest other one is tried. Raises UsageError where both ends have the same outcome,
     EngineError where one of them does not run or is unverified, and where there is no disk left.
     """
     outcome_of = functools.partial(_has, cause=cause) if cause else _passes
@@ -108,25 +108,25 @@ def bisect(
                 with doing(f"release {version}, {len(tried) + 1} of about {2 + math.ceil(math.log2(len(versions)))}"):
                     tried[version] = attempt(version)
             except DiskFullError as error:
-                raise EngineError(f"the search ends at {Tried(version, None, str(error))}") from None
+                raise EngineError(f"the search stopped at {Tried(version, None, str(error))}") from None
             notify(str(tried[version]))
         return tried[version]
 
     ends = [ask(versions[0]), ask(versions[-1])]
     for end in ends:
-        if not end.tells:
-            raise EngineError(f"the search needs both ends: {end}")
+        if not end.decided:
+            raise EngineError(f"--good and --bad both need a check that passes or fails: {end}")
     if outcome_of(ends[0]) == outcome_of(ends[1]):
-        raise UsageError(f"nothing to search for: {ends[0]}, and {ends[1]}")
+        raise UsageError(f"--good and --bad have the same outcome, so no release changed it: {ends[0]}, and {ends[1]}")
     low, high = 0, len(versions) - 1
     while high - low > 1:
         middle = (low + high) // 2
         for place in sorted(range(low + 1, high), key=lambda n: abs(n - middle)):
             outcome = ask(versions[place])
-            if outcome.tells:
+            if outcome.decided:
                 break
         else:
-            break  # nothing between the two tells
+            break  # no release between the two is decided
         if outcome_of(outcome) == outcome_of(ends[0]):
             low = place
         else:

@@ -1,4 +1,4 @@
-"""Virtual environments made from pins: on first use, kept, whole or not at all, and never the user's own."""
+"""Virtual environments for engine versions: made from pins on first use, kept, and never used when incomplete."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Environment:
 
     @property
     def digest(self) -> str:
-        """16 hex digits of what it is made of."""
+        """16 hex digits that identify everything it is made of, and the version of Python."""
         parts = [self.requirements, self.packages, self.resolved, list(sys.version_info[:2])]
         later = {"release": self.release, "after_install": list(self.after_install.values())}
         return digest_of([*parts, later] if any(later.values()) else parts)
@@ -123,7 +123,7 @@ def _users_python(environment: Environment) -> Path:
     if found is None:
         raise EngineError(f"environment {environment.name}: there is no interpreter {environment.python}")
     if _ask(found, "print('Python')").stdout.strip() != "Python":
-        raise EngineError(f"environment {environment.name}: {environment.python} is no Python")
+        raise EngineError(f"environment {environment.name}: {environment.python} is not a Python interpreter")
     return Path(found)
 
 
@@ -147,13 +147,13 @@ def _is_whole(folder: Path, environment: Environment) -> bool:
 
 
 def _imports(folder: Path) -> list[str]:
-    """What of that which the worker needs can be imported."""
+    """The modules that the worker needs and that can be imported."""
     return [name for name in _NEEDED if not _ask(folder / "bin" / "python", f"import {name}").returncode]
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One maker at a time; others wait, and find it made."""
+    """Hold the lock of an environment's folder: one process makes it, others wait."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_name(folder.name + ".lock").open("w")

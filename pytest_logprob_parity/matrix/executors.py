@@ -1,4 +1,4 @@
-"""Where jobs run: processes on this machine, or tasks of a Ray cluster."""
+"""Run jobs, as processes on this machine or as tasks of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from .worker import load_answers, load_recorded
 
 _PACKAGE: Final = Path(__file__).resolve().parent.parent
 _LOG: Final = "output.txt"
-#: Raised where the worker's answers change: results of older ones are then not taken for today's.
+#: Increase it when the worker's answers change: answers of older workers are then not used.
 _PROTOCOL: Final = 3
-#: What of a model's or a tokenizer's folder says what it holds.
+#: The files of a model's or a tokenizer's folder that identify it.
 _MODEL_FILES: Final = ("*.json", "*.safetensors*", "*.bin", "*.model", "*.jinja", "*.txt")
 #: How often a waiting thread looks whether it is to stop, in seconds.
 _LOOK: Final = 0.2
 #: How long a cluster's address may take to answer, in seconds.
 _CONNECT_SECONDS: Final = 5.0
-_STOPPED: Final = "was ended: the run was interrupted"
+_STOPPED: Final = "stopped: the run was interrupted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One engine start and what it is asked: `files` go into its folder, `job.json` among them."""
+    """One engine start: its environment, the `files` for its folder (`job.json` has the work), and what it needs."""
 
     name: str
     environment: Environment
@@ -54,10 +54,10 @@ class Job:
 
 
 def today(spec: Mapping[str, Any], root: Path, environment: Environment) -> dict[str, Any]:
-    """What answers depend on that a job's own text does not name: for jobs to carry, so that older answers are told apart.
+    """What answers depend on beside a job's own text, as it is today: with it in the job, outdated answers are recognised.
 
-    Files of the spec's model and tokenizer by name, size and time: weights are not read for this. Nothing is known of a
-    folder that is elsewhere.
+    Files of the spec's model and tokenizer count by name, size and time: no weights are read. A folder on another machine
+    counts for nothing.
     """
     folders = [spec["model"], *([spec["tokenizer"]] if spec.get("tokenizer") else [])]
     return {
@@ -96,7 +96,7 @@ class Executor(Protocol):
     """Runs jobs, each in a folder of its own below `out`."""
 
     def run(self, jobs: Sequence[Job], out: Path, home: Path, notify: Callable[[str], None]) -> Iterator[tuple[Job, str]]:
-        """Each job as it ends, with an empty text, or why it has no answers."""
+        """Each job when it ends, with the reason why it has no answers, an empty text where it has."""
         ...
 
 
@@ -139,7 +139,7 @@ def run_job(
             try:
                 status = _wait(process, time.monotonic() + job.minutes * 60, stop)
             except subprocess.TimeoutExpired:
-                return _STOPPED if stop.is_set() else f"took longer than {job.minutes:g} minutes and was ended"
+                return _STOPPED if stop.is_set() else f"took longer than {job.minutes:g} minutes and was stopped"
             finally:
                 _end(process)
     if status == 0 and (folder / "done.json").exists():
@@ -284,20 +284,18 @@ class RayExecutor:
 
 
 def _check_listens(address: str | None) -> None:
-    """Raise EngineError where nobody listens at HOST:PORT: Ray would try for minutes."""
+    """Raise EngineError where nothing listens at HOST:PORT: Ray would try for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise EngineError(
-            f"no Ray cluster: nobody listens at {address} ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        raise EngineError(f"no Ray cluster answers at {address} ({getattr(error, 'strerror', None) or error})") from None
 
 
 def _run_remotely(job: Job, home: str) -> tuple[str, dict[str, bytes]]:
-    """On a node: run the job in a folder of its own, and bring what it wrote."""
+    """On a node: run the job in a temporary folder. Returns the reason why it has no answers, and the files that it wrote."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         try:

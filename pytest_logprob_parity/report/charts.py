@@ -198,7 +198,7 @@ def history_charts(history: Mapping[str, Any] | None, key: str) -> list[Chart]:
     legend = [("now dots", "dot", "this golden")]
     legend += [("faint line", "square", "another golden")] if any(value is not None for value in other) else []
     legend += [("noise area", "area", "band")] if band is not None else []
-    legend += [("bad line", "cross", "outside of it")] if leaves else []
+    legend += [("bad line", "cross", "outside its band")] if leaves else []
     chart = Chart(
         key=f"{key}-history",
         title=f"{metric} over {len(values)} runs",
@@ -223,7 +223,7 @@ def _history_caption(history: Mapping[str, Any]) -> str:
         for name in history["outside"]
         if (value := history["values"][name][-1]) is not None
     ]
-    outside = f" The newest run is outside of its band, a warning and no verdict: {', '.join(left)}." if left else ""
+    outside = f" The newest run is outside its band (a warning, not a verdict): {', '.join(left)}." if left else ""
     return f"{when} The band is of the {runs} earlier runs on the same golden.{outside}"
 
 

@@ -181,7 +181,7 @@ def check_ours(folder: Path) -> None:
     except (OSError, UsageError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise UsageError(f"{folder / there[0]} is there already, and is no report's: name another folder")
+        raise UsageError(f"{folder / there[0]} exists, and no report wrote it: name another folder")
 
 
 def check_library() -> None:

@@ -38,7 +38,7 @@ def render_markdown(content: Mapping[str, Any]) -> str:
         shown = list(dict.fromkeys(command.get(name, command["command"]) for command in accept))
         lines += ["", "To accept, with the artifact of this run unpacked in the repository:", "", *_code(shown)]
     drifts = [f"{title_of(c)} ({', '.join(left)})" for c in content["checks"] if (left := c.get("history", {}).get("outside"))]
-    lines += ["", f"Drifts, a warning and no verdict: {escape(', '.join(drifts[:_DRIFTS]))}"] if drifts else []
+    lines += ["", f"Outside their band (a warning, not a verdict): {escape(', '.join(drifts[:_DRIFTS]))}"] if drifts else []
     lines += [f"and {len(drifts) - _DRIFTS} more: see the report"] if len(drifts) > _DRIFTS else []
     unused = [escape(path) for path in content["unused"]]
     lines += ["", f"{len(unused)} unused goldens: {', '.join(unused)}"] if unused else []

@@ -45,7 +45,7 @@ def read_all(places: Sequence[Path]) -> dict[str, Any]:
 def merge(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
     """One content of several: CI's shards, or engines side by side.
 
-    Raises UsageError for results of different projects, and for one golden in two states: two revisions.
+    Raises UsageError for results of different projects, and for results of two revisions, in which one golden differs.
     """
     (first_path, first), *_ = results
     if len({content["prefix"] for _, content in results}) > 1:
@@ -54,15 +54,15 @@ def merge(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
     for path, content in results:
         if content["project"] != first["project"]:
             raise UsageError(
-                f"{path} is of project {content['project']!r}, {first_path} of {first['project']!r}: render them apart"
+                f"{path} is of project {content['project']!r}, {first_path} of {first['project']!r}: report each of them alone"
             )
         for check in content["checks"]:
             golden = check["golden"]
             known, where = digests.setdefault(golden["path"], (golden["digest"], path))
             if golden["digest"] and known and golden["digest"] != known:
                 raise UsageError(
-                    f"{visible_token(golden['path'])} is one golden in {where} and another in {path}: two revisions; render "
-                    "them apart"
+                    f"{visible_token(golden['path'])} differs between {where} and {path}: they are of two revisions; report "
+                    "each of them alone"
                 )
     every = [check for _, content in results for check in content["checks"]]
     checks = list({to_text(check): check for check in every}.values())  # one file that was brought along twice

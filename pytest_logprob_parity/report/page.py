@@ -118,7 +118,7 @@ def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
         value, limit = errors["actual"], errors["limit"]
     share = 0.0 if not value else value / limit if limit else math.inf
     tone = {"fail": "over", "unverified": "unsure"}.get(gate["outcome"], "")
-    text = "more than none" if math.isinf(share) else f"{share:.0%}" if share <= 1 else f"{share:.3g} ×"
+    text = "limit 0" if math.isinf(share) else f"{share:.0%}" if share <= 1 else f"{share:.3g} ×"
     told = {"over": "exceeds", "unsure": "inconclusive"}.get(tone, "")
     return {**gate, "tone": tone, "told": told, "share_text": text, "width": f"{_width(share):.4g}"}
 
@@ -150,7 +150,7 @@ def _kind(d: float | None, unit: float) -> str:
 
 def _legend(check: Mapping[str, Any], unit: float) -> list[tuple[str, str]]:
     if not any(d is not None for sequence in check["sequences"] for d in sequence["diff"]):
-        return [("", "the two columns mean different things: no differences, no colours")]
+        return [("", "the two columns mean different things: no differences are shown")]
     legend = [
         ("l4", f"less likely now by {unit:g} nats or more"),
         ("l2", f"by {_STEPS[1] * unit:.2g}"),
@@ -159,7 +159,7 @@ def _legend(check: Mapping[str, Any], unit: float) -> list[tuple[str, str]]:
     ]
     states = {state for sequence in check["sequences"] for state in sequence["states"].values()}
     legend += [("lost", "excluded by truncation, or no number")] if states & {"excluded", "no number"} else []
-    legend += [("masked", "the environment's")] if "masked" in states else []
+    legend += [("masked", "written by the environment")] if "masked" in states else []
     legend += [("uncompared", "not compared")] if "not compared" in states else []
     return legend
 

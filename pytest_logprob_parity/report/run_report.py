@@ -52,13 +52,13 @@ def report_run(
         run.leave(to_text(content))
     lines = [f"logprob-parity: report in {_shown(page)}"]
     if others:
-        lines[0] += f", with that of {_many(len(others), 'run')} at the same time"
+        lines[0] += f", with the checks of {_many(len(others), 'other run')} at the same time"
     if killed:
         lines.append(
-            f"logprob-parity: {_many(killed, 'run')} into the same folder ended without a report: its checks are not in it"
+            f"logprob-parity: {_many(killed, 'run')} into the same folder ended without a report: its checks are missing"
         )
     if lost := entries.count(None):
-        lines.append(f"logprob-parity: {lost} checks are not in it: their parts did not come here from their workers")
+        lines.append(f"logprob-parity: {lost} checks are missing in the report: their workers did not deliver them")
     if on_github():
         try:
             add_to_summary(content)

@@ -22,7 +22,7 @@ def line(row: Row) -> str:
         return _line(row.fault, row.size, outcome, "", "", row.said)
     rms = "no number" if row.rms is None else f"{row.rms:.2g}"
     times = f"{row.multiple:.2g}" if math.isfinite(row.multiple) else "any"
-    named = row.cause or (row.said if row.outcome in ("error", "unverified") else "")
+    named = row.cause or (row.said if row.outcome == "error" else "")
     mark = "  <-- NOT CAUGHT" if row.missed else "  <-- FALSE ALARM" if row.false_alarm else ""
     if row.false_alarm:
         mark += f": {row.said}"

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 SCHEMA: Final = 2
 _KEY: Final = "logprob_parity"
 _NO_DIGEST: Final = "0" * 64
-#: safetensors' names of the dtypes that our columns have.
+#: The dtypes of columns: safetensors' name -> numpy's.
 _DTYPES: Final = {"BOOL": "?", "U8": "u1", "I32": "<i4", "I64": "<i8", "F32": "<f4"}
 _METADATA: Final = "__metadata__"
-#: Our largest headers hold the texts of a vocabulary: a few MB.
+#: Bytes of a header, at most. The largest headers hold the texts of a vocabulary: a few MB.
 _MOST_HEADER: Final = 32 * 2**20
-#: 10 million tokens with top-20 are 1.7 GB.
+#: Bytes of a file, at most: 10 million tokens with top-20 are 1.7 GB.
 MOST_BYTES: Final = 2**31
 _LARGEST: Final = 2**53
 _MOST_AXES: Final = 8
@@ -36,7 +36,7 @@ _LFS_POINTER: Final = b"version https://git-lfs"
 
 
 def damaged(path: Path, why: str) -> GoldenError:
-    """The one line for a file that cannot be trusted."""
+    """The error for a file that cannot be trusted, in one line."""
     error = GoldenError(f"damaged: {why:.400}. Restore it (git checkout), or record it again with --update-golden", path)
     error.replaceable = True
     return error
@@ -51,7 +51,7 @@ def write(path: Path, columns: Mapping[str, npt.NDArray[Any]], metadata: Mapping
 
 
 def packed(columns: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any]) -> bytearray:
-    """The bytes of a file with these columns and metadata (JSON values), its digest in it."""
+    """The bytes of a file with these columns and metadata (JSON values), and with its digest."""
     import numpy as np
     from safetensors.numpy import save
 
@@ -64,15 +64,15 @@ def packed(columns: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any])
 
 
 def read(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Columns and metadata of a file whose digest holds; see `parse`. Raises GoldenError also for what is no regular file."""
+    """Columns and metadata of a file whose digest holds. Raises GoldenError: see `read_bytes`, `parse`."""
     return parse(read_bytes(path), path)
 
 
 def parse(data: bytes, path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Columns (views into `data`) and metadata of a file's bytes, whose digest holds; `path` is for messages.
 
-    Raises GoldenError, in one line, for what is cut short, changed, a Git LFS pointer, of a newer schema, not one of ours, or
-    what safetensors itself would refuse.
+    Raises GoldenError, in one line, for a file that is cut short, changed, a Git LFS pointer, of a newer schema, not written
+    by this package, or that safetensors itself would refuse.
     """
     header, metadata = _header(path, data)
     place = _digest_place(data)
@@ -88,9 +88,9 @@ def parse(data: bytes, path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[st
 
 
 def _views(header: Mapping[str, Any], data: bytes) -> dict[str, npt.NDArray[Any]]:
-    """The columns as views into the file's bytes (read-only): safetensors' own loader copies each, which costs as much
-    as reading the file. Raises ValueError for a header that does not fit: the columns stand one behind another, without gaps,
-    and fill the file.
+    """The columns as read-only views into the file's bytes; safetensors' own loader copies each, which costs time.
+
+    Raises ValueError for a header that does not fit: the columns must follow one another without gaps, and fill the file.
     """
     import numpy as np
 
@@ -138,7 +138,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def read_bytes(path: Path, *, head_only: bool = False) -> bytes:
     """A file's bytes, or those of its header: of a regular file of at most 2 GiB. Raises GoldenError, in one line."""
     try:
-        # a FIFO would be waited for, and a device has no end: what is no regular file is never read
+        # reading a FIFO would wait, and a device has no end: only a regular file is read
         with open(path, "rb", opener=open_without_waiting) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
@@ -148,7 +148,7 @@ def read_bytes(path: Path, *, head_only: bool = False) -> bytes:
             head = read_head(file, _MOST_HEADER)
             if head_only:
                 return head
-            _check_size(path, head, about.st_size)  # a file that is mostly hole is not read
+            _check_size(path, head, about.st_size)  # a file that is mostly a hole is not read
             file.seek(0)
             return file.read(about.st_size)
     except FileNotFoundError:
@@ -168,7 +168,7 @@ def _check_size(path: Path, head: bytes, size: int) -> None:
 
 
 def _header(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The header of safetensors, and our metadata in it."""
+    """The header of safetensors, and this package's metadata in it. Raises GoldenError for anything else."""
     if data.startswith(_LFS_POINTER):
         raise GoldenError("a Git LFS pointer, not the file itself; run `git lfs pull`", path)
     if len(data) < 8 or tensors_begin(data) > min(len(data), 8 + _MOST_HEADER):
@@ -194,7 +194,7 @@ def _header(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _digest_place(data: bytes | bytearray) -> int:
-    """Where the 64 digits of the digest stand: behind its key in the header (quotes are escaped in there)."""
+    """Where the 64 digits of the digest stand: behind its key in the header, in which quotes are escaped."""
     key, end = rb"\"digest\":\"", tensors_begin(data)
     place = data.find(key, 8, end)
     return place + len(key) if place >= 0 else end

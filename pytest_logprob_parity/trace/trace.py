@@ -32,30 +32,30 @@ from .segments import Segment, segments_of
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
-    """Completions and what an engine said of their tokens.
+    """Completions, and what an engine reports about their tokens.
 
-    N tokens in S sequences that complete G prompts (groups); K top logprobs a token. Logprobs are natural logarithms
-    (nats); `-inf` is a token that truncation excluded, NaN one the engine said nothing of; a top-k place that is not
-    used has id -1 and logprob -inf. A logprob of exactly -9999.0 is what OpenAI-compatible servers write for -inf, and
-    becomes -inf wherever a trace is made or read.
+    N tokens in S sequences that complete G prompts (groups); K top logprobs for each token. Logprobs are natural logarithms
+    (nats). `-inf` is a token that truncation excluded, NaN a token without a report. A place of the top-k that is not used
+    has id -1 and logprob -inf. OpenAI-compatible servers write exactly -9999.0 for -inf: it becomes -inf wherever a trace is
+    made or read.
 
     - `prompt_token_ids` [prompt tokens], `prompt_offsets` [G + 1]
     - `token_ids` [N], `sequence_offsets` [S + 1]
-    - `logprobs` [N]: of the token that stands there; `ranks` [N]: its rank, from 1 (0: unknown)
+    - `logprobs` [N]: of the chosen token; `ranks` [N]: its rank, from 1 (0: unknown)
     - `mask` [N]: False where the environment wrote the token (tool output): never compared
-    - `top_token_ids`, `top_logprobs` [N, K], likeliest first
+    - `top_token_ids`, `top_logprobs` [N, K], most likely first
     - `finish_reasons` [S]: index into FINISH_REASONS
     - `group`, `sample`, `episode`, `turn`, `seeds` [S]
     - `untruncated_logprobs` [N]: processed by temperature and penalties alone, where `logprobs` are truncated
-    - `weight_versions` [N]: which weights wrote the token; `newest_version` is the one that an update brought meanwhile,
-      whether or not it wrote any
-    - `trainer_logprobs` [N]: what the trainer computed of the same tokens, where rollouts come from a batch that has both;
-      `trainer_entropies` [N]: the entropy of its distribution there (nats), at the rollouts' temperature
+    - `weight_versions` [N]: which weights wrote the token; `newest_version` is the version of the newest weights, also where
+      they wrote no token
+    - `trainer_logprobs` [N]: what the trainer computed for the same tokens, where rollouts come from a batch that has both;
+      `trainer_entropies` [N]: the entropy of the trainer's distribution (nats), at the rollouts' temperature
 
-    What the numbers mean: `logprobs_mode`, `path`, `sampling` (as the engine ran it: vLLM's least temperature above 0 is
-    0.01), `engine`, `engine_version`, `dtype`; `replay` says how another trace's tokens were asked about ("" where these are
-    its own), `forcing` what forced them. `token_texts` maps ids to text, for reports on machines without the tokenizer.
-    `source` is the digest of the file that a trace was read from, "" for any other.
+    Labels say what the numbers mean: `logprobs_mode`, `path`, `sampling` (as the engine ran it: vLLM's least temperature
+    above 0 is 0.01), `engine`, `engine_version`, `dtype`. `replay` is how another trace's tokens were replayed ("" where the
+    tokens are the trace's own), and `forcing` what forced them. `token_texts` maps ids to text, for reports on machines
+    without the tokenizer. `source` is the digest of the file that the trace was read from, "" for any other trace.
     """
 
     prompt_token_ids: IntArray
@@ -115,12 +115,13 @@ class Trace:
         dtype: str = "unknown",
         token_texts: Mapping[int, str] | None = None,
     ) -> Trace:
-        """A trace of rollouts in hand.
+        """A trace of rollouts that the caller has, one mapping for each sequence.
 
-        Each sequence is a mapping with `prompt_token_ids`, `token_ids` and `logprobs` (nats, one a token, None where
-        there is none), and optionally `top_logprobs` (one `{token id: logprob}` a token), `ranks`, `mask` (False for
-        tokens of the environment), `finish_reason`, `group`, `sample`, `episode`, `turn`, `seed`, `weight_versions`,
-        `untruncated_logprobs`, `trainer_logprobs`, `trainer_entropies`. Sequences with equal prompts form a group.
+        Each sequence is a mapping with `prompt_token_ids`, `token_ids` and `logprobs` (nats, one for each
+        token, None where there is none), and optionally `top_logprobs` (one `{token id: logprob}` for each token),
+        `ranks`, `mask` (False for tokens of the environment), `finish_reason`, `group`, `sample`, `episode`, `turn`, `seed`,
+        `weight_versions`, `untruncated_logprobs`, `trainer_logprobs`, `trainer_entropies`. Sequences with equal prompts form
+        a group.
 
         Raises UsageError naming the sequence and the key that does not fit.
         """
@@ -253,7 +254,7 @@ class Trace:
     def lag(self, now: int | None = None) -> IntArray:
         """By how many weight updates each token [N] is older than the weights of `now`, by default the newest in the trace.
 
-        0 throughout where nobody kept the versions.
+        0 for all tokens where the trace has no versions.
         """
         if self.weight_versions is None:
             return np.zeros(self.num_tokens, np.int32)
@@ -265,7 +266,7 @@ class Trace:
         return replace(self, **changes)
 
     def with_logprobs(self, logprobs: FloatArray) -> Trace:
-        """A copy with other chosen logprobs [N] alone: without ranks and top-k, which were said of the old ones."""
+        """A copy with other logprobs [N], without ranks and top-k: these belong to the old logprobs."""
         top_ids, top_logprobs = empty_top_k(self.num_tokens)
         ranks = np.zeros(self.num_tokens, np.int32)
         return self.with_(logprobs=logprobs, ranks=ranks, top_token_ids=top_ids, top_logprobs=top_logprobs)
@@ -278,14 +279,14 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """Read a trace from its file, or out of a golden. Raises GoldenError naming what is wrong with the file."""
+        """The trace of a file, also of a golden's. Raises GoldenError naming what is wrong with the file."""
         columns, metadata = file_format.read(Path(path))
         if "golden" in metadata:
             columns = {name: column for name, column in columns.items() if name in COLUMNS}
         return cls.from_file_parts(columns, metadata, Path(path))
 
     def to_columns(self) -> dict[str, npt.NDArray[Any]]:
-        """The columns that are there, by name."""
+        """The columns that the trace has, by name."""
         return {name: column for name in COLUMNS if (column := getattr(self, name)) is not None}
 
     def to_metadata(self) -> dict[str, Any]:
@@ -320,7 +321,7 @@ class Trace:
         try:
             labels = with_forcing(metadata["trace"])
             texts = unpack_texts(**labels.pop("token_texts"))
-            told = {**labels, "sampling": Sampling.of(labels["sampling"]), "token_texts": texts, "source": metadata["digest"]}
-            return cls(**columns, **told)  # type: ignore[arg-type]
+            labels |= {"sampling": Sampling.of(labels["sampling"]), "token_texts": texts, "source": metadata["digest"]}
+            return cls(**columns, **labels)  # type: ignore[arg-type]
         except (UsageError, TypeError, ValueError, OverflowError, KeyError, AttributeError) as error:
             raise file_format.damaged(path, f"its parts do not fit together: {error}") from None

@@ -144,9 +144,6 @@ def _check_can_score(trace: Trace, scorer: Any) -> None:
         )
     if (empty := np.flatnonzero(np.diff(trace.prompt_offsets) == 0)).size:
         raise UsageError(f"prompt {empty[0]} is empty: a trainer has no logprob for the first token of a row")
-    for what, ids in (("token id", trace.token_ids), ("prompt token id", trace.prompt_token_ids)):
-        if ids.min(initial=0) < 0:
-            raise UsageError(f"{what} {int(ids.min())} is not a token: the ids contain a label or padding")
     declared = Declared.by(scorer)
     largest = int(max(trace.token_ids.max(initial=0), trace.prompt_token_ids.max(initial=0)))
     if declared.vocabulary is not None and largest >= declared.vocabulary:

@@ -4,8 +4,6 @@
 `between_sides` both sides against each other, `contradiction` the findings.
 """
 
-from .contradiction import Contradiction as Contradiction
 from .contradiction import Record as Record
-from .examine import contradictions as contradictions
 from .examine import examine as examine
 from .examine import topk_judged as topk_judged

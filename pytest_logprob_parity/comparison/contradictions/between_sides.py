@@ -185,8 +185,8 @@ def probability_one(expected: Columns, actual: Columns) -> Contradiction | None:
         alone = np.isfinite(actual.top).sum(axis=1) <= 1  # itself, or no top-k at all
         sure = (a == 0) & alone
         found = sure & (e < _UNSURE)
-        margin = _AGREE[_fine(expected, actual)]
-        not_likeliest = found & ((expected.has & (expected.largest > e + margin)) | (~expected.has & (e < _RARE)))
+        noise = _AGREE[_fine(expected, actual)]
+        not_likeliest = found & ((expected.has & (expected.largest > e + noise)) | (~expected.has & (e < _RARE)))
     count, others, of = (int(np.count_nonzero(x)) for x in (found, not_likeliest, np.isfinite(a)))
     if others < 2:
         return None
@@ -196,7 +196,7 @@ def probability_one(expected: Columns, actual: Columns) -> Contradiction | None:
     )
     rest = ~sure & np.isfinite(a)
     with np.errstate(invalid="ignore"):
-        agree = np.abs(a - e)[rest] <= margin
+        agree = np.abs(a - e)[rest] <= noise
     if np.any(rest & ~actual.first_of_turn) and np.mean(agree) > _MOST:  # those that were not accepted have their own numbers
         text += ": engines report accepted draft tokens like this, and logprobs that were lost and replaced by 0 look the same"
     else:

@@ -10,7 +10,7 @@ import numpy as np
 from ...notes import Note
 from ...trace import Trace
 from ..alignment import Alignment
-from ..findings import Cause, Finding
+from ..findings import Cause
 from ..sides import Names, Side
 from . import between_sides, within_side
 from .contradiction import Contradiction, Key, Record
@@ -28,11 +28,6 @@ _ORDER: Final[tuple[Key, ...]] = (
     "probability_one", "tokens_shifted", "no_logprob", "top_k_shifted", "no_distribution", "above_zero", "mass_above_one",
     "chosen_and_top_k", "above_the_largest", "rank_and_top_k", "top_k_differs", "ranks_differ",
 )  # fmt: skip
-
-
-def contradictions(expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAMES) -> list[Finding]:
-    """The contradictions within each side's record and between the two, each with its side and count; those that fail first."""
-    return list(examine(expected, actual, rows, names).contradictions)
 
 
 def examine(expected: Trace, actual: Trace, rows: Alignment, names: Names = _NAMES) -> Record:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,6 @@ from ..sides import Side
 Bools = npt.NDArray[np.bool_]
 Doubles = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
-
-_HALF: Final = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # no slots: cached_property needs a dict

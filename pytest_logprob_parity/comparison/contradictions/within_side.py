@@ -83,7 +83,7 @@ def _no_distribution(side: Columns) -> tuple[Bools, str]:
 
 def _above_zero(side: Columns, noise: float, whose: str) -> Check:
     largest = np.fmax(side.chosen, side.largest)
-    size = np.where(np.isfinite(largest), largest, 0.0)  # +inf and NaN are told as such
+    size = np.where(np.isfinite(largest), largest, 0.0)  # +inf and NaN are reported as such
     text = f"{{count}} of {{of}} positions of {whose} have logprobs above 0"
     return Check(key="above_zero", flagged=size > _ROUNDING, of=len(size), text=text, certain=_beyond(size, noise, len(size)))
 
@@ -122,7 +122,7 @@ def _ranks(side: Columns, usable: Bools, noise: float, whose: str) -> Check:
     counts those too), unless the chosen token is as likely as the last one: then others may stand outside.
 
     vLLM miscounts on CPUs without AVX-512 (measured, 0.32.0: half of what it should count, at 1 to 100 % of the tokens; never
-    too many): ranks that are too small are told, and decide nothing.
+    too many): ranks that are too small are reported, and decide nothing.
     """
     known = side.has & usable & (side.ranks > 0) & ~np.isnan(side.chosen)
     said = np.where(side.listed, side.own, side.chosen)[:, None]

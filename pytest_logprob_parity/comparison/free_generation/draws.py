@@ -15,7 +15,7 @@ _PERMUTATIONS: Final = 19_999
 def fewer_distinct(expected: Trace, segments: Sequence[Segment], actual: Trace) -> float:
     """How often so few different completions come out by chance: one-sided p of a permutation test within prompts.
 
-    Under chance alone golden and free run are two draws of one distribution: labels are permuted within each prompt.
+    Under chance alone golden and free generation are two samples of one distribution: labels are permuted within each prompt.
     """
     prompts: dict[tuple[int, int], list[list[bytes]]] = {}
     for i, s in enumerate(segments):

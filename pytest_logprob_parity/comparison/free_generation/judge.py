@@ -8,7 +8,8 @@ import numpy as np
 
 from ...grammar import counted, is_or_are
 from ...trace import Trace
-from ..findings import Finding
+from ..findings import Cause, Finding
+from ..headline import Headline
 from .argmax import shows_the_argmax
 from .result import FreeRun
 
@@ -22,7 +23,7 @@ _FLIP_MARGIN: Final = 2.0
 
 def judge_free_run(
     free_run: FreeRun | None, expected: Trace, *, exact: bool, same_stream: bool, mean_abs_diff: float
-) -> tuple[str, Finding | None]:
+) -> tuple[Headline | None, Finding | None]:
     """The headline where free generation decides, and its finding; for logprobs that have been found to agree.
 
     `exact`: same engine and every logprob bit for bit, so every token has to come back. `same_stream`: nothing that the
@@ -31,49 +32,53 @@ def judge_free_run(
     judged by what the engine says of its own tokens, and stops where all tokens agree.
     """
     if free_run is None or free_run.same:
-        return "", None
+        return None, None
     if exact:
-        finding = Finding(
-            layer="sampling",
-            cause="seed_stream",
-            evidence=f"the logprobs of the golden's tokens are bit-identical, but {free_run}",
-        )
-        return f"The engine generates other tokens although its logprobs are bit-identical: {free_run}", finding
+        evidence = f"the logprobs of the golden's tokens are bit-identical, but {free_run}"
+        text = f"The engine generates other tokens although its logprobs are bit-identical: {free_run}"
+        return Headline("generates_other_tokens", text), Finding(layer="sampling", cause="seed_stream", evidence=evidence)
     if free_run.stops_changed > len(free_run.ends):
-        finding = Finding(
-            layer="sampling",
-            cause=None,
-            evidence=f"the tokens agree, but {free_run}",
-            candidates=("engine_build", "seed_stream"),
-        )
-        return f"The engine stops at another place although it generates the same tokens: {free_run}", finding
+        candidates: tuple[Cause, ...] = ("engine_build", "seed_stream")
+        evidence = f"the tokens agree, but {free_run}"
+        text = f"The engine stops at another place although it generates the same tokens: {free_run}"
+        finding = Finding(layer="sampling", cause=None, evidence=evidence, candidates=candidates)
+        return Headline("stops_elsewhere", text), finding
     if expected.sampling.greedy:
-        text = _left_the_likeliest(free_run, expected)
-        if not text:
-            return "", None
-        return f"Greedy decoding no longer takes the likeliest token: {text}", Finding(
-            layer="sampling", cause="seed_stream", evidence=text
-        )
-    (expected_distinct, actual_distinct), (expected_others, actual_others) = free_run.distinct, free_run.not_likeliest
-    fewer = expected_distinct >= 8 and actual_distinct < expected_distinct / 2 and free_run.distinct_p < _ALPHA
-    collapsed = fewer or (expected_others >= _MIN_NON_ARGMAX and not actual_others)
-    if collapsed or free_run.shift_p < _ALPHA:
-        text = (
-            f"the generated tokens are {free_run.likelihood_shift:+.3g} nats per token likelier than the golden's "
-            f"(p = {free_run.shift_p:.1g}); {counted(actual_distinct, 'distinct completions')} (golden: {expected_distinct}); "
-            f"{counted(actual_others, 'tokens')} {is_or_are(actual_others)} not the likeliest (golden: {expected_others})"
-        )
-        return f"The sampler changed, the engine does not sample from the distribution that it reports: {text}", Finding(
-            layer="sampling", cause=None, evidence=text, candidates=("seed_stream",)
-        )
+        evidence = _left_the_likeliest(free_run, expected)
+        if not evidence:
+            return None, None
+        headline = Headline("not_the_likeliest", f"Greedy decoding no longer takes the likeliest token: {evidence}")
+        return headline, Finding(layer="sampling", cause="seed_stream", evidence=evidence)
+    if _sampler_changed(free_run):
+        evidence = _of_the_sampler(free_run)
+        text = f"The engine does not sample from the distribution that it reports: {evidence}"
+        finding = Finding(layer="sampling", cause=None, evidence=evidence, candidates=("seed_stream",))
+        return Headline("sampler_changed", text), finding
     predicted = predicted_divergences(expected, mean_abs_diff)
     other = free_run.diverged + len(free_run.ends)
     if same_stream and _poisson_tail(other, _FLIP_MARGIN * predicted) < _ALPHA:
-        text = f"{other} of {free_run.turns} turns have other tokens; noise of this size explains about {predicted:.2g}"
-        return f"The engine generates other tokens although its logprobs agree: {text}", Finding(
-            layer="sampling", cause="seed_stream", evidence=text
-        )
-    return "", None
+        evidence = f"{other} of {free_run.turns} turns have other tokens; noise of this size explains about {predicted:.2g}"
+        headline = Headline("diverges_too_often", f"The engine generates other tokens although its logprobs agree: {evidence}")
+        return headline, Finding(layer="sampling", cause="seed_stream", evidence=evidence)
+    return None, None
+
+
+def _sampler_changed(free_run: FreeRun) -> bool:
+    """Whether chance explains neither how likely the generated tokens are nor how few of the completions are distinct."""
+    (expected_distinct, actual_distinct), (expected_others, actual_others) = free_run.distinct, free_run.not_likeliest
+    fewer = expected_distinct >= 8 and actual_distinct < expected_distinct / 2 and free_run.distinct_p < _ALPHA
+    collapsed = fewer or (expected_others >= _MIN_NON_ARGMAX and not actual_others)
+    return collapsed or free_run.shift_p < _ALPHA
+
+
+def _of_the_sampler(free_run: FreeRun) -> str:
+    """What of the generated tokens shows that the sampler changed."""
+    (expected_distinct, actual_distinct), (expected_others, actual_others) = free_run.distinct, free_run.not_likeliest
+    return (
+        f"the generated tokens are {free_run.likelihood_shift:+.3g} nats per token likelier than the golden's "
+        f"(p = {free_run.shift_p:.1g}); {counted(actual_distinct, 'distinct completions')} (golden: {expected_distinct}); "
+        f"{counted(actual_others, 'tokens')} {is_or_are(actual_others)} not the likeliest (golden: {expected_others})"
+    )
 
 
 def _left_the_likeliest(free_run: FreeRun, expected: Trace) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
-    """Where a free run first leaves the golden. `gap` is the golden's top-2 gap there (nats; NaN without a top-2)."""
+    """Where free generation first leaves the golden. `gap` is the golden's top-2 gap there (nats; NaN without a top-2)."""
 
     sequence: int
     turn: int

@@ -18,7 +18,7 @@ from .penalties import Penalty, find_penalties, moves_only_seen
 from .positions import Positions
 from .truncation import truncation_steps
 
-#: A fit with a smaller error knows no noise; kept sets have edges where this share of the positions excludes something.
+#: A fit with a smaller error knows no noise; kept tokens have edges where this share of the positions excludes something.
 _EXACT: Final = 1e-5
 _CUT: Final = 0.05
 
@@ -98,7 +98,7 @@ def scale_of(positions: Positions) -> Scale:
 
 
 def _with_edges(line: Scale, positions: Positions) -> Scale:
-    """A line through kept sets with the error that their edges add: noise decides which tokens are in, and bends the fit."""
+    """A line through kept tokens with the error that their edges add: noise decides which tokens are in, and bends the fit."""
     cut = np.isneginf(positions.expected).any(axis=1) | np.isneginf(positions.actual).any(axis=1)
     if line.error < _EXACT or np.mean(cut) < _CUT:
         return line

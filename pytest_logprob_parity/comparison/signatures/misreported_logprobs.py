@@ -127,7 +127,7 @@ def find_rewritten(positions: Positions) -> Misreport | None:
         (constant, y - x - constant, f"{names.expected}'s {constant:+.4g}"),
     ):
         if size == factor - 1 and abs(factor) < _EXACT:
-            continue  # one number for all is told elsewhere, and what is certain at a temperature near 0
+            continue  # one number for all is reported elsewhere, and what is certain at a temperature near 0
         exact = np.mean(np.abs(change) <= _EXACT * np.maximum(1, np.abs(y))) >= _ALL_BUT_FEW
         if exact and abs(size) > _CHANGED and np.sqrt(np.mean((y - x) ** 2)) > _ROUNDING:
             return Misreport(

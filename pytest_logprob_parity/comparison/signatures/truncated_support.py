@@ -1,4 +1,4 @@
-"""Kept sets: which tokens top-p, top-k or min-p left on each side, with what mass, and which limits that allows."""
+"""Truncated support: the tokens that top-p, top-k or min-p kept on each side, their mass, and which limits that allows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STRAY: Final = 0.01
 #: Bounds that cross by no more than this are one limit, blurred by noise.
 _BLUR: Final = 0.01
 _VOCABULARY: Final = 200_000
-#: Kept sets whose probabilities are further from 1 than this, on average, were not made a distribution again.
+#: Kept tokens whose probabilities are further from 1 than this, on average, were not made a distribution again.
 WHOLE: Final = 1e-3
 #: Probabilities that add up to more than 1 by this were rounded.
 _ROUNDED: Final = 1e-4
@@ -32,7 +32,7 @@ _STANDS_OUT, _LEAST, _SUMMED = 20, 1e-6, 5e-4
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Kept:
-    """One side's kept sets. `complete` bool [n]: truncation excluded something, and what it left is all listed.
+    """One side's kept tokens. `complete` bool [n]: truncation excluded something, and what it left is all listed.
 
     `counts` [n] tokens are left, `ties` [n] of them beside the least likely one and as likely, with `total` [n] probability.
     """
@@ -67,7 +67,7 @@ class Kept:
 
 
 def kept(positions: Positions, side: Side) -> Kept:
-    """The kept sets of one side, from its own top-k as far as the other one's goes: a side that lists
+    """The kept tokens of one side, from its own top-k as far as the other one's goes: a side that lists
     fewer tokens shows fewer sets whole, and would pass for one that does not truncate.
     """
     trace, rows, _ = positions.side(side)
@@ -75,13 +75,13 @@ def kept(positions: Positions, side: Side) -> Kept:
 
 
 def listed_whole(trace: Trace) -> Bools:
-    """Tokens [N] whose kept set the top-k lists whole: something it lists is excluded, or what it lists adds up to 1."""
+    """Tokens [N] whose kept tokens the top-k lists whole: something it lists is excluded, or what it lists adds up to 1."""
     sets = kept_of(trace, np.arange(trace.num_tokens))
     return np.asarray(sets.complete | (sets.total > 1 - _ALL))
 
 
 def kept_of(trace: Trace, rows: Any, k: int | None = None) -> Kept:
-    """The kept sets of these tokens of a trace, from its top-k or the first `k` of it."""
+    """The kept tokens of these tokens of a trace, from its top-k or the first `k` of it."""
     ids, top, chosen = trace.top_token_ids[rows, :k], trace.top_logprobs[rows, :k].astype(np.float64), trace.logprobs[rows]
     left = np.isfinite(top) & (ids >= 0)
     listed = (ids == trace.token_ids[rows][:, None]).any(axis=1)
@@ -100,7 +100,7 @@ def kept_of(trace: Trace, rows: Any, k: int | None = None) -> Kept:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Which limits the kept sets allow: `top_k`, or an interval each for `top_p` and `min_p`; None where they allow none.
+    """Which limits the kept tokens allow: `top_k`, or an interval each for `top_p` and `min_p`; None where they allow none.
 
     `mass` is the mean mass kept, over `positions`.
     """
@@ -132,7 +132,7 @@ def before_truncation(logprobs: Doubles, power: float, listed: Doubles) -> tuple
 
 
 def fit_limits(inside: Bools, listed: Doubles, stretch: Doubles, noise: float = 0.0) -> Limits:
-    """From kept sets, and what `before_truncation` says of the tokens.
+    """From kept tokens, and what `before_truncation` says of the tokens.
 
     `inside` bool [n, m]: the token is kept. Bounds, not point estimates, for a kept mass says only that p lies between it
     and the mass before the last token. A share of 1 % of the positions may stray; `noise` (nats) is what else moves the

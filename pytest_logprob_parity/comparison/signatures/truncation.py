@@ -1,4 +1,4 @@
-"""A truncation that one side has and the other has not, or another one, told from their truncated supports."""
+"""A truncation that one side has and the other has not, or another one, read off the kept tokens."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from . import truncated_support
 from .logits_processing_step import ProcessingStep, applied
 from .positions import Positions
 
-#: Kept sets differ where they do at this share of the positions and more; noise alone moves a few.
+#: Kept tokens differ where they do at this share of the positions and more; noise alone moves a few.
 _OTHER_SETS: Final = 0.01
 _ONE_WAY: Final = 0.9
 #: So many excluded tokens are noise's in any case.
 _FEW: Final = 2
-#: A side that does not truncate excludes nothing: it has less than this share of the other's kept sets.
+#: A side that does not truncate excludes nothing: it has less than this share of the other's kept tokens.
 _NONE: Final = 0.01
 #: What moves logprobs by more than this (nats) hides which limit a truncation had.
 _BLURRED: Final = 0.05
@@ -28,7 +28,7 @@ _WITHIN: Final = 0.25
 
 
 def truncation_steps(positions: Positions, slope: float, *, alone: bool, penalised: bool) -> Iterator[ProcessingStep]:
-    """`alone` where nothing else is different: else kept sets differ for that reason. `penalised` where a penalty is."""
+    """`alone` where nothing else is different: else kept tokens differ for that reason. `penalised` where a penalty is."""
     expected, actual = truncated_support.kept(positions, "expected"), truncated_support.kept(positions, "actual")
     fewest, most = sorted(int(np.count_nonzero(side.complete)) for side in (expected, actual))
     if most >= truncated_support.ENOUGH and fewest > _NONE * most:
@@ -42,7 +42,7 @@ def truncation_steps(positions: Positions, slope: float, *, alone: bool, penalis
 
 
 def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[ProcessingStep]:
-    """A truncation whose kept sets are wider than the top-k that was recorded: what it excludes among the chosen tokens, and,
+    """A truncation whose kept tokens are wider than the top-k that was recorded: what it excludes among the chosen tokens, and,
     where nothing else is different, by how much it raises what is listed.
     """
     expected, actual = np.isneginf(positions.expected[:, 0]), np.isneginf(positions.actual[:, 0])
@@ -50,13 +50,13 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Process
     if max(excluded.values()) < _ONE_WAY * sum(excluded.values()):
         return  # no truncation does both
     recorded = positions.expected_trace.sampling.truncates
-    both = recorded and positions.actual_trace.sampling.truncates  # noise alone moves a few over the edge of a kept set
+    both = recorded and positions.actual_trace.sampling.truncates  # noise alone moves a few over the edge of a kept tokens
     least = max(truncated_support.ENOUGH, _OTHER_SETS * len(actual) if both else 0)
     kept = positions.common[:, 0]
     change = positions.actual[kept, 0] - positions.expected[kept, 0]
     for on_expected, count in excluded.items():
         if both and np.mean((-change if on_expected else change) < -_BLURRED) > 1 - _ONE_WAY:
-            continue  # a truncation lowers none of those that it keeps; other logits do, and have other kept sets
+            continue  # a truncation lowers none of those that it keeps; other logits do, and have other kept tokens
         k = (positions.expected_trace if on_expected else positions.actual_trace).top_k
         lift, what, values = None, [], dict[str, Any](beyond_top_k=k)
         if alone and (recorded or not on_expected):
@@ -172,7 +172,7 @@ def _one_constant(positions: Positions) -> bool:
 
 
 def _allowed(limits: truncated_support.Limits) -> dict[str, int | tuple[float, float]]:
-    """The limits that the kept sets allow, by their fields of Sampling; nothing of those that any value fits."""
+    """The limits that the kept tokens allow, by their fields of Sampling; nothing of those that any value fits."""
     top_k = {} if limits.top_k is None else {"top_k": limits.top_k}
     masses = {"top_p": limits.top_p, "min_p": limits.min_p}
     return {**top_k, **{name: of for name, of in masses.items() if of is not None and of[1] - of[0] < 1}}
@@ -185,9 +185,9 @@ def _limit_in_words(name: str, value: int | tuple[float, float]) -> str:
 
 
 def _is_recorded(limits: truncated_support.Limits, sampling: Sampling, *, masses: bool) -> bool:
-    """Whether the recorded truncation is among the limits that the kept sets allow, within 1 %.
+    """Whether the recorded truncation is among the limits that the kept tokens allow, within 1 %.
 
-    Without `masses` they say nothing of top-p and min-p; with them, None says that no such limit explains the kept sets.
+    Without `masses` they say nothing of top-p and min-p; with them, None says that no such limit explains the kept tokens.
     """
     if not sampling.truncates:
         return False

@@ -26,7 +26,7 @@ def add_run(
     lines = [f"logprob-parity: {text}" for text in skipped]
     lines.append(f"logprob-parity: run {len(past) + 1} in the history {path.name}")
     warnings = [
-        f"  drifts, a warning and no verdict: {check.node_id}{f' [{check.name}]' if check.name else ''}: {told}"
+        f"  warning, not a verdict: {check.node_id}{f' [{check.name}]' if check.name else ''}: {told}"
         for check in series
         if check.runs[-1]["created"] == created
         for told in check.warnings()

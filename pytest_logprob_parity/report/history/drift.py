@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from ..results_schema import DRIFTING
@@ -20,7 +20,7 @@ _OF_MEAN: Final = 1.2533
 _DIGITS: Final = 1e-9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Band:
     """Where the number of a new run is expected, from `runs` runs before it."""
 
@@ -30,7 +30,7 @@ class Band:
     high: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
     """One check over runs, oldest first: each a record with its run's `created` and `version`.
 
@@ -49,7 +49,7 @@ class Series:
             "node_id": self.node_id,
             "name": self.name,
             "runs": [dict(run) for run in self.runs],
-            "bands": {metric: dict(vars(band)) for metric, band in self.bands.items()},
+            "bands": {metric: asdict(band) for metric, band in self.bands.items()},
             "outside": list(self.outside),
         }
 
@@ -61,7 +61,7 @@ class Series:
             "engine": [run["engine"] for run in runs],
             "digest": [run["digest"] for run in runs],
             "values": {metric: [run["metrics"].get(metric) for run in runs] for metric in DRIFTING},
-            "bands": {metric: dict(vars(band)) for metric, band in self.bands.items()},
+            "bands": {metric: asdict(band) for metric, band in self.bands.items()},
             "outside": list(self.outside),
         }
 
@@ -72,7 +72,7 @@ class Series:
             band = self.bands[metric]
             value = self.runs[-1]["metrics"][metric]
             lines.append(
-                f"{metric} {value:.4g} is outside of {band.low:.4g} to {band.high:.4g}, the band of {band.runs} runs before"
+                f"{metric} {value:.4g} is outside its band, {band.low:.4g} to {band.high:.4g} ({band.runs} earlier runs)"
             )
         return lines
 
@@ -97,7 +97,7 @@ def _series(node_id: str, name: str, runs: Sequence[Mapping[str, Any]]) -> Serie
             bands[metric] = band
     values_now = {metric: newest["metrics"].get(metric) for metric in bands}
     outside = tuple(m for m, value in values_now.items() if value is not None and not bands[m].low <= value <= bands[m].high)
-    return Series(node_id, name, runs, bands, outside)
+    return Series(node_id=node_id, name=name, runs=runs, bands=bands, outside=outside)
 
 
 def band_of(values: Sequence[float]) -> Band | None:
@@ -115,12 +115,12 @@ def band_of(values: Sequence[float]) -> Band | None:
     median = statistics.median(values)
     apart = [abs(value - median) for value in values]
     sigma = _OF_MEDIAN * statistics.median(apart) or _OF_MEAN * statistics.fmean(apart)
-    room = _SIGMAS * (1 + 8 / (len(values) - 3)) * sigma + _DIGITS
-    return Band(len(values), median, median - room, median + room)
+    limit = _SIGMAS * (1 + 8 / (len(values) - 3)) * sigma + _DIGITS
+    return Band(runs=len(values), median=median, low=median - limit, high=median + limit)
 
 
 def changes(before: Mapping[str, Any] | None, run: Mapping[str, Any]) -> list[str]:
-    """What is not as in the run before: golden, engine, libraries, machine, plugin, what was judged."""
+    """What differs from the run before: golden, engine, libraries, hardware, plugin, level and objective."""
     if before is None or before["outcome"] == "recorded":
         return []
     names = ("digest", *MADE_BY, "version", "level", "objective")

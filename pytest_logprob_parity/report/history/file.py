@@ -94,7 +94,7 @@ def _newest(data: bytes, most: int) -> bytes:
 
 def _check_head(path: Path, head: bytes) -> None:
     if head != _HEAD[: len(head)]:
-        raise UsageError(f"{path} is there already, and is no history of pytest-logprob-parity: name another file")
+        raise UsageError(f"{path} exists, and is no history of pytest-logprob-parity: name another file")
 
 
 def is_history(path: Path) -> bool:
