@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,9 +27,9 @@ from typing import Any, Final, NamedTuple
 from verdict_cases import all_cases, goldens_below
 
 #: Keys whose texts are for people.
-SENTENCES: Final = frozenset({"headline", "text", "evidence", "shows", "lines", "message", "name", "first"})
-#: Keys of an answer whose `name` is one for programs.
-_NAMED: Final = ("fingerprint_differences", "fingerprint", "show")
+SENTENCES: Final = frozenset({"headline", "text", "evidence", "shows", "lines", "message", "name", "first", "sides"})
+#: Where a `name` is one for programs.
+_NAMED: Final = ("fingerprint_differences", "show.", "golden.show.")
 _SHOWN: Final = 3
 HERE: Final = Path(__file__).resolve().parent
 
@@ -117,19 +118,21 @@ def named(case: Mapping[str, Any]) -> str:
 def report(outcomes: Sequence[Outcome]) -> int:
     """Print what differs, and the counts. Gives how many cases differ other than in sentences."""
     wrong = [outcome for outcome in outcomes if outcome.hard]
-    for outcome in wrong[:40]:
-        print(f"DIFFERS: {named(outcome.case)}: {len(outcome.hard)} keys")
-        for key, old, new in outcome.hard[:_SHOWN]:
-            print(f"  {key}: {old:.160} -> {new:.160}")
+    places: dict[str, list[Outcome]] = {}
+    for outcome in wrong:
+        for place in {re.sub(r"\d+", "", key) for key, _, _ in outcome.hard}:
+            places.setdefault(place, []).append(outcome)
+    for place, found in sorted(places.items()):
+        print(f"DIFFERS in {len(found):,} cases: {place}")
+        for outcome in found[:_SHOWN]:
+            key, old, new = next(row for row in outcome.hard if re.sub(r"\d+", "", row[0]) == place)
+            print(f"  {key}: {old:.160} -> {new:.160}\n    {named(outcome.case)}")
     for (kind, verdict), count in sorted(Counter((outcome.kind, outcome.verdict) for outcome in outcomes).items()):
         print(f"  {kind:<26}{verdict:<40}{count:>7,}")
     texts = {name_of(row[0]): row for outcome in outcomes for row in outcome.sentences}
     counts = Counter(name_of(row[0]) for outcome in outcomes for row in outcome.sentences)
     for name, count in counts.most_common():
         print(f"  {count:,} other sentences under {name}, such as {texts[name][1]:.110} -> {texts[name][2]:.110}")
-    keys = Counter(key.partition("[")[0] for outcome in wrong for key, _, _ in outcome.hard)
-    if keys:
-        print("  keys that differ:", ", ".join(f"{key} {count:,}" for key, count in keys.most_common(12)))
     in_sentences = sum(bool(outcome.sentences) for outcome in outcomes)
     print(f"{len(outcomes):,} cases: {len(wrong):,} differ; {in_sentences:,} have other sentences")
     return len(wrong)
