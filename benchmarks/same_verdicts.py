@@ -5,8 +5,8 @@
 Each tree reads the same cases in a process of its own: goldens against themselves, against each other, and against seeded
 changes of their traces (see `changed_traces.py`); traces and scripts of other folders; engines that record and check. A tree is
 asked by its public face alone: the package's names, `show --json` and `diff --json`. Keys, verdicts, causes, layers, gates and
-numbers must be equal, to the last bit. Sentences may differ, and are counted apart. The exit status is 1 where anything else
-differs.
+numbers must be equal, to the last bit. Sentences may differ, and findings may have new values: both are counted apart. The exit
+status is 1 where anything else differs.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ HERE: Final = Path(__file__).resolve().parent
 
 
 class Outcome(NamedTuple):
-    """One case in both trees: the keys that differ, apart by whether they are sentences, with both values."""
+    """One case in both trees: the keys that differ with both values; apart, new values of findings, and sentences."""
 
     kind: str
     verdict: str
     case: Mapping[str, Any]
     hard: Sequence[tuple[str, str, str]]
+    added: Sequence[tuple[str, str, str]]
     sentences: Sequence[tuple[str, str, str]]
 
 
@@ -66,6 +67,12 @@ def is_sentence(key: str) -> bool:
     return name_of(key) in SENTENCES and not key.startswith(_NAMED)
 
 
+def is_added(key: str, old: str, new: str) -> bool:
+    """Whether a finding has a value that it had not: the JSON's schema lets keys be added, and none be removed or changed."""
+    inside = re.fullmatch(r"(.*\.)?findings\[\d+\]\.values(\..+)?", key)
+    return inside is not None and (old, new)[inside[2] is None] == "-" and (old == "{}" or inside[2] is not None)
+
+
 def outcome_of(case: Mapping[str, Any], before: Any, after: Any) -> Outcome:
     """What differs between the answers of both trees to one case; of scripts, as far as both trees could run them."""
     verdict = after.get("verdict") or after.get("error") or "read"
@@ -76,8 +83,10 @@ def outcome_of(case: Mapping[str, Any], before: Any, after: Any) -> Outcome:
         before, after = before["comparisons"][:shared], after["comparisons"][:shared]
     old, new = dict(flat(before)), dict(flat(after))
     differ = [(key, old.get(key, "-"), new.get(key, "-")) for key in {**old, **new} if old.get(key) != new.get(key)]
-    hard, sentences = ([row for row in differ if is_sentence(row[0]) == wanted] for wanted in (False, True))
-    return Outcome(case["kind"], verdict, case, hard, sentences)
+    sentences = [row for row in differ if is_sentence(row[0])]
+    added = [row for row in differ if row not in sentences and is_added(*row)]
+    hard = [row for row in differ if row not in sentences and row not in added]
+    return Outcome(case["kind"], verdict, case, hard, added, sentences)
 
 
 def kept_answers(tree: Path, cases: Sequence[Mapping[str, Any]], keep: Path | None) -> list[Any]:
@@ -133,6 +142,10 @@ def report(outcomes: Sequence[Outcome]) -> int:
     counts = Counter(name_of(row[0]) for outcome in outcomes for row in outcome.sentences)
     for name, count in counts.most_common():
         print(f"  {count:,} other sentences under {name}, such as {texts[name][1]:.110} -> {texts[name][2]:.110}")
+    values = Counter(name_of(key) for outcome in outcomes for key, old, _ in outcome.added if old == "-")
+    print(
+        f"  {sum(values.values()):,} new values of findings: {', '.join(f'{name} {count:,}' for name, count in values.most_common())}"
+    )
     in_sentences = sum(bool(outcome.sentences) for outcome in outcomes)
     print(f"{len(outcomes):,} cases: {len(wrong):,} differ; {in_sentences:,} have other sentences")
     return len(wrong)
