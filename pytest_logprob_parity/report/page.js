@@ -35,7 +35,8 @@ function apply() {
     check.hidden = !fits;
     shown += fits;
   }
-  $("#shown").textContent = shown === checks.length ? `${shown} checks` : `${shown} of ${checks.length} checks`;
+  const all = checks.length === 1 ? "1 check" : `${checks.length} checks`;
+  $("#shown").textContent = shown === checks.length ? all : `${shown} of ${all}`;
   $("#none").hidden = shown > 0;
 }
 

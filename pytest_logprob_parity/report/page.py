@@ -13,6 +13,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..comparison.findings import LAYERS
+from ..grammar import counted
 from ..visible_text import visible, visible_token
 from .charts import Chart, charts_of, history_charts
 from .outcomes import IN_WORDS, OUTCOMES, counts_of
@@ -42,6 +43,7 @@ def render_page(content: Mapping[str, Any]) -> str:
         words=IN_WORDS,
         choices=_choices(checks),
         checks=checks,
+        number_of_checks=counted(len(checks), "checks"),
         unused=content["unused"],
         style=Markup(style),  # our own file
         script=Markup(script),  # our own file
@@ -152,10 +154,10 @@ def _legend(check: Mapping[str, Any], unit: float) -> list[tuple[str, str]]:
     if not any(d is not None for sequence in check["sequences"] for d in sequence["diff"]):
         return [("", "the two columns mean different things: no differences are shown")]
     legend = [
-        ("l4", f"less likely now by {unit:g} nats or more"),
+        ("l4", f"less likely now by {unit:.2g} nats or more"),
         ("l2", f"by {_STEPS[1] * unit:.2g}"),
         ("m2", f"likelier now by {_STEPS[1] * unit:.2g}"),
-        ("m4", f"by {unit:g}"),
+        ("m4", f"by {unit:.2g}"),
     ]
     states = {state for sequence in check["sequences"] for state in sequence["states"].values()}
     legend += [("lost", "excluded by truncation, or no number")] if states & {"excluded", "no number"} else []
