@@ -142,10 +142,8 @@ def report(outcomes: Sequence[Outcome]) -> int:
     counts = Counter(name_of(row[0]) for outcome in outcomes for row in outcome.sentences)
     for name, count in counts.most_common():
         print(f"  {count:,} other sentences under {name}, such as {texts[name][1]:.110} -> {texts[name][2]:.110}")
-    values = Counter(name_of(key) for outcome in outcomes for key, old, _ in outcome.added if old == "-")
-    print(
-        f"  {sum(values.values()):,} new values of findings: {', '.join(f'{name} {count:,}' for name, count in values.most_common())}"
-    )
+    fresh = Counter(name_of(key) for outcome in outcomes for key, old, _ in outcome.added if old == "-")
+    print("  new values of findings:", ", ".join(f"{name} {count:,}" for name, count in fresh.most_common()) or "none")
     in_sentences = sum(bool(outcome.sentences) for outcome in outcomes)
     print(f"{len(outcomes):,} cases: {len(wrong):,} differ; {in_sentences:,} have other sentences")
     return len(wrong)
