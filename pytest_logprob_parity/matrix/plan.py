@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from ..bounded import read_text
 from ..checkpoint.prompts import check_prompts
 from ..errors import UsageError
+from ..json_shape import Closed, Fits, Items, Number, OneOf, OptionalKey, check_shape
 from ..spec import DTYPES, EngineSpec, Sampling
 from ..spec.settings import check_slips
 from ..suggest import nearest
@@ -25,57 +26,53 @@ else:
     import tomli as tomllib  # comes with pytest
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _is_list(value: Any, fits: Callable[[Any], bool] = _is_text) -> bool:
-    return isinstance(value, list) and all(map(fits, value))
-
-
-def _is_table(value: Any, of: type = str) -> bool:
-    return isinstance(value, dict) and all(isinstance(entry, of) for entry in value.values())
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-#: A kind of value: in words, and as a test.
-_Kind: TypeAlias = tuple[str, Callable[[Any], bool]]
-_TEXT: Final[_Kind] = ("a text", _is_text)
-_TEXTS: Final[_Kind] = ("a list of texts", _is_list)
-_TABLES: Final[_Kind] = ("tables, one or more", lambda v: bool(v) and _is_table(v, dict))
-_VARIABLES: Final[_Kind] = ("a table of texts", _is_table)
-_FROM_0: Final[_Kind] = ("a whole number, 0 or more", lambda v: _is_whole(v, 0))
-_KEYS: Final[Mapping[str, _Kind]] = {
-    "model": _TEXT,
-    "prompts": ("a list, or the name of a JSON file", lambda v: isinstance(v, list) or _is_text(v)),
-    "dtypes": (f"a list, one or more of {', '.join(DTYPES)}", lambda v: bool(v) and _is_list(v, lambda e: e in DTYPES)),
-    "reference": _TEXT,
-    "goldens": _TEXT,
-    "repeats": ("0 for no noise floor, or a whole number, 2 or more", lambda v: _is_whole(v, 0) and v != 1),
-    "sampling": _TABLES,
-    "environment": _TABLES,
-    "cell": _TABLES,
-}
-_NEEDED: Final = ("model", "prompts", "reference", "sampling", "environment", "cell")
-_ENVIRONMENT_KEYS: Final[Mapping[str, _Kind]] = {
-    "requirements": _TEXTS, "packages": _TEXTS, "resolved": _TEXTS, "release": _TEXT, "after_install": _TEXTS,
-    "python": _TEXT, "variables": _VARIABLES,
-}  # fmt: skip
+#: The shapes of a plan and of its tables, as TOML has them.
+_TEXT: Final = Fits("a string that is not empty", lambda value: isinstance(value, str) and bool(value))
+_ONE_OR_MORE: Final = Fits("one or more tables", lambda value: isinstance(value, dict) and bool(value))
+_PLAN: Final = Closed(
+    {
+        "model": _TEXT,
+        "prompts": Fits("a list, or the name of a JSON file", lambda value: isinstance(value, list) or _TEXT.test(value)),
+        "dtypes": OptionalKey(Items(OneOf(DTYPES), least=1)),
+        "reference": _TEXT,
+        "goldens": OptionalKey(_TEXT),
+        "repeats": OptionalKey(
+            Fits(
+                "0 for no noise floor, or a whole number, 2 or more",
+                lambda value: type(value) is int and value >= 0 and value != 1,
+            )
+        ),
+        "sampling": _ONE_OR_MORE,
+        "environment": _ONE_OR_MORE,
+        "cell": _ONE_OR_MORE,
+    }
+)
+_ENVIRONMENT: Final = Closed(
+    {
+        "requirements": OptionalKey([_TEXT]),
+        "packages": OptionalKey([_TEXT]),
+        "resolved": OptionalKey([_TEXT]),
+        "release": OptionalKey(_TEXT),
+        "after_install": OptionalKey([_TEXT]),
+        "python": OptionalKey(_TEXT),
+        "variables": OptionalKey({str: str}),
+    }
+)
+_CELL: Final = Closed(
+    {
+        "environment": _TEXT,
+        "settings": OptionalKey(dict),
+        "variables": OptionalKey({str: str}),
+        "cpus": OptionalKey(Number(1, whole=True)),
+        "gpus": OptionalKey(Number(0, whole=True)),
+        "minutes": OptionalKey(
+            Fits("a number above 0", lambda value: isinstance(value, (int, float)) and value is not True and value > 0)
+        ),
+    }
+)
+_TABLES: Final = {"sampling": {str: dict}, "environment": {str: _ENVIRONMENT}, "cell": {str: _CELL}}
 #: What an environment is installed from.
 _INSTALLS: Final = ("requirements", "packages", "resolved", "release")
-_CELL_KEYS: Final[Mapping[str, _Kind]] = {
-    "environment": _TEXT,
-    "settings": ("a table", lambda v: isinstance(v, dict)),
-    "variables": _VARIABLES,
-    "cpus": ("a whole number, 1 or more", lambda v: _is_whole(v, 1)),
-    "gpus": _FROM_0,
-    "minutes": ("a number above 0", lambda v: isinstance(v, (int, float)) and v is not True and v > 0),
-}
-
-
 #: Bytes of a plan, at most.
 _MOST: Final = 2**20
 
@@ -120,9 +117,9 @@ def load_plan(path: Path) -> Matrix:
     except ValueError as error:
         raise UsageError(f"{path}: not valid TOML: {error}") from None
     try:
-        return _plan(data, path.absolute().parent)
+        return _plan(data, path)
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        raise UsageError(error.reason_beside(path), path) from None
 
 
 def slug(name: str) -> str:
@@ -130,10 +127,12 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
 
 
-def _plan(data: dict[str, Any], folder: Path) -> Matrix:
-    _check(data, _KEYS, _NEEDED, "the file")
+def _plan(data: dict[str, Any], path: Path) -> Matrix:
+    check_shape(data, _PLAN, path)
     _check_names("sampling", data["sampling"])
     _check_names("cell", data["cell"])
+    check_shape(data, _TABLES, path)
+    folder = path.absolute().parent
     environments = {name: _environment(name, values, folder) for name, values in data["environment"].items()}
     cells = tuple(_cell(name, values, environments) for name, values in data["cell"].items())
     reference = data["reference"]
@@ -172,7 +171,6 @@ def _read(file: Path, where: str) -> str:
 
 def _environment(name: str, values: Mapping[str, Any], folder: Path) -> Environment:
     where = f"environment {name!r}"
-    _check(values, _ENVIRONMENT_KEYS, (), where)
     if not any(values.get(key) for key in (*_INSTALLS, "python")):
         raise UsageError(f"{where} needs one of {', '.join(_INSTALLS)}, python")
     installs = [key for key in (*_INSTALLS, "after_install") if values.get(key)]
@@ -195,7 +193,6 @@ def _environment(name: str, values: Mapping[str, Any], folder: Path) -> Environm
 
 
 def _cell(name: str, values: Mapping[str, Any], environments: Mapping[str, Environment]) -> Cell:
-    _check(values, _CELL_KEYS, ("environment",), f"cell {name!r}")
     where = values["environment"]
     if where not in environments:
         raise UsageError(f"cell {name!r}: no environment {where!r}{nearest(where, environments)}")
@@ -214,18 +211,6 @@ def _check_settings(settings: Mapping[str, Any], where: str) -> None:
         check_slips(settings)
     except UsageError as error:
         raise UsageError(f"{where}: settings: {error}") from None
-
-
-def _check(values: Mapping[str, Any], keys: Mapping[str, _Kind], needed: Iterable[str], where: str) -> None:
-    for key, value in values.items():
-        if key not in keys:
-            raise UsageError(f"{where} has an unknown key {key!r}{nearest(key, keys)}; known are {', '.join(keys)}")
-        words, fits = keys[key]
-        if not fits(value):
-            raise UsageError(f"{where}: {key} must be {words}, not {value!r:.80}")
-    for key in needed:
-        if key not in values:
-            raise UsageError(f"{where}: {key} is missing")
 
 
 def _check_names(kind: str, names: Iterable[str]) -> None:
