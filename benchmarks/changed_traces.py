@@ -64,17 +64,14 @@ def outliers(count: int, size: float, *, sequences: bool = False) -> Change:
     def change(trace: Trace, rng: np.random.Generator) -> Trace:
         chosen = trace.logprobs.astype(np.float64)
         if sequences:
-            hit = np.isin(sequence_of(trace), rng.choice(trace.num_sequences, min(count, trace.num_sequences), replace=False))
+            hit = np.isin(
+                trace.sequence_of_token, rng.choice(trace.num_sequences, min(count, trace.num_sequences), replace=False)
+            )
             return trace.with_(logprobs=float32(chosen + np.where(hit, rng.normal(0, size, len(chosen)), 0)))
         chosen[rng.choice(len(chosen), min(count, len(chosen)), replace=False)] += size
         return trace.with_(logprobs=float32(chosen))
 
     return change
-
-
-def sequence_of(trace: Trace) -> Any:
-    """The sequence of each token."""
-    return np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
 
 
 def shifted(by: int, *, alone: bool = False) -> Change:
@@ -222,8 +219,8 @@ def without_temperature(trace: Trace, rng: np.random.Generator) -> Trace:
 
 def stale(trace: Trace, rng: np.random.Generator) -> Trace:
     """Two versions of the weights: the first half of each sequence is of the older ones, which differ."""
-    place = np.arange(trace.num_tokens) - trace.sequence_offsets[:-1][sequence_of(trace)]
-    old = place < (np.diff(trace.sequence_offsets) // 2)[sequence_of(trace)]
+    place = np.arange(trace.num_tokens) - trace.sequence_offsets[:-1][trace.sequence_of_token]
+    old = place < (np.diff(trace.sequence_offsets) // 2)[trace.sequence_of_token]
     chosen = trace.logprobs + np.where(old, rng.normal(0, 0.3, trace.num_tokens), 0)
     return trace.with_(logprobs=float32(chosen), weight_versions=np.where(old, 0, 1).astype(np.int32), newest_version=1)
 

@@ -5,8 +5,8 @@
 Each tree reads the same cases in a process of its own: goldens against themselves, against each other, and against seeded
 changes of their traces (see `changed_traces.py`); traces and scripts of other folders; engines that record and check. A tree is
 asked by its public face alone: the package's names, `show --json` and `diff --json`. Keys, verdicts, causes, layers, gates and
-numbers must be equal, to the last bit. Sentences may differ, and are counted apart. The exit status is 1 where anything else
-differs.
+numbers must be equal, to the last bit. Sentences may differ, and findings may have new values: both are counted apart. The exit
+status is 1 where anything else differs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 import os
-import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,85 +24,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from changed_traces import CHANGES
+from verdict_cases import all_cases, goldens_below
 
 #: Keys whose texts are for people.
-SENTENCES: Final = frozenset({"headline", "text", "evidence", "shows", "lines", "message", "name", "first"})
-#: Keys of an answer whose `name` is one for programs.
-_NAMED: Final = ("fingerprint_differences", "fingerprint", "show")
+SENTENCES: Final = frozenset({"headline", "text", "evidence", "shows", "lines", "message", "name", "first", "sides"})
+#: Where a `name` is one for programs.
+_NAMED: Final = ("fingerprint_differences", "show.", "golden.show.")
 _SHOWN: Final = 3
 HERE: Final = Path(__file__).resolve().parent
 
 
 class Outcome(NamedTuple):
-    """One case in both trees: the keys that differ, apart by whether they are sentences, with both values."""
+    """One case in both trees: the keys that differ with both values; apart, new values of findings, and sentences."""
 
-    case: Mapping[str, Any]
     kind: str
     verdict: str
+    case: Mapping[str, Any]
     hard: Sequence[tuple[str, str, str]]
+    added: Sequence[tuple[str, str, str]]
     sentences: Sequence[tuple[str, str, str]]
-
-
-def goldens_below(folder: Path) -> list[str]:
-    """The goldens and traces of a checkout, as paths below it; its models' weights are none."""
-    listed = subprocess.run(["git", "ls-files", "*.safetensors"], cwd=folder, capture_output=True, text=True, check=True)
-    return sorted(path for path in listed.stdout.split() if not path.startswith("models/"))
-
-
-def options(rng: random.Random) -> dict[str, Any]:
-    """A level, an objective and a tolerance for one case."""
-    return {
-        "level": rng.choice(["rl", "rl", "noise", "bitwise"]),
-        "objective": rng.choice(["token", "sequence", "truncated", "unclipped"]),
-        "tolerance": rng.choice([None] * 6 + ["fp8", "int8", {"rms_diff": 0.2}, {"outlier": 1.0, "mean_diff": 0.1}]),
-        "bare": rng.choice([None, None, True]),
-    }
-
-
-def cases_of_pairs(goldens: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Each golden shown, and held against itself and every other one."""
-    rng = random.Random(1)
-    for golden in goldens:
-        yield {"kind": "show", "golden": golden}
-        for actual in goldens:
-            pair = {"golden": golden, "actual": actual}
-            yield {"kind": "diff", **pair, "level": rng.choice([None, "bitwise", "noise"])}
-            yield from ({"kind": kind, **pair, **options(rng)} for kind in ("check", "compare", "helpers"))
-
-
-def cases_of_changes(goldens: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Each golden against every change of its trace and some mixtures of changes, and with other settings."""
-    rng = random.Random(2)
-    for golden in goldens:
-        mixtures = [rng.sample(sorted(CHANGES), rng.choice([2, 2, 3])) for _ in range(60)]
-        for changes in [*([name] for name in CHANGES), *mixtures]:
-            told = {"golden": golden, "changes": changes, "seed": rng.randrange(10**6)}
-            trained = {
-                "scorer": rng.choice([None, None, "rollouts", "trainer"]),
-                "trainer_dtype": rng.choice(["float32", "bfloat16", "float16", "unknown"]),
-                "metrics": rng.choice([None, "trl", "verl", "openrlhf", "nemo-rl", "nemo-aligner", "pipelinerl"]),
-            }
-            kind = rng.choice(["compare", "helpers", "diff"])
-            yield {"kind": "check", **told, **options(rng)}
-            yield {"kind": kind, **told, **options(rng)}
-            yield {"kind": "trainer", **told, **options(rng), **trained}
-    for golden in goldens[::4]:
-        for setting in range(150):
-            changes = rng.choice([["noise 0.2"], ["mean 0.05"], ["the same"], ["noise 0.01"]])
-            yield {"kind": "diff", "golden": golden, "changes": changes, "seed": setting, "setting": setting}
-
-
-def all_cases(goldens: Sequence[str], more: Sequence[Path], engines: Sequence[str], every: int) -> list[dict[str, Any]]:
-    """The cases of the goldens, of further folders, and of engines."""
-    files = sorted(str(path) for folder in more for path in folder.rglob("*.safetensors"))
-    scripts = sorted(str(path) for folder in more for path in folder.rglob("*.py"))
-    return [
-        *cases_of_pairs([*goldens, *files]),
-        *list(cases_of_changes([*goldens, *files]))[::every],
-        *({"kind": "script", "golden": path} for path in scripts),
-        *({"kind": "engine", "engine": kind} for kind in engines),
-    ]
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -127,15 +67,26 @@ def is_sentence(key: str) -> bool:
     return name_of(key) in SENTENCES and not key.startswith(_NAMED)
 
 
+def is_added(key: str, old: str, new: str) -> bool:
+    """Whether a finding has a value that it had not: the JSON's schema lets keys be added, and none be removed or changed."""
+    inside = re.fullmatch(r"(.*\.)?findings\[\d+\]\.values(\..+)?", key)
+    return inside is not None and (old, new)[inside[2] is None] == "-" and (old == "{}" or inside[2] is not None)
+
+
 def outcome_of(case: Mapping[str, Any], before: Any, after: Any) -> Outcome:
-    """What differs between the answers of both trees to one case."""
+    """What differs between the answers of both trees to one case; of scripts, as far as both trees could run them."""
+    verdict = after.get("verdict") or after.get("error") or "read"
+    if case["kind"] == "script":  # one that imports what has moved ends there
+        shared = min(len(before["comparisons"]), len(after["comparisons"]))
+        ends = sorted({before["ended"], after["ended"]})
+        verdict = f"{shared} of {len(before['comparisons'])} shared, {', '.join(ends)}"
+        before, after = before["comparisons"][:shared], after["comparisons"][:shared]
     old, new = dict(flat(before)), dict(flat(after))
     differ = [(key, old.get(key, "-"), new.get(key, "-")) for key in {**old, **new} if old.get(key) != new.get(key)]
-    hard, sentences = ([row for row in differ if is_sentence(row[0]) == wanted] for wanted in (False, True))
-    kind, verdict = case["kind"], after.get("verdict") or after.get("error") or "read"
-    if "moved" in (before.get("ended"), after.get("ended")):  # a script that imports what the refactoring moved
-        kind, hard, verdict = "script of a moved module", [], "not comparable"
-    return Outcome(case, kind, verdict, hard, sentences)
+    sentences = [row for row in differ if is_sentence(row[0])]
+    added = [row for row in differ if row not in sentences and is_added(*row)]
+    hard = [row for row in differ if row not in sentences and row not in added]
+    return Outcome(case["kind"], verdict, case, hard, added, sentences)
 
 
 def kept_answers(tree: Path, cases: Sequence[Mapping[str, Any]], keep: Path | None) -> list[Any]:
@@ -176,19 +127,23 @@ def named(case: Mapping[str, Any]) -> str:
 def report(outcomes: Sequence[Outcome]) -> int:
     """Print what differs, and the counts. Gives how many cases differ other than in sentences."""
     wrong = [outcome for outcome in outcomes if outcome.hard]
-    for outcome in wrong[:40]:
-        print(f"DIFFERS: {named(outcome.case)}: {len(outcome.hard)} keys")
-        for key, old, new in outcome.hard[:_SHOWN]:
-            print(f"  {key}: {old:.160} -> {new:.160}")
+    places: dict[str, list[Outcome]] = {}
+    for outcome in wrong:
+        for place in {re.sub(r"\d+", "", key) for key, _, _ in outcome.hard}:
+            places.setdefault(place, []).append(outcome)
+    for place, found in sorted(places.items()):
+        print(f"DIFFERS in {len(found):,} cases: {place}")
+        for outcome in found[:_SHOWN]:
+            key, old, new = next(row for row in outcome.hard if re.sub(r"\d+", "", row[0]) == place)
+            print(f"  {key}: {old:.160} -> {new:.160}\n    {named(outcome.case)}")
     for (kind, verdict), count in sorted(Counter((outcome.kind, outcome.verdict) for outcome in outcomes).items()):
         print(f"  {kind:<26}{verdict:<40}{count:>7,}")
     texts = {name_of(row[0]): row for outcome in outcomes for row in outcome.sentences}
     counts = Counter(name_of(row[0]) for outcome in outcomes for row in outcome.sentences)
     for name, count in counts.most_common():
         print(f"  {count:,} other sentences under {name}, such as {texts[name][1]:.110} -> {texts[name][2]:.110}")
-    keys = Counter(key.partition("[")[0] for outcome in wrong for key, _, _ in outcome.hard)
-    if keys:
-        print("  keys that differ:", ", ".join(f"{key} {count:,}" for key, count in keys.most_common(12)))
+    fresh = Counter(name_of(key) for outcome in outcomes for key, old, _ in outcome.added if old == "-")
+    print("  new values of findings:", ", ".join(f"{name} {count:,}" for name, count in fresh.most_common()) or "none")
     in_sentences = sum(bool(outcome.sentences) for outcome in outcomes)
     print(f"{len(outcomes):,} cases: {len(wrong):,} differ; {in_sentences:,} have other sentences")
     return len(wrong)
@@ -201,7 +156,7 @@ def main() -> int:
     parser.add_argument("after", type=Path, help="the checkout that is to give the same verdicts")
     parser.add_argument("--more", type=Path, nargs="*", default=[], help="folders with further goldens, traces and scripts")
     parser.add_argument("--engine", nargs="*", default=[], help="engine kinds that record a golden and check it")
-    parser.add_argument("--every", type=int, default=1, help="take every n-th of the cases of changed traces")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th of the cases of changed traces; 0: none")
     parser.add_argument("--keep", type=Path, help="a folder: keeps the answers of each commit, and reads them again")
     given = parser.parse_args()
     trees = [given.before.resolve(), given.after.resolve()]

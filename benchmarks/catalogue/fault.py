@@ -109,7 +109,7 @@ def sequences(count: int) -> Where:
 
     def where(trace: Trace, rng: np.random.Generator) -> BoolArray:
         hit = np.isin(np.arange(trace.num_sequences), rng.permutation(trace.num_sequences)[:count])
-        return np.repeat(hit, np.diff(trace.sequence_offsets))
+        return hit[trace.sequence_of_token]
 
     return where
 
@@ -119,7 +119,7 @@ def prompts(count: int) -> Where:
 
     def where(trace: Trace, rng: np.random.Generator) -> BoolArray:
         hit = np.isin(trace.group, rng.permutation(trace.num_prompts)[:count])
-        return np.repeat(hit, np.diff(trace.sequence_offsets))
+        return hit[trace.sequence_of_token]
 
     return where
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ..golden.noise_floor import NoiseFloor
 from ..trace import Trace
 from .difference import Difference
@@ -59,7 +57,7 @@ def _beyond_floor(expected: Trace, floor: NoiseFloor, evidence: Evidence) -> Dif
             reason="beyond the noise of batch composition: every sampled batch composition was bit-identical, and this is not",
             key="still_floor",
         )
-    blocks = np.repeat(np.arange(expected.num_sequences) % floor.compositions.blocks, np.diff(expected.sequence_offsets))
+    blocks = expected.sequence_of_token % floor.compositions.blocks
     test = block_permutation_test(floor.logprobs, evidence.draw(), blocks)
     if test is None:
         return Difference(

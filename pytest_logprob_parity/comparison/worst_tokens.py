@@ -20,7 +20,8 @@ def worst_tokens(expected: Trace, actual: Trace, rows: Alignment) -> tuple[Token
     order = _furthest(expected.logprobs[rows.expected], actual.logprobs[rows.actual])
     places = np.arange(expected.num_tokens)[rows.expected][order]
     others = np.arange(actual.num_tokens)[rows.actual][order]
-    return tuple(_token_diff(expected, actual, *pair) for pair in zip(places.tolist(), others.tolist(), strict=True))
+    columns = (places, others, expected.sequence_of_token[places])
+    return tuple(_token_diff(expected, actual, *row) for row in zip(*(column.tolist() for column in columns), strict=True))
 
 
 def _furthest(expected: Any, actual: Any) -> Any:
@@ -35,9 +36,8 @@ def _furthest(expected: Any, actual: Any) -> Any:
     return order[size[order] > 0]
 
 
-def _token_diff(expected: Trace, actual: Trace, place: int, other: int) -> TokenDiff:
-    """The token that stands at `place` of `expected` and at `other` of `actual`."""
-    sequence = int(np.searchsorted(expected.sequence_offsets, place, side="right")) - 1
+def _token_diff(expected: Trace, actual: Trace, place: int, other: int, sequence: int) -> TokenDiff:
+    """The token that stands at `place` of `expected`, in its sequence `sequence`, and at `other` of `actual`."""
     token_id = int(expected.token_ids[place])
     return TokenDiff(
         sequence=sequence,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -26,9 +26,36 @@ else:
     import tomli as tomllib  # comes with pytest
 
 
-#: The shapes of a plan and of its tables, as TOML has them.
+def _repeats_fit(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0 and value != 1
+
+
 _TEXT: Final = Fits("a string that is not empty", lambda value: isinstance(value, str) and bool(value))
-_ONE_OR_MORE: Final = Fits("one or more tables", lambda value: isinstance(value, dict) and bool(value))
+_TEXTS: Final = OptionalKey([_TEXT])
+_VARIABLES: Final = OptionalKey({str: str})
+_ENVIRONMENT: Final = Closed(
+    {
+        "requirements": _TEXTS,
+        "packages": _TEXTS,
+        "resolved": _TEXTS,
+        "release": OptionalKey(_TEXT),
+        "after_install": _TEXTS,
+        "python": OptionalKey(_TEXT),
+        "variables": _VARIABLES,
+    }
+)
+#: What an environment is installed from.
+_INSTALLS: Final = ("requirements", "packages", "resolved", "release")
+_CELL: Final = Closed(
+    {
+        "environment": _TEXT,
+        "settings": OptionalKey({}),
+        "variables": _VARIABLES,
+        "cpus": OptionalKey(Number(1, whole=True)),
+        "gpus": OptionalKey(Number(0, whole=True)),
+        "minutes": OptionalKey(Fits("a number above 0", lambda value: type(value) in (int, float) and value > 0)),
+    }
+)
 _PLAN: Final = Closed(
     {
         "model": _TEXT,
@@ -36,43 +63,14 @@ _PLAN: Final = Closed(
         "dtypes": OptionalKey(Items(OneOf(DTYPES), least=1)),
         "reference": _TEXT,
         "goldens": OptionalKey(_TEXT),
-        "repeats": OptionalKey(
-            Fits(
-                "0 for no noise floor, or a whole number, 2 or more",
-                lambda value: type(value) is int and value >= 0 and value != 1,
-            )
-        ),
-        "sampling": _ONE_OR_MORE,
-        "environment": _ONE_OR_MORE,
-        "cell": _ONE_OR_MORE,
+        "repeats": OptionalKey(Fits("0 for no noise floor, or a whole number, 2 or more", _repeats_fit)),
+        "sampling": {str: {}},
+        "environment": {str: _ENVIRONMENT},
+        "cell": {str: _CELL},
     }
 )
-_ENVIRONMENT: Final = Closed(
-    {
-        "requirements": OptionalKey([_TEXT]),
-        "packages": OptionalKey([_TEXT]),
-        "resolved": OptionalKey([_TEXT]),
-        "release": OptionalKey(_TEXT),
-        "after_install": OptionalKey([_TEXT]),
-        "python": OptionalKey(_TEXT),
-        "variables": OptionalKey({str: str}),
-    }
-)
-_CELL: Final = Closed(
-    {
-        "environment": _TEXT,
-        "settings": OptionalKey(dict),
-        "variables": OptionalKey({str: str}),
-        "cpus": OptionalKey(Number(1, whole=True)),
-        "gpus": OptionalKey(Number(0, whole=True)),
-        "minutes": OptionalKey(
-            Fits("a number above 0", lambda value: isinstance(value, (int, float)) and value is not True and value > 0)
-        ),
-    }
-)
-_TABLES: Final = {"sampling": {str: dict}, "environment": {str: _ENVIRONMENT}, "cell": {str: _CELL}}
-#: What an environment is installed from.
-_INSTALLS: Final = ("requirements", "packages", "resolved", "release")
+
+
 #: Bytes of a plan, at most.
 _MOST: Final = 2**20
 
@@ -116,10 +114,11 @@ def load_plan(path: Path) -> Matrix:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"{path}: not valid TOML: {error}") from None
+    check_shape(data, _PLAN, path)
     try:
-        return _plan(data, path)
+        return _plan(data, path.absolute().parent)
     except UsageError as error:
-        raise UsageError(error.reason_beside(path), path) from None
+        raise UsageError(f"{path}: {error}") from None
 
 
 def slug(name: str) -> str:
@@ -127,12 +126,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
 
 
-def _plan(data: dict[str, Any], path: Path) -> Matrix:
-    check_shape(data, _PLAN, path)
+def _plan(data: dict[str, Any], folder: Path) -> Matrix:
     _check_names("sampling", data["sampling"])
     _check_names("cell", data["cell"])
-    check_shape(data, _TABLES, path)
-    folder = path.absolute().parent
     environments = {name: _environment(name, values, folder) for name, values in data["environment"].items()}
     cells = tuple(_cell(name, values, environments) for name, values in data["cell"].items())
     reference = data["reference"]
@@ -213,8 +209,10 @@ def _check_settings(settings: Mapping[str, Any], where: str) -> None:
         raise UsageError(f"{where}: settings: {error}") from None
 
 
-def _check_names(kind: str, names: Iterable[str]) -> None:
-    """Raise UsageError where two names would give the same file names."""
+def _check_names(kind: str, names: Collection[str]) -> None:
+    """Raise UsageError where there is no name, and where two names would give the same file names."""
+    if not names:
+        raise UsageError(f"{kind}: the plan needs one or more")
     taken: dict[str, str] = {}
     for name in names:
         if not slug(name):

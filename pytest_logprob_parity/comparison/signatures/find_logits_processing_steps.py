@@ -120,7 +120,7 @@ def _temperature_step(scale: Scale, positions: Positions) -> ProcessingStep:
             on_expected=now > expected_temperature,
             recorded=False,
         )
-    recorded = sampling.temperature if not sampling.greedy else 1.0
+    recorded = sampling.applied_temperature
     name = f"temperature {recorded:g}"
     if recorded != 1 and scale.is_(recorded):
         how = fitted.format(f"{scale.slope:.4f}", scale.error)
