@@ -10,7 +10,7 @@ import pytest
 
 from ..errors import UsageError
 from ..spec.settings import make_spec
-from .golden_trace import GoldenTrace
+from .golden_checks import GoldenTrace
 from .stash import ITEM, SESSION, pool_of, progress_shown
 
 if TYPE_CHECKING:
