@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from _pytest.pytester import SysModulesSnapshot
 
+from pytest_logprob_parity.engines.wait_policy import let_threads_sleep
 from pytest_logprob_parity.plugin import options
 from pytest_logprob_parity.plugin.stash import POOL, pool_of
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent
 MODEL = str(ROOT / "models" / "tiny-arith")
 
 pytest_plugins = ["pytester"]
+let_threads_sleep()  # before test modules import torch: two workers' threads that spin take each other's cores
 sys.path.insert(0, str(ROOT / "models"))
 
 

@@ -16,7 +16,7 @@ from pytest_logprob_parity import plugin
 from pytest_logprob_parity.cli import make_parser, verbs_of
 from pytest_logprob_parity.comparison import tolerance
 from pytest_logprob_parity.comparison.objectives import OBJECTIVES
-from pytest_logprob_parity.plugin.fixtures import GoldenTrace
+from pytest_logprob_parity.plugin.fixtures import FIXTURES, GoldenTrace
 from pytest_logprob_parity.spec import PROFILES, RL_ON_CPU
 
 _MARK: Final = re.compile(r"^<!-- generated: (\w+)(.*?) -->$", re.MULTILINE | re.DOTALL)
@@ -69,7 +69,7 @@ def ini_keys() -> Iterator[str]:
 
 def fixtures() -> Iterator[str]:
     """The fixtures with their docstrings."""
-    for name in plugin.__all__:
+    for name in FIXTURES:
         definition = getattr(plugin, name)
         function = getattr(definition, "__wrapped__", None) or definition._get_wrapped_function()
         marker = getattr(definition, "_fixture_function_marker", None)

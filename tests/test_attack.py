@@ -193,7 +193,7 @@ CANDIDATES = {
     "limits of 1e9": ({"tolerance": {"k3": 1e9, "mean_diff": 1e9}}, "limit k3: 1e+09"),
     "one limit": ({"tolerance": {"outlier": 100.0}}, "limit outlier: 100"),
     "an infinite limit": ({"tolerance": {"outlier": float("inf")}}, "limit outlier: inf"),
-    "a limit that is no number": ({"tolerance": {"outlier": float("nan")}}, "limits are numbers"),
+    "a limit that is no number": ({"tolerance": {"outlier": float("nan")}}, "outlier is NaN, expected a number, 0 or more"),
     "no fingerprint": ({"fingerprint": {}}, "does not say which engine made it"),
     "half a fingerprint": ({"fingerprint": {k: v for k, v in PRINTS.items() if k != "config"}}, "of another engine"),
     "another engine": ({"fingerprint": {**PRINTS, "engine": {"kind": "vllm", "version": "9"}}}, "of another engine"),
@@ -259,7 +259,7 @@ HELD = {
     "a reference where none was": ({"reference": None}, {}, "it has a reference, whose errors are excused"),
     "another mode": ({}, {"trace": MOVED.with_(logprobs_mode="raw_logprobs")}, "logprobs_mode 'raw_logprobs' in place of"),
     "other offsets of the prompts": ({}, {"trace": MOVED.with_(group=MOVED.group[::-1].copy())}, "incomparable"),
-    "limits below 0": ({}, {"tolerance": {"k3": -1.0}}, "limits are numbers"),
+    "limits below 0": ({}, {"tolerance": {"k3": -1.0}}, "tolerance.k3 is -1.0, expected a number, 0 or more"),
     "limits of another name": ({}, {"tolerance": {"zzz": 1.0}}, "zzz"),
     "above 0": ({}, {"trace": moved(TRACE, 9.0), "floor": None, "reference": None}, "above 0"),
 }  # fmt: skip

@@ -155,8 +155,8 @@ def test_every_chart_has_its_axes_its_units_and_says_in_words_what_they_span():
         assert chart.description.startswith(chart.caption)
         assert re.search(r"x axis: .+, .+ to .+\. y axis: .+, .+ to .+\.$", chart.description)
     labels = {chart.key.removeprefix("c0-"): (chart.x_label, chart.y_label) for chart in charts}
-    assert labels["scatter"] == ("logprob in the golden (nats)", "logprob now (nats)")
-    assert labels["histogram"] == ("d = now − golden (nats)", "tokens (log)")
+    assert labels["scatter"] == ("logprob in the golden (nats)", "logprob in this run (nats)")
+    assert labels["histogram"] == ("d = this run − golden (nats)", "tokens (log)")
     assert labels["by_position"] == ("position in the completion", "|d| (nats, log)")
     assert labels["history"] == ("run", "k3 (nats)")
 

@@ -14,12 +14,13 @@ from docs_story import Story, blocks_of, masked
 
 import pytest_logprob_parity
 from conftest import MODEL, ROOT
-from pytest_logprob_parity import EngineSpec, Golden, Tolerance, plugin
+from pytest_logprob_parity import EngineSpec, Golden, Tolerance
 from pytest_logprob_parity.cli import make_parser, verbs_of
 from pytest_logprob_parity.comparison.objectives import OBJECTIVES
 from pytest_logprob_parity.comparison.result import CAUSES
 from pytest_logprob_parity.comparison.tolerance import LIMITS
-from pytest_logprob_parity.plugin.fixtures import GoldenTrace
+from pytest_logprob_parity.plugin.fixtures import FIXTURES
+from pytest_logprob_parity.plugin.golden_checks import GoldenTrace
 from pytest_logprob_parity.spec import PROFILES
 from pytest_logprob_parity.trace import COLUMNS
 
@@ -201,7 +202,7 @@ def test_every_marker_keyword_fixture_and_profile_is_in_the_reference(reference)
     page = reference["pytest"]
     assert set(EngineSpec.field_names()) <= rows(page)
     assert set(PROFILES) <= rows(page)
-    for name in plugin.__all__:
+    for name in FIXTURES:
         assert re.search(rf"^`{name}` \(\w+ scope\)\n: \w", page, re.MULTILINE), name
     assert set(inspect.signature(GoldenTrace.check).parameters) - {"self"} <= rows(page)
 
@@ -283,7 +284,7 @@ def test_every_limit_metric_and_cause_is_in_the_reference(reference):
 
 def test_pages_name_options_and_keys_that_exist(pytestconfig):
     options = set(from_code.Registered().options)
-    keys = set(from_code.Registered().ini) | set(plugin.__all__)
+    keys = set(from_code.Registered().ini) | set(FIXTURES)
     for page in PAGES:
         text = page.read_text()
         assert set(re.findall(r"--parity-[a-z-]+", text)) <= options, page.name

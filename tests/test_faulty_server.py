@@ -429,7 +429,7 @@ def test_a_key_that_cannot_be_sent_is_not_printed(backends, monkeypatch):
 
 @pytest.mark.parametrize("vocabulary", [True, 0, -3, 1.5, "384"])
 def test_a_vocabulary_that_is_none(backends, vocabulary):
-    with pytest.raises(EngineError, match=r"vocabulary must be a whole number above 0, not "):
+    with pytest.raises(EngineError, match=r"vocabulary is .*, expected a whole number, 1 or more; "):
         backends("decode", says(), about={"vocabulary": vocabulary})
 
 

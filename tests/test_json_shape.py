@@ -84,8 +84,8 @@ def test_what_does_not_fit_is_told_by_place_key_actual_and_expected(value, shape
 
 def test_the_error_is_the_callers_and_says_what_to_do():
     assert (
-        told(3, str, key="cell.new", advice="see docs/matrix.md")
-        == "plan.toml: cell.new is 3, expected a string; see docs/matrix.md"
+        told(3, str, key="cell.new", advice="see docs/how-to/diagnosis.md")
+        == "plan.toml: cell.new is 3, expected a string; see docs/how-to/diagnosis.md"
     )
     with pytest.raises(EngineError, match=r"the server\'s answer: choices\[0\].text is missing, expected a string"):
         check_shape({"choices": [{}]}, {"choices": [{"text": str}]}, "the server's answer", error=EngineError, key="")

@@ -124,7 +124,10 @@ def test_hovering_over_a_token_shows_both_sides(page):
     page.hover(".tokens span.l4")
     tip = page.run("tip.innerText")
     assert page.run("tip.checkVisibility()") is True
-    assert all(word in tip for word in ("golden", "now", "logprob", "probability", "rank", "golden's top", "top now", "ratio"))
+    assert all(
+        word in tip
+        for word in ("golden", "this run", "logprob", "probability", "rank", "golden's top", "this run's top", "ratio")
+    )
     token = page.run("(t => [t.closest('.tokens').dataset.sequence, t.dataset.i])(document.querySelector('.tokens span.l4'))")
     sequence, i = (int(n) for n in token)
     shown = page.run(f"(s => [s.golden[{i}], s.now[{i}], s.diff[{i}]])(dataOf(checks[0]).sequences[{sequence}])")

@@ -24,7 +24,7 @@ _LEAST: Final = 8
 #: Sequences that go through the model together, and logits [rows, vocabulary] in memory at once.
 _BATCH, _ROWS = 16, 512
 #: Seconds that a pass may take whatever generating took: a small golden is covered whole, and comes out the same each time.
-_FREE: Final = 2.0
+_FREE: Final = 5.0
 #: A batch may take so many times as long as the slowest before it.
 _ROOM: Final = 1.1
 #: Attention by the book, with soft caps and windows, up to this many tokens; beyond, the whole matrix would not fit.

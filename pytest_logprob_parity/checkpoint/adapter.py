@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..errors import UsageError
+from ..json_shape import Fits, OptionalKey, OrNull, check_shape
 from ..safetensors_header import header_json, tensors_begin
 from ..spec import DTYPES
 from ..suggest import nearest
@@ -26,6 +27,16 @@ CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 
 _TENSOR: Final = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
+_POSITIVE: Final = Fits(
+    "a finite number above 0", lambda value: type(value) in (int, float) and 0 < value <= sys.float_info.max
+)
+#: The shape of what says by how much an adapter changes each module.
+_SHAPE: Final = {
+    "r": Fits("a whole number above 0", lambda value: _POSITIVE.test(value) and value == int(value)),
+    "lora_alpha": _POSITIVE,
+    "rank_pattern": OptionalKey(OrNull({str: _POSITIVE})),
+    "alpha_pattern": OptionalKey(OrNull({str: _POSITIVE})),
+}
 #: What changes more than W + scale B A, and the values under which it does not.
 _PLAIN: Final[Mapping[str, tuple[Any, ...]]] = {
     "peft_type": ("LORA",), "fan_in_fan_out": (False,), "trainable_token_indices": (None, []),
@@ -155,21 +166,15 @@ def _config(folder: Path) -> Mapping[str, Any]:
     if not folder.is_dir():
         raise UsageError(f"adapter {folder}: there is no such folder")
     try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text("utf-8"))
     except FileNotFoundError:
         raise UsageError(f"adapter {folder}: has no {CONFIG}, so it is no folder as PEFT writes it") from None
     except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise UsageError(f"adapter {folder}: {CONFIG} is no JSON object: half-written, or damaged")
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if not _is_positive(value):
-            raise UsageError(f"adapter {folder}: {CONFIG} has {name}={value!r}: a number above 0 is needed")
-    if config["r"] != int(config["r"]):
-        raise UsageError(f"adapter {folder}: {CONFIG} has r={config['r']!r}: a rank is a whole number")
+        raise UsageError(f"adapter {folder}: {CONFIG} is no JSON object: half-written, or damaged") from None
+    check_shape(config, _SHAPE, f"adapter {folder}: {CONFIG}")
     for pattern in ("rank_pattern", "alpha_pattern"):
-        _check_pattern(folder, pattern, config.get(pattern) or {})
+        for key in config.get(pattern) or {}:
+            _check_pattern(folder, pattern, key)
     for name, plain in _PLAIN.items():
         if config.get(name, plain[0]) not in plain:
             raise UsageError(f"adapter {folder}: {name}={config[name]!r} is not supported: a plain LoRA has {plain[0]!r}")
@@ -179,17 +184,15 @@ def _config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def _is_positive(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and value > 0
-
-
-def _check_pattern(folder: Path, name: str, pattern: Any) -> None:
-    """Raise UsageError for a rank_pattern or alpha_pattern that does not say a number for names."""
-    whole = isinstance(pattern, dict) and all(_is_positive(value) for value in pattern.values())
-    with contextlib.suppress(re.error):
-        if whole and all(re.compile(key) for key in pattern):
-            return
-    raise UsageError(f"adapter {folder}: {CONFIG} has {name}={pattern!r}: numbers above 0 by module names are needed")
+def _check_pattern(folder: Path, name: str, key: str) -> None:
+    """Raise UsageError for a key of a rank_pattern or alpha_pattern that is no regular expression."""
+    try:
+        re.compile(key)
+    except re.error as error:
+        raise UsageError(
+            f"adapter {folder}: {CONFIG}: {name} has the key {key!r:.80}, expected a regular expression of module names "
+            f"({error})"
+        ) from None
 
 
 def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:

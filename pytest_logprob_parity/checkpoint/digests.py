@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from ..bounded import check_depth, read_text
 from ..errors import UsageError
+from ..json_shape import check_shape
 from ..safetensors_header import header_json, read_head
 
 #: Parts of config.json that say how a checkpoint was written, not what it computes.
@@ -101,12 +102,11 @@ def model_digests(model: Path, tokenizer: Path) -> Mapping[str, str]:
 def _table(file: Path) -> dict[str, Any]:
     """The object in a JSON file of a model folder. Raises UsageError, in one line, for anything else."""
     try:
-        found = json.loads(read_text(file, _MOST_JSON))
+        found: dict[str, Any] = json.loads(read_text(file, _MOST_JSON))
         check_depth(found)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file}: cannot be read as JSON: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{file}: holds {type(found).__name__}, a JSON object is expected")
+    check_shape(found, dict, file)
     return found
 
 
@@ -129,4 +129,4 @@ def _chat_template(tokenizer: Path) -> Any:
     if file.is_file():
         return file.read_text("utf-8")
     config = tokenizer / "tokenizer_config.json"
-    return json.loads(config.read_text("utf-8")).get("chat_template") if config.is_file() else None
+    return _table(config).get("chat_template") if config.is_file() else None

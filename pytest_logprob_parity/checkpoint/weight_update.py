@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import UsageError
+from ..json_shape import OptionalKey, check_shape
 from ..suggest import nearest
 
 #: What becomes of requests that run: they go on with the new weights, are waited for, or end where they are. `v0` is what
@@ -180,10 +181,11 @@ def _files(folder: Path, what: str) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted({str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError):
+            content = json.loads(index.read_text("utf-8"))
+        except ValueError:
             raise UsageError(f"{what}: {index} is no index: half-written, or damaged") from None
-        files = [folder / name for name in names]
+        check_shape(content, {"weight_map": {str: str}}, f"{what}: {index}", advice="half-written, or damaged")
+        files = [folder / name for name in sorted(set(content["weight_map"].values()))]
         for file in files:
             if not file.is_file():
                 raise UsageError(f"{what}: {folder} lacks {file.name}, which its index names: half-written")
@@ -230,13 +232,12 @@ def read_config(model: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint. Raises UsageError, in one line, where it is missing, half-written or damaged."""
     file = model / "config.json"
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config: dict[str, Any] = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{model} has no config.json: half-written, or no checkpoint") from None
     except ValueError:
-        config = None
-    if not isinstance(config, dict) or not isinstance(config.get("text_config", {}), dict):
-        raise UsageError(f"{file} is no JSON object: half-written, or damaged")
+        raise UsageError(f"{file} is no JSON object: half-written, or damaged") from None
+    check_shape(config, {"text_config": OptionalKey(dict)}, file, advice="half-written, or damaged")
     return config
 
 

@@ -134,7 +134,7 @@ def _numbers(comparison: Comparison) -> list[str]:
 
 
 def _table(comparison: Comparison) -> list[str]:
-    """What decides, a line each: from golden to now, and, where there is a reference, how far both are from it."""
+    """What decides, a line each: from the golden to this run, and, where there is a reference, how far both are from it."""
     gates, sides = comparison.gates, comparison.sides
     lines = [f"  {f'{sides[0]} to {sides[1]}':<44}{'measured':>10}{'from':>10}{'to':>10}{'limit':>10}"]
     for gate in gates:

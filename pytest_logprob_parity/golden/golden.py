@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ..errors import GoldenError, UsageError
 from ..grammar import counted
+from ..json_shape import COUNT, Closed, Number, OptionalKey, OrNull, check_shape
 from ..trace import Trace, file_format
 from ..trace.batch_composition import BatchCompositions
 from ..visible_text import visible_line
@@ -22,6 +23,32 @@ from .reference import Reference
 _FLOOR: Final = "floor_logprobs"
 #: The column of the reference: float32 [tokens].
 _REFERENCE: Final = "reference_logprobs"
+#: The shape of what a golden's file holds beside its columns. Files of older versions lack some keys.
+_HEADER: Final = Closed(
+    {
+        "prompts_digest": str,
+        "node_id": str,
+        "name": str,
+        "fingerprint": {part: OptionalKey(dict) for part in ("engine", "hardware", "config", "libraries")},
+        "tolerance": OptionalKey({str: Number(0)}),
+        "floor": OptionalKey(
+            OrNull(
+                {
+                    "shapes": Closed(
+                        {
+                            "batch_sizes": OptionalKey([COUNT]),
+                            "weights": OptionalKey([Number(0)]),
+                            "alone": OptionalKey(Number(0, 1)),
+                            **{name: OptionalKey(COUNT) for name in ("fillers", "blocks", "seed")},
+                        }
+                    ),
+                    "reproduces": bool,
+                }
+            )
+        ),
+        "reference": OptionalKey(OrNull({"source": str, "sequences": COUNT})),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +124,9 @@ class Golden:
         if "golden" not in metadata:
             return cls(trace, digest=metadata["digest"])
         try:
-            golden = _golden_of(trace, dict(metadata["golden"]), repeats, column)
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, UsageError) as error:
-            raise file_format.damaged(path, f"its golden header does not hold what it should ({error})") from None
+            golden = _golden_of(trace, metadata["golden"], repeats, column)
+        except UsageError as error:
+            raise file_format.damaged(path, f"its golden header does not hold what it should ({error.reason})") from None
         return replace(golden, digest=metadata["digest"])
 
     @property
@@ -108,29 +135,24 @@ class Golden:
         return "experts" in self.fingerprint if self.fingerprint else None
 
 
-def _golden_of(trace: Trace, header: dict[str, Any], repeats: Any, column: Any) -> Golden:
+def _golden_of(trace: Trace, header: Any, repeats: Any, column: Any) -> Golden:
     """A golden from the metadata of its file, with the columns of its noise floor and its reference, or None for these.
 
-    Raises KeyError, TypeError, ValueError, AttributeError and UsageError for metadata that is not a golden's.
+    Raises UsageError for metadata that is not a golden's.
     """
-    texts = {name: header.pop(name) for name in ("prompts_digest", "node_id", "name")}
-    fingerprint, tolerance = header.pop("fingerprint"), header.pop("tolerance", {})
-    floor, reference = header.pop("floor", None), header.pop("reference", None)
-    parts = [fingerprint, tolerance, *(fingerprint.get(part, {}) for part in ("engine", "hardware", "config", "libraries"))]
-    if header or not all(isinstance(text, str) for text in texts.values()):
-        raise ValueError(f"unknown: {', '.join(header)}" if header else "texts that are none")
-    come_together = (floor is None) == (repeats is None) and (reference is None) == (column is None)
-    if not come_together or not all(isinstance(part, Mapping) for part in parts):
-        raise ValueError("parts are missing")
-    if any(type(limit) not in (int, float) or not limit >= 0 for limit in tolerance.values()):
-        raise ValueError(f"limits are numbers, 0 or more, not {list(tolerance.values())!r:.60}")
+    check_shape(header, _HEADER, "its golden header")
+    floor, reference = header.get("floor"), header.get("reference")
+    if (floor is None) != (repeats is None) or (reference is None) != (column is None):
+        raise UsageError("parts are missing: its noise floor and its reference have a column and an entry in the header each")
     return Golden(
         trace,
-        fingerprint=fingerprint,
-        **texts,
+        fingerprint=header["fingerprint"],
+        prompts_digest=header["prompts_digest"],
+        node_id=header["node_id"],
+        name=header["name"],
         floor=None if floor is None else _floor_from_json(floor, repeats, trace),
         reference=None if reference is None else _reference_from_json(reference, column, trace),
-        tolerance={name: float(limit) for name, limit in tolerance.items()},
+        tolerance={name: float(limit) for name, limit in header.get("tolerance", {}).items()},
     )
 
 
@@ -140,19 +162,19 @@ def _floor_to_json(floor: NoiseFloor) -> dict[str, Any]:
 
 
 def _floor_from_json(value: Mapping[str, Any], repeats: npt.NDArray[np.float32], trace: Trace) -> NoiseFloor:
-    """The inverse of `_floor_to_json`. Raises ValueError for repeats that are not of the tokens of `trace`."""
+    """The inverse of `_floor_to_json`. Raises UsageError for repeats that are not of the tokens of `trace`."""
     if repeats.shape[1:] != (trace.num_tokens,):
-        raise ValueError(f"its noise floor is {list(repeats.shape)}, its tokens are {trace.num_tokens}")
+        raise UsageError(f"its noise floor is {list(repeats.shape)}, its tokens are {trace.num_tokens}")
     compared = repeats[:, trace.mask]
     if not (np.isfinite(compared) | np.isneginf(compared)).all():
-        raise ValueError("its noise floor contains NaN or +inf")
-    return NoiseFloor(repeats, BatchCompositions.from_json(value["shapes"]), bool(value["reproduces"]))
+        raise UsageError("its noise floor contains NaN or +inf")
+    return NoiseFloor(repeats, BatchCompositions.from_json(value["shapes"]), value["reproduces"])
 
 
 def _reference_from_json(value: Mapping[str, Any], column: npt.NDArray[np.float32], trace: Trace) -> Reference:
-    """The reference of a golden. Raises ValueError for a column that is not of the tokens of `trace`."""
+    """The reference of a golden. Raises UsageError for a column that is not of the tokens of `trace`."""
     if column.shape != (trace.num_tokens,):
-        raise ValueError(f"its reference is {list(column.shape)}, its tokens are {trace.num_tokens}")
+        raise UsageError(f"its reference is {list(column.shape)}, its tokens are {trace.num_tokens}")
     return Reference.from_json(column, value)
 
 

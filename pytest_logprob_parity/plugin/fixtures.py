@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from ..errors import UsageError
 from ..spec.settings import make_spec
-from .golden_trace import GoldenTrace
+from .golden_checks import GoldenTrace
 from .stash import ITEM, SESSION, pool_of, progress_shown
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..engines.pool import Pool
     from ..spec import EngineSpec
     from ..trainer.transformers_scorer import TransformersScorer
+
+#: Their names. What a fixture of ours raises is told from any other exception.
+FIXTURES: Final = ("golden_trace", "parity_engine", "parity_engine_factory", "parity_engines", "trainer_scorer")
 
 
 @pytest.fixture(scope="session")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any, Final
+from typing import Any
 
 import pytest
 
 from ..errors import ParityError
+from .fixtures import FIXTURES
 from .records import Records
 from .stash import ASKED, ENDED, ITEM, MARKER, NODE_ID, ORIGIN, RAISED, SESSION, TALLIED
 from .summary import one_line
 from .unchecked import comparisons_made, look_at_the_end
-
-#: Our fixtures: what comes out of them is told from any other exception.
-_FIXTURES: Final = ("golden_trace", "parity_engine", "parity_engine_factory", "parity_engines", "trainer_scorer")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -33,7 +31,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, 
     try:
         return (yield)
     except Exception as error:
-        if fixturedef.argname in _FIXTURES:
+        if fixturedef.argname in FIXTURES:
             setattr(error, ORIGIN, RAISED)
         raise
 

@@ -82,12 +82,12 @@ def _scatter(data: Mapping[str, Any], key: str) -> Chart:
     tokens = "1 token" if most == 1 else f"1 to {most:,} tokens"
     return Chart(
         key=key,
-        title="Logprobs, golden against now",
+        title="Logprobs, golden against this run",
         caption="The stronger the colour of a cell, the more tokens it holds. Crosses: the tokens with the greatest |d|. On the"
         " dashed line nothing changed. What is beyond an axis lies at its end.",
         axes=axes,
         x_label="logprob in the golden (nats)",
-        y_label="logprob now (nats)",
+        y_label="logprob in this run (nats)",
         marks=marks,
         legend=_legend(("cell s1", "area", ""), ("cell s5", "area", tokens), ("bad line", "cross", "greatest |d|"),
                        ("ink dashed", "line", "no change")),
@@ -105,11 +105,11 @@ def _histogram(data: Mapping[str, Any], key: str) -> Chart:
         title="Differences",
         caption=f"How many tokens have which d. The outermost bins also hold the tokens beyond them.{noise}",
         axes=axes,
-        x_label="d = now − golden (nats)",
+        x_label="d = this run − golden (nats)",
         y_label="tokens (log)",
         marks=marks,
         legend=_legend(
-            ("now line", "line", "now − golden"), *([("noise area", "area", "noise floor")] if floor is not None else [])
+            ("now line", "line", "this run − golden"), *([("noise area", "area", "noise floor")] if floor is not None else [])
         ),
     )
 

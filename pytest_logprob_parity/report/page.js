@@ -1,3 +1,4 @@
+// One file: it is copied into the page whole, and shares its few helpers.
 "use strict";
 const $ = (selector, from = document) => from.querySelector(selector);
 const $$ = (selector, from = document) => [...from.querySelectorAll(selector)];
@@ -140,14 +141,14 @@ function describe(token) {
   if (state) content.push(make("div", { masked: "written by the environment: never compared", "not compared": "the other side has no such token here",
     "no number": "NaN or +inf", excluded: "truncation excludes it on one side" }[state] ?? state, "dim"));
   const numbers = make("table");
-  numbers.append(row(make("th"), make("th", "golden"), make("th", "now")));
+  numbers.append(row(make("th"), make("th", "golden"), make("th", "this run")));
   numbers.append(row("logprob", nats(s.golden[i]), nats(s.now[i])), row("probability", percent(s.golden[i]), percent(s.now[i])));
   numbers.append(row("rank", s.golden_ranks[i] || "?", s.now_ranks[i] || "?"));
   if (s.diff[i] !== null) numbers.append(row("d", nats(s.diff[i]), `ratio ${Math.exp(s.diff[i]).toFixed(4)}`));
   content.push(numbers);
   if (s.golden_top[i].length || s.now_top[i].length) {
     const top = make("table"), line = make("tr");
-    top.append(row(make("th", "golden's top"), make("th", "top now")));
+    top.append(row(make("th", "golden's top"), make("th", "this run's top")));
     for (const values of [s.golden_top[i], s.now_top[i]]) { const cell = make("td"); cell.append(side(values, texts, id)); line.append(cell); }
     top.append(line);
     content.push(top);

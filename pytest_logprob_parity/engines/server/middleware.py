@@ -16,6 +16,7 @@ from typing import Any, Final
 from ... import machine
 from ...checkpoint import digests
 from ...errors import EngineError, UsageError
+from ...json_shape import OptionalKey, check_shape
 from ...reasons import reason_of
 from ...spec import PROFILES
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
@@ -29,6 +30,9 @@ from .readback import EXTENSION, ROUTE
 ASKED_VARIABLE: Final = "LOGPROB_PARITY_ASKED"
 #: The largest body of a question about the configuration, in bytes.
 _LARGEST: Final = 1_000_000
+#: The shape of such a body, and what its error says to do.
+_QUESTION: Final = {"asked": dict, "name": OptionalKey(str)}
+_EXAMPLE: Final = 'send JSON such as {"asked": {"seed": 0}}'
 #: A longer value of the configuration, in characters of JSON, is told as a text of the second length.
 _LONGEST_VALUE: Final = 20_000
 _CUT: Final = 200
@@ -99,17 +103,17 @@ async def _tell(server: StartedServer, scope: Any, receive: Any) -> dict[str, An
     if scope["method"] != "POST":
         raise RefusedError(405, f"{scope['method']} is not supported; GET, or POST what is asked for")
     try:
-        told = json.loads(await read_body(receive, scope, _LARGEST))
-        asked, name = told["asked"], told.get("name", "")
-        if not isinstance(asked, Mapping) or not isinstance(name, str):
-            raise TypeError
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise RefusedError(400, 'the body is JSON such as {"asked": {"seed": 0}}') from None
-    for setting in asked:
+        question = json.loads(await read_body(receive, scope, _LARGEST))
+        check_shape(question, _QUESTION, "the body", advice=_EXAMPLE)
+    except (ValueError, RecursionError):
+        raise RefusedError(400, f"the body is not JSON; {_EXAMPLE}") from None
+    except UsageError as error:
+        raise RefusedError(400, str(error)) from None
+    for setting in question["asked"]:
         if setting not in tellable():
             why = "is secret" if is_secret(setting) else "is no engine argument of this server's vLLM"
             raise RefusedError(400, f"{setting[:80]!r} {why}: it is told to nobody")
-    return await server.tell(asked, name=name[:200])
+    return await server.tell(question["asked"], name=question.get("name", "")[:200])
 
 
 def tellable() -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from ..._version import __version__
 from ...errors import EngineError, UsageError
+from ...json_shape import Number, OptionalKey, OrNull, Shape, check_shape
 from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret
 from ...spec.server_settings import ServerSettings
@@ -27,23 +28,19 @@ MIDDLEWARE: Final = "pytest_logprob_parity.engines.server.middleware.ParityMiddl
 
 #: What vLLM's development mode tells, but in other words than its own objects do.
 _TOLD_OTHERWISE: Final = ("attention_backend", "compilation_mode", "cudagraph_mode")
-#: What our route tells, and what it must be for this version of the client; hardware and libraries
-#: may be missing.
-_TOLD: Final[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
-    "version": ("a text", lambda v: isinstance(v, str)),
-    "cpu": ("true or false", lambda v: isinstance(v, bool)),
-    "served": ("a text", lambda v: isinstance(v, str)),
-    "model": ("a table with the model's name", lambda v: isinstance(v, Mapping) and isinstance(v.get("name"), str)),
-    "values": (
-        "a table with a whole max_model_len",
-        lambda v: isinstance(v, Mapping) and _is_whole_or_null(v.get("max_model_len")),
-    ),
-    "forcing": ("a text", lambda v: isinstance(v, str)),
-    "unverified": ("a list of texts", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)),
-    "refused": ("a text", lambda v: isinstance(v, str)),
-    "hardware": ("a table", lambda v: v is None or isinstance(v, Mapping)),
-    "libraries": ("a table", lambda v: v is None or isinstance(v, Mapping)),
-    "vocabulary": ("a whole number above 0", lambda v: v is None or (_is_whole_or_null(v) and v > 0)),
+#: The shape of what our route tells to this version of the client.
+_TOLD: Final[Mapping[str, Shape]] = {
+    "version": str,
+    "cpu": bool,
+    "served": str,
+    "model": {"name": str},
+    "values": {"max_model_len": OptionalKey(OrNull(int))},
+    "forcing": str,
+    "unverified": [str],
+    "refused": str,
+    "hardware": OptionalKey(OrNull(dict)),
+    "libraries": OptionalKey(OrNull(dict)),
+    "vocabulary": OptionalKey(OrNull(Number(1, whole=True))),
 }
 #: Logprobs of one position at T=1 and T=2 that are further apart than this (nats) are processed ones.
 _MOVED: Final = 1e-3
@@ -99,24 +96,18 @@ def _pins(spec: EngineSpec, *, cpu: bool) -> dict[str, Any]:
     return dict(spec.claims()) if spec.profile == "own" else spec.pins(cpu=cpu)
 
 
-def _is_whole_or_null(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
-
-
 def _checked(client: Client, told: Any, names: Iterable[str]) -> Mapping[str, Any]:
     """What our route told, where it is as this version writes it. Raises EngineError naming what is not."""
-    about: Mapping[str, Any] = told if isinstance(told, Mapping) else {}
-    for name in names:
-        words, fits = _TOLD[name]
-        value = about.get(name)
-        if not fits(value):
-            got = f"not {shown(value):.80}" if name in about else "and is missing"
-            version = about.get("logprob_parity", "of unknown version")
-            there = version[:40] if isinstance(version, str) else shown(version)[:40]
-            raise EngineError(
-                f"the server at {client.url} tells something else at {ROUTE} than is read here: {name} must be {words}, {got}; "
-                f"pytest-logprob-parity is {there} there, {__version__} here: install the same version on both sides"
-            )
+    version = told.get("logprob_parity", "of unknown version") if isinstance(told, Mapping) else "of unknown version"
+    there = version[:40] if isinstance(version, str) else shown(version)[:40]
+    check_shape(
+        told,
+        {name: _TOLD[name] for name in names},
+        f"the server at {client.url} tells something else at {ROUTE} than is read here",
+        error=EngineError,
+        advice=f"pytest-logprob-parity is {there} there, {__version__} here: install the same version on both sides",
+    )
+    about: Mapping[str, Any] = told
     return about
 
 
