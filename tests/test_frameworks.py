@@ -531,7 +531,7 @@ def test_jagged_rows_of_verl_are_read_with_the_trainers_column(rollouts):
     for column, line in (
         (nested([np.exp(row) for row in logprobs]), "are these probabilities?"),
         (nested([row[:-1] for row in logprobs]), "entries, responses have"),
-        (torch.zeros(len(bounds), 3), "padded beside jagged responses"),
+        (torch.zeros(len(bounds), 3), "is padded and the responses are jagged"),
     ):
         with pytest.raises(UsageError, match=line):
             read({**batch, "old_log_probs": column})
@@ -568,7 +568,7 @@ def test_jagged_rows_that_verl_padded_are_read(rollouts, padding):
         assert held.trainer_logprobs == pytest.approx(rollouts.logprobs - 0.001, abs=1e-6)
         assert held.trainer_entropies == pytest.approx(-rollouts.logprobs)
     if padding:
-        with pytest.raises(UsageError, match=rf"prompts of row \d+ end in \d+ times token {padding}, .*give the tokenizer"):
+        with pytest.raises(UsageError, match=rf"prompts of row \d+ end with \d+ times token {padding}, .*give the tokenizer"):
             read(padded)
 
 
