@@ -94,7 +94,7 @@ def test_a_stale_copy_of_the_head_is_seen_against_a_fresh_engine_and_not_by_chec
 
 
 def heads_told(comparison):
-    return [note for note in comparison.notes if note.startswith("head precision")]
+    return [note for note in comparison.notes if note.key == "head_precision"]
 
 
 def test_updates_of_a_tied_model_with_its_head_and_without(pool, tied, questions):
