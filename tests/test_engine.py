@@ -549,3 +549,15 @@ def _check_none_is_left(mark):
             return
         time.sleep(0.1)
     raise AssertionError(left)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_an_engine_whose_process_lost_its_groups_starts_anew(pool):
+    """As after the end of somebody else's LLM in this process, which takes vLLM's parallel groups with it."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    engine = pool.engine(EngineSpec(MODEL, dtype="float32", max_num_seqs=7))
+    before = engine.generate([[1, 2, 3]], Sampling(max_tokens=4, seed=1))
+    cleanup_dist_env_and_memory()
+    again = engine.generate([[1, 2, 3]], Sampling(max_tokens=4, seed=1))
+    assert np.array_equal(again.logprobs, before.logprobs)

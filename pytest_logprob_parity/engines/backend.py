@@ -131,6 +131,15 @@ class Sleeps(Protocol):
 
 
 @runtime_checkable
+class SharesThisProcess(Protocol):
+    """A backend whose library keeps state in this process, which the end of somebody else's engine may take away."""
+
+    def is_whole(self) -> bool:
+        """Whether that state is still there."""
+        ...
+
+
+@runtime_checkable
 class RunsOnWorker(Protocol):
     """A backend whose workers live in this process."""
 

@@ -14,7 +14,7 @@ from ..checkpoint.digests import model_digests
 from ..errors import EngineError, ParityError, UsageError
 from ..spec import EngineSpec
 from ..spec.server_settings import SERVER
-from .backend import TellsDigests
+from .backend import SharesThisProcess, TellsDigests
 from .engine import Engine, take_weights
 from .model_folders import ModelFolders
 from .own_engines import own_llm, own_server
@@ -144,6 +144,7 @@ class Pool:
         """
         if spec in self._failed:
             raise self._failed[spec]
+        self._forget_what_is_broken(spec)
         self._check_weights(spec, asker)
         if spec not in self._alive and spec in self._theirs():
             self._open_adopted(spec)
@@ -208,6 +209,12 @@ class Pool:
                     take_weights(self._alive[spec], WeightUpdate(weights=weights, mode="keep", clear_cache=True))
             except Exception:
                 self.discard(spec)  # the next use starts it anew
+
+    def _forget_what_is_broken(self, spec: EngineSpec) -> None:
+        """Shut an engine down that cannot work any more, for another in this process has ended; the next use starts it anew."""
+        backend = self._alive.get(spec)
+        if isinstance(backend, SharesThisProcess) and not backend.is_whole():
+            self.discard(spec)
 
     def discard(self, spec: EngineSpec) -> None:
         """Shut the engine of a spec down, if it is alive and ours."""

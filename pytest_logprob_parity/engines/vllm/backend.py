@@ -206,6 +206,12 @@ class VllmBackend:
         results: list[Any] = self._llm.collective_rpc(work)
         return results
 
+    def is_whole(self) -> bool:
+        """Whether vLLM's parallel groups are still there: the end of another LLM in this process takes them away."""
+        from vllm.distributed import parallel_state
+
+        return bool(parallel_state.model_parallel_is_initialized())
+
     def close(self) -> None:
         """See Backend.close."""
         llm, self._llm = self._llm, None
