@@ -153,7 +153,7 @@ def test_only_the_trace_is_kept_where_the_ini_file_says_so(project, pytester, ac
     assert (status, out.splitlines()[-1]) == (1, "0 accepted, 1 refused")
     assert "refused    parity_obtained = trace: only the trace was kept; record it where the engine is: pytest" in out
     pytester.makeini("[pytest]\nparity_obtained = all")
-    assert "ERROR: parity_obtained: 'all' is neither golden nor trace" in project().stderr.str()
+    assert "ERROR: parity_obtained: 'all' is not one of golden, trace" in project().stderr.str()
 
 
 def causes(out):
