@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401 - its distutils comes before any other, which torch would find
 from _pytest.pytester import SysModulesSnapshot
 
 from pytest_logprob_parity.engines.wait_policy import let_threads_sleep
