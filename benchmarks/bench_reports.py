@@ -139,7 +139,7 @@ def _row(fault: Any, comparison: Comparison, reading: Trace) -> Row:
 
 
 def trainer_rows(pool: Pool, model: str, only: str) -> Iterator[Row]:
-    """Each fault in what a real GRPOTrainer computes of one batch; its model is the third opinion."""
+    """Each fault in what a real GRPOTrainer computes of one batch; its model is the reference evaluation."""
     import torch
     from reported_trainer import FAULTS, TEMPERATURE, Fault, Step, healthy, write_adapter
 

@@ -373,8 +373,8 @@ def test_an_adapter_may_come_from_the_command_line(run_inner, pytester, steps):
     run_inner("--parity-set", f"adapter={steps[1]}").assert_outcomes(passed=1)
 
 
-def test_a_third_opinion_does_not_overrule_what_is_known():
-    """Another adapter is another one, whatever an independent reading of the checkpoint says."""
+def test_a_reference_evaluation_does_not_overrule_what_is_known():
+    """Another adapter is another one, whatever a reference evaluation of the checkpoint says."""
     named = [Finding(layer="weights", cause="adapter", evidence="step-1 in the golden, no adapter in this run")]
     assert weigh(named, Reading(golden=0.1, now=0.001, share=1.0)) == named
 

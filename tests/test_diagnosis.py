@@ -1,4 +1,4 @@
-"""From "it differs" to "this is why": which settings account for a mismatch, and a third opinion, on real engines."""
+"""From "it differs" to "this is why": which settings account for a mismatch, and a reference evaluation, on real engines."""
 
 import dataclasses
 import shutil
@@ -69,18 +69,18 @@ def test_an_engine_that_does_not_start_is_a_row_and_the_budget_is_kept(golden, p
     assert found.best.moved == ("logprobs_mode",)
 
 
-def test_a_third_opinion_says_which_side_has_changed(golden, pool, tmp_path):
+def test_a_reference_evaluation_says_which_side_has_changed(golden, pool, tmp_path):
     shutil.copytree(ROOT / "models" / "tiny-arith-step2", tmp_path / "other")
     other = ablated(golden, pool, EngineSpec(str(tmp_path / "other"), dtype="bfloat16"), read=True)
-    assert other.reading.golden > 2 * other.reading.now
+    assert other.reference.golden > 2 * other.reference.now
     assert other.describe()[-1].endswith("this run agrees with it, the golden does not")
     assert "no setting differs: the weights, the build or the hardware are left" in other.describe()
     both = ablated(golden, pool, EngineSpec(str(tmp_path / "other"), dtype="bfloat16", logprobs_mode="raw_logprobs"), read=True)
     assert both.reading_of == ("logprobs_mode",)
-    assert both.reading.off == "golden"
+    assert both.reference.off == "golden"
     assert both.weigh(())[0].cause == "weights_differ"
     rotten = ablated(golden, pool, SPEC.replace(kv_cache_dtype="fp8_e5m2"), read=True)
-    assert rotten.reading.now > 2 * rotten.reading.golden
+    assert rotten.reference.now > 2 * rotten.reference.golden
 
 
 def test_what_a_reading_makes_of_a_comparison():

@@ -152,7 +152,7 @@ def test_a_trainers_fault_fails_in_hand_and_a_scorer_names_it(grpo, kind, config
     modes = [module.training for module in trainer.model.modules()]
     told = compare_with_trainer(rollouts, trl.scorer(trainer.model), trainer_dtype="float32")
     assert (told.verdict, causes(told)) == ("fail", [named])
-    assert next(str(n) for n in told.notes if n.key == "third_opinion").endswith("the trainer is wrong")
+    assert next(str(n) for n in told.notes if n.key == "reference_evaluation").endswith("the trainer is wrong")
     assert [module.training for module in trainer.model.modules()] == modes
 
 
@@ -410,7 +410,7 @@ def test_a_scorer_shows_that_the_rollouts_are_wrong(pool):
     column = np.nan_to_num(compare_with_trainer(labelled, trainer).actual.logprobs)
     told = compare_with_trainer(labelled.with_(trainer_logprobs=column), trainer, trainer_dtype="float32")
     assert (told.verdict, causes(told)) == ("fail", ["temperature"])
-    assert next(str(n) for n in told.notes if n.key == "third_opinion").endswith("the rollouts are wrong")
+    assert next(str(n) for n in told.notes if n.key == "reference_evaluation").endswith("the rollouts are wrong")
 
 
 def test_two_columns_that_agree_with_each_other_and_not_with_the_scorer_fail(rollouts):
@@ -419,7 +419,7 @@ def test_two_columns_that_agree_with_each_other_and_not_with_the_scorer_fail(rol
     assert compare_with_trainer(held, trainer_dtype="float32").passed
     told = compare_with_trainer(held, TransformersScorer(f"{MODEL}-step2"), trainer_dtype="float32")
     assert told.verdict == "fail"
-    assert next(str(n) for n in told.notes if n.key == "third_opinion").endswith("the two agree (RMS 1e-06)")
+    assert next(str(n) for n in told.notes if n.key == "reference_evaluation").endswith("the two agree (RMS 1e-06)")
 
 
 # -- what the trainer did otherwise -------------------------------------------------------------------------------------

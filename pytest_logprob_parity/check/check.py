@@ -30,7 +30,7 @@ from ..notes import Note
 from ..spec import Sampling
 from ..trace import ReplayPath, Trace, TracePath
 from .ask import Answers, ask
-from .compatibility import check_belongs, renamed, with_temperature_note
+from .compatibility import check_belongs, renamed, temperature_notes
 from .context import Checked, Context
 from .prefill_fallback import as_unforced, why_unforced, without_decode
 from .record import record
@@ -78,9 +78,17 @@ def check_golden(
         raise UsageError(f"check takes an engine or a Trace, not {type(engine).__name__}")
     level = check_level(level)
     context = dataclasses.replace(context, objective=objective_of(objective).name)
-    if update:
-        recorded = record(path, engine, given, asked, replay, tolerance, repeats, context)
-        return with_temperature_note(recorded, asked)
+    if not update:
+        return _check(path, engine, given, asked, replay, tolerance, level, context)
+    return record(path, engine, given, asked, replay, tolerance, repeats, context)
+
+
+def _check(
+    path: Path, engine: Engine | Trace, given: list[Any] | None, asked: Sampling | None, replay: Sequence[ReplayPath],
+    tolerance: Any, level: Level, context: Context,
+) -> Comparison:  # fmt: skip
+    """Hold an engine, or a trace, against the golden there is. Raises as `check_golden` does."""
+    __tracebackhide__ = True
     if not is_there(path):
         instead = renamed(engine, given, asked, context)
         error = GoldenError(f"no golden at {context.shown_path}; record it: {context.accept}{instead}")
@@ -90,8 +98,9 @@ def check_golden(
     if context.node_id and isinstance(engine, Trace):
         _check_is_another(golden, engine)
     check_belongs(golden, engine, given, asked, context)
+    notes = temperature_notes(asked, golden.trace.engine)
     checked = _compare(golden, engine, replay, tolerance, level, context)
-    checked = dataclasses.replace(checked, comparison=_annotated(checked.comparison, golden, asked, context))
+    checked = dataclasses.replace(checked, comparison=_annotated(checked.comparison, golden, notes, context))
     comparison = checked.comparison
     if context.observe is not None:
         context.observe(dataclasses.replace(checked, limits=_limits(golden, comparison.actual.path, tolerance, context)))
@@ -100,15 +109,15 @@ def check_golden(
     return comparison
 
 
-def _annotated(comparison: Comparison, golden: Golden, asked: Sampling | None, context: Context) -> Comparison:
-    """The comparison with what there is to say beside it: recorded limits, another temperature, a framework's metrics."""
+def _annotated(comparison: Comparison, golden: Golden, notes: Sequence[Note], context: Context) -> Comparison:
+    """The comparison with what there is to say beside it: recorded limits, `notes`, a framework's metrics."""
     if golden.tolerance:
         kept = ", ".join(f"{name} {value:g}" for name, value in sorted(golden.tolerance.items()))
         note = Note(
             "recorded_limits", f"limits recorded with the golden: {kept}; recording it again without tolerance= drops them"
         )
         comparison = dataclasses.replace(comparison, notes=(*comparison.notes, note))
-    comparison = with_temperature_note(comparison, asked)
+    comparison = dataclasses.replace(comparison, notes=(*comparison.notes, *notes))
     if context.metrics:
         from ..trainer.frameworks import with_metrics
 

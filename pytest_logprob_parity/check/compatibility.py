@@ -9,7 +9,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -22,10 +22,6 @@ from ..notes import Note
 from ..spec import Sampling
 from ..trace import Trace
 from .context import Context
-
-if TYPE_CHECKING:
-    from ..comparison.result import Comparison
-
 
 #: Parts of a fingerprint without which two goldens are not about the same thing.
 _PARTS: Final = ("model", "tokenizer", "chat_template")
@@ -100,13 +96,12 @@ def _same_question(one: Trace, other: Trace) -> bool:
     return one.sampling == other.sampling and np.array_equal(one.prompt_token_ids, other.prompt_token_ids)
 
 
-def with_temperature_note(comparison: Comparison, asked: Sampling | None) -> Comparison:
-    """The comparison with a note where its engine ran another temperature than the test asks for."""
-    ran = comparison.expected.sampling.temperature
-    if asked is None or asked.temperature == ran:
-        return comparison
-    text = f"temperature {asked.temperature:g} was asked for; {comparison.expected.engine} samples with {ran:g}, its smallest"
-    return dataclasses.replace(comparison, notes=(*comparison.notes, Note("temperature", f"{text} above 0")))
+def temperature_notes(asked: Sampling | None, engine: str) -> tuple[Note, ...]:
+    """A note where engines of the kind `engine` run another temperature than the test asks for."""
+    if asked is None or asked.temperature == (ran := asked.as_run_by(engine).temperature):
+        return ()
+    text = f"temperature {asked.temperature:g} was asked for; {engine} samples with {ran:g}, its smallest above 0"
+    return (Note("temperature", text),)
 
 
 def _check_prompt_tokens(trace: Trace, engine: Engine | Trace, given: list[Any], context: Context, again: str) -> None:

@@ -27,7 +27,7 @@ from ..progress import doing
 from ..spec import Sampling
 from ..trace import FloatArray, ReplayPath, Trace
 from .chance_to_pass import WANTED, chance_to_pass
-from .compatibility import check_belongs
+from .compatibility import check_belongs, temperature_notes
 from .context import Context
 from .measure import check_numbers, disagreement, measure, replays_of
 from .reference_pass import reference_of
@@ -53,21 +53,22 @@ def record(
     with itself beyond what its dtype explains.
     """
     _check_place(path, repeats, context)
+    about: dict[str, Any] = {"node_id": context.node_id, "name": context.name, "tolerance": _as_mapping(tolerance)}
     if isinstance(engine, Engine):
         _check_size(prompts, sampling or Sampling(), context)
         with doing(f"starting {engine.spec}"):
             _ = engine.config  # starts it, which is no part of what generating takes
+        about["prompts_digest"] = digest_of(prompts)
+    raised = temperature_notes(sampling, engine.engine if isinstance(engine, Trace) else engine.config.engine)
     notes: list[Note] = []
     measured = None
     if isinstance(engine, Trace):
-        golden = Golden(trace=engine)
+        golden = Golden(trace=engine, **about)
+        check_belongs(golden, engine, prompts, sampling, context)
     else:
         measured = measure(engine, prompts, sampling, replay, repeats, context.shown_path)
-        golden = dataclasses.replace(measured.golden, prompts_digest=digest_of(prompts))
-    golden = dataclasses.replace(golden, node_id=context.node_id, name=context.name, tolerance=_as_mapping(tolerance))
+        golden = dataclasses.replace(measured.golden, **about)
     explicit = {**parse_tolerance(context.tolerance_lines, golden.trace.dtype, ("decode",)), **golden.tolerance}
-    if isinstance(engine, Trace):
-        check_belongs(golden, engine, prompts, sampling, context)
     _check_passes_itself(golden.trace, context.shown_path)
     if measured is not None and measured.own is not None:
         text = f"the noise floor took {measured.replaying:.1f} s beside the recording pass"
@@ -94,7 +95,7 @@ def record(
     proof = judge(written.trace, golden.trace, limits, "rl", same)
     floor = "no noise floor: the defaults of its dtype stand in" if written.floor is None else written.floor.describe()
     return dataclasses.replace(
-        proof, recorded=True, notes=(Note("floor", floor), *notes, *_what_it_can_show(golden, limits)), shown=None
+        proof, recorded=True, notes=(Note("floor", floor), *notes, *_what_it_can_show(golden, limits), *raised), shown=None
     )
 
 

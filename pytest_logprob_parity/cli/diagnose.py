@@ -28,7 +28,9 @@ def add(verbs: Verbs) -> None:
         "--max-engines", type=int, default=12, help="engines to start at most besides the failing one (default: %(default)s)"
     )
     verb.add_argument("--max-minutes", type=float, default=10, help="minutes to take at most (default: %(default)g)")
-    verb.add_argument("--no-reading", action="store_true", help="no third opinion by transformers")
+    verb.add_argument(
+        "--no-reference-evaluation", "--no-reading", action="store_true", help="no reference evaluation by transformers"
+    )
 
 
 def run(given: argparse.Namespace) -> int:
@@ -60,6 +62,6 @@ def run(given: argparse.Namespace) -> int:
             if not comparison.passed:
                 say("no mismatch was shown, so there is none to diagnose")
             return 0 if comparison.passed else 1
-        found = ablate(golden, spec, pool, budget, tell, read=not given.no_reading)
+        found = ablate(golden, spec, pool, budget, tell, read=not given.no_reference_evaluation)
         say("\n".join([*(f"  {finding}" for finding in found.weigh(comparison.findings)), *found.describe()]))
     return 1

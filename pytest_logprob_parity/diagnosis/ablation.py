@@ -22,7 +22,7 @@ from ..progress import doing
 from ..spec import EngineSpec
 from ..spec.server_settings import SERVER
 from ..trace import Trace
-from .reference_evaluation import Reading, read_against, weigh
+from .reference_evaluation import ReferenceDistances, read_against, weigh
 
 #: Engine arguments that can be moved one by one, as fingerprints name them; `head_dtype` goes by way of hf_overrides.
 MOVABLE: Final = (
@@ -69,8 +69,8 @@ class Step:
 class Ablation:
     """All steps, the first being the failing configuration itself.
 
-    `differs` are the settings that differ, setting -> (golden's value, value now); `reading` what an independent
-    implementation says of both sides, where one was asked, now with the settings `reading_of` as the golden had them;
+    `differs` are the settings that differ, setting -> (golden's value, value now); `reference` what an independent
+    implementation says of both sides, where one was asked, now with the settings `reference_of` as the golden had them;
     `left_out` says what the budget did not allow. `noise` (nats) is an RMS that the golden's own noise explains;
     `other_build` says that the golden is of another engine or version.
     """
@@ -78,8 +78,8 @@ class Ablation:
     steps: tuple[Step, ...]
     differs: Mapping[str, tuple[Any, Any]]
     noise: float
-    reading: Reading | None = None
-    reading_of: tuple[str, ...] = ()
+    reference: ReferenceDistances | None = None
+    reference_of: tuple[str, ...] = ()
     left_out: str = ""
     other_build: bool = False
 
@@ -104,17 +104,17 @@ class Ablation:
             f"as it failed: RMS {self.steps[0].rms:.3g} nats over the golden's tokens (noise explains {self.noise:.2g})",
             *(self._line(step) for step in [*singles, *several]),
             self._conclusion(),
-            *([] if self.reading is None else [_third_opinion(self.reading, self.reading_of)]),
+            *([] if self.reference is None else [_conclusion_of_reference(self.reference, self.reference_of)]),
             *([self.left_out] if self.left_out else []),
         ]
 
     def weigh(self, findings: Sequence[Finding]) -> list[Finding]:
-        """The findings of the comparison that failed, with what the reading adds to them."""
-        if self.reading is None:
+        """The findings of the comparison that failed, with what the reference adds to them."""
+        if self.reference is None:
             return list(findings)
-        if self.reading_of:  # what those settings do not explain has a cause of its own
-            return [*findings, *weigh((), self.reading, other_build=self.other_build)]
-        return weigh(findings, self.reading, other_build=self.other_build)
+        if self.reference_of:  # what those settings do not explain has a cause of its own
+            return [*findings, *weigh((), self.reference, other_build=self.other_build)]
+        return weigh(findings, self.reference, other_build=self.other_build)
 
     def _conclusion(self) -> str:
         best = self.best
@@ -147,10 +147,10 @@ class Ablation:
         return f"  {layer:<9} {changes}: RMS {step.rms:.3g}, {what}"
 
 
-def _third_opinion(reading: Reading, moved: Sequence[str]) -> str:
+def _conclusion_of_reference(reference: ReferenceDistances, moved: Sequence[str]) -> str:
     says = {"now": "the golden agrees with it, this run does not", "golden": "this run agrees with it, the golden does not"}
     where = f" (now with {' and '.join(moved)} as the golden had it)" if moved else ""
-    return f"{reading}{where}: {says.get(reading.off, 'it sides with neither')}"
+    return f"{reference}{where}: {says.get(reference.off, 'it sides with neither')}"
 
 
 def layer_of(setting: str) -> Layer:
@@ -188,11 +188,13 @@ def ablate(
     if not read:
         return found
     moved: tuple[str, ...] = ()
-    if found.best.rms > noise:  # two meanings are held against no reading, even where other weights hide what they are worth
+    if found.best.rms > noise:  # two meanings are held against no reference, even where other weights hide what they are worth
         moved = found.best.moved or next((m for m in search.replays if m == ("logprobs_mode",)), ())
-    reading = _reading(golden, search.replays[moved], spec, pool, limits.outlier, notify)
+    reference = _evaluate_reference(golden, search.replays[moved], spec, pool, limits.outlier, notify)
     other_build = golden.fingerprint.get("engine") != engine.fingerprint()["engine"]
-    return dataclasses.replace(found, reading=reading, reading_of=moved if reading is not None else (), other_build=other_build)
+    return dataclasses.replace(
+        found, reference=reference, reference_of=moved if reference is not None else (), other_build=other_build
+    )
 
 
 class _Search:
@@ -303,10 +305,10 @@ def _least(steps: Sequence[Step]) -> float:
     return min((step.rms for step in steps if not step.problem), default=float("nan"))
 
 
-def _reading(
+def _evaluate_reference(
     golden: Golden, now: Trace, spec: EngineSpec, pool: Pool, outlier: float, notify: Callable[[str], None]
-) -> Reading | None:
-    """An independent reading of the checkpoint, by transformers in float32; None where it cannot be had."""
+) -> ReferenceDistances | None:
+    """A reference evaluation of the checkpoint, by transformers in float32; None where it cannot be had."""
     mode = golden.trace.logprobs_mode
     reader = EngineSpec(
         spec.model,
@@ -319,10 +321,10 @@ def _reading(
     )
     try:
         with doing("reference evaluation by transformers in float32"):
-            reading = pool.engine(reader).replay(golden.trace)
+            reference = pool.engine(reader).replay(golden.trace)
     except EngineError as error:
-        notify(f"no independent reading: {str(error).splitlines()[0]}")
+        notify(f"no reference evaluation: {str(error).splitlines()[0]}")
         return None
-    found = read_against(golden.trace, now, reading, outlier)
+    found = read_against(golden.trace, now, reference, outlier)
     notify(str(found))
     return found

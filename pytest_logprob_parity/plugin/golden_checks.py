@@ -74,27 +74,31 @@ class GoldenTrace:
 
         Raises ParityError; see check_golden.
         """
+        from ..check.check import check_golden
+
         __tracebackhide__ = True
         if name is not None and (not isinstance(name, str) or _is_broken(name)):
             raise UsageError(f"check(name={name!r}): must be a string, without lone surrogates")
         path = self.path(name)
         seen: list[Checked] = []
         context = self._context(path, name, seen.append)
-        arguments: dict[str, Any] = {
-            "prompts": prompts,
-            "sampling": sampling,
-            "replay": replay,
-            "tolerance": tolerance,
-            "level": level or self._session.level,
-            "objective": objective or self._objective or self._session.objective,
-            "repeats": self._session.repeats,
-        }
+        check = functools.partial(
+            check_golden,
+            engine=engine_or_trace,
+            prompts=prompts,
+            sampling=sampling,
+            replay=replay,
+            tolerance=tolerance,
+            level=level or self._session.level,
+            objective=objective or self._objective or self._session.objective,
+            repeats=self._session.repeats,
+        )
         try:
             path = self._file_of(path, engine_or_trace)
             context = self._context(path, name, seen.append)
-            comparison = self._check(path, engine_or_trace, context, **arguments)
+            comparison = self._check(path, check, context)
         except MismatchError as error:
-            return self._failed(error, path, engine_or_trace, context, seen[-1], arguments)
+            return self._failed(error, path, engine_or_trace, context, seen[-1], check)
         except Exception as error:
             if isinstance(error, IncomparableError):  # what an earlier run left is of another question
                 self._records.forget(path)
@@ -114,15 +118,19 @@ class GoldenTrace:
 
     def _failed(
         self, error: MismatchError, path: Path, engine: Engine | Trace, context: Context, checked: Checked,
-        arguments: Mapping[str, Any],
+        check: Callable[..., Comparison],
     ) -> Comparison:  # fmt: skip
-        """Keep what a failing check saw and leave its record; returns its comparison where the run only warns of it."""
+        """Keep what a failing check saw and leave its record; returns its comparison where the run only warns of it.
+
+        `check` is check_golden with the arguments of the check: with `update` it records what --update-golden would make the
+        golden.
+        """
         __tracebackhide__ = True
         if self._config.getoption("--parity-diagnose"):
             error = diagnosed(error, path, engine, self._config, self._records)
         checked = dataclasses.replace(checked, comparison=error.comparison)
-        record = functools.partial(self._candidate, engine=engine, context=context, arguments=arguments)
-        kept = self._records.keep(path, context.name, checked, record)
+        told = dataclasses.replace(context, shown_path="a candidate golden", observe=None)
+        kept = self._records.keep(path, context.name, checked, functools.partial(check, update=True, context=told))
         outcome: Outcome = "unverified" if error.comparison.verdict == "unverified" else error.kind
         if warns := outcome == "unverified" and self._session.warn_unverified and compared_something(error):
             outcome = "warned"
@@ -230,8 +238,8 @@ class GoldenTrace:
         own = [path for path in self._session.goldens_of(self._node_id) if variant_path(path, "") not in asked]
         return own + [self._session.root / path for path in sorted(self._session.unused)]
 
-    def _check(self, path: Path, engine: Engine | Trace, context: Context, **arguments: Any) -> Comparison:
-        from ..check.check import check_golden
+    def _check(self, path: Path, check: Callable[..., Comparison], context: Context) -> Comparison:
+        """Call `check`, which is check_golden with the arguments of the check, as the options of the run want it."""
         from ..golden import ignore_parts, is_there
 
         __tracebackhide__ = True
@@ -246,7 +254,7 @@ class GoldenTrace:
         update = "" if waiting else self._session.update
         record = update == "all" or (update == "missing" and not is_there(path))
         try:
-            comparison = check_golden(path, engine, update=record, context=context, **arguments)
+            comparison = check(path, update=record, context=context)
             if record:
                 ignore_parts(self._session.golden_dir)
             return comparison
@@ -258,11 +266,4 @@ class GoldenTrace:
                 raise MismatchError(f"{error}\n{'update':<13}{told}", error.comparison) from None
             if not (isinstance(error, (MismatchError, IncomparableError)) or getattr(error, "replaceable", False)):
                 raise
-        return check_golden(path, engine, update=True, context=context, **arguments)
-
-    def _candidate(self, place: Path, engine: Engine | Trace, context: Context, arguments: Mapping[str, Any]) -> Comparison:
-        """Record at `place` what --update-golden would have made the golden."""
-        from ..check.check import check_golden
-
-        told = dataclasses.replace(context, shown_path="a candidate golden", observe=None)
-        return check_golden(place, engine, update=True, context=told, **arguments)
+        return check(path, update=True, context=context)

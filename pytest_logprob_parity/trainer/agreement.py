@@ -128,7 +128,7 @@ def _by_column(inputs: _Inputs, column: Trace) -> _Answer:
         return _Answer(comparison, alone, [])
     scorer, scored, _ = inputs.reference
     evaluation = ReferenceEvaluation.by(scorer, rollouts=comparison.expected, column=column, scored=scored)
-    note = Note("third_opinion", evaluation.text(agree=agree))
+    note = Note("reference_evaluation", evaluation.text(agree=agree))
     by_scorer = inputs.judge(scored) if agree or evaluation.wrong == "rollouts" else comparison
     if agree and by_scorer.passed:
         return _Answer(comparison, alone, [note])

@@ -75,7 +75,7 @@ def check_weight_update(
     limits = make_tolerance(trainer_tolerance("float32", trace.dtype), tolerance)
     comparison = judge(expected, trace, limits, "rl", Evidence(sides=("reference", "engine")))
     comparison = with_gap(comparison, tolerance)
-    notes = [*without_top_k(comparison).notes, Note("reading", f"explained by {evaluation}")]
+    notes = [*without_top_k(comparison).notes, Note("reference_evaluation", f"explained by {evaluation}")]
     far_better = evaluation.rms[evaluation.best] < BETTER * evaluation.rms[asked]
     if evaluation.best != asked and (comparison.verdict != "pass" or far_better):
         return _failed(comparison, _finding(evaluation, reference.stale, FITS * limits.fit_rms), notes)
