@@ -319,14 +319,16 @@ def page(rows: list[Row]) -> str:
 
 INTRODUCTION = """# Faults that others reported
 
-Public reports of logprobs that were wrong, each planted again in real code: in a vLLM 0.32.0 (float32, `models/tiny-arith`, a
-fingerprint that did not change), and in what a GRPOTrainer of TRL 1.16 computes of one batch. Where a report's own code does
-not run here, its mechanism is planted: a soft cap on the side that has none, say. The reports were read in excerpts.
+These are public reports of wrong logprobs. Each fault was planted again in real code: in vLLM 0.32.0 (float32,
+`models/tiny-arith`, with an unchanged fingerprint), and in the logprobs that a GRPOTrainer of TRL 1.16 computes for one
+batch. If the code of a report does not run here, its mechanism was planted, for example a soft cap on one side. Only
+excerpts of the reports were read.
 
-Written by `benchmarks/bench_reports.py --docs`. *Named* is a cause that the evidence singles out; *first* stands first among
-candidates. For engines it is what `check` says and `diagnose` adds; for trainers what `assert_trainer_parity` says of two
-columns and a scorer. Left out: ranks that are too small (NVIDIA/TensorRT-LLM#7296), which are told and decide nothing, for no
-update feels a rank; faults that these prompts do not show."""
+`benchmarks/bench_reports.py --docs` writes this page. The last column has the cause that the finding names. With
+*first*, the evidence fits several causes, and this one is the first candidate. For engines the findings come from
+`check` and `diagnose`. For trainers they come from `assert_trainer_parity` with two columns and a scorer. The tables
+leave out ranks that are too small (NVIDIA/TensorRT-LLM#7296): they are reported but decide nothing, because no RL
+update uses ranks. They also leave out faults that these prompts do not show."""
 
 
 if __name__ == "__main__":

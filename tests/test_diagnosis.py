@@ -76,14 +76,14 @@ def test_a_reference_evaluation_says_which_side_has_changed(golden, pool, tmp_pa
     assert other.describe()[-1].endswith("this run agrees with it, the golden does not")
     assert "no setting differs: the weights, the build or the hardware are left" in other.describe()
     both = ablated(golden, pool, EngineSpec(str(tmp_path / "other"), dtype="bfloat16", logprobs_mode="raw_logprobs"), read=True)
-    assert both.reading_of == ("logprobs_mode",)
+    assert both.reference_of == ("logprobs_mode",)
     assert both.reference.off == "golden"
     assert both.weigh(())[0].cause == "weights_differ"
     rotten = ablated(golden, pool, SPEC.replace(kv_cache_dtype="fp8_e5m2"), read=True)
     assert rotten.reference.now > 2 * rotten.reference.golden
 
 
-def test_what_a_reading_makes_of_a_comparison():
+def test_what_a_reference_evaluation_makes_of_a_comparison():
     truth = np.random.default_rng(0).normal(-1, 0.5, 400).astype(np.float32)
     trace = _trace(truth)
     golden, now = _trace(truth + 0.01), _trace(truth + np.where(np.arange(400) < 40, 2, 0.01).astype(np.float32))
@@ -194,7 +194,7 @@ def test_a_budget_is_not_negative(tmp_path, capsys):
     assert capsys.readouterr().err == "logprob-parity: a budget of -1 engines: must be 0 or more\n"
 
 
-def test_the_command_weighs_the_findings_with_the_reading(golden, tmp_path, capsys):
+def test_the_command_weighs_the_findings_with_the_reference_evaluation(golden, tmp_path, capsys):
     """The folder of the golden's model holds another step's weights, and the processor is another one."""
     shutil.copytree(ROOT / "models" / "tiny-arith-step2", tmp_path / "tiny-arith")
     changed = Golden.load(golden)
@@ -222,7 +222,7 @@ def test_what_is_not_a_mismatch_is_not_diagnosed(engine, tmp_path, capsys):
 
 
 def test_the_command_prints_the_verdict_and_the_steps(golden, capsys):
-    status = main(["diagnose", str(golden), f"model={MODEL}", "logprobs_mode=raw_logprobs", "--no-reading"])
+    status = main(["diagnose", str(golden), f"model={MODEL}", "logprobs_mode=raw_logprobs", "--no-reference-evaluation"])
     printed = capsys.readouterr().out
     assert status == 1
     assert printed.startswith("fail: The logprobs of the two sides have different meanings")

@@ -29,7 +29,7 @@ def add(verbs: Verbs) -> None:
     )
     verb.add_argument("--max-minutes", type=float, default=10, help="minutes to take at most (default: %(default)g)")
     verb.add_argument(
-        "--no-reference-evaluation", "--no-reading", action="store_true", help="no reference evaluation by transformers"
+        "--no-reference-evaluation", "--no-reading", action="store_true", help="ask transformers for no reference evaluation"
     )
 
 
