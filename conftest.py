@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent
 MODEL = str(ROOT / "models" / "tiny-arith")
 
 pytest_plugins = ["pytester"]
+# pytester gives each test a home of its own: without this vLLM would look into each model class anew, which takes 7 s.
+os.environ.setdefault("VLLM_CACHE_ROOT", str(Path("~/.cache/vllm").expanduser()))
 let_threads_sleep()  # before test modules import torch: two workers' threads that spin take each other's cores
 sys.path.insert(0, str(ROOT / "models"))
 
