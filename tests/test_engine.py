@@ -12,6 +12,7 @@ import time
 import uuid
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from pytest_logprob_parity.checkpoint.prompts import _is_hole, check_prompts
 from pytest_logprob_parity.engines.backend import Request, ResolvedConfig
 from pytest_logprob_parity.engines.process import ProcessBackend
 from pytest_logprob_parity.engines.replay import replay
+from pytest_logprob_parity.engines.vllm.eager_ranks import count_ranks_eagerly
 from pytest_logprob_parity.engines.vllm.own_engine import Face
 
 GROUPS = Sampling(temperature=0.7, top_p=0.95, n=8, max_tokens=64, seed=3)
@@ -112,6 +114,29 @@ def test_a_model_folder_that_is_not_whole(pool, tmp_path, missing, told):
 
 
 # -- replay -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_eager_engine_counts_ranks_without_compiling_the_count(engine, monkeypatch):
+    import torch
+    from vllm.v1.sample.ops import logprobs as ops
+
+    assert engine.config.values["enforce_eager"]
+    bare = ops.batched_count_greater_than
+    compiled = torch.compile(bare, backend="eager")
+    rows = torch.randn(5, 40).round(decimals=1)  # ties count
+    assert torch.equal(bare(rows, rows[:, :1]), compiled(rows, rows[:, :1]))
+    monkeypatch.setattr(ops, "batched_count_greater_than", compiled)
+    for eager, device in ((False, "cpu"), (True, "cuda")):
+        worker = SimpleNamespace(
+            vllm_config=SimpleNamespace(
+                model_config=SimpleNamespace(enforce_eager=eager), device_config=SimpleNamespace(device_type=device)
+            )
+        )
+        assert not count_ranks_eagerly(worker)
+        assert ops.batched_count_greater_than is compiled
+    worker.vllm_config.device_config.device_type = "cpu"
+    assert count_ranks_eagerly(worker)
+    assert ops.batched_count_greater_than is bare
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from ...machine import hardware
+from .eager_ranks import count_ranks_eagerly
 from .lm_head import applied_head
 
 #: Key in `SamplingParams.extra_args`: the token ids to decode, in order.
@@ -37,6 +38,7 @@ def install(worker: Any) -> str:
 
     Given to `collective_rpc`, or called through WorkerExtension. Doing it twice does nothing.
     """
+    count_ranks_eagerly(worker)
     runner = getattr(worker, "model_runner", None)
     sampler = getattr(runner, "sampler", None)
     if type(runner).__module__.startswith("vllm.worker."):
