@@ -111,6 +111,11 @@ def forked_python():
     return str(Path(os.environ["FORKED_PYTHON_HOME"]) / "python")
 
 
+def forked_workers(number):
+    """As pytest-xdist's `-n number`, but for where the workers' processes come from."""
+    return ("--dist=load", f"--tx={number}*popen//python={forked_python()}")
+
+
 def pytest_runtest_setup(item):
     """Tests marked `gpu` run where there is one."""
     if item.get_closest_marker("gpu"):

@@ -3,8 +3,8 @@
     sh:    FORKED_PYTHON_HOME=folder python -I -S tests/forked_python.py -m pytest -q       # as `python -m pytest -q`
 
 Each set of variables that OpenMP reads has a process of its own to fork from, which starts when it is first needed and ends
-with the process whose number is in `folder/owner`. What a fork cannot do is left to a new Python: `-c`, modules that it is not
-meant for, and whatever comes while there is nobody to fork from. Signals go to the child; it dies with whoever started it.
+with the process whose number is in `folder/owner`. What a fork cannot do is left to a new Python: modules that it is not meant
+for, `-c` but for the line that starts a worker of pytest-xdist, and whatever comes while there is nobody to fork from. Signals go to the child; it dies with whoever started it.
 
 A test of imports, of what a newcomer runs or of a kill takes `sys.executable`.
 """
@@ -31,8 +31,11 @@ ENGINES = (
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.engine.core",
 )
+#: What execnet's `popen` runs with -c.
+WORKER = "import sys;exec(eval(sys.stdin.readline()))"
 MODULES = {
     "pytest": ENGINES,
+    WORKER: ENGINES,
     "pytest_logprob_parity.cli": ENGINES,
     "pytest_logprob_parity.matrix.worker": (
         "numpy", "torch", "transformers", "transformers.models.qwen3.modeling_qwen3", "transformers.generation.utils",
@@ -49,6 +52,8 @@ def ask(arguments):
     home = os.environ.get("FORKED_PYTHON_HOME", "")
     if arguments[:1] == ["-mpytest"]:
         arguments = ["-m", "pytest", *arguments[1:]]
+    if arguments == ["-u", "-c", WORKER]:
+        arguments = ["-m", WORKER]
     if not home or arguments[:1] != ["-m"] or arguments[1] not in MODULES:
         return
     key = [MODULES[arguments[1]], {k: v for k, v in sorted(os.environ.items()) if k.startswith(READ_AT_IMPORT)}]
@@ -205,7 +210,10 @@ def become(request, base, imported, to_close):
     sys.argv[:] = arguments
     code = 0
     try:
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        if arguments[0] == WORKER:
+            exec(WORKER, {"__name__": "__main__"})
+        else:
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if not (end.code is None or isinstance(end.code, int)):
             print(end.code, file=sys.stderr)

@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from conftest import MODEL
+from conftest import MODEL, forked_workers
 
 TEST = f"""
 import pytest
@@ -562,13 +562,13 @@ def test_junitxml_carries_a_record_for_each_check(pytester, run_inner, recorded)
     assert record["golden"].startswith("golden/test_it/test_rollouts-")
 
 
-def test_two_workers_record_and_check_like_one(pytester, recorded):
+def test_two_workers_record_and_check_like_one(pytester, run_forked, recorded):
     """Each worker has an engine of its own; the records of both reach the one summary, unused goldens too."""
     pytester.makepyfile(test_other=TEST, test_it=TEST.replace("test_rollouts", "test_renamed"))
-    first = pytester.runpytest_subprocess("-n", "2", "--update-golden", timeout=400)
+    first = run_forked(*forked_workers(2), "--update-golden", timeout=400)
     first.assert_outcomes(passed=2)
     assert summary(first) == ["logprob-parity: 2 recorded, 1 unused golden"]
-    second = pytester.runpytest_subprocess("-n", "2", "-p", "no:cacheprovider", timeout=400)
+    second = run_forked(*forked_workers(2), "-p", "no:cacheprovider", timeout=400)
     second.assert_outcomes(passed=2)
     assert summary(second) == ["logprob-parity: 2 checked, 1 unused golden"]
 
