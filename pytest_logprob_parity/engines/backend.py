@@ -36,8 +36,24 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeptSets:
+    """What truncation left of one request, seen in the decode itself: L tokens.
+
+    `untruncated_logprobs` [L] are those of the chosen tokens before truncation, `counts` [L] say how many tokens were kept,
+    `token_ids` [sum of counts] which, one position after the other.
+    """
+
+    untruncated_logprobs: npt.NDArray[np.float32]
+    counts: npt.NDArray[np.int32]
+    token_ids: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K]."""
+    """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K].
+
+    `kept` is there where the request's sampling truncates and the engine tells.
+    """
 
     token_ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
@@ -45,6 +61,7 @@ class Completion:
     top_token_ids: npt.NDArray[np.int32]
     top_logprobs: npt.NDArray[np.float32]
     finish_reason: str
+    kept: KeptSets | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..trace import empty_top_k
-from .backend import Backend, Completion
+from .backend import Backend, Completion, KeptSets
 
 
 @dataclass(kw_only=True)
@@ -19,6 +19,7 @@ class Rows:
     ranks: Any
     top_token_ids: Any
     top_logprobs: Any
+    kept: list[tuple[int, KeptSets | None, int]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, tokens: int, k: int) -> Rows:
@@ -36,6 +37,21 @@ class Rows:
         self.ranks[rows] = completion.ranks
         self.top_token_ids[rows] = completion.top_token_ids
         self.top_logprobs[rows] = completion.top_logprobs
+        self.kept.append((start, completion.kept, len(completion.token_ids)))
+
+    def kept_columns(self) -> dict[str, Any]:
+        """The columns `untruncated_logprobs`, `kept_counts` and `kept_token_ids`; None each where a completion lacks them."""
+        pieces = sorted((piece for piece in self.kept if piece[2]), key=lambda piece: piece[0])
+        if not pieces or any(kept is None for _, kept, _ in pieces):
+            return {"untruncated_logprobs": None, "kept_counts": None, "kept_token_ids": None}
+        free = np.full(len(self.logprobs), np.nan, np.float32)
+        counts = np.zeros(len(self.logprobs), np.int32)
+        for start, kept, length in pieces:
+            assert kept is not None
+            free[start : start + length] = kept.untruncated_logprobs
+            counts[start : start + length] = kept.counts
+        ids = np.concatenate([kept.token_ids for _, kept, _ in pieces if kept is not None])
+        return {"untruncated_logprobs": free, "kept_counts": counts, "kept_token_ids": ids}
 
 
 def labels(backend: Backend) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Trace:
     - `finish_reasons` [S]: index into FINISH_REASONS
     - `group`, `sample`, `episode`, `turn`, `seeds` [S]
     - `untruncated_logprobs` [N]: processed by temperature and penalties alone, where `logprobs` are truncated
+    - `kept_counts` [N]: how many tokens truncation left at each token; `kept_token_ids` [sum of counts]: which, token by token
     - `weight_versions` [N]: which weights wrote the token; `newest_version` is the version of the newest weights, also where
       they wrote no token
     - `trainer_logprobs` [N]: what the trainer computed for the same tokens, where rollouts come from a batch that has both;
@@ -74,6 +75,8 @@ class Trace:
     turn: IntArray
     seeds: LongArray
     untruncated_logprobs: FloatArray | None = None
+    kept_counts: IntArray | None = None
+    kept_token_ids: IntArray | None = None
     weight_versions: IntArray | None = None
     trainer_logprobs: FloatArray | None = None
     trainer_entropies: FloatArray | None = None

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from ...machine import hardware
 from .eager_ranks import count_ranks_eagerly
+from .kept_sets import Watch, take
 from .lm_head import applied_head
 
 #: Key in `SamplingParams.extra_args`: the token ids to decode, in order.
@@ -53,6 +54,7 @@ def install(worker: Any) -> str:
         setattr(sampler, _MARK, original)
 
         def sample(logits: Any, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+            watch = Watch.of_step(runner, logits, sampling_metadata)
             result = original(logits, sampling_metadata, *args, **kwargs)
             sampled = result[0] if isinstance(result, tuple) else result  # up to 0.10 the tokens alone
             rows: list[int] = []
@@ -67,6 +69,8 @@ def install(worker: Any) -> str:
                 sampled = sampled.new_tensor(tokens)
             elif rows:
                 sampled[rows] = sampled.new_tensor(tokens)
+            if watch is not None and isinstance(result, tuple) and result[1] is not None:
+                watch.keep(sampled, result[1])
             return (sampled, *result[1:]) if isinstance(result, tuple) else sampled
 
         sampler.sample = sample
@@ -101,6 +105,10 @@ class WorkerExtension:
     def logprob_parity_install(self) -> str:
         """Wrap the sampler of this worker; see `install`."""
         return install(self)
+
+    def logprob_parity_kept(self) -> dict[str, tuple[list[float], list[int], list[int]]]:
+        """What truncation left of the requests that were watched; see `kept_sets.take`."""
+        return take(self)
 
     def logprob_parity_hardware(self) -> dict[str, Any]:
         """What this worker computes on; see `fingerprint.hardware`."""
