@@ -203,7 +203,7 @@ def test_the_command_weighs_the_findings_with_the_reference_evaluation(golden, t
     dataclasses.replace(changed, fingerprint=given).save(tmp_path / "g.safetensors")
     assert main(["diagnose", str(tmp_path / "g.safetensors"), f"model={tmp_path / 'tiny-arith'}"]) == 1
     told = capsys.readouterr().out.splitlines()
-    assert told[1].startswith("  weights: weights_differ (the checkpoint of now gives the numbers of this run")
+    assert told[1].startswith("  weights: weights_differ: the checkpoint of now gives the numbers of this run")
     assert "engine_build" not in "\n".join(told)
     assert told[-1].endswith("this run agrees with it, the golden does not")
 
