@@ -75,7 +75,7 @@ def failure_message(
         "\n".join(_worst_tokens(comparison)),
         _fields(
             ("findings", [str(f) for f in comparison.findings]),
-            ("different?", [] if comparison.difference.key == "headline" else [str(comparison.difference)]),
+            ("different?", [] if comparison.difference.decided else [str(comparison.difference)]),
             ("generation", [] if comparison.free_run is None else [str(comparison.free_run)]),
             ("logged", [] if comparison.logged is None else list(comparison.logged.lines)),
             ("differs", _difference_lines(differences, sides) if differences or comparison.setup == "same" else []),
