@@ -50,10 +50,10 @@ def test_the_readme_quotes_a_message_of_today(run_inner, pytester):
 
 def test_pages_quote_what_free_generation_and_noise_floors_print_today():
     """Which sentence comes hangs on the processor: each quoted one is one of those that there are, whatever its numbers."""
-    moved = NoiseFloor(np.float32([[0, 0], [0, 0.5]]), BatchCompositions(), reproduces=True)
+    floors = [NoiseFloor(np.float32([[0, 0], [0, by]]), BatchCompositions(), reproduces=True) for by in (0, 0.5)]
     shapes = {
         "generation": {_shape(str(FreeRun(turns=9, diverged=n, stops_changed=0, divergences=()))) for n in (0, 1)},
-        "noise floor of": {_shape(floor.describe().partition(": ")[2]) for floor in (moved,)},
+        "noise floor of": {_shape(floor.describe().partition(": ")[2]) for floor in floors},
     }
     seen = dict.fromkeys(shapes, 0)
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
