@@ -4,7 +4,8 @@
 
 Each set of variables that OpenMP reads has a process of its own to fork from, which starts when it is first needed and ends
 with the process whose number is in `folder/owner`. What a fork cannot do is left to a new Python: modules that it is not meant
-for, `-c` but for the line that starts a worker of pytest-xdist, and whatever comes while there is nobody to fork from. Signals go to the child; it dies with whoever started it.
+for, `-c` but for the line that starts a worker of pytest-xdist, and whatever comes while there is nobody to fork from. Signals
+go to the child; it dies with whoever started it.
 
 A test of imports, of what a newcomer runs or of a kill takes `sys.executable`.
 """

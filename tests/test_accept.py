@@ -64,7 +64,7 @@ def test_diff_says_accept_and_never_to_copy_the_trace(failed, capsys):
     golden, trace, candidate = failed
     assert main(["diff", str(golden), str(trace)]) == 1
     shown = capsys.readouterr().out
-    assert f"to accept    logprob-parity accept {trace}" in shown
+    assert f"to accept    (only if the change is intended) logprob-parity accept {trace}" in shown
     main(["diff", str(golden), str(candidate)])
     assert "to accept" not in capsys.readouterr().out
 
@@ -423,7 +423,7 @@ def test_what_is_accepted_is_what_recording_would_have_written_and_passes_there(
     assert status == 0
     if check["findings"]:  # two prompts need not be enough for a failure
         assert f"  cause      {check['findings'][0]['layer']}: " in out
-    assert "completions are other ones" in out  # other weights write other tokens: the golden holds theirs
+    assert "completions have other tokens" in out  # other weights write other tokens: the golden holds theirs
     assert "noise floor of 2 repeats" in out
     accepted = golden.read_bytes()
     assert Golden.load(golden).floor is not None

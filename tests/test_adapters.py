@@ -25,7 +25,7 @@ from pytest_logprob_parity import (
     merge_adapter,
 )
 from pytest_logprob_parity.checkpoint.adapter import apply_adapter, read_adapter
-from pytest_logprob_parity.diagnosis.reference_evaluation import Reading, weigh
+from pytest_logprob_parity.diagnosis.reference_evaluation import ReferenceDistances, weigh
 from pytest_logprob_parity.trainer.frameworks import framework
 
 SAMPLING = Sampling(temperature=0.7, max_tokens=32, ignore_eos=True, seed=1)
@@ -376,7 +376,7 @@ def test_an_adapter_may_come_from_the_command_line(run_inner, pytester, steps):
 def test_a_reference_evaluation_does_not_overrule_what_is_known():
     """Another adapter is another one, whatever a reference evaluation of the checkpoint says."""
     named = [Finding(layer="weights", cause="adapter", evidence="step-1 in the golden, no adapter in this run")]
-    assert weigh(named, Reading(golden=0.1, now=0.001, share=1.0)) == named
+    assert weigh(named, ReferenceDistances(golden=0.1, now=0.001, share=1.0)) == named
 
 
 # -- factors ---------------------------------------------------------------------------------------------------------------

@@ -245,7 +245,7 @@ HELD = {
     "a reference that is far": ({}, {"reference": reference_of(MOVED, noise(MOVED, 0.1))}, "its distance to its reference"),
     "a reference of nothing": ({}, {"reference": reference_of(MOVED, noise(MOVED, 0.005), 0.0)}, "a reference for 0 tokens"),
     "a floor that does not reproduce": (
-        {}, {"floor": dataclasses.replace(_floor(0.002), reproduces=False)}, "does not reproduce bit for bit",
+        {}, {"floor": dataclasses.replace(_floor(0.002), reproduces=False)}, "a replay in its own batches is not bit-identical",
     ),
     "other tokens": ({}, {"trace": MOVED.with_(token_ids=MOVED.token_ids + 1), "reference": None}, "none of its own numbers"),
     "no reason to end": ({"trace": TRACE.with_(finish_reasons=np.ones(50, np.uint8))}, {}, "reasons to end: known of 0.0%"),

@@ -307,7 +307,7 @@ def test_the_assertion_reads_like_assert_close():
     failed = {"mean_diff", "k3", "clip_share", "outlier_sequences"}
     assert {key for key, outcome in outcomes.items() if outcome == "fail"} == failed
     assert told.count("<-- exceeds") == len(failed)
-    for part in ("|mean difference|", "greatest     |d| 0.3 nats at sequence", "k3", "ESS", "token, after"):
+    for part in ("|mean difference|", "greatest     |d| 0.3 nats at sequence", "k3", "ESS", "token and the text before it"):
         assert part in told
     assert error.value.comparison.verdict == "fail"
 

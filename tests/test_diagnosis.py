@@ -12,7 +12,7 @@ from pytest_logprob_parity import EngineError, EngineSpec, Golden, MismatchError
 from pytest_logprob_parity.cli import main
 from pytest_logprob_parity.comparison.result import Finding
 from pytest_logprob_parity.diagnosis.ablation import Ablation, Budget, Step, ablate
-from pytest_logprob_parity.diagnosis.reference_evaluation import Reading, read_against, weigh
+from pytest_logprob_parity.diagnosis.reference_evaluation import ReferenceDistances, read_against, weigh
 
 SPEC = EngineSpec(MODEL, dtype="bfloat16")
 
@@ -115,8 +115,8 @@ def test_what_helps_only_in_company_is_found_by_pairs():
 
 
 def test_what_lies_below_what_matters_accuses_nobody():
-    assert Reading(golden=1e-6, now=6e-6, share=1.0, matters=1e-3).off == ""
-    assert Reading(golden=1e-4, now=6e-3, share=1.0, matters=1e-3).off == "now"
+    assert ReferenceDistances(golden=1e-6, now=6e-6, share=1.0, matters=1e-3).off == ""
+    assert ReferenceDistances(golden=1e-4, now=6e-3, share=1.0, matters=1e-3).off == "now"
     truth = np.random.default_rng(0).normal(-1, 0.5, 400).astype(np.float32)
     tiny = read_against(_trace(truth), _trace(truth + np.float32(6e-6)), _trace(truth), 0.01)
     given = [Finding(layer="path", cause="engine_build", evidence="the only difference")]
@@ -203,7 +203,7 @@ def test_the_command_weighs_the_findings_with_the_reference_evaluation(golden, t
     dataclasses.replace(changed, fingerprint=given).save(tmp_path / "g.safetensors")
     assert main(["diagnose", str(tmp_path / "g.safetensors"), f"model={tmp_path / 'tiny-arith'}"]) == 1
     told = capsys.readouterr().out.splitlines()
-    assert told[1].startswith("  weights: weights_differ (the checkpoint of now gives the numbers of this run")
+    assert told[1].startswith("  weights: weights_differ: the checkpoint of now gives the numbers of this run")
     assert "engine_build" not in "\n".join(told)
     assert told[-1].endswith("this run agrees with it, the golden does not")
 

@@ -5,7 +5,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
+
 from conftest import MODEL, ROOT
+from pytest_logprob_parity.comparison.free_generation.result import FreeRun
+from pytest_logprob_parity.golden.noise_floor import NoiseFloor
+from pytest_logprob_parity.trace.batch_composition import BatchCompositions
 
 
 def test_the_quickstart_checks_its_committed_golden(tmp_path):
@@ -19,7 +24,7 @@ def test_the_quickstart_checks_its_committed_golden(tmp_path):
     assert "logprob-parity: 1 checked" in done.stdout
     printed = {_shape(line) for line in done.stdout.splitlines()}
     quoted = (ROOT / "README.md").read_text().partition("    logprob-parity: 1 checked\n")[2].partition("\n\n")[0].splitlines()
-    assert len(quoted) == 4
+    assert len(quoted) == 5
     if "(same setup" not in done.stdout:  # another processor than the golden's: judged by statistics
         assert "(compatible setup, level rl," in done.stdout
         quoted = []
@@ -43,6 +48,22 @@ def test_the_readme_quotes_a_message_of_today(run_inner, pytester):
             assert _shape(line) in printed, line
 
 
+def test_pages_quote_what_free_generation_and_noise_floors_print_today():
+    """Which sentence comes hangs on the processor: each quoted one is one of those that there are, whatever its numbers."""
+    floors = [NoiseFloor(np.float32([[0, 0], [0, by]]), BatchCompositions(), reproduces=True) for by in (0, 0.5)]
+    shapes = {
+        "generation": {_shape(str(FreeRun(turns=9, diverged=n, stops_changed=0, divergences=()))) for n in (0, 1)},
+        "noise floor of": {_shape(floor.describe().partition(": ")[2]) for floor in floors},
+    }
+    seen = dict.fromkeys(shapes, 0)
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for what, text in re.findall(r"^[ E]+(generation|noise floor of)(?:   | \d+ repeats: )(\S.*)$", page.read_text(), re.M):
+            if text != "...":
+                seen[what] += 1
+                assert _shape(text).partition("; first at")[0] in shapes[what], f"{page.name}: {text}"
+    assert min(seen.values()) >= 2, seen
+
+
 def _shape(line):
-    line = re.sub(r"(E +generation ).*$", r"\1", line)  # what is written freely hangs on the processor
+    line = re.sub(r"(E +generation ).*$", r"\1", line)  # hangs on the processor: the test above compares it
     return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "0", " ".join(line.split()))

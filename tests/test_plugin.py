@@ -54,9 +54,9 @@ def test_record_then_check(pytester, run_inner):
         [
             "  recorded golden/test_it/test_rollouts-*.safetensors",
             "    noise floor of 5 repeats: *",
-            "    the noise floor took * s beside the recording pass",
-            "    reference (transformers float32, 16 sequences): the golden's distance to it is RMS *; it took * s, *",
-            "    a clean engine of another build passes with a chance of *% at 2 prompts; *",
+            "    reference (transformers float32, 16 sequences): the golden differs from it by RMS * nats, at most * nats",
+            "    times: generating * s, noise floor * s, reference * s",
+            "    simulated: * of 40 engines of another version without a fault pass with these 2 prompts; *",
         ]
     )
     (golden,) = pytester.path.glob("golden/test_it/*.safetensors")
@@ -68,8 +68,8 @@ def test_record_then_check(pytester, run_inner):
         [
             "  pass (same setup, level rl, objective token) golden/test_it/*.safetensors: * logprobs agree bit for bit",
             "    different? no: bit-identical",
-            "    shown (95% confidence, 2 prompts): at most * of such prompts have a sequence with an RMS difference above *",
-            "    would not have passed: * sequences with an outlier token, or *",
+            "    shown: 0 of 2 prompts have a sequence with an RMS difference above *. With 95% confidence, at most *",
+            "    would not pass: * or more sequences with an outlier token, or * or more sequences with an RMS difference *",
         ]
     )
     assert summary(run_inner("--parity-update=all")) == ["logprob-parity: 1 recorded"]
@@ -99,9 +99,9 @@ def test_raw_logprobs_against_an_rl_golden_fail_and_say_why(pytester, run_inner,
             "E*MismatchError: fail: The logprobs of the two sides have different meanings: processed (T=0.7, top-p 0.9) in the "
             "golden, raw in this run",
             "E*golden*golden/test_it/test_rollouts-*.safetensors",
-            "E*sequence position*golden (rank)*this run (rank)*token, after",
+            "E*sequence position*golden (rank)*this run (rank)*token and the text before it",
             "E*findings*semantic: raw_vs_processed*",
-            "E*generation*all 16 turns have the golden's tokens and stop at the same place",
+            "E*generation*all 16 completions have the golden's tokens and stop at the same positions",
             "E*differs*config.logprobs_mode: 'processed_logprobs' in the golden, 'raw_logprobs' in this run",
             "E*to accept*pytest test_it.py::test_rollouts --update-golden --parity-set logprobs_mode=raw_logprobs",
         ]
@@ -385,9 +385,7 @@ def test_what_fails_is_said_by_the_call_the_option_and_the_ini_file_in_this_orde
                         f"def test_rollouts(golden_trace): {shifted.replace(', LEVEL', '')}")  # fmt: skip
     run_inner().assert_outcomes(passed=1)
     result = run_inner("--parity-level=bitwise")
-    result.stdout.fnmatch_lines(
-        ["E*fail: * of * logprobs are not bit-identical", "E*level*bitwise: fails unless bit-identical"]
-    )
+    result.stdout.fnmatch_lines(["E*fail: * of * logprobs are not bit-identical", "E*level*bitwise: fails if any bit differs"])
     pytester.makeini("[pytest]\nparity_level = bitwise")
     run_inner().assert_outcomes(failed=1)
     run_inner("--parity-level=rl").assert_outcomes(passed=1)
@@ -456,6 +454,27 @@ def test_the_users_own_engine(pytester, run_forked):
     result.assert_outcomes(passed=1)
     told = "logprob-parity: own engine, vllm 0.32.0: differs from profile rl: logprobs_mode is 'raw_logprobs' (rl: *"
     result.stdout.fnmatch_lines([told])
+
+
+@pytest.mark.parametrize(("mode", "fails"), [("raw_logprobs", True), ("processed_logprobs", False)])
+def test_the_users_own_engine_is_checked_against_the_golden_of_the_rl_profile(pytester, recorded, run_forked, mode, fails):
+    """The marker stays, as in the tutorial: the engine is the repo's, the golden is that of the profile."""
+    pytester.makeconftest(
+        f"""
+        import os
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def parity_engine_factory():
+            os.environ |= {{"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}}
+            from vllm import LLM
+            return LLM({MODEL!r}, dtype="bfloat16", logprobs_mode={mode!r}, enforce_eager=True, enable_prefix_caching=False)
+        """
+    )
+    result = run_forked(timeout=300)
+    if fails:
+        result.stdout.fnmatch_lines(["E*MismatchError: fail: The logprobs of the two sides have different meanings: *"])
+    result.assert_outcomes(failed=int(fails), passed=int(not fails))
 
 
 def test_an_own_engine_that_is_none(pytester, run_inner):

@@ -211,7 +211,7 @@ def test_a_golden_of_an_engine_is_checked_against_a_server(pytester, run_inner, 
     result = run_inner(f"--parity-server={gateway.url}")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        ["E*MismatchError: fail: *", "E *this run *vllm-server 0.32.0, float32, processed logprobs by decode (sampler)",
+        ["E*MismatchError: fail: *", "E *this run *vllm-server 0.32.0, float32, processed logprobs, from a forced decode *",
          f"E *to accept *pytest test_it.py::test_rollouts --update-golden --parity-server {gateway.url}"]
     )  # fmt: skip
     before = golden.read_bytes()

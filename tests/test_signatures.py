@@ -198,9 +198,11 @@ def test_a_temperature_that_nobody_recorded_is_a_candidate_beside_other_scales_o
 def test_top_p_is_bounded_by_kept_sets_and_not_guessed():
     rollouts = policy(top_p=0.9)
     found = finding(compare(expected=rollouts.trace(k=20), actual=rollouts.trace("raw", k=20)), "truncation")
-    assert "top-p 0.9 was applied to the golden and not to this run: kept mass 0.9" in found.evidence
+    assert "top-p 0.9 was applied to the golden and not to this run: " in found.evidence
+    assert f"a total probability of {found.values['kept_mass']:.4f} on average" in found.evidence
+    assert 0.9 <= found.values["kept_mass"] < 1
     low, high = found.values["top_p"]
-    assert f"consistent with top-p in [{low:.4g}, {high:.4g}]" in found.evidence
+    assert f"this fits top-p between {low:.4g} and {high:.4g}" in found.evidence
     assert 0.85 < low <= 0.9 <= high < 0.93
 
 
@@ -605,7 +607,7 @@ def test_few_or_rounded_numbers_do_not_hide_what_is_wrong_with_all(fault):
 def test_a_truncation_that_the_kept_sets_contradict_is_not_the_recorded_one():
     rollouts = policy(temperature=0.7, top_p=0.9)
     raw = rollouts.trace(Sampling(temperature=0.7), k=20, noise=0.01)
-    for applied, told in (({"top_k": 3}, "top-k 3"), ({"top_p": 0.9}, "top-p 0.9"), ({"min_p": 0.2}, "min-p in [")):
+    for applied, told in (({"top_k": 3}, "top-k 3"), ({"top_p": 0.9}, "top-p 0.9"), ({"min_p": 0.2}, "min-p between ")):
         golden = rollouts.trace(Sampling(temperature=0.7, **applied), k=20)
         result = compare(expected=golden, actual=raw)
         assert finding(result, "truncation").evidence.startswith(told), str(result.findings[0])

@@ -133,7 +133,7 @@ def test_a_pass_says_what_holds_of_other_prompts_and_what_would_not_have_passed(
     assert shown.share == pytest.approx(0.015, abs=2e-4)  # statistics.md: 0 bad of 200 prove their share
     assert (shown.sequences_allowed, shown.reach) == (gate(result, "outlier_sequences").limit, pytest.approx(0.019, abs=1e-3))
     assert shown.tokens_allowed == gate(result, "outlier_tokens").limit
-    assert len(result.shows) == 2
+    assert [line.partition(":")[0] for line in result.shows] == ["shown", "would not pass", "power"]
 
 
 @pytest.mark.parametrize(("rms", "verdict"), [(0.009, "pass"), (0.03, "pass"), (0.055, "unverified"), (0.09, "fail")])
@@ -505,7 +505,7 @@ def test_bits_of_the_logprobs_without_those_of_the_tokens_are_another_seed_strea
     trace = make_trace(sampling=Sampling(temperature=1.0))
     headline, cause = verdict_on(trace, free_run(trace, other_tokens(trace, 1)), exact=True)
     assert (headline.key, cause) == ("generates_other_tokens", "seed_stream")
-    assert "1 of 50 turns have other tokens" in headline
+    assert "1 of 50 completions have other tokens" in headline
 
 
 def test_greedy_in_place_of_sampled_writes_likelier_tokens():
@@ -533,7 +533,7 @@ def test_stops_are_judged_where_the_tokens_came_back():
     assert (run.diverged, run.stops_changed) == (0, 50)
     headline, cause = verdict_on(trace, run)
     assert (headline.key, cause) == ("stops_elsewhere", None)
-    assert "0 of 50 turns have other tokens, 50 stop at another place" in headline
+    assert "0 of 50 completions have other tokens, 50 stop at another position" in headline
     assert free_run(trace).same
 
 
@@ -906,8 +906,8 @@ def test_a_turn_that_ends_elsewhere_is_a_stop_however_it_does(now, diverged, sto
     for golden, other in ((ending(2), now), (now, ending(2))):
         free = compare_free_run(golden, other, 0.25)
         assert (free.diverged, free.stops_changed) == (diverged, stopped)
-        assert f"{diverged} of 20 turns have other tokens" in str(free)
-        assert ("20 stop at another place" in str(free)) == bool(stopped)
+        assert f"{diverged} of 20 completions have other tokens" in str(free)
+        assert ("20 stop at another position" in str(free)) == bool(stopped)
 
 
 def test_an_end_token_that_was_not_drawn_is_chance_and_one_that_does_not_end_is_none():

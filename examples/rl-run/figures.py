@@ -17,7 +17,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 PANELS = {
-    "clipped": "clip rate (sequences)",
+    "clipped": "clip fraction (sequences)",
     "rl/clamp_log_ratio_new_old_indicator": "ratio outside 1 ± 0.02 (tokens)",
     "rl/kl_new_old": "KL new-old (nats a token)",
     "rl/ratio_new_old": "policy ratio",

@@ -282,7 +282,7 @@ def _difference(comparison: Comparison, golden: Golden, candidate: Golden) -> li
     return [
         *(f"  {'cause' if number == 0 else '':<11}{text}" for number, text in enumerate(found)),
         f"  measured   {measured}",
-        f"  tokens     {'the same' if not other else f'{other} of {golden.trace.num_sequences} completions are other ones'}",
+        f"  tokens     {'the same' if not other else f'{other} of {golden.trace.num_sequences} completions have other tokens'}",
         f"  floor      {floor}",
     ]
 

@@ -1,4 +1,4 @@
-"""The chance that a clean engine of another build passes a golden of this size, simulated from the golden's own noise."""
+"""The chance that an engine of another version without a fault passes a golden of this size, simulated from its own noise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..golden import Golden
 
 #: Scale of the lognormal that noise differs by between sequences, and between builds (measured by benchmarks/bench_clean.py).
 _BETWEEN_SEQUENCES, _BETWEEN_BUILDS = 0.5, 0.15
-_DRAWS: Final = 40
+DRAWS: Final = 40
 #: What a golden should reach, and how many times as many prompts are tried for it.
 WANTED: Final = 0.95
 _TIMES: Final = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
@@ -26,7 +26,7 @@ _TIMES: Final = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chance:
-    """How often a clean engine of another build passes a golden of `prompts` distinct prompts.
+    """How often an engine of another version without a fault passes a golden of `prompts` distinct prompts.
 
     `needed` prompts bring that to WANTED; None where no number tried does. `hidden`: noise alone exceeds what the objective
     bears.
@@ -37,11 +37,16 @@ class Chance:
     needed: int | None
     hidden: bool
 
+    @property
+    def passes(self) -> int:
+        """How many of the DRAWS simulated engines pass."""
+        return round(self.share * DRAWS)
+
 
 def chance_to_pass(golden: Golden, limits: Tolerance, noise: float) -> Chance:
-    """Draw other builds' answers to prompts like the golden's, and have them judged as a check does.
+    """Draw the answers of engines of other versions to prompts like the golden's, and have them judged as a check does.
 
-    `noise` is the RMS (nats) between clean builds, for a golden that has no reference to know better.
+    `noise` is the RMS (nats) between versions without a fault, for a golden that has no reference to know better.
     """
     numbers = prompt_numbers(golden.trace)
     count = int(numbers.max(initial=-1)) + 1
@@ -49,8 +54,8 @@ def chance_to_pass(golden: Golden, limits: Tolerance, noise: float) -> Chance:
     for times in _TIMES:
         prompts = max(round(count * times), count)
         rng = np.random.default_rng(0)
-        judged = [_judged(golden, limits, noise, numbers, count, prompts, rng) for _ in range(_DRAWS)]
-        share = sum(_passes(gates) for gates in judged) / _DRAWS
+        judged = [_judged(golden, limits, noise, numbers, count, prompts, rng) for _ in range(DRAWS)]
+        share = sum(_passes(gates) for gates in judged) / DRAWS
         if times == 1:
             first, hidden = share, any(gate.hidden and not gate.sure for gates in judged for gate in gates)
         if share >= WANTED or hidden:
@@ -65,7 +70,7 @@ def _passes(gates: Sequence[Gate]) -> bool:
 def _judged(
     golden: Golden, limits: Tolerance, noise: float, numbers: Integers, count: int, prompts: int, rng: np.random.Generator
 ) -> Sequence[Gate]:  # fmt: skip
-    """The gates of another build's answer to so many prompts like the golden's; none where they are too few to generalise."""
+    """The gates of another version's answer to so many prompts like the golden's; none where they are too few to generalise."""
     trace, reference = golden.trace, golden.reference
     chosen = np.arange(count) if prompts == count else rng.integers(0, count, prompts)
     members = [np.flatnonzero(numbers == prompt) for prompt in chosen]
@@ -95,7 +100,7 @@ def _judged(
 
 
 def _shuffled(errors: np.ndarray, logprobs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The errors of another build: the golden's own, handed around among tokens that are about as likely, with any sign."""
+    """The errors of another version: the golden's own, handed around among tokens that are about as likely, with any sign."""
     known = np.flatnonzero(np.isfinite(errors))
     order = known[np.argsort(logprobs[known] + 1e-6 * rng.normal(size=len(known)))]
     drawn = np.full(len(errors), np.nan)

@@ -104,7 +104,7 @@ def _less_known(golden: Golden, candidate: Golden) -> Iterator[str]:
         if new.rms > _NOISIER * floor.rms + _DIGITS:
             yield f"its noise floor has an RMS of {new.rms:.2g} nats, the golden's of {floor.rms:.2g}"
         if floor.reproduces and not new.reproduces:
-            yield "its own schedule does not reproduce bit for bit, as the golden's does"
+            yield "a replay in its own batches is not bit-identical, and for the golden it was"
     if candidate.routed and not golden.routed:
         yield "its model routes tokens to experts, and the golden's does not: limits go by it"
     now, then = (_reference_errors(side) for side in (candidate, golden))

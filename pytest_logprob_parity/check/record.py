@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -26,10 +27,10 @@ from ..notes import Note
 from ..progress import doing
 from ..spec import Sampling
 from ..trace import FloatArray, ReplayPath, Trace
-from .chance_to_pass import WANTED, chance_to_pass
+from .chance_to_pass import DRAWS, WANTED, chance_to_pass
 from .compatibility import check_belongs, temperature_notes
 from .context import Context
-from .measure import check_numbers, disagreement, measure, replays_of
+from .measure import Measured, check_numbers, disagreement, measure, replays_of
 from .reference_pass import reference_of
 
 #: RMS (nats) between clean builds of vLLM 0.8.5 to 0.32.0 on the same tokens (docs/how-to/diagnosis.md, the migration), where a
@@ -71,13 +72,12 @@ def record(
     explicit = {**parse_tolerance(context.tolerance_lines, golden.trace.dtype, ("decode",)), **golden.tolerance}
     _check_passes_itself(golden.trace, context.shown_path)
     if measured is not None and measured.own is not None:
-        text = f"the noise floor took {measured.replaying:.1f} s beside the recording pass"
-        notes.append(Note("floor_seconds", text))
         _check_agrees_with_itself(golden, measured.own, explicit, context.shown_path)
     if measured is not None and isinstance(engine, Engine):
+        began = time.monotonic()
         with doing("computing the reference"):
             reference, told = reference_of(engine, golden.trace, measured.generating, context.reference)
-        notes.append(Note("reference", told))
+        notes += [Note("reference", told), _times(measured, None if reference is None else time.monotonic() - began)]
         golden = dataclasses.replace(golden, reference=reference)
         _check_agrees_with_reference(golden, context.shown_path)
     limits = make_tolerance(
@@ -97,6 +97,14 @@ def record(
     return dataclasses.replace(
         proof, recorded=True, notes=(Note("floor", floor), *notes, *_what_it_can_show(golden, limits), *raised), shown=None
     )
+
+
+def _times(measured: Measured, reference: float | None) -> Note:
+    """How many seconds each part of the recording took; `reference` is None where none was computed."""
+    parts = [f"generating {measured.generating:.1f} s"]
+    parts += [f"noise floor {measured.replaying:.1f} s"] if measured.own is not None else []
+    parts += [f"reference {reference:.1f} s"] if reference is not None else []
+    return Note("floor_seconds", f"times: {', '.join(parts)}")
 
 
 def _check_place(path: Path, repeats: int, context: Context) -> None:
@@ -203,21 +211,23 @@ def _what_it_can_show(golden: Golden, limits: Tolerance) -> list[Note]:
         text = "cannot tell raw from processed logprobs: at T=1 without truncation and penalties they are the same"
         notes.append(Note("cannot_tell_raw", text))
     chance = chance_to_pass(golden, limits, _OTHER_BUILDS.get(golden.trace.dtype, _OTHER_BUILDS["bfloat16"]))
-    text = f"a clean engine of another build passes with a chance of {chance.share:.0%} at {counted(chance.prompts, 'prompts')}"
+    prompts = f"{'this' if chance.prompts == 1 else 'these'} {counted(chance.prompts, 'prompts')}"
+    text = f"simulated: {chance.passes} of {DRAWS} engines of another version without a fault pass with {prompts}"
     if chance.share < WANTED:
         text += (
-            f"; {chance.needed} prompts like these would bring it to {WANTED:.0%}"
+            f"; with {chance.needed} prompts like these, {WANTED:.0%} would pass"
             if chance.needed is not None
-            else "; no number of prompts like these would bring it to 95%: its noise is too near what the objective bears"
+            else f"; more prompts would not bring this to {WANTED:.0%}: the noise is too large for the objective's limits"
         )
     notes.append(Note("chance", text))
     if chance.hidden:
         text = (
-            f"objective {limits.objective}: noise alone exceeds what it bears in {golden.trace.dtype} here; checks of another "
+            f"objective {limits.objective}: noise alone is larger than its limits in {golden.trace.dtype}; checks of engines "
+            "of another version will be unverified"
         )
-        notes.append(Note("noise_hides", text + "build will be unverified"))
+        notes.append(Note("noise_hides", text))
     if chance.prompts == 1:
-        notes.append(Note("one_prompt", "all sequences are of one prompt: the golden speaks for that prompt alone"))
+        notes.append(Note("one_prompt", "all sequences have the same prompt: the golden shows nothing about other prompts"))
     return notes
 
 

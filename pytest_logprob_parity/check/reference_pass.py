@@ -47,14 +47,12 @@ def reference_of(engine: Engine, trace: Trace, seconds: float, source: str = "au
     reasons = []
     for name, compute in (("transformers", _by_transformers), ("engine", _by_engine)):
         if source in ("auto", name):
-            began = time.monotonic()
             try:
                 reference = compute(engine, trace, seconds)
             except (ParityError, ImportError) as error:
                 reasons.append(f"{name}: {str(error).splitlines()[0]}")
                 continue
-            took = time.monotonic() - began
-            return reference, f"{reference.describe(trace.logprobs)}; it took {took:.1f} s, generating took {seconds:.1f} s"
+            return reference, reference.describe(trace.logprobs)
     return None, f"no reference: {'; '.join(reasons)}"
 
 

@@ -23,7 +23,7 @@ def add(verbs: Verbs) -> None:
         "selftest",
         "plant faults in your engine and see which of them a check catches",
         "Takes any decoder model that the installed engine runs. Records a golden, plants faults in settings, sampler, report "
-        "and weights, and judges each as a check of another build does. Minutes for a small model.",
+        "and weights, and judges each as a check of an engine of another version does. Minutes for a small model.",
         run=run,
         status={0: "every fault that matters is caught, and no control fails", 1: "otherwise"},
     )

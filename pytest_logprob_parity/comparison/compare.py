@@ -32,10 +32,9 @@ def compare(
     """Compare two traces over their identical tokens; d = actual - expected.
 
     `tolerance` changes the defaults for the golden's dtype and the two paths, or declares a gap that is there on purpose
-    (`"fp8"`, `"int8"`). `level` says what fails: `bitwise` any other bit, `noise` any difference beyond the noise of batch
-    composition (which two traces in hand cannot show), `rl` what matters to an update of this `objective` (`token`,
-    `sequence`, `truncated`, `unclipped`; see Objective). `floor` is the golden's noise floor, `reference` its reference
-    column.
+    (`"fp8"`, `"int8"`). `level` says what fails: `bitwise` any bit that differs, `noise` any difference larger than the
+    noise floor (which two traces in hand cannot show), `rl` what matters for an update of this `objective` (`token`,
+    `sequence`, `truncated`, `unclipped`; see Objective). `floor` is the golden's noise floor, `reference` its reference column.
 
     Where the two sides mean different things, and the numbers bear that out, nothing is subtracted: the metrics of
     differences are NaN and a finding says so.

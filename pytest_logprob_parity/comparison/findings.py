@@ -73,7 +73,7 @@ class Finding:
 
     def __str__(self) -> str:
         name = self.cause or one_of(self.candidates)
-        return f"{self.layer}: {name} ({self.evidence})"
+        return f"{self.layer}: {name}: {self.evidence}"
 
 
 def one_of(candidates: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ def is_different(expected: Trace, *, exact: bool, decided: bool, level: Level, e
     if level == "bitwise":
         return Difference(different=True, reason="not bit-identical", key="bits")
     if decided:
-        return Difference(different=True, reason="see the headline", decided=True, key="headline")
+        return Difference(different=True, reason="the headline says what changed", decided=True, key="headline")
     scheduled = evidence.setup == "same" and evidence.same_schedule
     if scheduled and floor is not None and floor.reproduces and level != "noise":
         return Difference(

@@ -9,6 +9,7 @@ from typing import Any, Final
 from ..golden.setup import Setup
 from ..grammar import counted
 from ..trace import Trace
+from ..trace.labels import logprobs_in_words
 from ..visible_text import visible_line
 from .gate import OUTLIERS
 from .objectives import objective_of
@@ -21,17 +22,19 @@ _LABEL: Final = 13
 _SHOWN_DIFFERENCES: Final = 12
 _SHOWN_TEXT: Final = 48
 _SETUPS: Final[Mapping[Setup, str]] = {
-    "same": "same: engine, version, configuration, hardware and libraries match the golden's; logprobs should be bit-identical",
-    "compatible": "compatible: the golden's model and prompts, another engine or setting (see differs); judged by statistics",
-    "unknown": "unknown: there are no two fingerprints to compare",
+    "same": "same: the golden's engine, version, settings, hardware and libraries; bit-identical logprobs are expected",
+    "compatible": "compatible: same model and prompts, another engine or setting (see differs); equal bits are not expected",
+    "unknown": "unknown: at least one side has no fingerprint, so the setups cannot be compared",
 }
 _LEVELS: Final[Mapping[Level, str]] = {
-    "bitwise": "bitwise: fails unless bit-identical",
-    "noise": "noise: fails for any difference beyond the noise of batch composition",
-    "rl": "rl: fails for a difference that matters to an RL update",
+    "bitwise": "bitwise: fails if any bit differs",
+    "noise": "noise: fails if a difference is larger than the noise floor",
+    "rl": "rl: fails if a difference matters for an RL update",
 }
 
 
+#: What stands before the command that accepts a change.
+_INTENDED: Final = "(only if the change is intended) "
 #: What stands beside a number that does not pass.
 _MARKS: Final[Mapping[Verdict, str]] = {"pass": "", "fail": "  <-- exceeds", "unverified": "  <-- inconclusive"}
 
@@ -66,36 +69,33 @@ def failure_message(
             (sides[0], [golden, *about]),
             (sides[1], [side(comparison.actual)]),
             ("setup", [_SETUPS[comparison.setup]] if sides == SIDES else []),
-            (
-                "level",
-                [
-                    _LEVELS[comparison.level]
-                    + (f"; objective {objective_of(comparison.objective).title}" if comparison.level == "rl" else "")
-                ],
-            ),
+            ("level", [_LEVELS[comparison.level] + (f"; {_objective(comparison)}" if comparison.level == "rl" else "")]),
         ),
         "\n".join(_numbers(comparison)),
         "\n".join(_worst_tokens(comparison)),
         _fields(
             ("findings", [str(f) for f in comparison.findings]),
-            ("different?", [str(comparison.difference)]),
+            ("different?", [] if comparison.difference.decided else [str(comparison.difference)]),
             ("generation", [] if comparison.free_run is None else [str(comparison.free_run)]),
             ("logged", [] if comparison.logged is None else list(comparison.logged.lines)),
             ("differs", _difference_lines(differences, sides) if differences or comparison.setup == "same" else []),
             ("note", [note for note in comparison.notes if note.key != "free_generation"]),
         ),
-        _fields(("to accept", [accept] if accept else []), ("or beside it", [beside] if beside else [])),
+        _fields(("to accept", [f"{_INTENDED}{accept}"] if accept else []), ("or beside it", [beside] if beside else [])),
     ]
     return "\n\n".join([f"{comparison.verdict}: {comparison.headline}", *filter(None, blocks)])
 
 
 def side(trace: Trace) -> str:
     """Who said the numbers of a trace, which ones, and by which replay."""
-    forced = f" ({trace.forcing})" if trace.replay and trace.forcing else ""
-    return visible_line(
-        f"{trace.engine} {trace.engine_version}".rstrip() + f", {trace.dtype}, {trace.logprobs_mode.replace('_', ' ')} by "
-        f"{trace.replay or trace.path}{forced}"
-    )
+    logprobs = logprobs_in_words(trace.logprobs_mode, trace.path, trace.replay, trace.forcing)
+    return visible_line(f"{trace.engine} {trace.engine_version}".rstrip() + f", {trace.dtype}, {logprobs}")
+
+
+def _objective(comparison: Comparison) -> str:
+    """The objective, with what it computes."""
+    objective = objective_of(comparison.objective)
+    return f"objective {objective.name}: {objective.title}"
 
 
 def _fields(*rows: tuple[str, list[str]]) -> str:
@@ -180,7 +180,10 @@ def _worst_tokens(comparison: Comparison) -> list[str]:
         return []
     subtracted, sides = not _not_subtracted(comparison), comparison.sides
     head = f"{'sequence':>8} {'position':>8}  {f'{sides[0]} (rank)':>16} {f'{sides[1]} (rank)':>16}"
-    lines = [head + (f" {'d':>9}" if subtracted else "") + "  token, after"]
+    lines = [
+        "The largest differences first; positions count from 0 in the completion:",
+        head + (f" {'d':>9}" if subtracted else "") + "  token and the text before it",
+    ]
     for token in comparison.worst:
         expected = f"{token.expected:.4f} ({token.expected_rank or '?'})"
         actual = "excluded" if math.isinf(token.actual) else f"{token.actual:.4f} ({token.actual_rank or '?'})"

@@ -65,19 +65,20 @@ OBJECTIVES: Final[Mapping[str, Objective]] = {
     o.name: o
     for o in (
         Objective(
-            name="token", title="token ratios, clip 0.2 (PPO, GRPO)", mean_diff=2e-3, k3=5e-4, clip=(0.8, 1.2), clip_share=0.01,
+            name="token", title="one ratio per token, clip 0.2 (PPO, GRPO)", mean_diff=2e-3, k3=5e-4, clip=(0.8, 1.2),
+            clip_share=0.01,
         ),
         Objective(
-            name="sequence", title="sequence ratios, clip 3e-4 (GSPO)", mean_diff=1e-4, k3=5e-4, clip=(1 - 3e-4, 1 + 3e-4),
-            clip_share=0.1, by_sequence=True,
+            name="sequence", title="one ratio per sequence, clip 3e-4 (GSPO)", mean_diff=1e-4, k3=5e-4,
+            clip=(1 - 3e-4, 1 + 3e-4), clip_share=0.1, by_sequence=True,
         ),
         Objective(
             name="truncated", title="truncated importance weights, cap 2 (TIS, masks)", mean_diff=2e-3, k3=5e-4,
             clip=(0.5, 2.0), clip_share=1e-3, cap=2.0, weight_variance=1e-3,
         ),
         Objective(
-            name="unclipped", title="unclipped weights (REINFORCE, k3 penalties)", mean_diff=2e-3, k3=5e-4, clip=(0.8, 1.2),
-            clip_share=0.01, weight_variance=1e-3,
+            name="unclipped", title="importance weights without a clip (REINFORCE, k3 penalties)", mean_diff=2e-3, k3=5e-4,
+            clip=(0.8, 1.2), clip_share=0.01, weight_variance=1e-3,
         ),
     )
 }  # fmt: skip

@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..grammar import counted
 from .json_values import finite_or_none, number_in_words
 
 #: What is said of other prompts holds with this probability.
@@ -39,19 +38,21 @@ class Shown:
 
 
 def shown_lines(shown: Shown) -> tuple[str, ...]:
-    """What a comparison says of other prompts, and what would not have passed."""
+    """What a comparison says of other prompts, what would not have passed, and how rare a fault it would have found."""
     if shown.prompts == 1:
-        return ("shown: all sequences have the same prompt; nothing is shown of other prompts",)
-    off = f"with an RMS difference above {number_in_words(shown.threshold)} nats"
-    sequences = shown.sequences_allowed + 1
-    caught = f"{counted(shown.tokens_allowed + 1, 'sequences')} with an outlier token, or {counted(sequences, 'sequences')}"
-    if shown.reach < 1:
-        caught += (
-            f" {off}; a fault that does this to {shown.reach:.1%} of the prompts is found with a probability of {POWER:.0%}"
-        )
+        return ("shown: nothing about other prompts, because all sequences have the same prompt",)
+    threshold = f"{number_in_words(shown.threshold)} nats"
     have = "has" if shown.bad_prompts == 1 else "have"
-    return (
-        f"shown ({CONFIDENCE:.0%} confidence, {counted(shown.prompts, 'prompts')}): at most {shown.share:.1%} of such prompts "
-        f"have a sequence {off} (its largest token left out); {shown.bad_prompts} of these prompts {have} one",
-        f"would not have passed: {caught}",
-    )
+    lines = [
+        f"shown: {shown.bad_prompts} of {shown.prompts} prompts {have} a sequence with an RMS difference above {threshold} "
+        f"(without its largest token difference). With {CONFIDENCE:.0%} confidence, at most {shown.share:.1%} of similar "
+        "prompts have one",
+        f"would not pass: {shown.tokens_allowed + 1} or more sequences with an outlier token, or {shown.sequences_allowed + 1} "
+        f"or more sequences with an RMS difference above {threshold}",
+    ]
+    if shown.reach < 1:
+        lines.append(
+            f"power: a fault that changes a sequence by more than RMS {threshold} in {shown.reach:.1%} of all prompts is found "
+            f"with a probability of {POWER:.0%}"
+        )
+    return tuple(lines)

@@ -120,7 +120,7 @@ def suspect_settings(differences: Sequence[tuple[str, Any, Any]], *, name: bool 
             causes = tuple(found[layer])
             evidence = "; ".join(text for texts in found[layer].values() for text in texts)
             if alone:
-                findings.append(Finding(layer=layer, cause=causes[0], evidence=f"the only difference: {evidence}"))
+                findings.append(Finding(layer=layer, cause=causes[0], evidence=f"{evidence}; nothing else differs"))
             else:
                 findings.append(Finding(layer=layer, cause=None, evidence=evidence, candidates=causes))
     return findings

@@ -15,6 +15,7 @@ from ..grammar import counted
 from ..json_shape import COUNT, Closed, Number, OptionalKey, OrNull, check_shape
 from ..trace import Trace, file_format
 from ..trace.batch_composition import BatchCompositions
+from ..trace.labels import logprobs_in_words
 from ..visible_text import visible_line
 from .noise_floor import NoiseFloor
 from .reference import Reference
@@ -188,6 +189,13 @@ def _too_large(trace: Trace, megabytes: float, limit: float) -> str:
     )
 
 
+def _top(count: int) -> str:
+    """How many top logprobs each position has, in words."""
+    if not count:
+        return "no top logprobs"
+    return "the top logprob of each position" if count == 1 else f"the top {count} logprobs of each position"
+
+
 def describe(golden: Golden) -> Sequence[str]:
     """A description of a golden for people, in a few lines."""
     trace, prints = golden.trace, golden.fingerprint
@@ -196,8 +204,8 @@ def describe(golden: Golden) -> Sequence[str]:
     lines = [
         f"{counted(trace.num_sequences, 'sequences')} of {counted(trace.num_prompts, 'prompts')}, "
         f"{counted(trace.num_tokens, 'tokens')}"
-        f" ({int(trace.mask.sum()):,} compared), top-{trace.top_k}",
-        f"{trace.logprobs_mode.replace('_', ' ')} by {trace.path}; {trace.sampling.processing()}, seed {trace.sampling.seed}",
+        f" ({int(trace.mask.sum()):,} compared), {_top(trace.top_k)}",
+        f"{logprobs_in_words(trace.logprobs_mode, trace.path)}; {trace.sampling.processing()}, seed {trace.sampling.seed}",
         ", ".join([version, trace.dtype, *([] if device is None else [str(device)])]),
     ]
     if prints.get("adapter"):

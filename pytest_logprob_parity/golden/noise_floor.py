@@ -90,10 +90,11 @@ class NoiseFloor:
         """A description of the noise floor for people, in a line."""
         text = f"noise floor of {self.repeats} repeats: "
         if self.changed == 0:
-            text += "identical under every batch composition tried; this is no bound for other builds"
+            text += "bit-identical in every batch composition tried; this is no bound for other versions"
         else:
             text += (
-                f"RMS {self.rms:.2g} nats between two of them, max {self.max_abs:.2g}, {self.changed:.1%} of the tokens move"
+                f"two repeats differ by RMS {self.rms:.2g} nats, at most {self.max_abs:.2g} nats; {self.changed:.1%} of the "
+                "logprobs are not the same in all repeats"
             )
-        text += f", {self.flips:.1f} nucleus flips a replay" if self.flips else ""
-        return text + ("" if self.reproduces else "; its own schedule does not reproduce bit for bit")
+        text += f"; {self.flips:.1f} nucleus flips in each repeat on average" if self.flips else ""
+        return text + ("" if self.reproduces else "; a replay in the golden's own batches is not bit-identical")

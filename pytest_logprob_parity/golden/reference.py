@@ -59,6 +59,6 @@ class Reference:
         if not len(known):
             return f"reference ({self.source}): no token in common"
         return (
-            f"reference ({self.source}, {counted(self.sequences, 'sequences')}): the golden's distance to it is RMS "
-            f"{float(np.sqrt(np.mean(known**2))):.2g} nats, max {float(np.abs(known).max()):.2g}"
+            f"reference ({self.source}, {counted(self.sequences, 'sequences')}): the golden differs from it by RMS "
+            f"{float(np.sqrt(np.mean(known**2))):.2g} nats, at most {float(np.abs(known).max()):.2g} nats"
         )

@@ -70,9 +70,7 @@ class GoldenTrace:
         `prompts` are strings, lists of token ids or message lists; `sampling` a Sampling, dict or vllm.SamplingParams;
         `name` tells several checks of one test apart; `level` says what fails (`bitwise`, `noise`, `rl`; default: the
         run's, see --parity-level), `objective` what matters to an update (`token`, `sequence`, `truncated`, `unclipped`;
-        default: the marker's, then the ini file's). Returns the comparison, for those who log it.
-
-        Raises ParityError; see check_golden.
+        default: the marker's, then the ini file's). Returns the comparison. Raises ParityError; see check_golden.
         """
         from ..check.check import check_golden
 

@@ -41,12 +41,12 @@ _OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "--parity-level": {
         "choices": LEVELS,
         "default": None,
-        "help": "what fails: any other bit, any difference beyond other batch compositions, or (default) what matters to RL",
+        "help": "what fails: any bit that differs, a difference larger than the noise floor, or (default) what matters for RL",
     },
     "--parity-diagnose": {
         "action": "store_true",
         "default": False,
-        "help": "where a check fails, replay its golden with each setting as the golden had it, and say what accounts for it",
+        "help": "if a check fails, replay its golden with each setting of the golden, and say how much each one explains",
     },
     "--parity-metrics": {
         "choices": FRAMEWORKS,

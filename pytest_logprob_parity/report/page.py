@@ -13,6 +13,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..comparison.findings import LAYERS
+from ..comparison.free_generation.result import in_words
 from ..grammar import counted
 from ..visible_text import visible, visible_token
 from .charts import Chart, charts_of, history_charts
@@ -169,11 +170,10 @@ def _legend(check: Mapping[str, Any], unit: float) -> list[tuple[str, str]]:
 def _free_run(free_run: Mapping[str, Any] | None) -> str:
     if free_run is None:
         return ""
-    turns, diverged, stops = (free_run.get(name) or 0 for name in ("turns", "diverged", "stops_changed"))
-    if not diverged and not stops and not free_run.get("relabelled"):
-        return f"all {turns} came back token for token and stopped where they stopped"
-    first = next(iter(free_run.get("first") or ()), "")
-    return f"{diverged} of {turns} wrote other tokens, {stops} stopped elsewhere" + (f"; first at {first}" if first else "")
+    turns, diverged, stops, relabelled = (
+        free_run.get(name) or 0 for name in ("turns", "diverged", "stops_changed", "relabelled")
+    )
+    return in_words(turns, diverged, stops, relabelled, next(iter(free_run.get("first") or ()), ""))
 
 
 def _number(value: float | None) -> str:

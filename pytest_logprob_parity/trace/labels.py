@@ -30,6 +30,24 @@ def dtype_name(name: str) -> str:
     return _DTYPE_NAMES.get(short, short)
 
 
+_ORIGINS: Final[Mapping[str, str]] = {
+    "decode": "a forced decode", "prefill": "a prefill", "regenerate": "a free generation",
+    "window": "forced decodes of windows", "scorer": "a scorer",
+}  # fmt: skip
+_FORCED: Final[Mapping[Forcing, str]] = {
+    "sampler": " (tokens forced in the sampler)",
+    "native": " (tokens forced by the engine's own trace replay)",
+}
+
+
+def logprobs_in_words(
+    mode: LogprobsMode, path: TracePath, replay: ReplayPath | Literal["scorer", ""] = "", forcing: Forcing | None = None
+) -> str:  # fmt: skip
+    """What logprobs these labels describe: `raw logprobs, from a forced decode (tokens forced in the sampler)`."""
+    origin = _ORIGINS[replay] if replay else f"a {path}"
+    return f"{mode.replace('_', ' ')}, from {origin}{_FORCED[forcing] if replay and forcing else ''}"
+
+
 def with_forcing(labels: Mapping[str, Any]) -> dict[str, Any]:
     """The labels of a file; older files have `decode (sampler)` for what is `replay` and `forcing` today."""
     replay, _, forcing = str(labels.get("replay", "")).removesuffix(")").partition(" (")

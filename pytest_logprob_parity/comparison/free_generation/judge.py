@@ -40,7 +40,7 @@ def judge_free_run(
     if free_run.stops_changed > len(free_run.ends):
         candidates: tuple[Cause, ...] = ("engine_build", "seed_stream")
         evidence = f"the tokens agree, but {free_run}"
-        text = f"The engine stops at another place although it generates the same tokens: {free_run}"
+        text = f"The engine stops at another position although it generates the same tokens: {free_run}"
         finding = Finding(layer="sampling", cause=None, evidence=evidence, candidates=candidates)
         return Headline("stops_elsewhere", text), finding
     if expected.sampling.greedy:
@@ -57,7 +57,9 @@ def judge_free_run(
     predicted = predicted_divergences(expected, mean_abs_diff)
     other = free_run.diverged + len(free_run.ends)
     if same_stream and _poisson_tail(other, _FLIP_MARGIN * predicted) < _ALPHA:
-        evidence = f"{other} of {free_run.turns} turns have other tokens; noise of this size explains about {predicted:.2g}"
+        evidence = (
+            f"{other} of {free_run.turns} completions have other tokens; noise of this size explains about {predicted:.2g}"
+        )
         headline = Headline("diverges_too_often", f"The engine generates other tokens although its logprobs agree: {evidence}")
         return headline, Finding(layer="sampling", cause="seed_stream", evidence=evidence)
     return None, None

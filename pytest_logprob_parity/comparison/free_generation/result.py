@@ -70,11 +70,19 @@ class FreeRun:
         }
 
     def __str__(self) -> str:
-        if self.same:
-            return f"all {self.turns} turns have the golden's tokens and stop at the same place"
-        text = f"{self.diverged} of {self.turns} turns have other tokens"
-        if self.stops_changed:
-            text += f", {self.stops_changed} stop at another place"
-        if self.relabelled:
-            text += f", {self.relabelled} report the other of two finish reasons that both hold"
-        return text + (f"; first at {self.divergences[0]}" if self.divergences else "")
+        first = str(self.divergences[0]) if self.divergences else ""
+        return in_words(self.turns, self.diverged, self.stops_changed, self.relabelled, first)
+
+
+def in_words(turns: int, diverged: int, stops_changed: int, relabelled: int, first: str) -> str:
+    """The counts of a free generation in a sentence; a turn that the engine writes is a completion. `first`: a divergence."""
+    if not diverged and not stops_changed and not relabelled:
+        if turns == 1:
+            return "the completion has the golden's tokens and stops at the same position"
+        return f"all {turns} completions have the golden's tokens and stop at the same positions"
+    text = f"{diverged} of {turns} completions have other tokens"
+    if stops_changed:
+        text += f", {stops_changed} stop at another position"
+    if relabelled:
+        text += f", {relabelled} report the other of two finish reasons that both hold"
+    return text + (f"; first at {first}" if first else "")

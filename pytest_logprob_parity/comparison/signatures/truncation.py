@@ -64,8 +64,8 @@ def _wider_than_listed(positions: Positions, *, alone: bool) -> Iterator[Process
             lift = truncated_support.lifted(free, cut)
         if lift is not None:
             what.append(
-                f"it raises all tokens of a position by one constant ({lift.positions:,} positions, kept mass {lift.mass:.4f} "
-                "on average)"
+                f"it raises all tokens of a position by one constant ({lift.positions:,} positions; the kept tokens have a "
+                f"total probability of {lift.mass:.4f} on average)"
             )
             values |= {"positions": lift.positions, "kept_mass": lift.mass}
         if count >= least:
@@ -111,13 +111,13 @@ def _one_truncates(
     name = _truncation_in_words(sampling) if recorded else other or "a truncation"
     text = (
         f"{applied(name, positions.names, on_expected=on_expected)}: "
-        f"kept mass {limits.mass:.2f} on average ({limits.positions:,} positions"
+        f"the kept tokens have a total probability of {limits.mass:.4f} on average ({limits.positions:,} positions)"
     )
     fits = any(limit is not None for limit in (limits.top_k, limits.top_p, limits.min_p))
     unnamed = "its limit cannot be narrowed down" if fits else "no single limit explains the kept tokens"
-    text += f"; consistent with {', '.join(names)})" if names else f"; {unnamed})"
+    text += f"; this fits {', or '.join(names)}" if names else f"; {unnamed}"
     if not kept.renormalised:
-        text += f"; the kept probabilities add up to {np.mean(kept.total[kept.complete]):.3f}, not to 1"
+        text += f"; the reported probabilities of the kept tokens add up to {np.mean(kept.total[kept.complete]):.3f}, not to 1"
     values = {"kept_mass": limits.mass, "positions": limits.positions, **allowed}
     return ProcessingStep(
         finding=Finding(layer="semantic", cause="truncation", evidence=text, values=values),
@@ -179,9 +179,9 @@ def _allowed(limits: truncated_support.Limits) -> dict[str, int | tuple[float, f
 
 
 def _limit_in_words(name: str, value: int | tuple[float, float]) -> str:
-    """`top-k 20`, `top-p in [0.89, 0.91]`."""
+    """`top-k 20`, `top-p between 0.89 and 0.91`."""
     words = name.replace("_", "-")
-    return f"{words} in [{value[0]:.4g}, {value[1]:.4g}]" if isinstance(value, tuple) else f"{words} {value}"
+    return f"{words} between {value[0]:.4g} and {value[1]:.4g}" if isinstance(value, tuple) else f"{words} {value}"
 
 
 def _is_recorded(limits: truncated_support.Limits, sampling: Sampling, *, masses: bool) -> bool:
