@@ -49,10 +49,23 @@ class KeptSets:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """Which experts a request's L tokens were routed to, in the forward pass that predicts each.
+
+    `experts` [L, layers, k]; `margins` [L, layers]: by how much the router's logit of the least chosen expert exceeds that of
+    the best other one; `inputs` [L, layers]: a number of what the router was given. None where the engine does not tell.
+    """
+
+    experts: npt.NDArray[np.int16]
+    margins: npt.NDArray[np.float16] | None = None
+    inputs: npt.NDArray[np.float16] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K].
 
-    `kept` is there where the request's sampling truncates and the engine tells.
+    `kept` is there where the request's sampling truncates and the engine tells, `routing` where a mixture of experts does.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -62,6 +75,7 @@ class Completion:
     top_logprobs: npt.NDArray[np.float32]
     finish_reason: str
     kept: KeptSets | None = None
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,7 @@ def score(
     temperature = trace.sampling.applied_temperature if temperature is None else temperature
     more = {"entropies": True} if entropies and declared.gives_entropies else {}
     columns, before = np.full((1 + len(more), trace.num_tokens), np.nan, np.float32), _state_of(declared.model)
-    for batch in _batches(trace, range(trace.num_sequences) if sequences is None else sequences, batch_size):
+    for batch in batches_of(trace, range(trace.num_sequences) if sequences is None else sequences, batch_size):
         for sequence, values in zip(batch, _score_batch(trace, scorer, batch, temperature, kept, more), strict=True):
             columns[:, slice(*trace.bounds(sequence))] = values
     if changed := [name for name, state in _state_of(declared.model).items() if before[name] != state]:
@@ -75,6 +75,9 @@ def trainers_trace(
         top_token_ids=np.empty((trace.num_tokens, 0), np.int32),
         top_logprobs=np.empty((trace.num_tokens, 0), np.float32),
         untruncated_logprobs=None,
+        routed_experts=None,
+        router_margins=None,
+        router_inputs=None,
         weight_versions=None,
         trainer_logprobs=None,
         trainer_entropies=entropies,
@@ -186,7 +189,7 @@ def _supports(trace: Trace, declared: Declared) -> Any:
     return np.where(np.isfinite(trace.top_logprobs), trace.top_token_ids, -1)
 
 
-def _batches(trace: Trace, sequences: Sequence[int], size: int) -> Iterator[list[int]]:
+def batches_of(trace: Trace, sequences: Sequence[int], size: int) -> Iterator[list[int]]:
     """Batches of sequences of similar lengths, the longest first."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise UsageError(f"batch_size={size!r}: must be a whole number, 1 or more")

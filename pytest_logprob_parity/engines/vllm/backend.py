@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ... import machine
 from ...checkpoint.adapter import Adapter, is_adapter, read_adapter
 from ...checkpoint.weight_update import WeightUpdate
@@ -17,15 +15,16 @@ from ...errors import EngineError, ParityError, UsageError
 from ...reasons import mixed_builds, reason_of
 from ...spec import EngineSpec, Sampling
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
-from ..backend import Completion, KeptSets, Request, ResolvedConfig
+from ..backend import Completion, Request, ResolvedConfig
 from ..readback import check_readback, forcing_of, json_value
-from . import forced_decode, in_flight, kept_sets, lora
+from . import forced_decode, in_flight, lora
 from .completions import completion_of
 from .config import SHOWN, before_its_time, settings_of, vocabulary_of, why_not_forced
 from .lm_head import applied_head, measured_grid, probe_tokens
 from .own_engine import face_of
 from .sampling_parameters import sampling_parameters
 from .start import IN_PROCESS, build, check_settings, environment, set_defaults, shut_down, version
+from .watched import is_routed, tells_kept, tells_routing, with_watched
 
 
 class VllmBackend:
@@ -35,6 +34,7 @@ class VllmBackend:
         self._llm = llm
         self._owned = owned
         self._lora = lora.Lora(llm)
+        self._routed = is_routed(llm.llm_engine.vllm_config)
         values = settings_of(llm.llm_engine, llm.llm_engine.vllm_config, asked, _applied_head(llm))
         name = f"vllm {version()}"
         unverified = check_readback(asked, values, name)
@@ -122,42 +122,26 @@ class VllmBackend:
         return self._completions(requests, outputs)
 
     def _parameters(self, requests: Sequence[Request]) -> list[Any]:
-        """The SamplingParams of requests; of those that truncate the worker keeps what is left, by their place among them."""
+        """The SamplingParams of requests, with the number under which the worker keeps what is seen beside the logprobs."""
         from vllm import SamplingParams
 
+        kept, routed = ([tells(r, self.config) for r in requests] for tells in (tells_kept, tells_routing))
         return [
-            SamplingParams(**sampling_parameters(r, self.config.forcing, place if self._tells_kept(r) else None), **_flat())
-            for place, r in enumerate(requests)
+            SamplingParams(
+                **sampling_parameters(
+                    request,
+                    self.config.forcing,
+                    place if kept[place] else None,
+                    place if routed[place] and self._routed else None,
+                ),
+                **_flat(),
+            )
+            for place, request in enumerate(requests)
         ]
-
-    def _tells_kept(self, request: Request) -> bool:
-        truncates = request.sampling.truncates and request.scored_token_ids is None
-        return truncates and self.config.forcing == "sampler" and self.config.logprobs_mode == "processed_logprobs"
 
     def _completions(self, requests: Sequence[Request], outputs: Sequence[Any]) -> list[Completion]:
-        kept = self._take_kept() if any(map(self._tells_kept, requests)) else {}
-        return [
-            completion_of(request, output, kept.get(str(place)))
-            for place, (request, output) in enumerate(zip(requests, outputs, strict=True))
-        ]
-
-    def _take_kept(self) -> dict[str, KeptSets]:
-        """What the worker kept since the last time; {} where nobody can ask it."""
-        try:
-            taken = self._llm.collective_rpc("logprob_parity_kept" if self._is_extended() else kept_sets.take)[0]
-        except (AttributeError, NotImplementedError, TypeError):
-            return {}
-        return {
-            number: KeptSets(
-                untruncated_logprobs=np.asarray(logprobs, np.float32),
-                counts=np.asarray(counts, np.int32),
-                token_ids=np.asarray(ids, np.int32),
-            )
-            for number, (logprobs, counts, ids) in taken.items()
-        }
-
-    def _is_extended(self) -> bool:
-        return bool(getattr(self._llm.llm_engine.vllm_config.parallel_config, "worker_extension_cls", ""))
+        completions = [completion_of(request, output) for request, output in zip(requests, outputs, strict=True)]
+        return with_watched(self._llm, completions, requests, self.config, routed=self._routed)
 
     def run_through(self, requests: Sequence[Request], update: WeightUpdate) -> tuple[list[Completion], list[int]]:
         """Answer all requests with a weight update on the way; also how many tokens each had written by then.

@@ -13,6 +13,7 @@ from ...machine import hardware
 from .eager_ranks import count_ranks_eagerly
 from .kept_sets import Watch, take
 from .lm_head import applied_head
+from .routing import keep_routing, take_routing, watch_routers
 
 #: Key in `SamplingParams.extra_args`: the token ids to decode, in order.
 FORCED: Final = "logprob_parity_forced"
@@ -49,11 +50,13 @@ def install(worker: Any) -> str:
     assert sampler is not None
     if getattr(runner, "speculative_config", None) is not None:
         return "speculative decoding draws its tokens past the sampler"
+    watch_routers(runner)
     if not hasattr(sampler, _MARK):
         original = sampler.sample
         setattr(sampler, _MARK, original)
 
         def sample(logits: Any, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+            keep_routing(runner)
             watch = Watch.of_step(runner, logits, sampling_metadata)
             result = original(logits, sampling_metadata, *args, **kwargs)
             sampled = result[0] if isinstance(result, tuple) else result  # up to 0.10 the tokens alone
@@ -99,6 +102,11 @@ def _install_v0() -> str:
     return "sampler"
 
 
+def taken_routing(worker: Any) -> dict[str, tuple[list[int], bytes, bytes, bytes]]:
+    """What `take_routing` takes from this worker's model runner."""
+    return take_routing(worker.model_runner)
+
+
 class WorkerExtension:
     """For `worker_extension_cls`: makes functions of ours reachable by name where functions cannot be sent."""
 
@@ -109,6 +117,10 @@ class WorkerExtension:
     def logprob_parity_kept(self) -> dict[str, tuple[list[float], list[int], list[int]]]:
         """What truncation left of the requests that were watched; see `kept_sets.take`."""
         return take(self)
+
+    def logprob_parity_routing(self) -> dict[str, tuple[list[int], bytes, bytes, bytes]]:
+        """The routing of the requests that asked for it; see `take_routing`."""
+        return taken_routing(self)
 
     def logprob_parity_hardware(self) -> dict[str, Any]:
         """What this worker computes on; see `fingerprint.hardware`."""

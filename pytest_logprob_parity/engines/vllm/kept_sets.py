@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from .watched_rows import rows_of_step
+
 #: Key in `SamplingParams.extra_args`: the number under which a request's steps are kept; it is taken away by `take`.
 WATCHED: Final = "logprob_parity_watched"
 _STORE: Final = "_logprob_parity_kept"
@@ -30,15 +32,7 @@ class Watch:
         """Look at the logits [B, V] of a step before the sampler changes them; None where no request of it is watched."""
         import torch
 
-        rows: list[int] = []
-        keys: list[tuple[int, int]] = []
-        for row, request_id in enumerate(runner.input_batch.req_ids):
-            request = runner.requests[request_id]
-            extra = getattr(request.sampling_params, "extra_args", None)
-            number = extra.get(WATCHED) if isinstance(extra, dict) else None
-            if type(number) is int:
-                rows.append(row)
-                keys.append((number, len(request.output_token_ids)))
+        rows, keys = rows_of_step(runner, WATCHED)
         if not rows or metadata.temperature is None:
             return None
         temperature = metadata.temperature

@@ -1,0 +1,194 @@
+"""The experts that the trainer's model uses for the rollouts' tokens, against the engine's; and what replaying them removes.
+
+Routing replay (R2, R3) makes the trainer use the experts of the rollouts. Here it is done once, to measure what it would
+remove of the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..comparison.result import Finding
+from ..errors import UsageError
+from ..notes import Note
+from ..trace import Trace
+from .scorer import Declared, Scorer
+from .scoring import batches_of, rms, score
+from .transformers_routers import routers_of, watched
+
+#: Replay explains a failure where it leaves no more than this share of the RMS difference.
+_EXPLAINS: Final = 0.5
+
+
+class _Watched:
+    """A scorer whose routers are watched, and forced where there is something to force; else the scorer itself."""
+
+    def __init__(self, scorer: Any, routers: list[Any], forced: Iterator[Any] | None = None) -> None:
+        self._scorer = scorer
+        self._routers = routers
+        self._forced = forced
+        self.seen: list[Any] = []
+
+    def forced(self, experts: Iterator[Any]) -> _Watched:
+        """The same scorer, which uses these experts [B, L, layers, k] in each batch (-1: its own)."""
+        return _Watched(self._scorer, self._routers, experts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scorer, name)
+
+    def __call__(self, token_ids: Any, attention_mask: Any, temperature: float, **more: Any) -> Any:
+        import torch
+
+        forced = None if self._forced is None else next(self._forced)
+        present = attention_mask.bool()
+        packed = bool(getattr(self._scorer, "packed", False))
+        if forced is not None:
+            forced = forced[present] if packed else forced.flatten(0, 1)
+        with watched(self._routers, forced) as chosen:
+            answer = self._scorer(token_ids, attention_mask, temperature, **more)
+        experts = torch.stack(chosen, dim=1).cpu()
+        rows = experts.new_full((*token_ids.shape, *experts.shape[1:]), -1)
+        if packed:
+            rows[present] = experts
+        else:
+            rows = experts.reshape(rows.shape)
+        self.seen.append(rows)
+        return answer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TrainersRouting:
+    """How far the trainer's model routes as the rollouts say, over their n unmasked tokens.
+
+    `agreement` is the share of the tokens with the same experts, for each layer; `own` and `replayed` are RMS differences
+    (nats) to the rollouts, with the trainer's own experts and with the rollouts'; `flipped` is the share of the tokens with
+    another expert in some layer.
+    """
+
+    agreement: tuple[float, ...]
+    flipped: float
+    own: float
+    replayed: float
+
+    @property
+    def explained(self) -> float:
+        """The share of the squared difference (1 and below) that replaying the rollouts' experts removes."""
+        return 1 - (self.replayed / self.own) ** 2 if self.own else 0.0
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The metrics."""
+        return {
+            "trainer_routing_agreement": float(np.mean(self.agreement)),
+            "trainer_routing_flipped": self.flipped,
+            "rms_diff_replayed_routing": self.replayed,
+        }
+
+    def note(self) -> Note:
+        """Agreement and what replay removes, in a sentence."""
+        layers = ", ".join(f"{share:.1%}" for share in self.agreement)
+        text = (
+            f"expert routing: the trainer uses the rollouts' experts for {np.mean(self.agreement):.1%} of the tokens and layers "
+            f"(by layer: {layers}); {self.flipped:.1%} of the tokens have another expert in some layer"
+        )
+        if self.flipped:
+            text += (
+                f". With the rollouts' experts in place of its own (routing replay) the RMS difference is {self.replayed:.2g} "
+                f"nats in place of {self.own:.2g}: replay removes {max(self.explained, 0):.0%} of the squared difference"
+            )
+        return Note("expert_routing", text)
+
+    def finding(self, noise: float) -> Finding | None:
+        """`expert_routing` where replay leaves a difference of `noise` (RMS, nats) or a part of it; else None."""
+        if self.replayed > max(noise, _EXPLAINS * self.own) or not self.own or self.replayed > _EXPLAINS * self.own:
+            return None
+        text = (
+            f"the trainer routes {self.flipped:.1%} of the tokens to other experts than the engine did; with the rollouts' "
+            f"experts in place of its own the RMS difference is {self.replayed:.2g} nats in place of {self.own:.2g}: replay the "
+            "rollouts' experts (R2, R3), or find out why the routers differ"
+        )
+        values = {"agreement": list(self.agreement), "own": self.own, "replayed": self.replayed}
+        return Finding(layer="path", cause="expert_routing", evidence=text, values=values)
+
+
+def with_watched_routers(trace: Trace, scorer: Scorer) -> Scorer:
+    """The scorer with its routers watched, where the rollouts have a routing and its model has routers; else as it is.
+
+    Raises UsageError for a routing that is not of this model.
+    """
+    recorded = trace.routed_experts
+    routers = routers_of(Declared.by(scorer).model)
+    if recorded is None or not routers or not (recorded >= 0).any():
+        return scorer
+    _check_is_this_models(recorded, routers)
+    return _Watched(scorer, routers)
+
+
+def trainers_routing(
+    trace: Trace, expected: Trace, scored: Trace, scorer: Scorer, batch_size: int
+) -> TrainersRouting | None:  # fmt: skip
+    """Compare the experts that were seen while `scorer` (`with_watched_routers`) made `scored` with the rollouts', and score once
+    more with the rollouts' experts; differences are to `expected`. None where no routers were watched.
+    """
+    recorded = trace.routed_experts
+    if recorded is None or not isinstance(scorer, _Watched):
+        return None
+    experts = _of_tokens(trace, scorer.seen, batch_size, recorded.shape)
+    told = trace.mask & (recorded >= 0).all(axis=(1, 2))
+    other = (np.sort(experts[told], axis=-1) != np.sort(recorded[told], axis=-1)).any(axis=-1)
+    agreement = tuple(float(share) for share in 1 - other.mean(axis=0))
+    replayed = scored
+    if other.any():
+        try:
+            replayed = score(trace, scorer.forced(_forced(trace, batch_size)), batch_size=batch_size)
+        except NotImplementedError:
+            return None
+    return TrainersRouting(
+        agreement=agreement,
+        flipped=float(other.any(axis=1).mean()),
+        own=rms(expected, scored),
+        replayed=rms(expected, replayed),
+    )
+
+
+def _check_is_this_models(recorded: npt.NDArray[Any], routers: list[Any]) -> None:
+    layers, k = recorded.shape[1:]
+    experts, per_token = int(routers[0].num_experts), int(routers[0].top_k)
+    if (layers, k) != (len(routers), per_token) or recorded.max() >= experts:
+        raise UsageError(
+            f"the rollouts' routed_experts are of {layers} layers with {k} experts for each token, up to number "
+            f"{recorded.max()}; the trainer's model has {len(routers)} layers of {experts} experts, {per_token} for each token: "
+            "the routing is another model's"
+        )
+
+
+def _of_tokens(trace: Trace, seen: list[Any], batch_size: int, shape: tuple[int, ...]) -> npt.NDArray[np.int16]:
+    """The experts [N, layers, k] that were seen in batches [B, L, layers, k]: those of the token before each."""
+    experts = np.full(shape, -1, np.int16)
+    for batch, rows in zip(batches_of(trace, range(trace.num_sequences), batch_size), seen, strict=True):
+        for row, sequence in zip(rows.numpy(), batch, strict=True):
+            start, stop = trace.bounds(sequence)
+            first = len(trace.prompt(sequence)) - 1
+            experts[start:stop] = row[first : first + stop - start]
+    return experts
+
+
+def _forced(trace: Trace, batch_size: int) -> Iterator[Any]:
+    """The rollouts' experts for each batch [B, L, layers, k]; -1 where they are not known: prompts, the environment's tokens."""
+    import torch
+
+    recorded = trace.routed_experts
+    assert recorded is not None
+    lengths = trace.total_lengths
+    for batch in batches_of(trace, range(trace.num_sequences), batch_size):
+        rows = torch.full((len(batch), int(max(lengths[batch])), *recorded.shape[1:]), -1, dtype=torch.long)
+        for n, sequence in enumerate(batch):
+            start, stop = trace.bounds(sequence)
+            first = len(trace.prompt(sequence)) - 1
+            rows[n, first : first + stop - start] = torch.from_numpy(recorded[start:stop].astype(np.int64))
+        yield rows
