@@ -93,8 +93,8 @@ class TrainersRouting:
         """Agreement and what replay removes, in a sentence."""
         layers = ", ".join(f"{share:.1%}" for share in self.agreement)
         text = (
-            f"expert routing: the trainer uses the rollouts' experts for {np.mean(self.agreement):.1%} of the tokens and layers "
-            f"(by layer: {layers}); {self.flipped:.1%} of the tokens have another expert in some layer"
+            f"expert routing: the trainer uses the rollouts' experts for {np.mean(self.agreement):.1%} of the tokens and "
+            f"layers (by layer: {layers}); {self.flipped:.1%} of the tokens have another expert in some layer"
         )
         if self.flipped:
             text += (
@@ -109,8 +109,8 @@ class TrainersRouting:
             return None
         text = (
             f"the trainer routes {self.flipped:.1%} of the tokens to other experts than the engine did; with the rollouts' "
-            f"experts in place of its own the RMS difference is {self.replayed:.2g} nats in place of {self.own:.2g}: replay the "
-            "rollouts' experts (R2, R3), or find out why the routers differ"
+            f"experts in place of its own the RMS difference is {self.replayed:.2g} nats in place of {self.own:.2g}: replay "
+            "the rollouts' experts (R2, R3), or find out why the routers differ"
         )
         values = {"agreement": list(self.agreement), "own": self.own, "replayed": self.replayed}
         return Finding(layer="path", cause="expert_routing", evidence=text, values=values)
@@ -132,8 +132,8 @@ def with_watched_routers(trace: Trace, scorer: Scorer) -> Scorer:
 def trainers_routing(
     trace: Trace, expected: Trace, scored: Trace, scorer: Scorer, batch_size: int
 ) -> TrainersRouting | None:  # fmt: skip
-    """Compare the experts that were seen while `scorer` (`with_watched_routers`) made `scored` with the rollouts', and score once
-    more with the rollouts' experts; differences are to `expected`. None where no routers were watched.
+    """Compare the experts that were seen while `scorer` (`with_watched_routers`) made `scored` with the rollouts', and score
+    once more with the rollouts' experts; differences are to `expected`. None where no routers were watched.
     """
     recorded = trace.routed_experts
     if recorded is None or not isinstance(scorer, _Watched):
@@ -162,8 +162,8 @@ def _check_is_this_models(recorded: npt.NDArray[Any], routers: list[Any]) -> Non
     if (layers, k) != (len(routers), per_token) or recorded.max() >= experts:
         raise UsageError(
             f"the rollouts' routed_experts are of {layers} layers with {k} experts for each token, up to number "
-            f"{recorded.max()}; the trainer's model has {len(routers)} layers of {experts} experts, {per_token} for each token: "
-            "the routing is another model's"
+            f"{recorded.max()}; the trainer's model has {len(routers)} layers of {experts} experts, {per_token} for each "
+            "token: the routing is another model's"
         )
 
 
@@ -179,7 +179,7 @@ def _of_tokens(trace: Trace, seen: list[Any], batch_size: int, shape: tuple[int,
 
 
 def _forced(trace: Trace, batch_size: int) -> Iterator[Any]:
-    """The rollouts' experts for each batch [B, L, layers, k]; -1 where they are not known: prompts, the environment's tokens."""
+    """The rollouts' experts for each batch [B, L, layers, k]; -1 for prompts and the environment's tokens."""
     import torch
 
     recorded = trace.routed_experts
