@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ... import machine
 from ...checkpoint.adapter import Adapter, is_adapter, read_adapter
 from ...checkpoint.weight_update import WeightUpdate
@@ -17,11 +15,12 @@ from ...errors import EngineError, ParityError, UsageError
 from ...reasons import mixed_builds, reason_of
 from ...spec import EngineSpec, Sampling
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
-from ..backend import Completion, KeptSets, Request, ResolvedConfig
+from ..backend import Completion, Request, ResolvedConfig
 from ..readback import check_readback, forcing_of, json_value
 from . import forced_decode, in_flight, kept_sets, lora
 from .completions import completion_of
 from .config import SHOWN, before_its_time, settings_of, vocabulary_of, why_not_forced
+from .kept_reader import numbered, take_kept
 from .lm_head import applied_head, measured_grid, probe_tokens
 from .own_engine import face_of
 from .sampling_parameters import sampling_parameters
@@ -108,8 +107,9 @@ class VllmBackend:
         return self._run(requests, self._lora.request)
 
     def _run(self, requests: Sequence[Request], lora_request: Any) -> list[Completion]:
+        numbers = numbered(requests, self.config)
         try:
-            params = self._parameters(requests)
+            params = self._parameters(requests, numbers)
             _check_temperatures(requests, params)
             outputs = self._llm.generate(_prompts(requests), params, lora_request=lora_request, use_tqdm=False)
         except Exception as error:
@@ -118,46 +118,37 @@ class VllmBackend:
             engine = self._llm.llm_engine
             while engine.has_unfinished_requests():  # those that it took before the one that it refused
                 engine.step()
+            take_kept(numbers, self._ask_kept)
             raise UsageError(f"vllm {version()} refuses a request: {reason_of(error)}") from error
-        return self._completions(requests, outputs)
+        return self._completions(requests, numbers, outputs)
 
-    def _parameters(self, requests: Sequence[Request]) -> list[Any]:
-        """The SamplingParams of requests; of those that truncate the worker keeps what is left, by their place among them."""
+    def _parameters(self, requests: Sequence[Request], numbers: Sequence[int | None]) -> list[Any]:
+        """The SamplingParams of requests; what truncation keeps of them the worker keeps under their `numbers`."""
         from vllm import SamplingParams
 
         return [
-            SamplingParams(**sampling_parameters(r, self.config.forcing, place if self._tells_kept(r) else None), **_flat())
-            for place, r in enumerate(requests)
+            SamplingParams(**sampling_parameters(request, self.config.forcing, number), **_flat())
+            for request, number in zip(requests, numbers, strict=True)
         ]
 
-    def _tells_kept(self, request: Request) -> bool:
-        truncates = request.sampling.truncates and request.scored_token_ids is None
-        return truncates and self.config.forcing == "sampler" and self.config.logprobs_mode == "processed_logprobs"
-
-    def _completions(self, requests: Sequence[Request], outputs: Sequence[Any]) -> list[Completion]:
-        kept = self._take_kept() if any(map(self._tells_kept, requests)) else {}
+    def _completions(
+        self, requests: Sequence[Request], numbers: Sequence[int | None], outputs: Sequence[Any]
+    ) -> list[Completion]:  # fmt: skip
+        kept = take_kept(numbers, self._ask_kept)
         return [
-            completion_of(request, output, kept.get(str(place)))
-            for place, (request, output) in enumerate(zip(requests, outputs, strict=True))
+            completion_of(request, output, kept.get(number))
+            for request, number, output in zip(requests, numbers, outputs, strict=True)
         ]
 
-    def _take_kept(self) -> dict[str, KeptSets]:
-        """What the worker kept since the last time; {} where nobody can ask it."""
-        try:
-            taken = self._llm.collective_rpc("logprob_parity_kept" if self._is_extended() else kept_sets.take)[0]
-        except (AttributeError, NotImplementedError, TypeError):
-            return {}
-        return {
-            number: KeptSets(
-                untruncated_logprobs=np.asarray(logprobs, np.float32),
-                counts=np.asarray(counts, np.int32),
-                token_ids=np.asarray(ids, np.int32),
-            )
-            for number, (logprobs, counts, ids) in taken.items()
-        }
-
-    def _is_extended(self) -> bool:
-        return bool(getattr(self._llm.llm_engine.vllm_config.parallel_config, "worker_extension_cls", ""))
+    def _ask_kept(self, numbers: list[int]) -> Mapping[str, Any]:
+        """What the worker kept under these numbers; {} where nobody can ask it."""
+        extended = getattr(self._llm.llm_engine.vllm_config.parallel_config, "worker_extension_cls", "")
+        if extended:
+            with contextlib.suppress(AttributeError, NotImplementedError):  # the extension is another class
+                return self._llm.collective_rpc("logprob_parity_kept", args=(numbers,))[0]  # type: ignore[no-any-return]
+        with contextlib.suppress(AttributeError, NotImplementedError, TypeError):  # it lives in another process
+            return self._llm.collective_rpc(kept_sets.take, args=(numbers,))[0]  # type: ignore[no-any-return]
+        return {}
 
     def run_through(self, requests: Sequence[Request], update: WeightUpdate) -> tuple[list[Completion], list[int]]:
         """Answer all requests with a weight update on the way; also how many tokens each had written by then.
@@ -165,11 +156,12 @@ class VllmBackend:
         Raises EngineError where this engine cannot do that.
         """
         self._check_steps_alone()
-        params = self._parameters(requests)
+        numbers = numbered(requests, self.config)
+        params = self._parameters(requests, numbers)
         outputs, before = in_flight.run_through(
             self._llm, _prompts(requests), params, update, self._load, self._lora.request
         )  # fmt: skip
-        return self._completions(requests, outputs), before
+        return self._completions(requests, numbers, outputs), before
 
     def update_weights(self, update: WeightUpdate) -> None:
         """Take new weights while no request runs."""

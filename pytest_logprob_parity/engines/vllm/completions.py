@@ -8,6 +8,7 @@ import numpy as np
 
 from ...trace import empty_top_k, top_k_columns
 from ..backend import Completion, KeptSets, Request
+from .kept_reader import kept_of
 
 
 def completion_of(request: Request, output: Any, kept: KeptSets | None = None) -> Completion:
@@ -23,7 +24,7 @@ def completion_of(request: Request, output: Any, kept: KeptSets | None = None) -
     chosen, ranks, top_ids, top_logprobs = _columns(tokens, logprobs, request.sampling.logprobs)
     return Completion(
         token_ids=tokens, logprobs=chosen, ranks=ranks, top_token_ids=top_ids, top_logprobs=top_logprobs, finish_reason=reason,
-        kept=kept if kept is not None and len(kept.counts) == len(tokens) else None,
+        kept=kept_of(request, len(tokens), kept, getattr(getattr(written, "sampling_mask", None), "token_ids", None)),
     )  # fmt: skip
 
 
