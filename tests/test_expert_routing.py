@@ -7,21 +7,15 @@ from made_up import make_trace, moved
 from conftest import MODEL
 from pytest_logprob_parity import (
     EngineSpec,
-    MismatchError,
     Sampling,
     Trace,
-    TransformersScorer,
     UsageError,
-    assert_trainer_parity,
-    check_golden,
     compare,
 )
 from pytest_logprob_parity.engines.backend import Request
 from pytest_logprob_parity.engines.vllm.completions import completion_of
 from pytest_logprob_parity.errors import EngineError
-from pytest_logprob_parity.golden import Golden
 from pytest_logprob_parity.trace import completion_rows
-from pytest_logprob_parity.trainer.parity import compare_with_trainer
 
 MOE = f"{MODEL}-moe"
 SPEC = EngineSpec(MOE, dtype="bfloat16")
@@ -76,7 +70,10 @@ def test_a_trace_keeps_its_routing_in_its_file(tmp_path):
         ({"routed_experts": np.zeros((100, 6), np.int16)}, r"routed_experts has the shape \(100, 6\)"),
         ({"routed_experts": np.zeros((99, 3, 2), np.int16)}, "routed_experts has 99 rows, tokens are 100"),
         ({"routed_experts": None}, "router_margins is .100, 3., and there is no routed_experts"),
-        ({"router_inputs": np.zeros((100, 2), np.float16)}, r"router_inputs is \[100, 2\], and routed_experts is \[100, 3, 2\]"),
+        (
+            {"router_inputs": np.zeros((100, 2), np.float16)},
+            r"router_inputs is \[100, 2\], and routed_experts is \[100, 3, 2\]",
+        ),
         ({"routed_experts": np.full((100, 3, 2), -2, np.int16)}, "has the expert -2; experts are 0 and above"),
     ],
 )
@@ -88,7 +85,9 @@ def test_columns_that_are_no_routing(change, says):
 def test_a_routing_that_lacks_some_tokens():
     columns = routing(100)
     columns["routed_experts"][40:45] = -1
-    with pytest.raises(UsageError, match="is missing for 5 of 100 tokens, the first at row 40: give the routing of every token"):
+    with pytest.raises(
+        UsageError, match="is missing for 5 of 100 tokens, the first at row 40: give the routing of every token"
+    ):
         make_trace(10, 10, **columns)
 
 

@@ -73,16 +73,21 @@ class Rows:
 
     def kept_columns(self) -> dict[str, Any]:
         """The columns `untruncated_logprobs`, `kept_counts` and `kept_token_ids`; None each where a completion lacks them."""
-        pieces = sorted((piece for piece in self.kept if piece[2]), key=lambda piece: piece[0])
-        if not pieces or any(kept is None for _, kept, _ in pieces):
+        pieces = [(start, kept) for start, kept, length in sorted(self.kept, key=lambda piece: piece[0]) if length]
+        sets = [kept for _, kept in pieces if kept is not None]
+        if not sets or len(sets) < len(pieces):
             return {"untruncated_logprobs": None, "kept_counts": None, "kept_token_ids": None}
-        free = np.full(len(self.logprobs), np.nan, np.float32)
+        free: Any = np.full(len(self.logprobs), np.nan, np.float32)
         counts = np.zeros(len(self.logprobs), np.int32)
-        for start, kept, length in pieces:
+        for start, kept in pieces:
             assert kept is not None
-            free[start : start + length] = kept.untruncated_logprobs
-            counts[start : start + length] = kept.counts
-        ids = np.concatenate([kept.token_ids for _, kept, _ in pieces if kept is not None])
+            rows = slice(start, start + len(kept.counts))
+            counts[rows] = kept.counts
+            if free is not None:
+                free = None if kept.untruncated_logprobs is None else free
+            if free is not None:
+                free[rows] = kept.untruncated_logprobs
+        ids = np.concatenate([kept.token_ids for kept in sets])
         return {"untruncated_logprobs": free, "kept_counts": counts, "kept_token_ids": ids}
 
 

@@ -55,8 +55,11 @@ COLUMNS: Final[Mapping[str, Column]] = {
     "trainer_logprobs": Column("float32", "tokens", False),
     "trainer_entropies": Column("float32", "tokens", False),
 }
-#: Columns that not every trace has, with one entry for each token.
-OPTIONAL: Final = tuple(name for name, column in COLUMNS.items() if not column.required and column.axis == "tokens")
+#: Columns that not every trace has, with one entry for each token; kept sets have two columns that go together.
+OPTIONAL: Final = (
+    "untruncated_logprobs", "routed_experts", "router_margins", "router_inputs", "weight_versions", "trainer_logprobs",
+    "trainer_entropies",
+)  # fmt: skip
 
 #: Why a sequence ended, as coded in the column `finish_reasons`.
 FinishReason: TypeAlias = Literal["unknown", "stop", "length", "abort"]
@@ -89,9 +92,9 @@ def checked_columns(columns: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
     groups, prompt_tokens = len(columns["prompt_offsets"]) - 1, len(columns["prompt_token_ids"])
     counts = columns.get("kept_counts")
     if (counts is None) != (columns.get("kept_token_ids") is None):
-        raise UsageError("Trace columns kept_counts and kept_token_ids go together")
-    if counts is not None and len(counts) and np.min(counts) < 0:
-        raise UsageError("Trace column kept_counts must hold 0 or more")
+        raise UsageError("Trace columns kept_counts and kept_token_ids go together: one of them is missing")
+    if counts is not None and np.min(counts, initial=0) < 0:
+        raise UsageError(f"Trace column kept_counts must hold 0 or more, not {np.min(counts)}")
     lengths: Mapping[Axis, int] = {
         "prompt tokens": prompt_tokens,
         "groups + 1": groups + 1,

@@ -6,7 +6,6 @@ remove of the difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +17,7 @@ from ..errors import UsageError
 from ..notes import Note
 from ..trace import Trace
 from .scorer import Declared, Scorer
-from .scoring import batches_of, rms, score
+from .scoring import rms, score
 from .transformers_routers import routers_of, watched
 
 #: Replay explains a failure where it leaves no more than this share of the RMS difference.
@@ -26,17 +25,27 @@ _EXPLAINS: Final = 0.5
 
 
 class _Watched:
-    """A scorer whose routers are watched, and forced where there is something to force; else the scorer itself."""
+    """A scorer whose routers are watched while it scores the sequences of `trace`, and with `replay` forced to use its experts.
 
-    def __init__(self, scorer: Any, routers: list[Any], forced: Iterator[Any] | None = None) -> None:
+    `experts` [N, layers, k] are those that were used last for each token of the trace; -1 where none was seen.
+    """
+
+    def __init__(self, scorer: Any, routers: list[Any], trace: Trace, *, replay: bool = False) -> None:
+        assert trace.routed_experts is not None
         self._scorer = scorer
         self._routers = routers
-        self._forced = forced
-        self.seen: list[Any] = []
+        self._trace = trace
+        self._recorded = trace.routed_experts
+        self._replay = replay
+        self._sequences: dict[tuple[int, ...], list[int]] = {}
+        for sequence in range(trace.num_sequences):
+            whole = (*trace.prompt(sequence), *trace.completion(sequence))
+            self._sequences.setdefault(whole, []).append(sequence)
+        self.experts = np.full(self._recorded.shape, -1, np.int16)
 
-    def forced(self, experts: Iterator[Any]) -> _Watched:
-        """The same scorer, which uses these experts [B, L, layers, k] in each batch (-1: its own)."""
-        return _Watched(self._scorer, self._routers, experts)
+    def replaying(self) -> _Watched:
+        """The same scorer, which uses the rollouts' experts; its own for prompts and tokens of the environment."""
+        return _Watched(self._scorer, self._routers, self._trace, replay=True)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._scorer, name)
@@ -44,21 +53,43 @@ class _Watched:
     def __call__(self, token_ids: Any, attention_mask: Any, temperature: float, **more: Any) -> Any:
         import torch
 
-        forced = None if self._forced is None else next(self._forced)
         present = attention_mask.bool()
+        rows = [tuple(ids[kept].tolist()) for ids, kept in zip(token_ids, present, strict=True)]
+        where = [self._sequences.get(row, []) for row in rows]
+        sequences = [found.pop(0) if found else None for found in where]  # equal rows are one after the other's
+        for row, sequence in zip(rows, sequences, strict=True):
+            if sequence is not None:
+                self._sequences[row].append(sequence)
         packed = bool(getattr(self._scorer, "packed", False))
-        if forced is not None:
-            forced = forced[present] if packed else forced.flatten(0, 1)
+        forced = None
+        if self._replay:
+            whole = self._forced(token_ids.shape, present, sequences)
+            forced = whole[present] if packed else whole.flatten(0, 1)
         with watched(self._routers, forced) as chosen:
             answer = self._scorer(token_ids, attention_mask, temperature, **more)
-        experts = torch.stack(chosen, dim=1).cpu()
-        rows = experts.new_full((*token_ids.shape, *experts.shape[1:]), -1)
+        used = torch.stack(chosen, dim=1).cpu()
+        seen = used.new_full((*token_ids.shape, *used.shape[1:]), -1)
         if packed:
-            rows[present] = experts
+            seen[present] = used
         else:
-            rows = experts.reshape(rows.shape)
-        self.seen.append(rows)
+            seen = used.reshape(seen.shape)
+        for n, sequence in enumerate(sequences):
+            if sequence is not None:
+                start, stop = self._trace.bounds(sequence)
+                self.experts[start:stop] = seen[n][present[n]][:-1][start - stop :].numpy()
         return answer
+
+    def _forced(self, shape: Any, present: Any, sequences: list[int | None]) -> Any:
+        """The recorded experts [B, L, layers, k] of a batch: those of a token in the row of the token before it; -1: none."""
+        import torch
+
+        rows = torch.full((*shape, *self._recorded.shape[1:]), -1, dtype=torch.long)
+        for n, sequence in enumerate(sequences):
+            if sequence is not None:
+                start, stop = self._trace.bounds(sequence)
+                places = present[n].nonzero()[:, 0][:-1][start - stop :]
+                rows[n, places] = torch.from_numpy(self._recorded[start:stop].astype(np.int64))
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -126,7 +157,7 @@ def with_watched_routers(trace: Trace, scorer: Scorer) -> Scorer:
     if recorded is None or not routers or not (recorded >= 0).any():
         return scorer
     _check_is_this_models(recorded, routers)
-    return _Watched(scorer, routers)
+    return _Watched(scorer, routers, trace)
 
 
 def trainers_routing(
@@ -138,14 +169,16 @@ def trainers_routing(
     recorded = trace.routed_experts
     if recorded is None or not isinstance(scorer, _Watched):
         return None
-    experts = _of_tokens(trace, scorer.seen, batch_size, recorded.shape)
-    told = trace.mask & (recorded >= 0).all(axis=(1, 2))
+    experts = scorer.experts
+    told = trace.mask & (recorded >= 0).all(axis=(1, 2)) & (experts >= 0).all(axis=(1, 2))
+    if not told.any():
+        return None
     other = (np.sort(experts[told], axis=-1) != np.sort(recorded[told], axis=-1)).any(axis=-1)
     agreement = tuple(float(share) for share in 1 - other.mean(axis=0))
     replayed = scored
     if other.any():
         try:
-            replayed = score(trace, scorer.forced(_forced(trace, batch_size)), batch_size=batch_size)
+            replayed = score(trace, scorer.replaying(), batch_size=batch_size)
         except NotImplementedError:
             return None
     return TrainersRouting(
@@ -165,30 +198,3 @@ def _check_is_this_models(recorded: npt.NDArray[Any], routers: list[Any]) -> Non
             f"{recorded.max()}; the trainer's model has {len(routers)} layers of {experts} experts, {per_token} for each "
             "token: the routing is another model's"
         )
-
-
-def _of_tokens(trace: Trace, seen: list[Any], batch_size: int, shape: tuple[int, ...]) -> npt.NDArray[np.int16]:
-    """The experts [N, layers, k] that were seen in batches [B, L, layers, k]: those of the token before each."""
-    experts = np.full(shape, -1, np.int16)
-    for batch, rows in zip(batches_of(trace, range(trace.num_sequences), batch_size), seen, strict=True):
-        for row, sequence in zip(rows.numpy(), batch, strict=True):
-            start, stop = trace.bounds(sequence)
-            first = len(trace.prompt(sequence)) - 1
-            experts[start:stop] = row[first : first + stop - start]
-    return experts
-
-
-def _forced(trace: Trace, batch_size: int) -> Iterator[Any]:
-    """The rollouts' experts for each batch [B, L, layers, k]; -1 for prompts and the environment's tokens."""
-    import torch
-
-    recorded = trace.routed_experts
-    assert recorded is not None
-    lengths = trace.total_lengths
-    for batch in batches_of(trace, range(trace.num_sequences), batch_size):
-        rows = torch.full((len(batch), int(max(lengths[batch])), *recorded.shape[1:]), -1, dtype=torch.long)
-        for n, sequence in enumerate(batch):
-            start, stop = trace.bounds(sequence)
-            first = len(trace.prompt(sequence)) - 1
-            rows[n, first : first + stop - start] = torch.from_numpy(recorded[start:stop].astype(np.int64))
-        yield rows

@@ -6,13 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import EngineError, UsageError
-from ...trace import completion_rows, empty_top_k, top_k_columns
-from ..backend import Completion, Request, Routing
+from ...trace import empty_top_k, top_k_columns
+from ..backend import Completion, KeptSets, Request, Routing
+from .kept_reader import kept_of
+from .routing_reader import routing_of
 
 
-def completion_of(request: Request, output: Any) -> Completion:
-    """What vLLM wrote, or scored, for one request. Raises EngineError for a routing that is not of its tokens."""
+def completion_of(
+    request: Request, output: Any, kept: KeptSets | None = None, routing: Routing | None = None
+) -> Completion:  # fmt: skip
+    """What vLLM wrote, or scored, for one request; `kept` and `routing` are what its worker kept of it.
+
+    Raises EngineError for a routing of the engine's own that is not of these tokens.
+    """
     written = output.outputs[0]
     if request.scored_token_ids is not None:
         tokens = np.asarray(request.scored_token_ids, np.int32)
@@ -24,19 +30,9 @@ def completion_of(request: Request, output: Any) -> Completion:
     chosen, ranks, top_ids, top_logprobs = _columns(tokens, logprobs, request.sampling.logprobs)
     return Completion(
         token_ids=tokens, logprobs=chosen, ranks=ranks, top_token_ids=top_ids, top_logprobs=top_logprobs, finish_reason=reason,
-        routing=None if request.scored_token_ids is not None else _own_routing(request, written),
+        kept=kept_of(request, len(tokens), kept, getattr(getattr(written, "sampling_mask", None), "token_ids", None)),
+        routing=routing_of(request, len(tokens), routing, getattr(written, "routed_experts", None)),
     )  # fmt: skip
-
-
-def _own_routing(request: Request, written: Any) -> Routing | None:
-    """The routing that the engine itself returned (`enable_return_routed_experts`); None where it returned none."""
-    rows = getattr(written, "routed_experts", None)
-    if rows is None:
-        return None
-    try:
-        return Routing(experts=completion_rows(rows, len(request.prompt_token_ids), len(written.token_ids)))
-    except UsageError as error:
-        raise EngineError(f"the engine's routing is not of its tokens: {error}; check it without prefix caching") from None
 
 
 def _columns(tokens: Any, logprobs: Any, k: int) -> tuple[Any, Any, Any, Any]:

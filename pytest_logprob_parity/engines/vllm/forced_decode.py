@@ -7,13 +7,14 @@ for every request in it: what is no token id forces nothing, and whoever asked f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from ...machine import hardware
 from .eager_ranks import count_ranks_eagerly
-from .kept_sets import Watch, take
+from .kept_sets import Packed, Watch, take
 from .lm_head import applied_head
-from .routing import keep_routing, take_routing, watch_routers
+from .routing import PackedRouting, keep_routing, take_routing, watch_routers
 
 #: Key in `SamplingParams.extra_args`: the token ids to decode, in order.
 FORCED: Final = "logprob_parity_forced"
@@ -57,7 +58,7 @@ def install(worker: Any) -> str:
 
         def sample(logits: Any, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
             keep_routing(runner)
-            watch = Watch.of_step(runner, logits, sampling_metadata)
+            watch = Watch.of_step(runner, sampler, logits, sampling_metadata)
             result = original(logits, sampling_metadata, *args, **kwargs)
             sampled = result[0] if isinstance(result, tuple) else result  # up to 0.10 the tokens alone
             rows: list[int] = []
@@ -102,11 +103,6 @@ def _install_v0() -> str:
     return "sampler"
 
 
-def taken_routing(worker: Any) -> dict[str, tuple[list[int], bytes, bytes, bytes]]:
-    """What `take_routing` takes from this worker's model runner."""
-    return take_routing(worker.model_runner)
-
-
 class WorkerExtension:
     """For `worker_extension_cls`: makes functions of ours reachable by name where functions cannot be sent."""
 
@@ -114,13 +110,13 @@ class WorkerExtension:
         """Wrap the sampler of this worker; see `install`."""
         return install(self)
 
-    def logprob_parity_kept(self) -> dict[str, tuple[list[float], list[int], list[int]]]:
-        """What truncation left of the requests that were watched; see `kept_sets.take`."""
-        return take(self)
+    def logprob_parity_kept(self, numbers: Sequence[int]) -> dict[str, Packed]:
+        """What truncation kept of the requests of these numbers; see `kept_sets.take`."""
+        return take(self, numbers)
 
-    def logprob_parity_routing(self) -> dict[str, tuple[list[int], bytes, bytes, bytes]]:
-        """The routing of the requests that asked for it; see `take_routing`."""
-        return taken_routing(self)
+    def logprob_parity_routing(self, numbers: Sequence[int]) -> dict[str, PackedRouting]:
+        """The experts of the requests of these numbers; see `take_routing`."""
+        return take_routing(self, numbers)
 
     def logprob_parity_hardware(self) -> dict[str, Any]:
         """What this worker computes on; see `fingerprint.hardware`."""

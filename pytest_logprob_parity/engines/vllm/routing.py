@@ -7,14 +7,24 @@ router that chooses otherwise, and this from a router that was given something e
 
 from __future__ import annotations
 
+import base64
+import time
+from collections.abc import Sequence
 from typing import Any, Final
 
-from .watched_rows import rows_of_step
+import numpy as np
 
 #: Key in `SamplingParams.extra_args`: the number under which the routing of a request is kept; it is taken away by `take`.
 ROUTED: Final = "logprob_parity_routed"
 _ROUTERS: Final = "_logprob_parity_routers"
 _STORE: Final = "_logprob_parity_routing"
+#: A request that wrote nothing for so many seconds was aborted, or its client has left.
+_LONGEST_SECONDS: Final = 3600.0
+#: Bytes of one answer of `take_routing`, about; it has one whole request at least.
+_MOST_BYTES: Final = 8 * 2**20
+
+#: One request: the shape [L, layers, k], and as base64 its experts (int16), margins and inputs (float16), little-endian.
+PackedRouting = tuple[list[int], str, str, str]
 
 
 class Routers:
@@ -83,7 +93,14 @@ def keep_routing(runner: Any) -> None:
     routers: Routers | None = getattr(runner, _ROUTERS, None)
     if routers is None or not routers.calls:
         return
-    rows, keys = rows_of_step(runner, ROUTED)
+    rows: list[int] = []
+    keys: list[tuple[int, int]] = []
+    for row, request_id in enumerate(runner.input_batch.req_ids):
+        request = runner.requests[request_id]
+        extra = getattr(request.sampling_params, "extra_args", None)
+        if isinstance(extra, dict) and type(number := extra.get(ROUTED)) is int:
+            rows.append(row)
+            keys.append((number, len(request.output_token_ids)))
     if not rows or any(call is None for call in routers.calls):
         return
     starts = getattr(runner.query_start_loc, "np", None)
@@ -96,30 +113,62 @@ def keep_routing(runner: Any) -> None:
     if routers.biased:
         margins[:, routers.biased] = float("nan")
     inputs = torch.stack([inputs[last] for inputs, _, _ in routers.calls], dim=1)
-    step = (keys, experts.to(torch.int16).cpu(), margins.half().cpu(), inputs.half().cpu())
-    runner.__dict__.setdefault(_STORE, []).append(step)
+    columns = (experts.to(torch.int16).cpu().numpy(), margins.half().cpu().numpy(), inputs.half().cpu().numpy())
+    runner.__dict__.setdefault(_STORE, Store()).keep(keys, columns)
 
 
-def take_routing(runner: Any) -> dict[str, tuple[list[int], bytes, bytes, bytes]]:
-    """What was kept since the last time, by the number of the request: the shape [L, layers, k], and the bytes of the experts
-    (int16, [L, layers, k]), margins and inputs (float16, [L, layers] each) of its L tokens. A position that is missing ends it.
+class Store:
+    """The routing that one worker keeps of the requests that ask for it: by number, then by position."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, dict[int, tuple[Any, int]]] = {}
+        self._touched: dict[int, float] = {}
+
+    def keep(self, keys: list[tuple[int, int]], columns: tuple[Any, Any, Any]) -> None:
+        """Keep one step: for each (number, position) a row of the columns. A request that is preempted, or whose prompt comes in
+        chunks, writes over what it wrote before.
+        """
+        now = time.monotonic()
+        for row, (number, position) in enumerate(keys):
+            if position == 0 and number not in self._requests:
+                self._drop_old(now)
+                self._requests[number] = {}
+            if number in self._requests:  # a later position of another is of a request that was dropped
+                self._requests[number][position] = (columns, row)
+                self._touched[number] = now
+
+    def take(self, number: int) -> PackedRouting | None:
+        """The routing of one request, which is no longer kept then; None where there is none or a position is missing."""
+        places = self._requests.pop(number, None)
+        self._touched.pop(number, None)
+        if not places or any(position not in places for position in range(len(places))):
+            return None
+        rows = [places[position] for position in range(len(places))]
+        whole = [np.stack([columns[place][row] for columns, row in rows]) for place in (0, 1, 2)]
+        experts, margins, inputs = (
+            base64.b64encode(column.astype(dtype).tobytes()).decode()
+            for column, dtype in zip(whole, ("<i2", "<f2", "<f2"), strict=True)
+        )
+        return list(whole[0].shape), experts, margins, inputs
+
+    def _drop_old(self, now: float) -> None:
+        for number in [n for n, touched in self._touched.items() if now - touched > _LONGEST_SECONDS]:
+            del self._requests[number], self._touched[number]
+
+
+def take_routing(worker: Any, numbers: Sequence[int]) -> dict[str, PackedRouting]:
+    """What was kept of the requests of these numbers, by the number as text: they are no longer kept then.
+
+    Large answers come in parts: ask again for the numbers that an answer lacks, until one has none.
     """
-    import torch
-
-    steps = getattr(runner, _STORE, [])
-    if not steps:
-        return {}
-    keys = [key for step in steps for key in step[0]]
-    columns = [torch.cat([step[place] for step in steps]) for place in (1, 2, 3)]
-    rows: dict[int, dict[int, int]] = {}
-    for row, (number, position) in enumerate(keys):  # a prompt in chunks has several rows for its first token: the last counts
-        rows.setdefault(number, {})[position] = row
-    taken = {}
-    for number, places in rows.items():
-        whole: list[int] = []
-        while len(whole) in places:
-            whole.append(places[len(whole)])
-        experts, margins, inputs = (column[whole].numpy() for column in columns)
-        taken[str(number)] = (list(experts.shape), experts.tobytes(), margins.tobytes(), inputs.tobytes())
-    steps.clear()
+    store: Store | None = getattr(worker.model_runner, _STORE, None)
+    taken: dict[str, PackedRouting] = {}
+    size = 0
+    for number in numbers if store is not None and isinstance(numbers, (list, tuple)) else ():
+        if size > _MOST_BYTES:
+            break
+        packed = store.take(number) if store is not None and type(number) is int else None
+        if packed is not None:
+            taken[str(number)] = packed
+            size += sum(map(len, packed))
     return taken
