@@ -59,7 +59,9 @@ def in_other_batches(backend: Any, trace: Trace) -> Iterator[tuple[str, Trace]]:
         }
         for start in range(0, len(segments), size):
             batch = segments[start : start + size]
-            for segment, answer in zip(batch, backend.run([forced_request(trace, s) for s in batch]), strict=True):
+            for segment, answer in zip(
+                batch, backend.run([forced_request(trace, s, tells_kept=True) for s in batch]), strict=True
+            ):
                 rows = slice(segment.start, segment.stop)
                 columns["logprobs"][rows] = answer.logprobs
                 columns["routed_experts"][rows] = answer.routing.experts

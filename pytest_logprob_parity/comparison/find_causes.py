@@ -98,10 +98,10 @@ def _by_arithmetic(measured: Measurement) -> list[Finding]:
 
 def _by_experts(measured: Measurement, findings: list[Finding]) -> list[Finding]:
     """`expert_routing` where it explains a failure that nothing else does."""
-    if not measured.failed or any(finding.cause for finding in findings):
+    if not (measured.failed or measured.unsure) or any(finding.cause for finding in findings):
         return []
     found = routing_finding(measured.expected, measured.actual, measured.routing, measured.names)
-    return [] if found is None else [found]
+    return [found] if found is not None and (measured.failed or "proof" in found.values) else []
 
 
 def _far_off(measured: Measurement) -> list[int]:

@@ -75,8 +75,8 @@ class Routing:
 class Completion:
     """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K].
 
-    `kept` and `routing` are there where the request asks for it (`tells_kept`): where its sampling truncates, where the model is
-    a mixture of experts, and the engine tells.
+    `kept` and `routing` are there where the request asks for it (`tells_kept`) and the engine tells: `kept` where its sampling
+    truncates, `routing` where the model is a mixture of experts.
     """
 
     token_ids: npt.NDArray[np.int32]

@@ -103,7 +103,11 @@ class _Inputs:
     def causes(self, comparison: Comparison) -> tuple[list[Finding], list[Note]]:
         """Why the scorer's logprobs differ from the rollouts', and notes."""
         assert self.reference is not None
-        scorer, scored, batch_size, _ = self.reference
+        scorer, scored, batch_size, routing = self.reference
+        if routing is not None and comparison.verdict == "fail" and not any(f.cause for f in comparison.findings):
+            found = routing.finding()
+            if found is not None:
+                return [found], []
         limits = self.limits(scored)
         return causes(comparison, self.rollouts, scored=scored, scorer=scorer, batch_size=batch_size, limits=limits)
 
@@ -166,14 +170,11 @@ def _with_what_was_seen(answer: _Answer, inputs: _Inputs, column: Trace | None, 
         notes.append(Note("without_truncation", text))
     if unknown := _unknown_dtypes(trace, comparison.actual):
         notes.append(Note("unknown_dtype", unknown))
-    findings, routing = answer.findings, None if inputs.reference is None else inputs.reference.routing
+    routing = None if inputs.reference is None else inputs.reference.routing
     if routing is not None:
         notes.append(routing.note())
-        found = routing.finding(inputs.limits(comparison.actual).fit_rms) if comparison.verdict == "fail" else None
-        if found is not None and not any(finding.cause for finding in findings):
-            findings = [found]
     metrics = {**comparison.metrics, **entropies, **({} if routing is None else routing.numbers)}
-    return dataclasses.replace(comparison, findings=tuple(findings), notes=tuple(notes), metrics=metrics)
+    return dataclasses.replace(comparison, findings=tuple(answer.findings), notes=tuple(notes), metrics=metrics)
 
 
 def _check_first_tokens(trace: Trace) -> None:

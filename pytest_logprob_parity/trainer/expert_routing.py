@@ -134,9 +134,9 @@ class TrainersRouting:
             )
         return Note("expert_routing", text)
 
-    def finding(self, noise: float) -> Finding | None:
-        """`expert_routing` where replay leaves a difference of `noise` (RMS, nats) or a part of it; else None."""
-        if self.replayed > max(noise, _EXPLAINS * self.own) or not self.own or self.replayed > _EXPLAINS * self.own:
+    def finding(self) -> Finding | None:
+        """`expert_routing` where replay leaves half of the RMS difference or less; else None."""
+        if not self.own or self.replayed > _EXPLAINS * self.own:
             return None
         text = (
             f"the trainer routes {self.flipped:.1%} of the tokens to other experts than the engine did; with the rollouts' "

@@ -125,8 +125,9 @@ class Store:
         self._touched: dict[int, float] = {}
 
     def keep(self, keys: list[tuple[int, int]], columns: tuple[Any, Any, Any]) -> None:
-        """Keep one step: for each (number, position) a row of the columns. A request that is preempted, or whose prompt comes in
-        chunks, writes over what it wrote before.
+        """Keep one step: for each (number, position) a row of the columns.
+
+        A request that is preempted, or whose prompt comes in chunks, writes over what it wrote before.
         """
         now = time.monotonic()
         for row, (number, position) in enumerate(keys):

@@ -90,7 +90,5 @@ def routing_of(request: Request, tokens: int, routing: Routing | None, returned:
         return None
     if len(routing.experts) == tokens:
         return routing
-    assert routing.margins is not None and routing.inputs is not None
-    return Routing(
-        experts=routing.experts[:tokens], margins=routing.margins[:tokens], inputs=routing.inputs[:tokens]
-    )  # fmt: skip
+    columns = ("experts", "margins", "inputs")
+    return Routing(**{name: getattr(routing, name)[:tokens] for name in columns})
