@@ -269,7 +269,7 @@ def test_a_floor_that_no_shape_moved_says_nothing_of_other_builds():
     still = NoiseFloor(np.zeros((3, 4), np.float32), BatchCompositions(), reproduces=True)
     assert (
         still.describe()
-        == "noise floor of 3 repeats: bit-identical in every batch composition tried; this is no bound for other versions"
+        == "noise floor of 3 repeats: bit-identical in all batch compositions tried; another version may still differ"
     )
     moved = NoiseFloor(np.float32([[0, 0], [0, 0.5]]), BatchCompositions(), reproduces=True)
     for number in ("RMS 0.35 nats", "at most 0.5 nats", "50.0% of the logprobs"):
