@@ -2,6 +2,8 @@
 
 The recording pass and the check are those without a noise floor. Before kept sets, recording made one more replay without
 truncation and the check another one; both ways are timed here, in turns, on one engine.
+
+python benchmarks/bench_kept_sets.py [FOLDER_OF_A_MODEL [ROUNDS]]        # tiny-arith by default; 36 x 48 tokens of a model
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from common import REPO, SAMPLING, SPEC, arith_prompts, report_number, report_ra
 share_the_machine()
 
 import numpy as np  # noqa: E402
+from bench_real_model import PROMPTS, SAMPLINGS  # noqa: E402
 from bench_recording import bare_generate  # noqa: E402
 
 from pytest_logprob_parity.check.check import check_golden  # noqa: E402
@@ -28,9 +31,6 @@ from pytest_logprob_parity.golden import Golden  # noqa: E402
 from pytest_logprob_parity.spec import EngineSpec, Sampling  # noqa: E402
 from pytest_logprob_parity.trace import Trace  # noqa: E402
 
-#: 36 prompts of 48 tokens each, as on the real model.
-REAL: Sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=48, seed=1, logprobs=5, ignore_eos=True)
-
 
 def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -39,15 +39,10 @@ def main() -> None:
         path = Path(folder) / "golden.safetensors"
         if model:
             spec = EngineSpec(model, dtype="bfloat16", max_model_len=512)
-            bench(f"{Path(model).name}, top-p 0.9", pool, spec, real_prompts(), REAL, path, rounds)
+            bench(f"{Path(model).name}, top-p 0.9", pool, spec, PROMPTS, SAMPLINGS["T=0.7 top-p"], path, rounds)
         else:
             sampling = dataclasses.replace(SAMPLING, top_p=0.9)
             bench("tiny-arith, top-p 0.9", pool, SPEC, arith_prompts(), sampling, path, rounds)
-
-
-def real_prompts() -> list[str]:
-    """36 prompts of plain text."""
-    return [f"Question {n}: name {n + 2} animals that live in the sea, and say what each of them eats." for n in range(36)]
 
 
 def bench(
