@@ -1,7 +1,13 @@
 """Under truncation: recording and the default check against bare `LLM.generate` of the same requests, and the same bits.
 
-The recording pass and the check are those without a noise floor. Before kept sets, recording made one more replay without
-truncation and the check another one; both ways are timed here, in turns, on one engine.
+The recording pass is that without a noise floor and a reference. Before kept sets, recording made one more replay without
+truncation and the check another one; both ways are timed here, in turns, on one
+engine.
+
+python benchmarks/bench_kept_sets.py [--cpu-time] [FOLDER_OF_A_MODEL [ROUNDS]]    # tiny-arith by default
+
+With --cpu-time the seconds are the processor's, of all threads: for a machine that has other work. A model in a folder gets 36
+sequences of 48 tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,45 +26,45 @@ from common import REPO, SAMPLING, SPEC, arith_prompts, report_number, report_ra
 share_the_machine()
 
 import numpy as np  # noqa: E402
+from bench_real_model import PROMPTS, SAMPLINGS  # noqa: E402
 from bench_recording import bare_generate  # noqa: E402
 
 from pytest_logprob_parity.check.check import check_golden  # noqa: E402
+from pytest_logprob_parity.check.context import Context  # noqa: E402
 from pytest_logprob_parity.engines.pool import Pool  # noqa: E402
 from pytest_logprob_parity.engines.vllm import backend as backend_module  # noqa: E402
 from pytest_logprob_parity.golden import Golden  # noqa: E402
 from pytest_logprob_parity.spec import EngineSpec, Sampling  # noqa: E402
 from pytest_logprob_parity.trace import Trace  # noqa: E402
 
-#: 36 prompts of 48 tokens each, as on the real model.
-REAL: Sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=48, seed=1, logprobs=5, ignore_eos=True)
+CPU_TIME: bool = "--cpu-time" in sys.argv
+#: A recording pass alone.
+ALONE = Context(reference="none")
 
 
 def main() -> None:
-    model = sys.argv[1] if len(sys.argv) > 1 else ""
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 9
+    given = [argument for argument in sys.argv[1:] if argument != "--cpu-time"]
+    model = given[0] if given else ""
+    rounds = int(given[1]) if len(given) > 1 else 9
     with tempfile.TemporaryDirectory() as folder, Pool(REPO, print) as pool:
         path = Path(folder) / "golden.safetensors"
         if model:
             spec = EngineSpec(model, dtype="bfloat16", max_model_len=512)
-            bench(f"{Path(model).name}, top-p 0.9", pool, spec, real_prompts(), REAL, path, rounds)
+            bench(f"{Path(model).name}, top-p 0.9", pool, spec, PROMPTS, SAMPLINGS["T=0.7 top-p"], path, rounds, before=False)
         else:
             sampling = dataclasses.replace(SAMPLING, top_p=0.9)
-            bench("tiny-arith, top-p 0.9", pool, SPEC, arith_prompts(), sampling, path, rounds)
-
-
-def real_prompts() -> list[str]:
-    """36 prompts of plain text."""
-    return [f"Question {n}: name {n + 2} animals that live in the sea, and say what each of them eats." for n in range(36)]
+            bench("tiny-arith, top-p 0.9", pool, SPEC, arith_prompts(), sampling, path, rounds, before=True)
 
 
 def bench(
-    label: str, pool: Pool, spec: EngineSpec, prompts: list[Any], sampling: Sampling, path: Path, rounds: int
+    label: str, pool: Pool, spec: EngineSpec, prompts: list[Any], sampling: Sampling, path: Path, rounds: int, *, before: bool
 ) -> None:  # fmt: skip
+    """Time one model; with `before` also the way before kept sets."""
     engine = pool.engine(spec)
     llm = pool.backend(spec)._llm  # type: ignore[attr-defined]
 
     def record() -> object:
-        return check_golden(path, engine, prompts=prompts, sampling=sampling, update=True, repeats=0)
+        return check_golden(path, engine, prompts=prompts, sampling=sampling, update=True, repeats=0, context=ALONE)
 
     def check() -> object:
         return check_golden(path, engine, prompts=prompts, sampling=sampling)
@@ -74,19 +81,19 @@ def bench(
     works: dict[str, Callable[[], object]] = {
         "bare generate": bare_generate(llm, trace),
         "recording": record,
-        "recording with a second replay": second_replay(record),
         "default check": check,
-        "default check with a second replay": second_replay(check),
-        "decode replay": lambda: engine.replay(trace),
     }
-    times = time_in_turns(works, rounds=rounds)
-    bars = {"recording": 1.1, "decode replay": 1.1, "default check": 2.1}
-    for work, bar in bars.items():
+    if before:
+        works |= {
+            "recording with a second replay": second_replay(record),
+            "default check with a second replay": second_replay(check),
+        }
+    times = time_in_turns(works, rounds=rounds, warmups=1, clock=time.process_time if CPU_TIME else time.perf_counter)
+    for work, bar in {"recording": 1.1, "default check": 2.1}.items():
         report_ratio(f"{label}: {work} / bare generate", times[work], times["bare generate"], bar)
-    for work in ("recording", "default check"):
-        report_ratio(
-            f"{label}: {work}, without / with a second replay", times[work], times[f"{work} with a second replay"], 1.0
-        )
+        if before:
+            old = times[f"{work} with a second replay"]
+            report_ratio(f"{label}: {work}, without / with a second replay", times[work], old, 1.0)
     same_bits(label, trace, engine.replay(trace), engine.replay(trace.with_(sampling=trace.sampling.untruncated())))
 
 

@@ -1,5 +1,7 @@
 """Kept sets: what truncation left, from the same decode as the logprobs; what a check and a trainer make of them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,8 @@ from pytest_logprob_parity.trainer.parity import compare_with_trainer
 from pytest_logprob_parity.trainer.scoring import score
 
 TOP_P = Sampling(temperature=1.0, top_p=0.9, max_tokens=24, n=2, seed=1)
+#: For tests that ask the worker: no other test has an engine of this spec in a process of its own.
+HERE = EngineSpec(MODEL, dtype="float32", max_num_seqs=48)
 
 
 @pytest.fixture
@@ -106,7 +110,7 @@ def test_requests_that_do_not_truncate_keep_nothing(engine, questions):
 
 
 def test_nothing_is_left_behind_in_the_worker(pool, in_this_process, questions):
-    engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
+    engine = pool.engine(HERE)
     trace = engine.generate(questions(4), TOP_P)
     engine.replay(trace)
     engine.replay(trace, path="regenerate")
@@ -114,45 +118,11 @@ def test_nothing_is_left_behind_in_the_worker(pool, in_this_process, questions):
     assert len(store) == 0
 
 
-def test_chunks_of_prompts_and_preemption_do_not_mix_steps(pool, in_this_process, questions):
-    """A batch that does not fit: prompts come in chunks, requests lose their place and come back."""
-    small = {"max_num_batched_tokens": 32, "max_num_seqs": 16, "max_model_len": 256, "enable_chunked_prefill": True}
-    engine = pool.engine(EngineSpec(MODEL, dtype="float32", num_gpu_blocks_override=6, block_size=32, **small))
-    trace = engine.generate(questions(12), Sampling(temperature=1.0, top_p=0.9, max_tokens=64, seed=1, ignore_eos=True))
-    assert np.array_equal(
-        trace.untruncated_logprobs, engine.replay(trace.with_(sampling=trace.sampling.untruncated())).logprobs
-    )
-    constant = trace.logprobs - trace.untruncated_logprobs  # the mass that was kept, renormalised away
-    assert constant.min() > -1e-4
-    assert constant.max() < 0.12  # -log 0.9
-    pool.discard(engine.spec)
-
-
-def test_a_weight_update_on_the_way(pool, questions):
-    engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
-    for how in ({"mode": "keep", "clear_cache": True}, {"mode": "abort"}):
-        trace = engine.update_weights(f"{MODEL}-step2", at_token=6, prompts=questions(6), sampling=TOP_P, **how)
-        assert trace.kept_counts.min() >= 1
-        assert (trace.logprobs - trace.untruncated_logprobs).min() > -1e-4
-        assert trace.weight_versions.mean() > 0 or how["mode"] == "abort"
-
-
-def test_raw_logprobs_are_of_all_tokens_and_need_no_kept_set(pool, in_this_process, questions, float32):
-    engine = pool.engine(EngineSpec(MODEL, dtype="float32", logprobs_mode="raw_logprobs"))
-    trace = engine.generate(questions(4), TOP_P)
-    assert trace.kept_counts is None
-    assert assert_trainer_parity(trace, float32).metrics["max_abs_diff"] < 1e-3
-    pool.discard(engine.spec)
-
-
-# -- planted faults ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("name", "top_p"), [("not applied", None), ("another", 0.6)])
 def test_another_top_p_in_this_run_fails(pool, in_this_process, questions, tmp_path, name, top_p):
-    engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
+    engine, sampling = pool.engine(HERE), dataclasses.replace(TOP_P, temperature=0.7)
     path = tmp_path / "golden.safetensors"
-    check_golden(path, engine, prompts=questions(24), sampling=TOP_P, update=True, repeats=0)
+    check_golden(path, engine, prompts=questions(24), sampling=sampling, update=True, repeats=0)
 
     def plant(worker):
         module = worker.model_runner.sampler.topk_topp_sampler
@@ -166,13 +136,58 @@ def test_another_top_p_in_this_run_fails(pool, in_this_process, questions, tmp_p
     (original,) = engine.on_worker(plant)
     try:
         with pytest.raises(MismatchError) as error:
-            check_golden(path, engine, prompts=questions(24), sampling=TOP_P, replay=("decode",))
+            check_golden(path, engine, prompts=questions(24), sampling=sampling, replay=("decode",))
     finally:
         engine.on_worker(lambda worker: setattr(worker.model_runner.sampler.topk_topp_sampler, "forward", original))
     comparison = error.value.comparison
     assert (comparison.verdict, comparison.findings[0].cause) == ("fail", "truncation")
     assert comparison.metrics["kept_sets_differ"] > 0.1
-    assert check_golden(path, engine, prompts=questions(24), sampling=TOP_P, replay=("decode",)).passed
+    assert check_golden(path, engine, prompts=questions(24), sampling=sampling, replay=("decode",)).passed
+
+
+def test_chunks_of_prompts_and_preemption_do_not_mix_steps(pool, in_this_process, monkeypatch):
+    """A batch that does not fit: prompts come in chunks, requests lose their place and come back. By a replay: vLLM's CPU build
+    ends where a request with a seed comes back.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted, preempt = [], Scheduler._preempt_request
+    monkeypatch.setattr(Scheduler, "_preempt_request", lambda *args, **kwargs: preempted.append(1) or preempt(*args, **kwargs))
+    small = {"max_num_batched_tokens": 32, "max_num_seqs": 16, "max_model_len": 128, "enable_chunked_prefill": True}
+    engine = pool.engine(EngineSpec(MODEL, dtype="float32", num_gpu_blocks_override=6, block_size=32, **small))
+    sequences = [
+        {
+            "prompt_token_ids": [9, 8, 7 + i] * 15,
+            "token_ids": [(5 * i + 3 * n) % 60 + 4 for n in range(60)],
+            "logprobs": [None] * 60,
+        }
+        for i in range(8)
+    ]
+    trace = engine.replay(Trace.from_sequences(sequences, sampling=TOP_P))
+    assert preempted
+    assert np.array_equal(trace.untruncated_logprobs, engine.replay(trace.with_(sampling=TOP_P.untruncated())).logprobs)
+    taken = [token in ids for token, ids in zip(trace.token_ids.tolist(), sets_of(trace), strict=True)]
+    assert np.array_equal(taken, np.isfinite(trace.logprobs))
+    renormalised = (trace.logprobs - trace.untruncated_logprobs)[taken]  # by the probability that was kept
+    assert renormalised.min() > -1e-4
+    assert renormalised.max() < 0.11
+
+
+def test_a_weight_update_on_the_way(pool, questions):
+    engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
+    for how in ({"mode": "keep", "clear_cache": True}, {"mode": "abort"}):
+        trace = engine.update_weights(f"{MODEL}-step2", at_token=6, prompts=questions(6), sampling=TOP_P, **how)
+        assert trace.kept_counts.min() >= 1
+        assert (trace.logprobs - trace.untruncated_logprobs).min() > -1e-4
+        assert trace.weight_versions.mean() > 0 or how["mode"] == "abort"
+
+
+def test_raw_logprobs_are_of_all_tokens_and_need_no_kept_set(pool, questions, float32):
+    engine = pool.engine(EngineSpec(MODEL, dtype="float32", logprobs_mode="raw_logprobs"))
+    trace = engine.generate(questions(4), TOP_P)
+    assert trace.kept_counts is None
+    assert assert_trainer_parity(trace, float32).metrics["max_abs_diff"] < 1e-3
+    pool.discard(engine.spec)
 
 
 # -- the worker's store --------------------------------------------------------------------------------------------------
@@ -299,7 +314,7 @@ def test_kept_sets_that_do_not_fit_are_one_line(changes, message):
     ("columns", "message"),
     [
         ({"kept_token_ids": [5, 7, 6, 2, 4, 9]}, "sequence 0, token 1: the kept set (6) lacks the token that was taken, 8"),
-        ({"kept_counts": [2, 2, 2]}, "lacks the token that was taken"),
+        ({"kept_counts": [1, 2, 3]}, "token 0: the kept set (5) lacks the token that was taken, 7"),
         ({"kept_counts": [2, 1, 4]}, "kept_token_ids has 6 rows, kept tokens are 7"),
         ({"kept_counts": [7, -1, 0]}, "kept_counts must hold 0 or more, not -1"),
         ({"kept_counts": None}, "go together"),
