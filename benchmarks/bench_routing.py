@@ -3,12 +3,14 @@
     python benchmarks/bench_routing.py [FOLDER ...] [--rounds N] [--no-times]
 
 For models/tiny-arith-moe, or the mixtures in each FOLDER (benchmarks/bench_models.py makes some). The times are of one
-engine object: its recording pass with its routers watched, and the same pass with vLLM's own routers, in turns.
+engine object: its recording pass with its routers watched, and the same pass with vLLM's own routers, in turns, by the
+processor's time.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,7 +108,8 @@ def bench(model: Path, rounds: int) -> None:
                 show(f"{model.name}, float32's tokens in bfloat16", traces["float32"], engine.replay(traces["float32"]))
                 if rounds:
                     record = lambda: engine.generate(prompts, SAMPLING)  # noqa: E731, B023
-                    times = time_in_turns({"watched": record, "bare": without_watch(pool, spec, record)}, rounds=rounds)
+                    works = {"watched": record, "bare": without_watch(pool, spec, record)}
+                    times = time_in_turns(works, rounds=rounds, clock=time.process_time)
                     report_ratio(f"{model.name}: recording pass with routing / without", times["watched"], times["bare"], 1.1)
 
 
