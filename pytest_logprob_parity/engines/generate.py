@@ -26,10 +26,7 @@ def generate(
     A prompt with turns is written turn by turn; what the environment says between them is masked in the trace.
     `tokenizer` gives the texts of the tokens, `run` answers requests in the backend's place. Raises EngineError.
     """
-    check_lengths(backend, [p.token_ids for p in prompts], sampling)
-    for index, prompt in enumerate(prompts):
-        for part, ids in enumerate((prompt.token_ids, *prompt.between)):
-            check_ids(backend, ids, f"prompts[{index}]" + (f", before turn {part}," if part else ""))
+    _check(backend, prompts, sampling)
     groups = [group for group in range(len(prompts)) for _ in range(sampling.n)]
     sequences = len(groups)
     seeds = [sampling.seed + index for index in range(sequences)]
@@ -78,6 +75,14 @@ def generate(
         **labels(backend),
     )
     return trace.with_(token_texts=_texts(trace, tokenizer)) if tokenizer is not None else trace
+
+
+def _check(backend: Backend, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+    """Raise UsageError for prompts that are too long, or whose ids the model does not have."""
+    check_lengths(backend, [p.token_ids for p in prompts], sampling)
+    for index, prompt in enumerate(prompts):
+        for part, ids in enumerate((prompt.token_ids, *prompt.between)):
+            check_ids(backend, ids, f"prompts[{index}]" + (f", before turn {part}," if part else ""))
 
 
 def _filled(written: list[list[tuple[Completion, int]]], offsets: list[int], k: int) -> tuple[Rows, BoolArray]:
