@@ -92,10 +92,10 @@ class Engine:
 
     @property
     def tokenizer(self) -> Any:
-        """The model's transformers tokenizer; needs no engine."""
-        from ..checkpoint.prompts import load_tokenizer
+        """The model's transformers tokenizer; None where its folder has none. Needs no engine."""
+        from ..checkpoint.prompts import tokenizer_of
 
-        return load_tokenizer(self._pool.folders(self.spec)[1])
+        return tokenizer_of(self._pool.folders(self.spec)[1])
 
     @property
     def folder(self) -> Path:

@@ -18,7 +18,13 @@ def column_of(trace: Trace, dtype: str) -> Trace | None:
     if trace.trainer_logprobs is None:
         return None
     sampling = dataclasses.replace(
-        trace.sampling.untruncated(), repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0
+        trace.sampling.untruncated(),
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        logit_bias=(),
+        bad_words=(),
+        allowed_token_ids=(),
     )
     own, entropies = trace.trainer_logprobs, trace.trainer_entropies
     return trainers_trace(trace, own, entropies=entropies, sampling=sampling, name="trainer", dtype=dtype)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ... import machine
 from ...checkpoint.adapter import Adapter, is_adapter, read_adapter
+from ...checkpoint.digests import has_tokenizer
 from ...checkpoint.weight_update import WeightUpdate
 from ...errors import EngineError, ParityError, UsageError
 from ...reasons import mixed_builds, reason_of
@@ -74,6 +75,7 @@ class VllmBackend:
                 "tokenizer": str(tokenizer),
                 "worker_extension_cls": forced_decode.EXTENSION,
                 "disable_log_stats": True,
+                **({} if has_tokenizer(tokenizer) else {"skip_tokenizer_init": True}),  # prompts are sent as token ids
                 **({"use_tqdm_on_load": False} if "use_tqdm_on_load" in vllm_engine_arguments() else {}),
                 **({"revision": spec.revision} if spec.revision else {}),
                 **{name: value for name, value in asked.items() if name not in before_its_time(asked)},
@@ -108,6 +110,7 @@ class VllmBackend:
     def _run(self, requests: Sequence[Request], lora_request: Any) -> list[Completion]:
         from vllm import SamplingParams
 
+        self._check_words(requests)
         try:
             params = [SamplingParams(**sampling_parameters(r, self.config.forcing), **_flat()) for r in requests]
             _check_temperatures(requests, params)
@@ -177,6 +180,14 @@ class VllmBackend:
                     f"vllm {version()} did not take hf_overrides: asked for a head in float32 and says that it has one, but "
                     f"its logits lie on a grid of 1/{1 / grid:g}, as those of a head in {self.config.dtype}"
                 )
+
+    def _check_words(self, requests: Sequence[Request]) -> None:
+        """Raise UsageError for bad_words where this engine has no tokenizer: vLLM then ignores them."""
+        bare = getattr(self._llm.llm_engine.vllm_config.model_config, "skip_tokenizer_init", False)
+        if bare and any(r.sampling.bad_words for r in requests):
+            raise UsageError(
+                "Sampling(bad_words=...): this engine has no tokenizer (skip_tokenizer_init), vLLM would ignore them"
+            )
 
     def _check_adapter(self) -> None:
         self._lora.check_moves(lambda request: self._probe(request).top_logprobs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import EngineError
+from ...spec import Sampling
 from ...trace import Forcing
 from ..backend import Request
 from .forced_decode import FORCED
@@ -27,7 +28,7 @@ def sampling_parameters(request: Request, forcing: Forcing | None) -> dict[str, 
     }  # fmt: skip
     if not sampling.top_k:
         parameters["top_k"] = -1  # no top-k, as all versions write it
-    parameters |= {"seed": request.seed, "detokenize": bool(sampling.stop)}
+    parameters |= {"seed": request.seed, "detokenize": bool(sampling.stop), **_named_tokens(sampling)}
     stop_token_ids = list(sampling.stop_token_ids)
     if request.forced_token_ids is None:
         return parameters | {"stop": list(sampling.stop), "stop_token_ids": stop_token_ids}
@@ -44,5 +45,17 @@ def sampling_parameters(request: Request, forcing: Forcing | None) -> dict[str, 
     if forcing == "native":
         if sampling.min_tokens:
             raise EngineError("vLLM's trace replay drops the stop ids of min_tokens: it cannot replay min_tokens > 0")
+        if sampling.bad_words:
+            raise EngineError("vLLM's trace replay refuses bad_words: it cannot replay a sampling that has them")
         return parameters | {"trace_decode_token_ids": forced}
     return parameters | {"extra_args": {FORCED: forced}}
+
+
+def _named_tokens(sampling: Sampling) -> dict[str, Any]:
+    """The parameters that name tokens, where there are any: early versions do not have all of them."""
+    named: dict[str, Any] = {
+        "logit_bias": dict(sampling.logit_bias),
+        "bad_words": list(sampling.bad_words),
+        "allowed_token_ids": list(sampling.allowed_token_ids),
+    }
+    return {name: value for name, value in named.items() if value}
