@@ -12,6 +12,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .check.check import check_golden
+    from .check.speculation import assert_speculation_parity
     from .checkpoint.adapter import merge_adapter
     from .checkpoint.probe import write_probe
     from .comparison.assertions import assert_logprobs_close, assert_tokens_equal
@@ -50,6 +51,7 @@ __all__ = [
     "TransformersScorer",
     "UsageError",
     "assert_logprobs_close",
+    "assert_speculation_parity",
     "assert_tokens_equal",
     "assert_trainer_chain",
     "assert_trainer_parity",
@@ -68,6 +70,7 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
     _HOMES = {
         "comparison.assertions": ("assert_logprobs_close", "assert_tokens_equal"),
         "check.check": ("check_golden",),
+        "check.speculation": ("assert_speculation_parity",),
         "comparison.result": ("Comparison", "Finding", "MismatchError"),
         "comparison.tolerance": ("Tolerance",),
         "comparison.compare": ("compare",),

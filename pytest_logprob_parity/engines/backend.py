@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+#: Codes in `Completion.drafted`.
+ACCEPTED, REPLACED = 1, 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -37,7 +40,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K]."""
+    """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K].
+
+    `drafted` [L]: how each token came about under speculative decoding: 0, ACCEPTED (a draft), REPLACED (drawn in place of a
+    rejected draft); None where the engine does not tell.
+    """
 
     token_ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
@@ -45,6 +52,7 @@ class Completion:
     top_token_ids: npt.NDArray[np.int32]
     top_logprobs: npt.NDArray[np.float32]
     finish_reason: str
+    drafted: npt.NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..checkpoint.prompts import Prompt
 from ..checkpoint.weight_update import WeightUpdate
@@ -71,6 +72,27 @@ def generate(
         **labels(backend),
     )
     return trace.with_(token_texts=_texts(trace, tokenizer)) if tokenizer is not None else trace
+
+
+def generate_with_drafts(
+    backend: Backend, prompts: Sequence[Prompt], sampling: Sampling, tokenizer: Any
+) -> tuple[Trace, npt.NDArray[np.uint8] | None]:
+    """What `generate` does; also how each token [N] came about (`Completion.drafted`), None where the backend does not tell.
+
+    Raises UsageError for prompts with turns.
+    """
+    if any(prompt.between for prompt in prompts):
+        raise UsageError("accepted drafts are told of single turns, not of turns of an environment")
+    drafted: list[npt.NDArray[np.uint8] | None] = []
+
+    def run(requests: Sequence[Request]) -> list[Completion]:
+        completions = backend.run(requests)
+        drafted[:] = [completion.drafted for completion in completions]
+        return completions
+
+    trace = generate(backend, prompts, sampling, tokenizer, run)
+    told = [of for of in drafted if of is not None]
+    return trace, np.concatenate(told) if len(told) == len(drafted) else None
 
 
 def _filled(written: list[list[tuple[Completion, int]]], offsets: list[int], k: int) -> tuple[Rows, BoolArray]:

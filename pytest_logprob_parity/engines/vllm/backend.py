@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from ...spec import EngineSpec, Sampling
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
 from ..backend import Completion, Request, ResolvedConfig
 from ..readback import check_readback, forcing_of, json_value
-from . import forced_decode, in_flight, lora
+from . import drafts, forced_decode, in_flight, lora
 from .completions import completion_of
 from .config import SHOWN, before_its_time, settings_of, vocabulary_of, why_not_forced
 from .lm_head import applied_head, measured_grid, probe_tokens
@@ -38,6 +39,8 @@ class VllmBackend:
         name = f"vllm {version()}"
         unverified = check_readback(asked, values, name)
         forcing, unforced = forcing_of(_install_forcing(llm, values))
+        speculates = values.get("speculative_decoding") is not None
+        self._drafts = speculates and any(_ask_workers(llm, "logprob_parity_watch_drafts", drafts.watch) or ())
         self.config = ResolvedConfig(
             engine="vllm",
             version=version(),
@@ -82,7 +85,7 @@ class VllmBackend:
             }
             llm = None
             try:
-                llm = build(vllm.LLM, arguments, cpu=bool(current_platform.is_cpu()))
+                llm = build(vllm.LLM, arguments)
                 backend = cls(llm, asked=asked, owned=True)
                 if adapter is not None:
                     backend._lora.load(adapter)
@@ -113,6 +116,8 @@ class VllmBackend:
         self._check_words(requests)
         try:
             params = [SamplingParams(**sampling_parameters(r, self.config.forcing), **_flat()) for r in requests]
+            if self._drafts:
+                drafts.mark(params)
             _check_temperatures(requests, params)
             outputs = self._llm.generate(_prompts(requests), params, lora_request=lora_request, use_tqdm=False)
         except Exception as error:
@@ -122,7 +127,15 @@ class VllmBackend:
             while engine.has_unfinished_requests():  # those that it took before the one that it refused
                 engine.step()
             raise UsageError(f"vllm {version()} refuses a request: {reason_of(error)}") from error
-        return [completion_of(request, output) for request, output in zip(requests, outputs, strict=True)]
+        completions = [completion_of(request, output) for request, output in zip(requests, outputs, strict=True)]
+        return self._with_drafts(completions) if self._drafts else completions
+
+    def _with_drafts(self, completions: list[Completion]) -> list[Completion]:
+        noted = _ask_workers(self._llm, "logprob_parity_drafts", drafts.take) or []
+        return [
+            dataclasses.replace(completion, drafted=drafts.drafted(noted, place, len(completion.token_ids)))
+            for place, completion in enumerate(completions)
+        ]
 
     def run_through(self, requests: Sequence[Request], update: WeightUpdate) -> tuple[list[Completion], list[int]]:
         """Answer all requests with a weight update on the way; also how many tokens each had written by then.
@@ -256,21 +269,27 @@ def _install_forcing(llm: Any, values: Mapping[str, Any]) -> str:
         return known
     if getattr(config.parallel_config, "worker_extension_cls", ""):
         with contextlib.suppress(AttributeError, NotImplementedError):
-            return str(llm.collective_rpc("logprob_parity_install")[0])
+            return forced_decode.of_all(llm.collective_rpc("logprob_parity_install"))
     try:
-        return str(llm.collective_rpc(forced_decode.install)[0])
+        return forced_decode.of_all(llm.collective_rpc(forced_decode.install))
     except TypeError:
         name = forced_decode.EXTENSION
         return f"the engine lives in another process: build it with worker_extension_cls={name!r}"
 
 
-def _applied_head(llm: Any) -> str | None:
-    """The precision of the head as the worker has it; None where nobody can look or this version has no such setting."""
+def _ask_workers(llm: Any, method: str, function: Callable[[Any], Any]) -> list[Any] | None:
+    """What each worker answers, asked by the name of a method of WorkerExtension where they have it; None where none can be."""
     extended = getattr(llm.llm_engine.vllm_config.parallel_config, "worker_extension_cls", "")
     with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
-        head = llm.collective_rpc("logprob_parity_head" if extended else applied_head)[0]
-        return None if head is None else str(head)
+        answers: list[Any] = llm.collective_rpc(method if extended else function)
+        return answers
     return None
+
+
+def _applied_head(llm: Any) -> str | None:
+    """The precision of the head as the worker has it; None where nobody can look or this version has no such setting."""
+    head = (_ask_workers(llm, "logprob_parity_head", applied_head) or [None])[0]
+    return None if head is None else str(head)
 
 
 def _flat() -> dict[str, bool]:

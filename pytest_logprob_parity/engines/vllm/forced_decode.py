@@ -7,9 +7,12 @@ for every request in it: what is no token id forces nothing, and whoever asked f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from ...machine import hardware
+from .config import SPECULATES
+from .drafts import take, watch
 from .eager_ranks import count_ranks_eagerly
 from .lm_head import applied_head
 
@@ -47,7 +50,7 @@ def install(worker: Any) -> str:
         return f"{type(runner).__name__} has no sampler that can be wrapped"
     assert sampler is not None
     if getattr(runner, "speculative_config", None) is not None:
-        return "speculative decoding draws its tokens past the sampler"
+        return SPECULATES
     if not hasattr(sampler, _MARK):
         original = sampler.sample
         setattr(sampler, _MARK, original)
@@ -71,6 +74,11 @@ def install(worker: Any) -> str:
 
         sampler.sample = sample
     return "sampler"
+
+
+def of_all(told: Sequence[Any]) -> str:
+    """What all workers tell of forcing: with pipeline parallelism the last one samples, so each has to be able to."""
+    return next((str(answer) for answer in told if answer != "sampler"), "sampler")
 
 
 def _install_v0() -> str:
@@ -101,6 +109,14 @@ class WorkerExtension:
     def logprob_parity_install(self) -> str:
         """Wrap the sampler of this worker; see `install`."""
         return install(self)
+
+    def logprob_parity_watch_drafts(self) -> bool:
+        """Note which tokens are accepted drafts; see `drafts.watch`."""
+        return watch(self)
+
+    def logprob_parity_drafts(self) -> dict[str, list[tuple[int, int, int]]]:
+        """The accepted drafts since the last time; see `drafts.take`."""
+        return take(self)
 
     def logprob_parity_hardware(self) -> dict[str, Any]:
         """What this worker computes on; see `fingerprint.hardware`."""
