@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .trace import Trace
     from .trainer.chain import assert_trainer_chain, trainer_chain
     from .trainer.parity import assert_trainer_parity
+    from .trainer.retokenisation import retokenisation
     from .trainer.scorer import Scorer, scorer
     from .trainer.transformers_scorer import TransformersScorer
     from .weight_updates.check import assert_weight_update
@@ -61,6 +62,7 @@ __all__ = [
     "compare",
     "merge_adapter",
     "open_engine",
+    "retokenisation",
     "scorer",
     "trainer_chain",
     "write_probe",
@@ -82,6 +84,7 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
         "trace": ("Trace",),
         "trainer.chain": ("assert_trainer_chain", "trainer_chain"),
         "trainer.parity": ("assert_trainer_parity",),
+        "trainer.retokenisation": ("retokenisation",),
         "trainer.scorer": ("Scorer", "scorer"),
         "trainer.transformers_scorer": ("TransformersScorer",),
         "checkpoint.adapter": ("merge_adapter",),
