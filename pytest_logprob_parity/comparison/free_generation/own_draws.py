@@ -32,8 +32,8 @@ class OwnDraws:
         if self.not_likeliest:
             return f"{self.not_likeliest:,} of {self.tokens:,} tokens are not the likeliest, under greedy decoding"
         return (
-            f"the tokens are {self.shift:+.2g} nats likelier than their distributions expect "
-            f"(z = {self.z:+.1f}, p = {self.p_value:.1g}, {self.tokens:,} tokens)"
+            f"the tokens are {abs(self.shift):.2g} nats {'less' if self.shift < 0 else 'more'} likely on average than their "
+            f"distributions expect (z = {self.z:+.1f}, p = {self.p_value:.1g}, {self.tokens:,} tokens)"
         )
 
 
