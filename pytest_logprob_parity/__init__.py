@@ -12,6 +12,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .check.check import check_golden
+    from .check.speculation import assert_speculation_parity
     from .checkpoint.adapter import merge_adapter
     from .checkpoint.probe import write_probe
     from .comparison.assertions import assert_logprobs_close, assert_tokens_equal
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .trace import Trace
     from .trainer.chain import assert_trainer_chain, trainer_chain
     from .trainer.parity import assert_trainer_parity
+    from .trainer.retokenisation import retokenisation
     from .trainer.scorer import Scorer, scorer
     from .trainer.transformers_scorer import TransformersScorer
     from .weight_updates.check import assert_weight_update
@@ -50,6 +52,7 @@ __all__ = [
     "TransformersScorer",
     "UsageError",
     "assert_logprobs_close",
+    "assert_speculation_parity",
     "assert_tokens_equal",
     "assert_trainer_chain",
     "assert_trainer_parity",
@@ -59,6 +62,7 @@ __all__ = [
     "compare",
     "merge_adapter",
     "open_engine",
+    "retokenisation",
     "scorer",
     "trainer_chain",
     "write_probe",
@@ -68,6 +72,7 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
     _HOMES = {
         "comparison.assertions": ("assert_logprobs_close", "assert_tokens_equal"),
         "check.check": ("check_golden",),
+        "check.speculation": ("assert_speculation_parity",),
         "comparison.result": ("Comparison", "Finding", "MismatchError"),
         "comparison.tolerance": ("Tolerance",),
         "comparison.compare": ("compare",),
@@ -79,6 +84,7 @@ if not TYPE_CHECKING:  # seen by type checkers these would hide every misspelt n
         "trace": ("Trace",),
         "trainer.chain": ("assert_trainer_chain", "trainer_chain"),
         "trainer.parity": ("assert_trainer_parity",),
+        "trainer.retokenisation": ("retokenisation",),
         "trainer.scorer": ("Scorer", "scorer"),
         "trainer.transformers_scorer": ("TransformersScorer",),
         "checkpoint.adapter": ("merge_adapter",),

@@ -18,6 +18,10 @@ VOCABULARY, SEQUENCES, LENGTH, PROMPT = 512, 60, 20, 12
 def processed(logits, sampling, prompt, written):
     """Logprobs [V] of one position as vLLM processes them: penalties, temperature, truncation; in float64, by definition."""
     x = logits.copy()
+    if sampling.allowed_token_ids:
+        x[~np.isin(np.arange(VOCABULARY), sampling.allowed_token_ids)] = -np.inf
+    for token, bias in sampling.logit_bias:
+        x[token] += bias
     counts = np.bincount(written, minlength=VOCABULARY)
     seen = (counts > 0) | np.isin(np.arange(VOCABULARY), prompt)
     r = sampling.repetition_penalty
@@ -33,7 +37,8 @@ def processed(logits, sampling, prompt, written):
         keep &= np.arange(VOCABULARY) < sampling.top_k
     keep &= p[order] >= sampling.min_p * p[order][0]
     logprobs = np.full(VOCABULARY, -np.inf)
-    logprobs[order[keep]] = np.log(p[order[keep]] / p[order[keep]].sum())
+    with np.errstate(divide="ignore"):
+        logprobs[order[keep]] = np.log(p[order[keep]] / p[order[keep]].sum())
     return logprobs
 
 
@@ -826,3 +831,49 @@ def test_a_top_k_that_lists_no_more_than_is_kept_says_so():
         assert (
             any(note.key == "top_k" and "top-k 4 is not visible, record logprobs=5" in note for note in result.notes) == unsure
         )
+
+
+# -- named tokens -----------------------------------------------------------------------------------------------------
+
+BIAS = {token: 1.5 if token % 8 else -1.0 for token in range(0, VOCABULARY, 4)}
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+@pytest.mark.parametrize(("share", "told"), [(0, "was applied to the golden and not to this run"), (2, "2.0")])
+def test_a_recorded_logit_bias_that_one_side_lacks_or_has_twice_is_named(share, told, noise):
+    rollouts = policy(temperature=0.7, logit_bias=tuple(BIAS.items()))
+    other = dataclasses.replace(rollouts.sampling, logit_bias={t: share * b for t, b in BIAS.items()})
+    result = compare(expected=rollouts.trace(k=10), actual=rollouts.trace(other, k=10, noise=noise))
+    found = finding(result, "logit_bias")
+    assert result.verdict == "fail"
+    assert told in found.evidence
+    assert abs(found.values["share"] - share) < 0.05
+    assert causes(result) == ["logit_bias"]
+    assert compare(expected=rollouts.trace(k=10), actual=rollouts.trace(k=10, noise=noise / 10)).verdict == "pass"
+
+
+def test_a_logit_bias_that_nobody_recorded_is_read_off_the_tokens_that_it_moves():
+    rollouts = policy(temperature=0.7)
+    often = int(np.bincount(rollouts.trace(k=40).top_token_ids.ravel()).argmax())
+    biased = dataclasses.replace(rollouts.sampling, logit_bias={often: 1.25})
+    result = compare(expected=rollouts.trace(k=40), actual=rollouts.trace(biased, k=40))
+    assert finding(result, "logit_bias").values["tokens"] == {str(often): pytest.approx(1.25, abs=0.01)}
+
+
+def test_tokens_that_only_the_recorded_sampling_excludes_are_named():
+    rollouts = policy(temperature=0.7, allowed_token_ids=tuple(range(0, VOCABULARY, 2)))
+    free = dataclasses.replace(rollouts.sampling, allowed_token_ids=())
+    result = compare(expected=rollouts.trace(k=10), actual=rollouts.trace(free, k=10))
+    assert (result.verdict, causes(result)[0]) == ("fail", "banned_tokens")
+    assert "allowed_token_ids was applied to the golden and not to this run" in finding(result, "banned_tokens").evidence
+
+
+def test_tokens_that_only_this_run_excludes_are_named():
+    rollouts = policy(temperature=0.4)
+    gone = np.bincount(rollouts.tokens.ravel(), minlength=VOCABULARY).argsort()[-3:].tolist()
+    kept = tuple(t for t in range(VOCABULARY) if t not in gone)
+    result = compare(
+        expected=rollouts.trace(k=10), actual=rollouts.trace(Sampling(temperature=0.4, allowed_token_ids=kept), k=10)
+    )
+    assert result.verdict == "fail"
+    assert "a ban of" in finding(result, "banned_tokens").evidence

@@ -1,5 +1,7 @@
 """EngineSpec and Sampling: what can be asked for, and what a misspelt wish gets."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -65,12 +67,42 @@ def test_sampling_takes_vllm_sampling_params(pool):
     assert Sampling.of(given) == expected
 
 
-@pytest.mark.parametrize("field", [{"logit_bias": {5: 1.0}}, {"bad_words": ["no"]}, {"allowed_token_ids": [1, 2]}])
-def test_sampling_names_a_vllm_field_that_no_golden_can_replay(pool, field):
+@pytest.mark.parametrize(
+    ("field", "kept"),
+    [({"logit_bias": {5: 1.0, 2: -3}}, ((2, -3.0), (5, 1.0))), ({"bad_words": ["no"]}, ("no",)),
+     ({"allowed_token_ids": [2, 1]}, (1, 2))],
+)  # fmt: skip
+def test_named_tokens_are_taken_from_vllm_and_kept_in_json(pool, field, kept):
     from vllm import SamplingParams
 
-    with pytest.raises(UsageError, match=rf"{next(iter(field))}.* is not supported"):
-        Sampling.of(SamplingParams(max_tokens=8, **field))
+    name = next(iter(field))
+    sampling = Sampling.of(SamplingParams(max_tokens=8, **field))
+    assert getattr(sampling, name) == kept
+    assert Sampling.of(json.loads(json.dumps(sampling.to_json()))) == sampling
+    assert (sampling.names_tokens, sampling.edits_logits, sampling.raw_is_processed) == (True, True, False)
+
+
+def test_a_sampling_without_named_tokens_is_stored_as_before():
+    stored = Sampling(temperature=0.7).to_json()
+    assert list(stored) == [
+        "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_tokens",
+        "min_tokens", "stop", "stop_token_ids", "ignore_eos", "seed", "n", "logprobs",
+    ]  # fmt: skip
+    assert Sampling(logit_bias={"3": 1}) == Sampling(logit_bias=[(3, 1.0)])
+    assert hash(Sampling(logit_bias={3: 1}))
+    assert Sampling(temperature=0.7, logit_bias={3: 1}, bad_words=["no", "nor"]).processing() == (
+        "logit bias of 1 token, 2 bad words, T=0.7"
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"logit_bias": 3}, {"logit_bias": {-1: 2}}, {"logit_bias": {1: 200}}, {"logit_bias": {1: float("nan")}},
+     {"bad_words": [""]}, {"bad_words": [3]}, {"allowed_token_ids": ["a"]}, {"allowed_token_ids": [-1]}],
+)  # fmt: skip
+def test_named_tokens_that_are_none(values):
+    with pytest.raises(UsageError, match=next(iter(values))):
+        Sampling(**values)
 
 
 def test_structured_outputs_are_refused_by_name(pool):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..engines.replay import can_regenerate
 from ..notes import Note
 from ..trace import FloatArray, ReplayPath, Trace
+from ..trainer.retokenisation import has_turns, retokenisation_notes
 
 if TYPE_CHECKING:
     from ..engines.engine import Engine
@@ -41,8 +42,13 @@ def ask(engine: Engine, golden: Golden, paths: Sequence[ReplayPath]) -> Answers:
         fingerprint=engine.fingerprint(),
         policy_logprobs=_policy_logprobs(golden.trace, replays["decode"], engine) if decoded else None,
         draw=_drawn(golden, engine) if decoded else None,
-        remarks=engine.remarks(),
+        remarks=[*engine.remarks(), *_retokenised(golden.trace, engine)],
     )
+
+
+def _retokenised(trace: Trace, engine: Engine) -> list[Note]:
+    """A note on turns of a multi-turn golden whose text encodes to other ids, where there are any."""
+    return retokenisation_notes(trace, engine.tokenizer) if has_turns(trace) else []
 
 
 def _drawn(golden: Golden, engine: Engine) -> Callable[[], FloatArray] | None:

@@ -27,6 +27,7 @@ from ..notes import Note
 from ..progress import doing
 from ..spec import Sampling
 from ..trace import FloatArray, ReplayPath, Trace
+from ..trainer.retokenisation import retokenisation_notes
 from .chance_to_pass import DRAWS, WANTED, chance_to_pass
 from .compatibility import check_belongs, temperature_notes
 from .context import Context
@@ -78,6 +79,7 @@ def record(
         with doing("computing the reference"):
             reference, told = reference_of(engine, golden.trace, measured.generating, context.reference)
         notes += [Note("reference", told), _times(measured, None if reference is None else time.monotonic() - began)]
+        notes += retokenisation_notes(golden.trace, engine.tokenizer)
         golden = dataclasses.replace(golden, reference=reference)
         _check_agrees_with_reference(golden, context.shown_path)
     limits = make_tolerance(

@@ -63,11 +63,13 @@ def _by_transformers(engine: Engine, trace: Trace, seconds: float) -> Reference:
     import torch
 
     from ..checkpoint.lm_head import Head
+    from ..checkpoint.prompts import banned_ids
     from ..engines.transformers.backend import end_tokens_of
 
     began = time.monotonic()
     model = _load(engine, int(trace.total_lengths.max(initial=0)))
     head, stop_ids = Head(model, "float32"), end_tokens_of(model, engine.tokenizer)
+    banned = banned_ids(engine.tokenizer, trace.sampling.bad_words)
     logprobs = np.full(trace.num_tokens, np.nan, np.float32)
     segments: list[list[Segment]] = [[] for _ in range(trace.num_sequences)]
     for segment in trace.segments():
@@ -82,7 +84,7 @@ def _by_transformers(engine: Engine, trace: Trace, seconds: float) -> Reference:
             batch, started = order[covered : covered + size], time.monotonic()
             for alike in _alike(trace, [segment for sequence in batch for segment in segments[sequence]]):
                 with doing(f"{covered:,} of {len(order):,} sequences"):
-                    _score(model, head, trace, alike, stop_ids, logprobs)
+                    _score(model, head, trace, alike, (stop_ids, banned), logprobs)
             slowest = max(slowest, (time.monotonic() - started) / len(batch))
             covered += len(batch)
     logprobs[~trace.mask] = np.nan
@@ -133,9 +135,12 @@ def _alike(trace: Trace, segments: Sequence[Segment]) -> Iterator[list[Segment]]
 
 
 def _score(
-    model: Any, head: Head, trace: Trace, segments: Sequence[Segment], stop_ids: frozenset[int], logprobs: np.ndarray[Any, Any]
+    model: Any, head: Head, trace: Trace, segments: Sequence[Segment], special: tuple[frozenset[int], list[list[int]]],
+    logprobs: np.ndarray[Any, Any],
 ) -> None:  # fmt: skip
-    """Fill in the logprobs of these segments' tokens, processed as the golden's are."""
+    """Fill in the logprobs of these segments' tokens, processed as the golden's are; `special` are the ids that end a
+    completion, and those of the bad words.
+    """
     import torch
 
     rows = []
@@ -155,13 +160,15 @@ def _score(
             stop = min(start + _ROWS, count)
             first = len(rows[i]) - count
             logits = head.logits(hidden[i, first + start - 1 : first + stop - 1])
-            processed = _process(logits, trace, rows[i], first, start, stop_ids)
+            processed = _process(logits, trace, rows[i], first, start, *special)
             chosen = ids[i, first + start : first + stop, None]
             values = processed.log_softmax(-1).gather(-1, chosen)[:, 0]
             logprobs[segment.start + start : segment.start + stop] = values.cpu().numpy()
 
 
-def _process(logits: Any, trace: Trace, row: list[int], first: int, start: int, stop_ids: frozenset[int]) -> Any:
+def _process(
+    logits: Any, trace: Trace, row: list[int], first: int, start: int, stop_ids: frozenset[int], banned: list[list[int]]
+) -> Any:  # fmt: skip
     """Logits [rows, V] after what the golden's logprobs went through; `row` holds its tokens from `first` on."""
     import torch
 
@@ -170,9 +177,10 @@ def _process(logits: Any, trace: Trace, row: list[int], first: int, start: int, 
     sampling = trace.sampling
     if trace.logprobs_mode != "processed_logprobs":
         return logits
-    if sampling.penalizes or sampling.min_tokens:
+    if sampling.edits_logits or sampling.min_tokens:
         logits = torch.stack([
-            penalize(one, sampling, row[:first], row[first : first + start + n], stop_ids) for n, one in enumerate(logits)
+            penalize(one, sampling, row[:first], row[first : first + start + n], stop_ids, banned)
+            for n, one in enumerate(logits)
         ])  # fmt: skip
     return logits if sampling.greedy else truncate(logits, sampling)
 

@@ -59,9 +59,14 @@ def find_model(model: str, root: Path) -> Path:
 
 def find_tokenizer(folder: Path) -> Path:
     """`folder`, if it holds a tokenizer. Raises UsageError, naming the files looked for."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise UsageError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
     return folder
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer; prompts as token ids need none."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 #: Bytes of a JSON file of a model folder, at most: the index of a large model has a few MB.
@@ -70,7 +75,7 @@ _MOST_JSON: Final = 64 * 2**20
 
 @functools.lru_cache(maxsize=32)
 def model_digests(model: Path, tokenizer: Path) -> Mapping[str, str]:
-    """Digests of what a model folder holds: `model`, `tokenizer`, `chat_template`, and `end_tokens`.
+    """Digests of what a model folder holds: `model`, `tokenizer` (`none` where it has none), `chat_template`, `end_tokens`.
 
     The model's is cheap: config.json, the index and the headers of the shards (names, shapes and dtypes of all
     tensors), not the weights. In a hub cache the files are links named by their content: those names count too.
@@ -92,7 +97,9 @@ def model_digests(model: Path, tokenizer: Path) -> Mapping[str, str]:
     files = [tokenizer / n for n in (*_TOKENIZER_FILES, "merges.txt", "added_tokens.json") if (tokenizer / n).is_file()]
     return {
         "model": digest_of(parts),
-        "tokenizer": digest_of({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}),
+        "tokenizer": digest_of({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files})
+        if has_tokenizer(tokenizer)
+        else "none",
         "chat_template": digest_of(_chat_template(tokenizer)),
         "end_tokens": canonical_json(_end_tokens(model, config)),
         **({"experts": str(experts)} if experts > 1 else {}),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import EngineError, UsageError
+from .digests import has_tokenizer
 
 #: Stands for a turn that the engine is still to write, while the text around it is rendered.
 _HOLE: Final = "\u2042logprob-parity-turn\u2042"
@@ -41,6 +42,29 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"the tokenizer in {folder} does not load: {str(error).splitlines()[0]}") from None
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The transformers tokenizer of a local folder; None where it holds none. Raises UsageError where it does not load."""
+    return load_tokenizer(folder) if has_tokenizer(folder) else None
+
+
+def banned_ids(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
+    """The token ids of bad words, with and without a space before them, as vLLM takes them (SamplingParams).
+
+    Raises UsageError for words where there is no tokenizer, and for one that makes no tokens.
+    """
+    if words and tokenizer is None:
+        raise UsageError(f"Sampling(bad_words={list(words)!r:.80}): the model's folder has no tokenizer to read texts with")
+    banned: list[list[int]] = []
+    for word in words:
+        bare, spaced = (list(tokenizer.encode(before + word.lstrip(), add_special_tokens=False)) for before in ("", " "))
+        if not bare:
+            raise UsageError(f"Sampling(bad_words): {word!r} makes no tokens")
+        banned.append(bare)
+        if spaced and spaced[0] != bare[0] and len(spaced) == len(bare):
+            banned.append(spaced)
+    return banned
 
 
 def check_prompts(prompts: Any) -> list[Any]:
@@ -75,7 +99,10 @@ def _plain(prompt: Any, index: int) -> Any:
 
 
 def tokenize(prompts: Sequence[Any], tokenizer: Any) -> list[Prompt]:
-    """Token ids of prompts that `check_prompts` has passed. Raises UsageError naming the prompt that does not work."""
+    """Token ids of prompts that `check_prompts` has passed. `tokenizer` may be None: prompts as token ids need none.
+
+    Raises UsageError naming the prompt that does not work.
+    """
     return [_tokenize_one(prompt, tokenizer, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
 
 
@@ -85,10 +112,13 @@ def _is_hole(message: Mapping[str, Any]) -> bool:
 
 
 def _tokenize_one(prompt: Any, tokenizer: Any, where: str) -> Prompt:
+    if not isinstance(prompt, str) and isinstance(prompt[0], int):
+        return Prompt(tuple(prompt))
+    if tokenizer is None:
+        kind = "a text" if isinstance(prompt, str) else "a list of messages"
+        raise UsageError(f"{where} is {kind}, and the model's folder has no tokenizer: give the prompt as token ids")
     if isinstance(prompt, str):
         return Prompt(tuple(tokenizer(prompt)["input_ids"]))
-    if isinstance(prompt[0], int):
-        return Prompt(tuple(prompt))
     messages: list[dict[str, Any]] = [dict(message) for message in prompt]
     if _is_hole(messages[-1]):
         messages.pop()  # the last hole is what add_generation_prompt opens

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..errors import ParityError
 from ..grammar import counted
 from ..visible_text import visible_line
 from .json_output import to_text
 from .verb import Verbs, add_verb, say
+
+if TYPE_CHECKING:
+    from ..golden import Golden
+    from ..notes import Note
 
 
 def add(verbs: Verbs) -> None:
@@ -47,6 +52,8 @@ def run(given: argparse.Namespace) -> int:
         return 0
     others = [f"  variant    {name}" for name in variants]
     say("\n".join([visible_line(given.golden), *(f"  {line}" for line in describe(golden)), *others]))
+    for note in _retokenised(golden):
+        say(f"  {note}")
     for sequence in range(min(trace.num_sequences, 8)):
         start, stop = trace.bounds(sequence)
         text = "".join(trace.text(t) for t in trace.completion(sequence))
@@ -56,3 +63,22 @@ def run(given: argparse.Namespace) -> int:
     if trace.num_sequences > 8:
         say(f"  and {counted(trace.num_sequences - 8, 'more sequences')}")
     return 0
+
+
+def _retokenised(golden: Golden) -> list[Note]:
+    """A note on turns of multi-turn rollouts whose text encodes to other ids, where the golden's own tokenizer is on this
+    machine; else none.
+    """
+    from ..checkpoint.digests import find_model, model_digests
+    from ..checkpoint.prompts import tokenizer_of
+    from ..trainer.retokenisation import has_turns, retokenisation_notes
+
+    if not has_turns(golden.trace):
+        return []
+    try:
+        folder = find_model(str(golden.fingerprint.get("name") or ""), Path.cwd())
+        if model_digests(folder, folder)["tokenizer"] != golden.fingerprint.get("tokenizer"):
+            return []
+        return retokenisation_notes(golden.trace, tokenizer_of(folder))
+    except ParityError:
+        return []

@@ -20,7 +20,9 @@ from .vocabulary import Level, Verdict
 #: Below this share of the golden's tokens compared, a comparison proves too little to pass.
 COVERAGE: Final = 0.95
 #: Causes that make the two columns other quantities, not the same one off by something.
-_OTHER_MEANING: Final = frozenset({"raw_vs_processed", "temperature", "truncation", "penalties", "shifted_positions"})
+_OTHER_MEANING: Final = frozenset(
+    {"raw_vs_processed", "temperature", "truncation", "penalties", "logit_bias", "banned_tokens", "shifted_positions"}
+)
 #: A scale of the logits is no noise where it is off by so much, and by so many of its standard errors: a temperature, a head or
 #: a norm, whichever of them.
 _SCALED: Final = 0.01

@@ -126,7 +126,7 @@ def _unsure(measured: Measurement) -> list[Note]:
 def _left_unexplained(measured: Measurement, findings: list[Finding]) -> list[Note]:
     """What the named causes leave between tokens of one position; what penalties move is no remainder."""
     causes = {finding.cause for finding in findings if finding.cause}
-    if not causes or "penalties" in causes:
+    if not causes or causes & {"penalties", "logit_bias", "banned_tokens"}:
         return []
     rest = left_unexplained(measured.expected, measured.actual, measured.rows, 2 * measured.limits.fit_rms)
     return [Note("left_unexplained", rest)] if rest else []

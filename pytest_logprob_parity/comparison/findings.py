@@ -13,6 +13,8 @@ SemanticCause: TypeAlias = Literal[
     "temperature",
     "truncation",
     "penalties",
+    "logit_bias",
+    "banned_tokens",
     "min_tokens",
     "shifted_positions",
     "wrong_token",

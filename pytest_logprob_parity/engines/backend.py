@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+#: Codes in `Completion.drafted`.
+ACCEPTED, REPLACED = 1, 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -75,6 +78,8 @@ class Routing:
 class Completion:
     """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K].
 
+    `drafted` [L]: how each token came about under speculative decoding: 0, ACCEPTED (a draft), REPLACED (drawn in place of a
+    rejected draft); None where the engine does not tell.
     `kept` and `routing` are there where the request asks for it (`tells_kept`) and the engine tells: `kept` where its sampling
     truncates, `routing` where the model is a mixture of experts.
     """
@@ -85,6 +90,7 @@ class Completion:
     top_token_ids: npt.NDArray[np.int32]
     top_logprobs: npt.NDArray[np.float32]
     finish_reason: str
+    drafted: npt.NDArray[np.uint8] | None = None
     kept: KeptSets | None = None
     routing: Routing | None = None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from .. import machine
 from ..errors import EngineError, ParityError, UsageError
@@ -92,10 +93,10 @@ class Engine:
 
     @property
     def tokenizer(self) -> Any:
-        """The model's transformers tokenizer; needs no engine."""
-        from ..checkpoint.prompts import load_tokenizer
+        """The model's transformers tokenizer; None where its folder has none. Needs no engine."""
+        from ..checkpoint.prompts import tokenizer_of
 
-        return load_tokenizer(self._pool.folders(self.spec)[1])
+        return tokenizer_of(self._pool.folders(self.spec)[1])
 
     @property
     def folder(self) -> Path:
@@ -118,6 +119,26 @@ class Engine:
         sampling = Sampling.of(sampling)
         tokenized = tokenize(check_prompts(prompts), self.tokenizer)
         return self._versioned(self._guard(lambda backend: generate(backend, tokenized, sampling, self.tokenizer)))
+
+    def generate_with_drafts(self, prompts: Sequence[Any], sampling: Any = None) -> tuple[Trace, npt.NDArray[np.uint8] | None]:
+        """What `generate` does, for single turns; also how each token [N] came about: 0, 1 for an accepted draft, 2 for a token
+        drawn in place of a rejected draft; None where the engine does not tell. Raises UsageError for prompts with turns.
+        """
+        from ..checkpoint.prompts import check_prompts, tokenize
+        from .generate import generate_with_drafts
+
+        parameters, tokenized = Sampling.of(sampling), tokenize(check_prompts(prompts), self.tokenizer)
+        trace, drafted = self._guard(lambda backend: generate_with_drafts(backend, tokenized, parameters, self.tokenizer))
+        return self._versioned(trace), drafted
+
+    def without_speculation(self) -> Engine:
+        """Another engine of the same spec without speculative decoding, in a process of its own.
+
+        Raises UsageError where the spec does not say so: a caller built this engine.
+        """
+        if "speculative_config" not in self.spec.settings:
+            raise UsageError(f"{self.spec} does not set speculative_config: give an engine without speculation (plain=)")
+        return self._pool.beside(self.spec.without("speculative_config"))
 
     def update_weights(
         self,

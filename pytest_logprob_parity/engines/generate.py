@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..checkpoint.prompts import Prompt
 from ..checkpoint.weight_update import WeightUpdate
@@ -83,6 +84,27 @@ def _check(backend: Backend, prompts: Sequence[Prompt], sampling: Sampling) -> N
     for index, prompt in enumerate(prompts):
         for part, ids in enumerate((prompt.token_ids, *prompt.between)):
             check_ids(backend, ids, f"prompts[{index}]" + (f", before turn {part}," if part else ""))
+
+
+def generate_with_drafts(
+    backend: Backend, prompts: Sequence[Prompt], sampling: Sampling, tokenizer: Any
+) -> tuple[Trace, npt.NDArray[np.uint8] | None]:
+    """What `generate` does; also how each token [N] came about (`Completion.drafted`), None where the backend does not tell.
+
+    Raises UsageError for prompts with turns.
+    """
+    if any(prompt.between for prompt in prompts):
+        raise UsageError("accepted drafts are told of single turns, not of turns of an environment")
+    drafted: list[npt.NDArray[np.uint8] | None] = []
+
+    def run(requests: Sequence[Request]) -> list[Completion]:
+        completions = backend.run(requests)
+        drafted[:] = [completion.drafted for completion in completions]
+        return completions
+
+    trace = generate(backend, prompts, sampling, tokenizer, run)
+    told = [of for of in drafted if of is not None]
+    return trace, np.concatenate(told) if len(told) == len(drafted) else None
 
 
 def _filled(written: list[list[tuple[Completion, int]]], offsets: list[int], k: int) -> tuple[Rows, BoolArray]:

@@ -25,11 +25,11 @@ class ModelFolders:
         self._folders[spec] = (find_model(model, self.root), find_model(tokenizer, self.root))
 
     def folders(self, spec: EngineSpec) -> tuple[Path, Path]:
-        """The folders of a spec's model and tokenizer. Raises UsageError; starts nothing."""
+        """The folders of a spec's model and tokenizer; the second may hold none. Raises UsageError; starts nothing."""
         if spec not in self._folders:
             model = find_model(spec.model, self.root)
-            tokenizer = model if spec.tokenizer is None else find_model(spec.tokenizer, self.root)
-            self._folders[spec] = (model, find_tokenizer(tokenizer))
+            tokenizer = model if spec.tokenizer is None else find_tokenizer(find_model(spec.tokenizer, self.root))
+            self._folders[spec] = (model, tokenizer)
         return self._folders[spec]
 
     def adapter(self, spec: EngineSpec, *, keep: bool = False) -> Adapter | None:

@@ -52,9 +52,11 @@ def setup_class(golden: Mapping[str, Any], apart: Sequence[tuple[str, Any, Any]]
 def keeps_schedule(now: Mapping[str, Any]) -> bool:
     """Whether an engine of this fingerprint runs the same requests in the same batches every time.
 
-    Requests that arrive at a server several at a time meet in others.
+    Requests that arrive at a server several at a time meet in others, and so do those that data parallelism spreads over
+    engines by their load.
     """
-    return int(now.get("config", {}).get("concurrency") or 1) == 1
+    config = now.get("config", {})
+    return int(config.get("concurrency") or 1) == 1 and int(config.get("data_parallel_size") or 1) == 1
 
 
 def moves_the_stream(name: str, golden: Any = None, now: Any = None) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 from ..check.compatibility import another_part
-from ..checkpoint.digests import find_model, find_tokenizer, model_digests
+from ..checkpoint.digests import find_model, model_digests
 from ..errors import IncomparableError, UsageError
 from ..golden import Golden
 from ..spec import Sampling
@@ -60,7 +60,7 @@ def _another_part(golden: Golden, matrix: Matrix, reference: Cell) -> str:
         return "model"
     try:
         model = find_model(matrix.model, matrix.root)
-        tokenizer = find_tokenizer(find_model(str(reference.settings.get("tokenizer") or matrix.model), matrix.root))
+        tokenizer = find_model(str(reference.settings.get("tokenizer") or matrix.model), matrix.root)
     except UsageError:  # the model is not on this machine, but where the engines run
         return ""
     return another_part(golden.fingerprint, model_digests(model, tokenizer))

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from ..check.check import judge_answers
 from ..check.context import Context
 from ..check.record import check_recorded
-from ..checkpoint.digests import digest_of, find_model, find_tokenizer
-from ..checkpoint.prompts import check_prompts, load_tokenizer, tokenize
+from ..checkpoint.digests import digest_of, find_model
+from ..checkpoint.prompts import check_prompts, tokenize, tokenizer_of
 from ..comparison.result import Finding
 from ..comparison.vocabulary import Verdict
 from ..errors import EngineError, ParityError
@@ -185,5 +185,5 @@ def _token_ids(matrix: Matrix) -> list[list[int]]:
     prompts = check_prompts(matrix.prompts)
     if all(isinstance(prompt, list) and isinstance(prompt[0], int) for prompt in prompts):
         return [list(prompt) for prompt in prompts]
-    tokenizer = load_tokenizer(find_tokenizer(find_model(matrix.model, matrix.root)))
+    tokenizer = tokenizer_of(find_model(matrix.model, matrix.root))
     return [list(prompt.token_ids) for prompt in tokenize(prompts, tokenizer)]

@@ -19,6 +19,8 @@ def make_prompts(tokenizer: Any, count: int, length: int = LENGTH, seed: int = 0
     Raises UsageError where the tokenizer makes nothing of the text.
     """
     rng = random.Random(seed)
+    if tokenizer is None:
+        raise UsageError("selftest: the model's folder has no tokenizer to make prompts with: give --golden GOLDEN")
     return [_prompt(tokenizer, length, rng) for _ in range(count)]
 
 

@@ -110,6 +110,11 @@ class EngineSpec:
         fields = {name: getattr(self, name) for name in self.field_names()}
         return EngineSpec(**(fields | self.settings | changes))
 
+    def without(self, setting: str) -> EngineSpec:
+        """This spec without one of its engine arguments."""
+        fields = {name: getattr(self, name) for name in self.field_names()}
+        return EngineSpec(**fields, **{name: value for name, value in self.settings.items() if name != setting})
+
     def __str__(self) -> str:
         parts = [self.engine, self.model, self.dtype, self.profile]
         parts += [f"adapter={self.adapter}"] if self.adapter else []

@@ -84,7 +84,7 @@ def trainer_chain(
     with prefill, divided with decode. Raises UsageError for rollouts of a truncated distribution and for rollouts sampled under
     penalties, EngineError where the engine fails.
     """
-    if not rollouts.is_raw and (rollouts.sampling.truncates or rollouts.sampling.penalizes):
+    if not rollouts.is_raw and (rollouts.sampling.truncates or rollouts.sampling.edits_logits):
         raise UsageError(
             f"the chain compares with prefill, which gives raw logprobs, and these rollouts are {rollouts.distribution()}: "
             "sample without truncation and penalties"

@@ -51,7 +51,7 @@ def entropy_note(rollouts: Trace, numbers: Mapping[str, float], *, agree: bool) 
         "nats"
     )
     sampling, off = rollouts.sampling, surprise - entropy
-    free = not (sampling.greedy or sampling.truncates or sampling.penalizes or rollouts.replay)
+    free = not (sampling.greedy or sampling.truncates or sampling.edits_logits or rollouts.replay)
     enough = np.count_nonzero(rollouts.mask) >= _TOKENS and rollouts.num_sequences >= _SEQUENCES
     if not (agree and free and enough):
         return Note("entropy", text)

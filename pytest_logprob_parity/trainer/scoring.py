@@ -145,10 +145,12 @@ def _check_can_score(trace: Trace, scorer: Any) -> None:
         raise UsageError(
             f"the largest logprob of these rollouts is {largest:+.3g}: a logprob is at most 0; are they probabilities?"
         )
-    if trace.sampling.penalizes:
+    if trace.sampling.edits_logits:
+        what = "penalty" if trace.sampling.penalizes else "logit bias, and excludes no tokens"
         raise UsageError(
-            f"these rollouts were sampled with {trace.sampling.processing()}: a trainer applies no penalty, so its "
-            "logprobs are of another distribution; sample without penalties, or compare an engine's raw logprobs"
+            f"these rollouts were sampled with {trace.sampling.processing()}: a trainer applies no {what}, so its "
+            f"logprobs are of another distribution; sample without {'penalties' if trace.sampling.penalizes else 'them'}, or "
+            "compare an engine's raw logprobs"
         )
     if (empty := np.flatnonzero(np.diff(trace.prompt_offsets) == 0)).size:
         raise UsageError(f"prompt {empty[0]} is empty: a trainer has no logprob for the first token of a row")

@@ -21,7 +21,10 @@ def column_of(trace: Trace, dtype: str, tokens: TrainerTokens) -> Trace | None:
     if trace.trainer_logprobs is None:
         return None
     sampling = trace.sampling if tokens == "kept" else trace.sampling.untruncated()
-    sampling = dataclasses.replace(sampling, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+    sampling = dataclasses.replace(
+        sampling, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=(), bad_words=(),
+        allowed_token_ids=(),
+    )  # fmt: skip
     own, entropies = trace.trainer_logprobs, trace.trainer_entropies
     return trainers_trace(trace, own, entropies=entropies, sampling=sampling, name="trainer", dtype=dtype)
 

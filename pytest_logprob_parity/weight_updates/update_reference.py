@@ -59,7 +59,7 @@ class UpdateReference:
                 "weight_versions"
             )
         raw = trace.logprobs_mode == "raw_logprobs" and not trace.sampling.raw_is_processed
-        if trace.sampling.truncates or trace.sampling.penalizes or raw:
+        if trace.sampling.truncates or trace.sampling.edits_logits or raw:
             raise UsageError(
                 f"a weight update is checked on processed logprobs without truncation and penalties, not {trace.distribution()}"
             )

@@ -14,6 +14,7 @@ from ..findings import Cause, Finding
 from ..sides import Names
 from .logit_scale import ENOUGH, FINEST, NO_SCALE, Scale, fit_scale, may_be_chosen
 from .logits_processing_step import ProcessingStep, applied
+from .named_tokens import named_token_steps
 from .penalties import Penalty, find_penalties, moves_only_seen
 from .positions import Positions
 from .truncation import truncation_steps
@@ -24,7 +25,9 @@ _CUT: Final = 0.05
 
 
 def logits_processing_steps(positions: Positions) -> Iterator[ProcessingStep]:
-    """Temperature, then penalties, then truncation: each is looked for in what the ones before leave unexplained."""
+    """Named tokens, temperature, then penalties, then truncation: each is looked for in what those before leave unexplained."""
+    named, positions = named_token_steps(positions)
+    yield from named
     bare = positions.ids.shape[1] < 2  # one token a position shows no scale and no penalty
     scale = NO_SCALE if bare else scale_of(positions)
     sampling = positions.expected_trace.sampling
@@ -70,6 +73,8 @@ def logits_processing_steps(positions: Positions) -> Iterator[ProcessingStep]:
             )
         ]
     yield from penalties
+    if any(step.finding.cause == "banned_tokens" for step in named):
+        return  # what is excluded for that reason looks like a truncation
     yield from truncation_steps(positions, slope, alone=slope == 1 and not penalties, penalised=bool(penalties))
 
 

@@ -45,7 +45,12 @@ def different_meaning(expected: Trace, actual: Trace) -> SemanticCause | None:
     one, other = expected.sampling, actual.sampling
     if one.temperature != other.temperature:
         return "temperature"
-    return "truncation" if (one.top_p, one.top_k, one.min_p) != (other.top_p, other.top_k, other.min_p) else "penalties"
+    if (one.top_p, one.top_k, one.min_p) != (other.top_p, other.top_k, other.min_p):
+        return "truncation"
+    if one.logit_bias != other.logit_bias:
+        return "logit_bias"
+    bans = ((one.bad_words, one.allowed_token_ids), (other.bad_words, other.allowed_token_ids))
+    return "banned_tokens" if bans[0] != bans[1] else "penalties"
 
 
 def bears_out(expected: Trace, actual: Trace, rows: Alignment) -> bool:
@@ -139,6 +144,8 @@ def _whole(steps: Sequence[ProcessingStep], positions: Positions) -> Iterator[Fi
             s.on_expected != on_expected and s.finding.cause and not s.recorded for s in steps
         )  # it processes, otherwise
         penalties = sum(s.finding.cause == "penalties" for s in steps if s.on_expected == on_expected and s.recorded)
+        if recorded <= {"logit_bias", "banned_tokens"}:
+            continue  # these steps say so themselves
         if recorded == {"penalties"} and penalties < _penalties(positions.expected_trace.sampling):
             continue  # those that are left were applied
         if recorded and found == recorded and not other:
@@ -175,6 +182,8 @@ def _recorded(sampling: Sampling) -> set[SemanticCause]:
         ("temperature", not sampling.greedy and abs(sampling.temperature - 1) > 1e-6),
         ("truncation", sampling.truncates),
         ("penalties", sampling.penalizes),
+        ("logit_bias", any(bias for _, bias in sampling.logit_bias)),
+        ("banned_tokens", bool(sampling.bad_words or sampling.allowed_token_ids)),
     )
     return {name for name, taken in steps if taken}
 
@@ -185,7 +194,7 @@ def left_unexplained(expected: Trace, actual: Trace, rows: Alignment, most: floa
     """
     positions = positions_of(expected, actual, rows)
     scale = scale_of(positions)
-    if not scale.claimed or expected.sampling.penalizes or any(_reported(positions)):
+    if not scale.claimed or expected.sampling.edits_logits or any(_reported(positions)):
         return ""
     rest = positions.noise(scale.slope)
     if rest <= most:

@@ -190,7 +190,8 @@ def lifted(free: Doubles, truncated: Doubles) -> Lift | None:
     if np.count_nonzero(telling) < ENOUGH or np.abs(constant[telling]).mean() < _SUMMED:
         return None
     unlisted = 1 - np.exp(np.where(np.isfinite(free), free, -np.inf)[two]).sum(axis=1)
-    cut = -np.expm1(-constant)
+    with np.errstate(over="ignore"):  # a constant far below 0 is no truncation, whatever it would cut
+        cut = -np.expm1(-constant)
     fits = (constant > 0) & (cut <= unlisted + _STANDS_OUT * _LEAST)
     if np.mean(fits[telling]) < 1 - _STRAY:
         return None

@@ -22,6 +22,7 @@ from ...spec import PROFILES
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
 from ..readback import check_readback, json_value
 from ..vllm.config import BY_NATURE, SHOWN, settings_of, vocabulary_of, why_not_forced
+from ..vllm.forced_decode import of_all
 from .client import KEY_VARIABLE
 from .guard import GoneError, Keys, RefusedError, check_request, path_of, read_body
 from .readback import EXTENSION, KEPT_ROUTE, ROUTE
@@ -180,7 +181,7 @@ class StartedServer:
         if extended:
             head = await _on_worker(client, "logprob_parity_head")
             hardware = await _on_worker(client, "logprob_parity_hardware")
-            forcing = forcing or await _on_worker(client, "logprob_parity_install")
+            forcing = forcing or of_all(await client.collective_rpc("logprob_parity_install"))
         forcing = forcing or f"the server was started without --worker-extension-cls {EXTENSION}"
         names = getattr(state.args, "served_model_name", None) or [config.model_config.model]
         given = getattr(state.args, "api_key", None) or os.environ.get(KEY_VARIABLE) or []

@@ -17,6 +17,7 @@ from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
 from ...spec.settings import make_spec
 from ..vllm.config import before_its_time
+from ..vllm.start import can_replay_traces
 from ..wait_policy import let_threads_sleep
 from .middleware import ASKED_VARIABLE, ParityMiddleware
 from .readback import EXTENSION, MIDDLEWARE
@@ -67,8 +68,7 @@ def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str
     os.environ[ASKED_VARIABLE] = json.dumps({k: v for k, v in asked.items() if not is_secret(k)}, default=str)
     if cpu:
         _prepare_cpu()
-    else:
-        _prepare_gpu(arguments)
+    _prepare_forcing(arguments)
     print(f"logprob-parity: {spec} starts; it will listen at http://{host}:{port}", flush=True)
     _run(arguments)
     if ParityMiddleware.problems:
@@ -113,9 +113,9 @@ def _prepare_cpu() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
-def _prepare_gpu(arguments: Any) -> None:
-    """On GPUs Model Runner V2 replays traces itself from 0.29 on; before that Model Runner V1 takes its place."""
-    if "enable_trace_replay" not in vllm_engine_arguments():
+def _prepare_forcing(arguments: Any) -> None:
+    """Model Runner V2 replays traces itself from 0.29 on, on any device; before that Model Runner V1 takes its place."""
+    if not can_replay_traces():
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         return
     from vllm.engine.arg_utils import AsyncEngineArgs

@@ -13,6 +13,7 @@ from ...checkpoint.adapter import Adapter, apply_adapter
 from ...checkpoint.float64 import compute_in_float64
 from ...checkpoint.lm_head import Head
 from ...checkpoint.loading import load_whole
+from ...checkpoint.prompts import banned_ids
 from ...errors import EngineError, UsageError
 from ...spec import EngineSpec, Sampling
 from ...suggest import nearest
@@ -75,7 +76,7 @@ class TransformersBackend:
             import transformers  # noqa: F401
         except ImportError as error:
             raise EngineError(f"transformers cannot be imported ({error}); install pytest-logprob-parity[trainer]") from None
-        from ...checkpoint.prompts import load_tokenizer
+        from ...checkpoint.prompts import tokenizer_of
 
         dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
         attention = (
@@ -87,11 +88,13 @@ class TransformersBackend:
         if loaded.dtype == torch.float64:
             compute_in_float64(loaded)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(loaded.eval().to(device), load_tokenizer(tokenizer), spec)
+        return cls(loaded.eval().to(device), tokenizer_of(tokenizer), spec)
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """See Backend.run."""
         completions: list[Completion] = []
+        if self._tokenizer is None and any(r.sampling.stop and r.scored_token_ids is None for r in requests):
+            raise UsageError("Sampling(stop=...): the model's folder has no tokenizer to read texts with: use stop_token_ids")
         for start in range(0, len(requests), self._batch):
             completions += self._run_batch(requests[start : start + self._batch])
         return completions
@@ -169,7 +172,8 @@ class TransformersBackend:
         import torch
 
         sampling = request.sampling
-        processed = process(logits, sampling, request.prompt_token_ids, written, self._stop_ids)
+        banned = banned_ids(self._tokenizer, sampling.bad_words)
+        processed = process(logits, sampling, request.prompt_token_ids, written, self._stop_ids, banned)
         if request.forced_token_ids is not None:
             token = int(request.forced_token_ids[len(written)])
         elif sampling.greedy:
@@ -193,19 +197,33 @@ class TransformersBackend:
         return "length" if len(written) == sampling.max_tokens or full else ""
 
 
-def process(logits: Any, sampling: Sampling, prompt: Sequence[int], written: list[int], stop_ids: frozenset[int]) -> Any:
-    """Logits [V] after minimum length, penalties, temperature and truncation, in vLLM's order."""
-    logits = penalize(logits, sampling, prompt, written, stop_ids)
+def process(
+    logits: Any, sampling: Sampling, prompt: Sequence[int], written: list[int], stop_ids: frozenset[int],
+    banned: Sequence[Sequence[int]] = (),
+) -> Any:  # fmt: skip
+    """Logits [V] after named tokens, minimum length, penalties, temperature and truncation, in vLLM's order."""
+    logits = penalize(logits, sampling, prompt, written, stop_ids, banned)
     return logits if sampling.greedy else truncate(logits, sampling)
 
 
-def penalize(logits: Any, sampling: Sampling, prompt: Sequence[int], written: list[int], stop_ids: frozenset[int]) -> Any:
-    """Logits [V] after minimum length and penalties."""
+def penalize(
+    logits: Any, sampling: Sampling, prompt: Sequence[int], written: list[int], stop_ids: frozenset[int],
+    banned: Sequence[Sequence[int]] = (),
+) -> Any:  # fmt: skip
+    """Logits [V] after named tokens, minimum length and penalties; `banned` are the token ids of the bad words."""
     import torch
 
     logits = logits.clone()
+    if sampling.allowed_token_ids:
+        kept = logits[list(sampling.allowed_token_ids)]
+        logits.fill_(-torch.inf)[list(sampling.allowed_token_ids)] = kept
+    for *before, last in banned:
+        if not before or written[-len(before) :] == before:
+            logits[last] = -torch.inf
     if len(written) < sampling.min_tokens:
         logits[sorted(stop_ids | set(sampling.stop_token_ids))] = -torch.inf
+    for token, bias in sampling.logit_bias:
+        logits[token] += bias
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted({*prompt, *written}), device=logits.device)
         values = logits[seen]
@@ -265,7 +283,7 @@ def _generator(request: Request, device: Any) -> Any:
 
 def end_tokens_of(model: Any, tokenizer: Any) -> frozenset[int]:
     """What ends a completion: the end tokens of tokenizer and model configuration, as vLLM takes them."""
-    ids = {tokenizer.eos_token_id}
+    ids = {getattr(tokenizer, "eos_token_id", None)}
     for source in (model.config, model.generation_config):
         configured = getattr(source, "eos_token_id", None)
         ids |= set(configured) if isinstance(configured, (list, tuple)) else {configured}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from ... import machine
 from ...checkpoint.adapter import Adapter, is_adapter, read_adapter
+from ...checkpoint.digests import has_tokenizer
 from ...checkpoint.weight_update import WeightUpdate
 from ...errors import EngineError, ParityError, UsageError
 from ...reasons import mixed_builds, reason_of
@@ -17,7 +19,7 @@ from ...spec import EngineSpec, Sampling
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
 from ..backend import Completion, KeptSets, Request, ResolvedConfig, Routing
 from ..readback import check_readback, forcing_of, json_value
-from . import forced_decode, in_flight, kept_sets, lora, routing
+from . import drafts, forced_decode, in_flight, kept_sets, lora, routing
 from .completions import completion_of
 from .config import SHOWN, before_its_time, settings_of, vocabulary_of, why_not_forced
 from .kept_reader import numbered, take_kept
@@ -40,6 +42,8 @@ class VllmBackend:
         name = f"vllm {version()}"
         unverified = check_readback(asked, values, name)
         forcing, unforced = forcing_of(_install_forcing(llm, values))
+        speculates = values.get("speculative_decoding") is not None
+        self._drafts = speculates and any(_ask_workers(llm, "logprob_parity_watch_drafts", drafts.watch) or ())
         self.config = ResolvedConfig(
             engine="vllm",
             version=version(),
@@ -77,13 +81,14 @@ class VllmBackend:
                 "tokenizer": str(tokenizer),
                 "worker_extension_cls": forced_decode.EXTENSION,
                 "disable_log_stats": True,
+                **({} if has_tokenizer(tokenizer) else {"skip_tokenizer_init": True}),  # prompts are sent as token ids
                 **({"use_tqdm_on_load": False} if "use_tqdm_on_load" in vllm_engine_arguments() else {}),
                 **({"revision": spec.revision} if spec.revision else {}),
                 **{name: value for name, value in asked.items() if name not in before_its_time(asked)},
             }
             llm = None
             try:
-                llm = build(vllm.LLM, arguments, cpu=bool(current_platform.is_cpu()))
+                llm = build(vllm.LLM, arguments)
                 backend = cls(llm, asked=asked, owned=True)
                 if adapter is not None:
                     backend._lora.load(adapter)
@@ -109,9 +114,12 @@ class VllmBackend:
         return self._run(requests, self._lora.request)
 
     def _run(self, requests: Sequence[Request], lora_request: Any) -> list[Completion]:
+        self._check_words(requests)
         numbers = self._numbers(requests)
         try:
             params = self._parameters(requests, numbers)
+            if self._drafts:
+                drafts.mark(params)
             _check_temperatures(requests, params)
             outputs = self._llm.generate(_prompts(requests), params, lora_request=lora_request, use_tqdm=False)
         except Exception as error:
@@ -122,7 +130,15 @@ class VllmBackend:
                 engine.step()
             self._take(numbers)
             raise UsageError(f"vllm {version()} refuses a request: {reason_of(error)}") from error
-        return self._completions(requests, numbers, outputs)
+        completions = self._completions(requests, numbers, outputs)
+        return self._with_drafts(completions) if self._drafts else completions
+
+    def _with_drafts(self, completions: list[Completion]) -> list[Completion]:
+        noted = _ask_workers(self._llm, "logprob_parity_drafts", drafts.take) or []
+        return [
+            dataclasses.replace(completion, drafted=drafts.drafted(noted, place, len(completion.token_ids)))
+            for place, completion in enumerate(completions)
+        ]
 
     def _numbers(self, requests: Sequence[Request]) -> list[tuple[int | None, int | None]]:
         """The numbers under which the worker keeps the kept tokens of each request, and its experts."""
@@ -221,6 +237,14 @@ class VllmBackend:
                     f"its logits lie on a grid of 1/{1 / grid:g}, as those of a head in {self.config.dtype}"
                 )
 
+    def _check_words(self, requests: Sequence[Request]) -> None:
+        """Raise UsageError for bad_words where this engine has no tokenizer: vLLM then ignores them."""
+        bare = getattr(self._llm.llm_engine.vllm_config.model_config, "skip_tokenizer_init", False)
+        if bare and any(r.sampling.bad_words for r in requests):
+            raise UsageError(
+                "Sampling(bad_words=...): this engine has no tokenizer (skip_tokenizer_init), vLLM would ignore them"
+            )
+
     def _check_adapter(self) -> None:
         self._lora.check_moves(lambda request: self._probe(request).top_logprobs)
 
@@ -288,21 +312,27 @@ def _install_forcing(llm: Any, values: Mapping[str, Any]) -> str:
         return known
     if getattr(config.parallel_config, "worker_extension_cls", ""):
         with contextlib.suppress(AttributeError, NotImplementedError):
-            return str(llm.collective_rpc("logprob_parity_install")[0])
+            return forced_decode.of_all(llm.collective_rpc("logprob_parity_install"))
     try:
-        return str(llm.collective_rpc(forced_decode.install)[0])
+        return forced_decode.of_all(llm.collective_rpc(forced_decode.install))
     except TypeError:
         name = forced_decode.EXTENSION
         return f"the engine lives in another process: build it with worker_extension_cls={name!r}"
 
 
-def _applied_head(llm: Any) -> str | None:
-    """The precision of the head as the worker has it; None where nobody can look or this version has no such setting."""
+def _ask_workers(llm: Any, method: str, function: Callable[[Any], Any]) -> list[Any] | None:
+    """What each worker answers, asked by the name of a method of WorkerExtension where they have it; None where none can be."""
     extended = getattr(llm.llm_engine.vllm_config.parallel_config, "worker_extension_cls", "")
     with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
-        head = llm.collective_rpc("logprob_parity_head" if extended else applied_head)[0]
-        return None if head is None else str(head)
+        answers: list[Any] = llm.collective_rpc(method if extended else function)
+        return answers
     return None
+
+
+def _applied_head(llm: Any) -> str | None:
+    """The precision of the head as the worker has it; None where nobody can look or this version has no such setting."""
+    head = (_ask_workers(llm, "logprob_parity_head", applied_head) or [None])[0]
+    return None if head is None else str(head)
 
 
 def _flat() -> dict[str, bool]:

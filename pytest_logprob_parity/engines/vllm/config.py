@@ -16,6 +16,9 @@ SHOWN: Final = (
     "enable_lora", "max_logprobs", "model_runner",
 )  # fmt: skip
 
+#: Why an engine that speculates is not forced, and what checks it instead.
+SPECULATES: Final = "speculative decoding draws its tokens past the sampler (assert_speculation_parity checks such an engine)"
+
 #: Arguments that profiles pin and that early versions do not have: they do one thing, by nature.
 BY_NATURE: Final = ("logprobs_mode", "async_scheduling")
 
@@ -84,9 +87,8 @@ def before_its_time(asked: Mapping[str, Any]) -> set[str]:
 
 def why_not_forced(config: Any, values: Mapping[str, Any]) -> str | None:
     """How a started engine forces tokens or why it cannot, as far as its configuration says; None: wrap its sampler."""
-    for untried in ("pipeline_parallel_size", "data_parallel_size"):
-        if values.get(untried, 1) > 1:
-            return f"{untried}={values[untried]} was not tried"
+    if values.get("speculative_decoding") is not None:
+        return SPECULATES
     if getattr(config.model_config, "enable_trace_replay", False):
         return "native"
     if values.get("model_runner") == "v2":

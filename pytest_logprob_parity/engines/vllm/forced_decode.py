@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from ...machine import hardware
+from .config import SPECULATES
+from .drafts import take as take_drafts
+from .drafts import watch
 from .eager_ranks import count_ranks_eagerly
 from .kept_sets import Packed, Watch, take
 from .lm_head import applied_head
@@ -50,7 +53,7 @@ def install(worker: Any) -> str:
         return f"{type(runner).__name__} has no sampler that can be wrapped"
     assert sampler is not None
     if getattr(runner, "speculative_config", None) is not None:
-        return "speculative decoding draws its tokens past the sampler"
+        return SPECULATES
     watch_routers(runner)
     if not hasattr(sampler, _MARK):
         original = sampler.sample
@@ -81,6 +84,11 @@ def install(worker: Any) -> str:
     return "sampler"
 
 
+def of_all(told: Sequence[Any]) -> str:
+    """What all workers tell of forcing: with pipeline parallelism the last one samples, so each has to be able to."""
+    return next((str(answer) for answer in told if answer != "sampler"), "sampler")
+
+
 def _install_v0() -> str:
     """The same for the V0 engine (up to 0.10), whose sampler looks the drawn tokens' logprobs up after drawing them."""
     from vllm.model_executor.layers import sampler as module
@@ -109,6 +117,14 @@ class WorkerExtension:
     def logprob_parity_install(self) -> str:
         """Wrap the sampler of this worker; see `install`."""
         return install(self)
+
+    def logprob_parity_watch_drafts(self) -> bool:
+        """Note which tokens are accepted drafts; see `drafts.watch`."""
+        return watch(self)
+
+    def logprob_parity_drafts(self) -> dict[str, list[tuple[int, int, int]]]:
+        """The accepted drafts since the last time; see `drafts.take`."""
+        return take_drafts(self)
 
     def logprob_parity_kept(self, numbers: Sequence[int]) -> dict[str, Packed]:
         """What truncation kept of the requests of these numbers; see `kept_sets.take`."""

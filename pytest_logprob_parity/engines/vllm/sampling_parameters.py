@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import EngineError
+from ...spec import Sampling
 from ...trace import Forcing
 from ..backend import Request
 from .forced_decode import FORCED
@@ -32,7 +33,7 @@ def sampling_parameters(
     }  # fmt: skip
     if not sampling.top_k:
         parameters["top_k"] = -1  # no top-k, as all versions write it
-    parameters |= {"seed": request.seed, "detokenize": bool(sampling.stop)}
+    parameters |= {"seed": request.seed, "detokenize": bool(sampling.stop), **_named_tokens(sampling)}
     stop_token_ids = list(sampling.stop_token_ids)
     extra = {name: number for name, number in ((WATCHED, watched), (ROUTED, routed)) if number is not None}
     if extra:
@@ -52,5 +53,17 @@ def sampling_parameters(
     if forcing == "native":
         if sampling.min_tokens:
             raise EngineError("vLLM's trace replay drops the stop ids of min_tokens: it cannot replay min_tokens > 0")
+        if sampling.bad_words:
+            raise EngineError("vLLM's trace replay refuses bad_words: it cannot replay a sampling that has them")
         return parameters | {"trace_decode_token_ids": forced}
     return parameters | {"extra_args": {**extra, FORCED: forced}}
+
+
+def _named_tokens(sampling: Sampling) -> dict[str, Any]:
+    """The parameters that name tokens, where there are any: early versions do not have all of them."""
+    named: dict[str, Any] = {
+        "logit_bias": dict(sampling.logit_bias),
+        "bad_words": list(sampling.bad_words),
+        "allowed_token_ids": list(sampling.allowed_token_ids),
+    }
+    return {name: value for name, value in named.items() if value}

@@ -16,6 +16,7 @@ from .config import BY_NATURE
 
 #: Environment variables that decide what a started engine is, and how they are set while it starts.
 IN_PROCESS: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_RUNNER: Final = "VLLM_USE_V2_MODEL_RUNNER"
 _ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
@@ -37,14 +38,12 @@ def check_settings(spec: EngineSpec) -> None:
             )
 
 
-def build(llm: Any, arguments: dict[str, Any], *, cpu: bool) -> Any:
-    """Build the LLM so that it can be forced. On GPUs Model Runner V2 samples out of reach of a wrapped sampler: from
-    0.29 on it replays traces itself, before that Model Runner V1 takes its place.
+def build(llm: Any, arguments: dict[str, Any]) -> Any:
+    """Build the LLM so that it can be forced, by what it can do and on any device. Model Runner V2 samples out of reach of a
+    wrapped sampler: from 0.29 on it replays traces itself, before that Model Runner V1 takes its place.
     """
-    if cpu:
-        return llm(**arguments)
-    if "enable_trace_replay" not in vllm_engine_arguments():
-        with environment({"VLLM_USE_V2_MODEL_RUNNER": "0"}):
+    if not can_replay_traces():
+        with environment({_RUNNER: "0"}):
             return llm(**arguments)
     try:
         return llm(**{"enable_trace_replay": True, **arguments})
@@ -52,6 +51,14 @@ def build(llm: Any, arguments: dict[str, Any], *, cpu: bool) -> Any:
         if "trace replay requires" not in str(error):
             raise
     return llm(**arguments)  # something in these settings keeps Model Runner V1, whose sampler can be wrapped
+
+
+def can_replay_traces() -> bool:
+    """Whether the installed vLLM has trace replay: the engine argument, and the field of SamplingParams."""
+    from vllm import SamplingParams
+
+    fields = getattr(SamplingParams, "__struct_fields__", ())
+    return "enable_trace_replay" in vllm_engine_arguments() and "trace_decode_token_ids" in fields
 
 
 def version() -> str:
