@@ -37,7 +37,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K]."""
+    """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K].
+
+    `engine_versions` [L] are there where a weight update came on the way and the engine labels its tokens: 0 for the weights
+    before it, 1 for those after it, -1 for any other label.
+    """
 
     token_ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
@@ -45,6 +49,7 @@ class Completion:
     top_token_ids: npt.NDArray[np.int32]
     top_logprobs: npt.NDArray[np.float32]
     finish_reason: str
+    engine_versions: npt.NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,7 @@ COLUMNS: Final[Mapping[str, Column]] = {
     "seeds": Column("int64", "sequences", True),
     "untruncated_logprobs": Column("float32", "tokens", False),
     "weight_versions": Column("int32", "tokens", False),
+    "engine_versions": Column("int32", "tokens", False),
     "trainer_logprobs": Column("float32", "tokens", False),
     "trainer_entropies": Column("float32", "tokens", False),
 }

@@ -49,6 +49,7 @@ class Trace:
     - `untruncated_logprobs` [N]: processed by temperature and penalties alone, where `logprobs` are truncated
     - `weight_versions` [N]: which weights wrote the token; `newest_version` is the version of the newest weights, also where
       they wrote no token
+    - `engine_versions` [N]: the same as the engine itself says it, by the labels of its weights; -1 for another label
     - `trainer_logprobs` [N]: what the trainer computed for the same tokens, where rollouts come from a batch that has both;
       `trainer_entropies` [N]: the entropy of the trainer's distribution (nats), at the rollouts' temperature
 
@@ -75,6 +76,7 @@ class Trace:
     seeds: LongArray
     untruncated_logprobs: FloatArray | None = None
     weight_versions: IntArray | None = None
+    engine_versions: IntArray | None = None
     trainer_logprobs: FloatArray | None = None
     trainer_entropies: FloatArray | None = None
 
@@ -120,8 +122,8 @@ class Trace:
         Each sequence is a mapping with `prompt_token_ids`, `token_ids` and `logprobs` (nats, one for each
         token, None where there is none), and optionally `top_logprobs` (one `{token id: logprob}` for each token),
         `ranks`, `mask` (False for tokens of the environment), `finish_reason`, `group`, `sample`, `episode`, `turn`, `seed`,
-        `weight_versions`, `untruncated_logprobs`, `trainer_logprobs`, `trainer_entropies`. Sequences with equal prompts form
-        a group.
+        `weight_versions`, `engine_versions`, `untruncated_logprobs`, `trainer_logprobs`, `trainer_entropies`. Sequences with
+        equal prompts form a group.
 
         Raises UsageError naming the sequence and the key that does not fit.
         """

@@ -76,6 +76,7 @@ def trainers_trace(
         top_logprobs=np.empty((trace.num_tokens, 0), np.float32),
         untruncated_logprobs=None,
         weight_versions=None,
+        engine_versions=None,
         trainer_logprobs=None,
         trainer_entropies=entropies,
         newest_version=None,

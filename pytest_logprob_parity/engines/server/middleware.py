@@ -23,7 +23,7 @@ from ...spec.engine_arguments import is_secret, vllm_engine_arguments
 from ..readback import check_readback, json_value
 from ..vllm.config import BY_NATURE, SHOWN, settings_of, vocabulary_of, why_not_forced
 from .client import KEY_VARIABLE
-from .guard import GoneError, Keys, RefusedError, check_request, path_of, read_body
+from .guard import GoneError, Keys, RefusedError, check_development, check_request, path_of, read_body
 from .readback import EXTENSION, ROUTE
 
 #: What `logprob-parity serve` pinned, as JSON: the server ends at its start where a pin was not taken.
@@ -75,6 +75,7 @@ class ParityMiddleware:
                     raise RefusedError(401, "Unauthorized")
                 await _send(send, 200, await _tell(server, scope, receive))
                 return
+            check_development(scope, server.keys)
             receive = await check_request(scope, receive, server.keys, server.vocabulary, server.longest)
         except RefusedError as error:
             about = {"message": str(error), "type": "BadRequestError", "param": None, "code": error.status}
