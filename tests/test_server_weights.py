@@ -123,10 +123,14 @@ def test_running_requests_go_on_with_the_new_weights(updated, there, questions, 
     assert set(trace.weight_versions.tolist()) == {0, 1}
     np.testing.assert_array_equal(trace.engine_versions, trace.weight_versions)  # vLLM's own spans
     starts = [int(np.count_nonzero(trace.weight_versions[a:b] == 0)) for a, b in map(trace.bounds, range(8))]
-    assert min(starts) >= 0 and max(starts) >= 8  # at the token or later: the server goes on until the pause reaches it
+    assert max(starts) >= 8  # at the token or later: the server goes on until the pause reaches it
     comparison = check(trace, clear_cache=clear)
     assert comparison.passed
     assert any(note.key == "weight_labels" and "all 512 tokens" in note for note in comparison.notes)
+    told = np.concatenate([trace.engine_versions[1:], [1]]).astype(np.int32)
+    (finding,) = findings_of(trace.with_(engine_versions=told), clear_cache=clear)
+    assert finding.cause == "version_label"
+    assert (finding.values["labelled"], finding.values["written_by"]) == (1, 0)
     afterwards = there.generate(questions(8), SAMPLING)
     assert set(afterwards.weight_versions.tolist()) == {1}
     assert check(afterwards, clear_cache=clear).passed
@@ -151,17 +155,17 @@ def test_an_updated_server_gives_what_a_fresh_engine_does(there, questions):
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_finish_without_a_load(updated, gateway, there, questions):
+def test_a_finish_without_a_load(updated, gateway, there):
     """vLLM publishes the new label all the same: only the logprobs say that nothing came."""
+    before = there.weight_checksums()
+    assert before
     gateway.before = lambda number, path: (200, "{}") if path == "/update_weights" else None
     trace = updated()
     np.testing.assert_array_equal(trace.engine_versions, trace.weight_versions)
     (finding,) = findings_of(trace)
     assert (finding.layer, finding.cause) == ("weights", "stale_weights")
     assert not finding.values["came"]
-    with pytest.raises(MismatchError, match="of .* checksums differ") as error:
-        assert_updated_equals_cold(there, STEP_2, prompts=questions(4), sampling=SAMPLING)
-    assert error.value.comparison.verdict == "fail"
+    assert there.weight_checksums() == before
 
 
 def test_a_layer_that_the_weights_did_not_reach(updated, tmp_path):
@@ -191,14 +195,6 @@ def test_a_wrong_label_fails_at_its_token(updated, gateway, there):
     assert any(note.key == "weight_labels" and "'step-9'" in note for note in there.remarks())
     with pytest.raises(EngineError, match=r"calls its weights 'step-9' after an update that named them '.*step2@"):
         there.update_weights(STEP_2)
-
-
-def test_labels_that_come_at_another_token(updated):
-    trace = updated()
-    told = np.concatenate([trace.engine_versions[1:], [1]]).astype(np.int32)
-    (finding,) = findings_of(trace.with_(engine_versions=told))
-    assert finding.cause == "version_label"
-    assert (finding.values["labelled"], finding.values["written_by"]) == (1, 0)
 
 
 def test_an_update_by_somebody_else_is_noticed(there, server, questions):
@@ -242,17 +238,23 @@ def test_what_only_the_server_can_see_is_looked_at_there(there, tmp_path, monkey
 
 
 def test_a_load_that_fails_says_that_the_engine_may_be_broken(there, gateway):
-    gateway.before = lambda number, path: (500, '{"error": "out of memory"}') if path == "/finish_weight_update" else None
+    gateway.before = lambda number, path: (
+        (500, '{"error": "out of memory"}') if (number, path) == (1, "/finish_weight_update") else None  # 0: a look whether it is there
+    )
     with pytest.raises(
         EngineError,
         match=r"failed at /finish_weight_update \(status 500\): out of memory; loading .* ended "
-        r"there: the engine may hold parts of both checkpoints; give it a whole one",
+        r"there: the engine may hold parts of both checkpoints, or end at the next request",
     ) as error:
         there.update_weights(STEP_2)
     assert "\n" not in str(error.value)
     gateway.heal()
-    assert json.loads(asked(gateway.url, "/is_paused", Authorization=f"Bearer {KEY}")[1]) == {"is_paused": False}
-    asked(gateway.url, "/finish_weight_update", {}, Authorization=f"Bearer {KEY}")
+    key = {"Authorization": f"Bearer {KEY}"}
+    assert json.loads(asked(gateway.url, "/is_paused", **key)[1]) == {"is_paused": False}
+    assert asked(gateway.url, "/start_weight_update", {}, **key)[0] == 200  # somebody begins one and leaves
+    with Pool() as pool:
+        pool.engine(there.spec).update_weights(STEP_2)
+        assert pool.engine(there.spec).weight_version == 0  # another handle: it has taken none
 
 
 @pytest.mark.parametrize(
@@ -304,7 +306,7 @@ def test_routes_that_change_the_engine_need_the_key_and_no_web_page(server):
 def test_weight_updates_are_served_on_this_machine_only(capsys):
     from pytest_logprob_parity.cli.command import main
 
-    assert main(["serve", MODEL, "--weight-updates", "--host", "0.0.0.0"]) == 2  # noqa: S104
+    assert main(["serve", MODEL, "--weight-updates", "--host", "0.0.0.0"]) == 2
     assert "it listens on this machine only; leave --host out" in capsys.readouterr().err
 
 

@@ -54,7 +54,7 @@ class ServerBackend:
         self._retried: list[str] = []
         self._weights = WeightApi(client, f"{start_command(spec)} --weight-updates", self._settings.timeout)
         #: What the server called its weights when they were last looked at; None where it does not say, or nobody asked.
-        self._label = self._told_label()
+        self._label = told.weight_version
         self._told: list[Note] = []
         if self._label not in (None, AS_STARTED):
             text = f"the server at {client.url} has taken weight updates: it calls its weights {self._label!r}"

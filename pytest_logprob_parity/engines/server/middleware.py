@@ -191,12 +191,14 @@ class StartedServer:
             if strict:
                 raise
             refused = str(error)
+        named = getattr(self._client, "get_weight_version", None) if getattr(vllm.envs, "VLLM_SERVER_DEV_MODE", False) else None
         return {
             "logprob_parity": __version__,
             "version": str(vllm.__version__),
             "cpu": bool(current_platform.is_cpu()),
             **self._about,
             "vocabulary": self.vocabulary,
+            "weight_version": None if named is None else str(await named()),
             "values": {k: _told_value(v) for k, v in values.items() if k in SHOWN or k in asked},
             "forcing": self._forcing,
             "hardware": self._hardware,

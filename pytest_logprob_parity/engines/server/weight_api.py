@@ -5,6 +5,7 @@ Its routes are there in vLLM's development mode alone, and change the engine for
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,11 +110,18 @@ class WeightApi:
             steps = [(WORKERS, reload), (LABEL, {"new_version": label})]
         for path, body in steps:
             try:
-                self._client.success(await self._ask("POST", path, body), path)
+                answer = await self._ask("POST", path, body)
+                if path == START and answer.status >= 500:  # perhaps somebody has begun an update, and left
+                    await self._ask("POST", FINISH)
+                    answer = await self._ask("POST", path, body)
+                self._client.success(answer, path)
             except (EngineError, UsageError) as error:
+                if self._by_transfer:
+                    with contextlib.suppress(EngineError):  # requests that run would end an engine that is in the middle of it
+                        await self._ask("POST", FINISH)
                 raise EngineError(
-                    f"{error}; loading {folder} ended there: the engine may hold parts of both checkpoints; give it a whole "
-                    "one, or start it anew"
+                    f"{error}; loading {folder} ended there: the engine may hold parts of both checkpoints, or end at the next "
+                    "request; start it anew"
                 ) from None
         return label
 
@@ -134,8 +142,8 @@ class WeightApi:
             answer = await self._client.send("POST", GENERATE, {})  # vLLM refuses it as incomplete
             if answer.status == 403:
                 raise UsageError(
-                    f"the server at {self._client.url} has its {GENERATE} closed ({answer.reason()}): requests cannot be followed "
-                    f"through an update; start it with `{self._start}`"
+                    f"the server at {self._client.url} has closed {GENERATE} ({answer.reason()}), by which requests are "
+                    f"followed through an update; start it with `{self._start}`"
                 )
 
     async def _has(self, path: str) -> bool:

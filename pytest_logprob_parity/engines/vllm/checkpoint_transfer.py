@@ -6,6 +6,7 @@ same routes can be used where there is no trainer, on CPUs too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any, Final
@@ -73,7 +74,12 @@ def _transfer_engine(worker: Any) -> Any:
             initialize_layerwise_reload(self.model)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
-            self.receive_weights(self.parse_update_info(update_info))
+            try:
+                self.receive_weights(self.parse_update_info(update_info))
+            except BaseException:
+                with contextlib.suppress(Exception):  # else layers stay without numbers, and the next step ends the engine
+                    self.finish_weight_update()
+                raise
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
 
