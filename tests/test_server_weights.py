@@ -230,6 +230,15 @@ def test_bad_input_is_one_line_and_leaves_the_server(there, tmp_path, questions)
     np.testing.assert_allclose(there.generate(questions(2), SAMPLING).logprobs, before.logprobs, atol=5e-5)
 
 
+def test_an_adapter_is_refused_before_a_server_is_asked(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with (
+        Pool() as pool,
+        pytest.raises(UsageError, match=r"is an adapter, which servers do not take; merge it \(merge_adapter\)$"),
+    ):
+        pool.engine(EngineSpec(MODEL, engine="vllm-server", url="http://127.0.0.1:9")).update_weights(tmp_path)
+
+
 def test_what_only_the_server_can_see_is_looked_at_there(there, tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"cut")
     monkeypatch.setattr(type(there), "_check_for_server", lambda self, update: None)  # as where the client has no such folder
@@ -239,7 +248,9 @@ def test_what_only_the_server_can_see_is_looked_at_there(there, tmp_path, monkey
 
 def test_a_load_that_fails_says_that_the_engine_may_be_broken(there, gateway):
     gateway.before = lambda number, path: (
-        (500, '{"error": "out of memory"}') if (number, path) == (1, "/finish_weight_update") else None  # 0: a look whether it is there
+        (500, '{"error": "out of memory"}')
+        if (number, path) == (1, "/finish_weight_update")
+        else None  # 0: a look whether it is there
     )
     with pytest.raises(
         EngineError,
