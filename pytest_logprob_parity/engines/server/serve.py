@@ -44,12 +44,7 @@ def serve(
         os.environ.setdefault(name, value)
     let_threads_sleep()
     if weight_updates:
-        if not is_loopback(host):
-            raise UsageError(
-                f"serve: --weight-updates with --host {host}: its routes change the engine and read its memory, so it listens "
-                "on this machine only; leave --host out, and reach it through a tunnel"
-            )
-        os.environ["VLLM_SERVER_DEV_MODE"] = "1"
+        _open_weight_api(host)
     spec = make_spec(settings)
     assert spec is not None
     if spec.engine != "vllm" or spec.profile == "own":
@@ -89,6 +84,16 @@ def serve(
         print(f"logprob-parity: {ParityMiddleware.problems[-1]}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _open_weight_api(host: str) -> None:
+    """Have vLLM open its development mode. Raises UsageError for an address that other machines can reach."""
+    if not is_loopback(host):
+        raise UsageError(
+            f"serve: --weight-updates with --host {host}: its routes change the engine and read its memory, so it listens on this "
+            "machine only; leave --host out, and reach it through a tunnel"
+        )
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"
 
 
 def _parse(model: str, flags: Sequence[str]) -> tuple[Any, dict[str, Any]]:
