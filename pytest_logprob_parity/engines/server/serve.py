@@ -90,8 +90,8 @@ def _open_weight_api(host: str) -> None:
     """Have vLLM open its development mode. Raises UsageError for an address that other machines can reach."""
     if not is_loopback(host):
         raise UsageError(
-            f"serve: --weight-updates with --host {host}: its routes change the engine and read its memory, so it listens on this "
-            "machine only; leave --host out, and reach it through a tunnel"
+            f"serve: --weight-updates with --host {host}: its routes change the engine and read its memory, so it listens "
+            "on this machine only; leave --host out, and reach it through a tunnel"
         )
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
 
