@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Final
@@ -14,8 +15,10 @@ from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret
 from ...spec.server_settings import SERVER, server_settings
 from ..backend import Completion, Request, ResolvedConfig
+from ..vllm.kept_reader import numbered, take_kept
 from . import in_flight
 from .client import Client, DownError
+from .kept import ask_kept, kept_route
 from .readback import name_of, read_server
 from .weight_api import AS_STARTED, WeightApi
 from .wire import completion_of, generate_post, largest_answer, post_of
@@ -59,6 +62,7 @@ class ServerBackend:
         if self._label not in (None, AS_STARTED):
             text = f"the server at {client.url} has taken weight updates: it calls its weights {self._label!r}"
             self._told.append(Note("weight_labels", text))
+        self._kept_by: str | None = None
         client.take_retried()
         self.config = ResolvedConfig(
             engine=SERVER,
@@ -79,8 +83,13 @@ class ServerBackend:
         Raises EngineError, too, where somebody else has updated the server's weights since they were last looked at.
         """
         self._check_label()
-        posts = [post_of(request, self.config.forcing, self._served) for request in requests]
+        numbers = self._numbered(requests)
+        posts = [
+            post_of(request, self.config.forcing, self._served, number)
+            for request, number in zip(requests, numbers, strict=True)
+        ]
         largest = max((largest_answer(request) for request in requests), default=0)
+        again = ""
         try:
             completions = self._client.post_all(
                 posts, lambda number, content: self._read(requests, number, content), self._settings, largest
@@ -91,7 +100,15 @@ class ServerBackend:
             if again := self._client.take_retried():
                 self._retried.append(again)
         self._check_label()
-        return completions
+        kept = take_kept(numbers, functools.partial(ask_kept, self._client, self._kept_by or ""))
+        if again:  # a request that ran twice at a time may have written over itself
+            kept = {}
+        return [
+            dataclasses.replace(completion, kept=sets.first(len(completion.token_ids)))
+            if (sets := kept.get(number)) is not None
+            else completion
+            for number, completion in zip(numbers, completions, strict=True)
+        ]
 
     def _read(self, requests: Sequence[Request], number: int, content: Any) -> Completion:
         try:
@@ -143,6 +160,13 @@ class ServerBackend:
     def weight_checksums(self) -> dict[str, str]:
         """vLLM's own checksum of each parameter, by /weight_checker; {} of a server that has no such route."""
         return self._client.drive(self._weights.checksums)
+
+    def _numbered(self, requests: Sequence[Request]) -> list[int | None]:
+        """A number for each request of which the server's worker can tell what truncation kept; None for the others."""
+        numbers = numbered(requests, self.config)
+        if any(number is not None for number in numbers):
+            self._kept_by = kept_route(self._client) if self._kept_by is None else self._kept_by
+        return numbers if self._kept_by else [None] * len(requests)
 
     def remarks(self) -> list[Note]:
         """What there was to say of its answers since it was last asked: requests that had to be sent again."""

@@ -73,13 +73,17 @@ class Client:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: Any = None
 
-    def ask(self, method: str, path: str, body: Any = None, *, timeout: float = 30.0) -> Answer:
+    def ask(
+        self, method: str, path: str, body: Any = None, *, timeout: float = 30.0, largest: int = _LARGEST
+    ) -> Answer:  # fmt: skip
         """One request, sent once. Raises DownError where nobody answers, EngineError for a time-out."""
-        return self.drive(lambda: self.send(method, path, body, timeout=timeout))
+        return self.drive(lambda: self.send(method, path, body, timeout=timeout, largest=largest))
 
-    async def send(self, method: str, path: str, body: Any = None, *, timeout: float = 30.0) -> Answer:
+    async def send(
+        self, method: str, path: str, body: Any = None, *, timeout: float = 30.0, largest: int = _LARGEST
+    ) -> Answer:  # fmt: skip
         """The same, for work that `drive` runs."""
-        return await self._send(method, path, body, ServerSettings(url=self.url, timeout=timeout, retries=0))
+        return await self._send(method, path, body, ServerSettings(url=self.url, timeout=timeout, retries=0), largest)
 
     @contextlib.asynccontextmanager
     async def opened(self, path: str, body: Any, timeout: float) -> AsyncIterator[Any]:

@@ -24,6 +24,8 @@ from .weight_api import INFO
 
 #: Where the middleware answers.
 ROUTE: Final = "/logprob_parity/config"
+#: Where it says what truncation kept of requests.
+KEPT_ROUTE: Final = "/logprob_parity/kept"
 EXTENSION: Final = forced_decode.EXTENSION
 MIDDLEWARE: Final = "pytest_logprob_parity.engines.server.middleware.ParityMiddleware"
 
