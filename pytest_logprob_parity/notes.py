@@ -15,7 +15,7 @@ NoteKey: TypeAlias = Literal[
     # of the engine, the weights and the trainer
     "another_adapter", "unverified_pins", "sent_again", "reference_evaluation", "cache_not_told", "head_precision",
     "accepted_drafts", "own_draws", "retokenised",
-    "copied", "checksums", "entropy", "drawn_otherwise", "expert_routing",
+    "copied", "checksums", "weight_labels", "entropy", "drawn_otherwise", "expert_routing",
     # of a recording
     "floor", "floor_seconds", "reference", "cannot_tell_raw", "chance", "noise_hides",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 COMPLETIONS = "/v1/completions"
+GENERATE = "/inference/v1/generate"
 
 
 class Listener(ThreadingHTTPServer):
@@ -19,8 +20,9 @@ class Listener(ThreadingHTTPServer):
 
 class Gateway:
     """`before(number, path)` may answer itself with (status, text) or "drop" the connection; `after(content)` edits the JSON
-    of a completion in place. `number` counts the requests of one path, from 0. `hidden` are beginnings of paths that are not
-    there, `delay` are seconds before each completion, `most` is how many requests were under way at a time.
+    of a completion in place. `edit(path, body)` gives the path and body (bytes) that are handed on. `number` counts the
+    requests of one path, from 0. `hidden` are beginnings of paths that are not there, `delay` are seconds before each
+    completion, `most` is how many requests were under way at a time. Answers of the generate route are streamed on.
     """
 
     def __init__(self, upstream):
@@ -34,6 +36,7 @@ class Gateway:
         """Let everything through as it is."""
         self.before = lambda number, path: None
         self.after = lambda content: None
+        self.edit = lambda path, body: (path, body)
         self.hidden = ()
         self.delay = 0.0
         self.most = 0
@@ -53,6 +56,20 @@ class Gateway:
         connection.close()
         return answer
 
+    def stream(self, path, body, headers, handler):
+        """Hand the pieces of one answer on as they come."""
+        connection = http.client.HTTPConnection(self.upstream.hostname, self.upstream.port, timeout=60)
+        connection.request("POST", path, body, {"Content-Type": "application/json", **headers})
+        response = connection.getresponse()
+        handler.close_connection = True
+        handler.send_response(response.status)
+        handler.send_header("Content-Type", response.getheader("content-type", ""))
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        while piece := response.read1(65536):
+            handler.wfile.write(piece)
+        connection.close()
+
     def answer(self, method, path, body, headers):
         plain = path.partition("?")[0]
         with self._lock:
@@ -69,6 +86,7 @@ class Gateway:
             end = time.monotonic() + self.delay
             while plain == COMPLETIONS and self.delay and time.monotonic() < end:
                 time.sleep(0.01)
+            path, body = self.edit(path, body)
             status, content, kind = self.forward(method, path, body, headers)
             if status == 200 and plain == COMPLETIONS:
                 edited = json.loads(content)
@@ -86,6 +104,9 @@ class Gateway:
             def do_GET(self):
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 key = self.headers.get("authorization")
+                if self.command == "POST" and self.path == GENERATE and not GENERATE.startswith(gateway.hidden or ("\0",)):
+                    gateway.stream(self.path, body, {} if key is None else {"Authorization": key}, self)
+                    return
                 said = gateway.answer(self.command, self.path, body, {} if key is None else {"Authorization": key})
                 if said == "drop":
                     self.close_connection = True

@@ -142,7 +142,7 @@ def check_finite(update: WeightUpdate) -> None:
     time, where they are.
     """
     what = str(update.weights) if isinstance(update.weights, Path) else "the mapping of tensors"
-    for name, tensor in _tensors(update.weights):
+    for name, tensor in tensors_of(update.weights):
         broken = _not_finite(tensor)
         if broken:
             raise UsageError(
@@ -150,7 +150,8 @@ def check_finite(update: WeightUpdate) -> None:
             )
 
 
-def _tensors(weights: Path | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def tensors_of(weights: Path | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The tensors of a checkpoint folder by name, one at a time, or those of a mapping. Raises as `shapes_of`."""
     from safetensors import safe_open
 
     if isinstance(weights, Mapping):

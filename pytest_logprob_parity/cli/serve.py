@@ -24,6 +24,11 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--dtype", default="auto", help="of the weights (default: %(default)s, the checkpoint's)")
     verb.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine only)")
     verb.add_argument("--port", type=int, default=8000, help="0: one that is free (default: %(default)s)")
+    verb.add_argument(
+        "--weight-updates",
+        action="store_true",
+        help="open vLLM's weight API (its development mode), on an address of this machine only",
+    )
     others = "Any other option is handed to vLLM's server: --tensor-parallel-size 8, --distributed-executor-backend ray."
     verb.epilog = f"{others} {verb.epilog}"
 
@@ -35,4 +40,4 @@ def run(given: argparse.Namespace) -> int:
 
     settings = {"model": given.model, "profile": given.profile, "dtype": given.dtype}
     settings |= parse_settings([*given.settings, *given.also], "serve")
-    return serve(settings, given.host, given.port, given.flags)
+    return serve(settings, given.host, given.port, given.flags, weight_updates=given.weight_updates)

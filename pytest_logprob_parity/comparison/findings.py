@@ -25,7 +25,7 @@ PathCause: TypeAlias = Literal[
     "kv_cache_dtype", "parallelism", "speculative_decoding", "expert_routing", "engine_build",
 ]  # fmt: skip
 WeightsCause: TypeAlias = Literal[
-    "weights_differ", "weight_dtype", "quantization", "adapter", "stale_weights", "stale_kv_cache"
+    "weights_differ", "weight_dtype", "quantization", "adapter", "stale_weights", "stale_kv_cache", "version_label"
 ]  # fmt: skip
 TrainerCause: TypeAlias = Literal["attention_mask", "dropout", "packing", "prompt", "logits"]
 Cause: TypeAlias = (

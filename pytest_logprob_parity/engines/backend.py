@@ -80,6 +80,8 @@ class Completion:
 
     `drafted` [L]: how each token came about under speculative decoding: 0, ACCEPTED (a draft), REPLACED (drawn in place of a
     rejected draft); None where the engine does not tell.
+    `engine_versions` [L] are there where a weight update came on the way and the engine labels its tokens: 0 for the weights
+    before it, 1 for those after it, -1 for any other label.
     `kept` and `routing` are there where the request asks for it (`tells_kept`) and the engine tells: `kept` where its sampling
     truncates, `routing` where the model is a mixture of experts.
     """
@@ -91,6 +93,7 @@ class Completion:
     top_logprobs: npt.NDArray[np.float32]
     finish_reason: str
     drafted: npt.NDArray[np.uint8] | None = None
+    engine_versions: npt.NDArray[np.int32] | None = None
     kept: KeptSets | None = None
     routing: Routing | None = None
 

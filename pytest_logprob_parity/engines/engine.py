@@ -14,7 +14,7 @@ from .. import machine
 from ..errors import EngineError, ParityError, UsageError
 from ..notes import Note
 from ..reasons import reason_of
-from ..spec import EngineSpec, Sampling
+from ..spec import PROFILES, EngineSpec, Sampling
 from ..spec.server_settings import SERVER
 from ..visible_text import visible_line
 from .backend import Backend, ChecksumsWeights, Remarks, RunsOnWorker, Sleeps, TakesWeights
@@ -159,6 +159,10 @@ class Engine:
         go on, invalidate nothing). `clear_cache` throws away keys and values that the old weights computed, those of running
         requests among them. Other users of an equal spec get an engine with the checkpoint's own weights.
 
+        A server takes checkpoint folders that it can see, by vLLM's weight API, and keeps them after the run. It takes steps
+        until the pause reaches it, so the update arrives at `at_token` or later; `engine_versions` of the trace are its own
+        labels.
+
         Raises UsageError for weights that are not whole, not finite or not of this architecture, before the engine is touched:
         it goes on with the weights it has. EngineError where the engine cannot do it, or lost an earlier update.
         """
@@ -167,7 +171,6 @@ class Engine:
         from ..checkpoint.weight_update import WeightUpdate, check_finite, check_fits
         from .generate import generate_through
 
-        self._check_here("weight updates")
         if not isinstance(weights, (str, Path, Mapping)):
             raise UsageError(
                 f"update_weights({type(weights).__name__}): a checkpoint folder, an adapter's folder, or tensors by their "
@@ -175,11 +178,13 @@ class Engine:
             )
         given = weights if isinstance(weights, Mapping) else self._pool.absolute(weights)
         update = WeightUpdate(weights=given, mode=mode, clear_cache=clear_cache, at_token=at_token)
-        model, adapter = self._pool.folders(self.spec)[0], None
-        if isinstance(given, Path) and is_adapter(given):
-            adapter = read_adapter(given, model)
+        adapter = None
+        if self.spec.engine == SERVER:
+            self._check_for_server(update)
+        elif isinstance(given, Path) and is_adapter(given):
+            adapter = read_adapter(given, self.folder)
         else:
-            check_fits(update, model)
+            check_fits(update, self.folder)
             check_finite(update)
         if prompts is None:
             self._guard(lambda backend: take_weights(backend, update))
@@ -254,8 +259,20 @@ class Engine:
         return backend.weight_checksums() if isinstance(backend, ChecksumsWeights) else {}
 
     def beside(self, model: str | Path) -> Engine:
-        """Another engine of the same spec with another checkpoint, in a process of its own: this one goes on beside it."""
-        return self._pool.beside(self.spec.replace(model=str(model), tokenizer=self.spec.tokenizer or self.spec.model))
+        """Another engine of the same spec with another checkpoint, in a process of its own: this one goes on beside it.
+
+        Beside a server it is a vLLM of this machine, with the settings that the server tells.
+        """
+        tokenizer = self.spec.tokenizer or self.spec.model
+        if self.spec.engine != SERVER:
+            return self._pool.beside(self.spec.replace(model=str(model), tokenizer=tokenizer))
+        pinned = {name: value for name, value in self.config.values.items() if name in PROFILES["rl"]}
+        settings = (pinned if self.spec.profile == "own" else {}) | self.spec.claims()
+        profile = "rl" if self.spec.profile == "own" else self.spec.profile
+        spec = EngineSpec(
+            str(model), dtype=self.config.dtype, seed=self.spec.seed, profile=profile, tokenizer=tokenizer, **settings
+        )
+        return self._pool.beside(spec)
 
     def fingerprint(self) -> dict[str, Any]:
         """What this engine is: model digests, versions, configuration and hardware as JSON values. Starts it."""
@@ -284,6 +301,22 @@ class Engine:
         text = f"could not be verified, for the engine does not tell: {', '.join(unverified)}"
         told = [Note("unverified_pins", text)] if unverified else []
         return told + (backend.remarks() if isinstance(backend, Remarks) else [])
+
+    def _check_for_server(self, update: WeightUpdate) -> None:
+        """Refuse here what can be seen here; a folder that only the server sees is looked at there."""
+        from ..checkpoint.adapter import is_adapter
+        from ..checkpoint.weight_update import check_finite, check_fits
+
+        if not isinstance(update.weights, Path) or not update.weights.is_dir():
+            return
+        if is_adapter(update.weights):
+            raise UsageError(f"{update.weights} is an adapter, which servers do not take; merge it (merge_adapter)")
+        try:
+            model = self.folder
+        except UsageError:
+            return
+        check_fits(update, model)
+        check_finite(update)
 
     def _check_here(self, what: str) -> None:
         if self.spec.engine == SERVER:

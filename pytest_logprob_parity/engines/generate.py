@@ -13,6 +13,7 @@ from ..checkpoint.weight_update import WeightUpdate
 from ..errors import UsageError
 from ..spec import Sampling
 from ..trace import NO_SEED, BoolArray, Trace, finish_code, offsets_of
+from ..trace.columns import IntArray
 from .backend import Backend, Completion, Request, TakesWeights
 from .columns import Rows, labels
 from .refusals import check_ids, check_lengths
@@ -124,7 +125,7 @@ def generate_through(
     backend: Backend, prompts: Sequence[Prompt], sampling: Sampling, tokenizer: Any, update: WeightUpdate, version: int
 ) -> Trace:
     """What `generate` does, with a weight update on the way: the trace's `weight_versions` are `version`, then one more, which
-    is its `newest_version` even where every request had ended by then.
+    is its `newest_version` even where every request had ended by then. `engine_versions` say the same by the engine's labels.
 
     Raises UsageError for prompts with turns, EngineError where the engine cannot take the update.
     """
@@ -133,9 +134,11 @@ def generate_through(
     if not isinstance(backend, TakesWeights):
         raise UsageError(f"{backend.config.engine} takes no weight updates in flight")
     before: list[int] = []
+    labels_of: list[IntArray | None] = []
 
     def run(requests: Sequence[Request]) -> list[Completion]:
         completions, before[:] = backend.run_through(requests, update)
+        labels_of[:] = [completion.engine_versions for completion in completions]
         return list(completions)
 
     trace = generate(backend, prompts, sampling, tokenizer, run)
@@ -143,7 +146,12 @@ def generate_through(
     for sequence, count in enumerate(before):
         start, stop = trace.bounds(sequence)
         versions[start + count : stop] = version + 1
-    return trace.with_(weight_versions=versions, newest_version=version + 1)
+    labels_there = [claimed for claimed in labels_of if claimed is not None]
+    claimed = None
+    if labels_there and len(labels_there) == trace.num_sequences:
+        told = np.concatenate(labels_there)
+        claimed = np.where(told < 0, -1, told + version).astype(np.int32)
+    return trace.with_(weight_versions=versions, engine_versions=claimed, newest_version=version + 1)
 
 
 def turn_seed(seed: int, turn: int, sequences: int) -> int | None:

@@ -15,7 +15,8 @@ from ..errors import EngineError, ParityError, UsageError
 from ..spec import EngineSpec
 from ..spec.server_settings import SERVER
 from .backend import SharesThisProcess, TellsDigests
-from .engine import Engine, take_weights
+from .changed_weights import ChangedWeights, give_back
+from .engine import Engine
 from .model_folders import ModelFolders
 from .own_engines import own_llm, own_server
 from .time_limits import CALL_SECONDS, START_SECONDS, TimeLimits
@@ -69,7 +70,7 @@ class Pool:
         self._given: dict[tuple[int, EngineSpec | None], Any] = {}
         self._failed: dict[EngineSpec, ParityError] = {}
         self._beside: set[EngineSpec] = set()
-        self._updated: dict[EngineSpec, Engine] = {}
+        self._changed = ChangedWeights()
         self._clients: dict[str, Client] = {}
 
     def engine(self, spec: EngineSpec) -> Engine:
@@ -140,12 +141,15 @@ class Pool:
         """The started engine of a spec. A failed start is remembered: the same error again, and no second try.
 
         One whose weights were updated by another than `asker` gets its checkpoint's back first. Raises EngineError where the
-        asker's own updates were lost with the engine.
+        asker's own updates were lost with the engine, and where a server cannot be given its checkpoint's weights back.
         """
         if spec in self._failed:
             raise self._failed[spec]
         self._forget_what_is_broken(spec)
-        self._check_weights(spec, asker)
+        if asker is not None and spec not in self._alive:
+            self._changed.check_not_lost(asker)
+        if spec.engine != SERVER:
+            self._give_back(spec, asker)  # or shut it down: the next lines start it anew
         if spec not in self._alive and spec in self._theirs():
             self._open_adopted(spec)
         if spec not in self._alive:
@@ -156,6 +160,8 @@ class Pool:
                 self._failed[spec] = error
                 raise
         self._alive[spec] = self._alive.pop(spec)  # the last one is the one used last
+        if spec.engine == SERVER:
+            self._give_back(spec, asker)
         return self._alive[spec]
 
     @contextlib.contextmanager
@@ -180,35 +186,29 @@ class Pool:
 
     def updated(self, engine: Engine) -> None:
         """Record that this engine's weights were changed: they are no longer its checkpoint's."""
-        self._updated[engine.spec] = engine
+        self._changed.record(engine)
 
     def absolute(self, folder: str | Path) -> Path:
         """A folder, relative ones below `root` first."""
         return self.models.absolute(folder)
 
-    def _check_weights(self, spec: EngineSpec, asker: Engine | None) -> None:
-        changed = self._updated.get(spec)
-        if changed is asker and changed is not None and spec not in self._alive:
-            raise EngineError(
-                f"{spec} is down, and its {changed.weight_version} weight updates with it: it would start with its "
-                "checkpoint's weights; take a new engine"
-            )
+    def _give_back(self, spec: EngineSpec, asker: Engine | None) -> None:
+        changed = self._changed.by(spec)
         if changed is None or changed is asker or spec in self._theirs():
             return
-        del self._updated[spec]
-        if spec in self._alive:
-            from ..checkpoint.weight_update import WeightUpdate, tied_heads
-
-            try:
-                if tied_heads(self.folders(spec)[0]):
-                    raise UsageError("vLLM on CPUs keeps a packed copy of a tied head, which such an update does not reach")
-                if changed.took_adapter and spec.adapter is None:
-                    raise UsageError("an adapter is on top that the spec does not have")
-                adapter = self.models.adapter(spec)  # what is loaded now is what its folder holds now
-                for weights in (self.folders(spec)[0], *(() if adapter is None else (adapter.folder,))):
-                    take_weights(self._alive[spec], WeightUpdate(weights=weights, mode="keep", clear_cache=True))
-            except Exception:
+        self._changed.forget(changed)
+        if spec not in self._alive:
+            return
+        try:
+            give_back(self._alive[spec], changed, spec, self.models)
+        except Exception as error:
+            if spec.engine != SERVER:
                 self.discard(spec)  # the next use starts it anew
+                return
+            self._changed.record(changed)
+            raise EngineError(
+                f"{spec} has the weights of an update and cannot be given its checkpoint's back ({error}); start it anew"
+            ) from error
 
     def _forget_what_is_broken(self, spec: EngineSpec) -> None:
         """Shut an engine down that cannot work any more, for another in this process has ended; the next use starts it anew."""

@@ -214,6 +214,7 @@ def _same_tokens(backend: Backend, trace: Trace, rows: Rows, mask: Any, *, path:
         mask=np.asarray(mask, bool),
         **rows.optional_columns(),
         weight_versions=None,
+        engine_versions=None,
         trainer_logprobs=None,
         trainer_entropies=None,
         newest_version=None,

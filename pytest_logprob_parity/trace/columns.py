@@ -52,6 +52,7 @@ COLUMNS: Final[Mapping[str, Column]] = {
     "router_margins": Column("float16", "tokens", False),
     "router_inputs": Column("float16", "tokens", False),
     "weight_versions": Column("int32", "tokens", False),
+    "engine_versions": Column("int32", "tokens", False),
     "trainer_logprobs": Column("float32", "tokens", False),
     "trainer_entropies": Column("float32", "tokens", False),
 }

@@ -55,6 +55,7 @@ class Trace:
       chosen expert exceeds that of the best other one; `router_inputs` [N, layers]: a number of what the router was given
     - `weight_versions` [N]: which weights wrote the token; `newest_version` is the version of the newest weights, also where
       they wrote no token
+    - `engine_versions` [N]: the same as the engine itself says it, by the labels of its weights; -1 for another label
     - `trainer_logprobs` [N]: what the trainer computed for the same tokens, where rollouts come from a batch that has both;
       `trainer_entropies` [N]: the entropy of the trainer's distribution (nats), at the rollouts' temperature
 
@@ -86,6 +87,7 @@ class Trace:
     router_margins: Halves | None = None
     router_inputs: Halves | None = None
     weight_versions: IntArray | None = None
+    engine_versions: IntArray | None = None
     trainer_logprobs: FloatArray | None = None
     trainer_entropies: FloatArray | None = None
 
@@ -131,8 +133,8 @@ class Trace:
         Each sequence is a mapping with `prompt_token_ids`, `token_ids` and `logprobs` (nats, one for each
         token, None where there is none), and optionally `top_logprobs` (one `{token id: logprob}` for each token),
         `ranks`, `mask` (False for tokens of the environment), `finish_reason`, `group`, `sample`, `episode`, `turn`, `seed`,
-        `weight_versions`, `untruncated_logprobs`, `kept_token_ids`, `trainer_logprobs`, `trainer_entropies`. Sequences with
-        equal prompts form a group.
+        `weight_versions`, `engine_versions`, `untruncated_logprobs`, `kept_token_ids`, `trainer_logprobs`,
+        `trainer_entropies`. Sequences with equal prompts form a group.
 
         `kept_token_ids` are the ids that top-p, top-k or min-p kept, the token's own among them: one list for each token (None
         where nothing is known). Flat ids are taken too, with how many each token has in `kept_counts`.

@@ -84,6 +84,7 @@ def trainers_trace(
         kept_counts=None,
         kept_token_ids=None,
         weight_versions=None,
+        engine_versions=None,
         trainer_logprobs=None,
         trainer_entropies=entropies,
         newest_version=None,

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..checkpoint.weight_update import WeightUpdate
 from ..comparison.declared_gap import with_gap
 from ..comparison.evidence import Evidence
@@ -42,8 +44,11 @@ def assert_weight_update(
     too: an update that never arrived, arrived at another token, or not in every layer, and old keys and values that should
     have been cleared (of the request itself, or of its prompt in a prefix cache).
 
+    A server's trace also has vLLM's own labels of the weights (`engine_versions`): they must name the weights that wrote each
+    token, else the cause is `version_label`.
+
     Raises MismatchError for the verdicts `fail` and `unverified`, with the cause `stale_weights`, `adapter` (the same for
-    adapters) or `stale_kv_cache`, and UsageError for a trace without weight versions.
+    adapters), `stale_kv_cache` or `version_label`, and UsageError for a trace without weight versions.
     """
     __tracebackhide__ = True
     comparison = check_weight_update(
@@ -63,6 +68,17 @@ def check_weight_update(
     model: str | Path | None = None,
 ) -> Comparison:
     """The comparison that `assert_weight_update` makes, whatever its verdict."""
+    comparison = _check_logprobs(
+        trace, before=before, after=after, mode=mode, clear_cache=clear_cache, tolerance=tolerance, model=model
+    )  # fmt: skip
+    return _with_labels(comparison, trace)
+
+
+def _check_logprobs(
+    trace: Trace, *, before: str | Path, after: str | Path, mode: str, clear_cache: bool,
+    tolerance: Tolerance | Mapping[str, Any] | str | None, model: str | Path | None,
+) -> Comparison:  # fmt: skip
+    """The comparison with the reference, in which labels play no part."""
     WeightUpdate(weights=Path(after), mode=mode, clear_cache=clear_cache)
     reference = UpdateReference(Path(before), Path(after), trace, None if model is None else Path(model))
     asked = CLEARED if clear_cache else KEPT
@@ -95,6 +111,34 @@ def _failed(comparison: Comparison, finding: Finding, notes: Sequence[Note]) -> 
         comparison, verdict="fail", headline=f"The weight update did not go as asked: {finding.evidence}", findings=(finding,),
         notes=tuple(notes),
     )  # fmt: skip
+
+
+def _with_labels(comparison: Comparison, trace: Trace) -> Comparison:
+    """The comparison, which fails where the engine's labels name other weights than `weight_versions`, at the first token."""
+    claimed, counted = trace.engine_versions, trace.weight_versions
+    if claimed is None or counted is None:
+        return comparison
+    wrong = np.flatnonzero(claimed != counted)
+    if not len(wrong):
+        note = Note("weight_labels", f"the engine's own labels name the same weights for all {len(claimed):,} tokens")
+        return dataclasses.replace(comparison, notes=(*comparison.notes, note))
+    first = int(wrong[0])
+    sequence = int(trace.sequence_of_token[first])
+    token = first - trace.bounds(sequence)[0]
+    label = "with a label that was not set" if claimed[first] < 0 else f"version {claimed[first]}"
+    text = (
+        f"sequence {sequence}, token {token}: the engine labels it {label}, version {counted[first]} wrote it; "
+        f"{len(wrong):,} of {len(claimed):,} tokens have a wrong label"
+    )
+    values = {
+        "sequence": sequence, "token": token, "labelled": int(claimed[first]), "written_by": int(counted[first]),
+        "n_wrong": len(wrong),
+    }  # fmt: skip
+    finding = Finding(layer="weights", cause="version_label", evidence=text, values=values)
+    if comparison.verdict == "fail":
+        return dataclasses.replace(comparison, findings=(*comparison.findings, finding))
+    headline = f"The engine's labels of its weights are wrong: {text}"
+    return dataclasses.replace(comparison, verdict="fail", headline=headline, findings=(finding,))
 
 
 def _finding(evaluation: Evaluation, stale: WeightsCause, noise: float) -> Finding:

@@ -8,17 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Final
 
-from ...errors import EngineError, IncomparableError
+from ...checkpoint.weight_update import WeightUpdate
+from ...errors import EngineError, IncomparableError, UsageError
 from ...notes import Note
 from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret
 from ...spec.server_settings import SERVER, server_settings
 from ..backend import Completion, Request, ResolvedConfig
 from ..vllm.kept_reader import numbered, take_kept
+from . import in_flight
 from .client import Client, DownError
 from .kept import ask_kept, kept_route
 from .readback import name_of, read_server
-from .wire import completion_of, largest_answer, post_of
+from .weight_api import AS_STARTED, WeightApi
+from .wire import completion_of, generate_post, largest_answer, post_of
 
 #: Parts of the digests of a model that make two of them different models.
 _PARTS: Final = ("model", "tokenizer", "chat_template")
@@ -52,6 +55,13 @@ class ServerBackend:
             )
         values = {**told.values, "concurrency": self._settings.concurrency}
         self._retried: list[str] = []
+        self._weights = WeightApi(client, f"{start_command(spec)} --weight-updates", self._settings.timeout)
+        #: What the server called its weights when they were last looked at; None where it does not say, or nobody asked.
+        self._label = told.weight_version
+        self._told: list[Note] = []
+        if self._label not in (None, AS_STARTED):
+            text = f"the server at {client.url} has taken weight updates: it calls its weights {self._label!r}"
+            self._told.append(Note("weight_labels", text))
         self._kept_by: str | None = None
         client.take_retried()
         self.config = ResolvedConfig(
@@ -68,29 +78,28 @@ class ServerBackend:
         )
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """See Backend.run; at most `concurrency` requests are under way at a time."""
+        """See Backend.run; at most `concurrency` requests are under way at a time.
+
+        Raises EngineError, too, where somebody else has updated the server's weights since they were last looked at.
+        """
+        self._check_label()
         numbers = self._numbered(requests)
         posts = [
             post_of(request, self.config.forcing, self._served, number)
             for request, number in zip(requests, numbers, strict=True)
         ]
-        name = name_of(self._client, self.config.version)
         largest = max((largest_answer(request) for request in requests), default=0)
-
-        def read(number: int, content: Any) -> Completion:
-            try:
-                return completion_of(requests[number], content, self.config.max_model_len, self.config.vocabulary, self._names)
-            except EngineError as error:
-                raise EngineError(f"{error.reason} (request {number + 1} of {len(requests)})", name) from None
-
         again = ""
         try:
-            completions = self._client.post_all(posts, read, self._settings, largest)
+            completions = self._client.post_all(
+                posts, lambda number, content: self._read(requests, number, content), self._settings, largest
+            )
         except DownError as error:
             raise EngineError(str(error)) from None
         finally:
             if again := self._client.take_retried():
                 self._retried.append(again)
+        self._check_label()
         kept = take_kept(numbers, functools.partial(ask_kept, self._client, self._kept_by or ""))
         if again:  # a request that ran twice at a time may have written over itself
             kept = {}
@@ -101,6 +110,57 @@ class ServerBackend:
             for number, completion in zip(numbers, completions, strict=True)
         ]
 
+    def _read(self, requests: Sequence[Request], number: int, content: Any) -> Completion:
+        try:
+            return completion_of(requests[number], content, self.config.max_model_len, self.config.vocabulary, self._names)
+        except EngineError as error:
+            name = name_of(self._client, self.config.version)
+            raise EngineError(f"{error.reason} (request {number + 1} of {len(requests)})", name) from None
+
+    def update_weights(self, update: WeightUpdate) -> None:
+        """Have the server load a checkpoint folder, which it must see, while none of our requests runs.
+
+        Raises UsageError for a server without the weight API, and for weights that it refuses; EngineError where loading
+        failed, and where the server then calls its weights by another name than it was told.
+        """
+
+        async def take() -> tuple[str, str]:
+            return await in_flight.take(self._weights, update), await self._weights.label()
+
+        asked, self._label = self._client.drive(take)
+        if self._label != asked:
+            raise EngineError(
+                f"the server at {self._client.url} calls its weights {self._label!r} after an update that named them "
+                f"{asked!r}: its labels do not say which weights wrote a token"
+            )
+
+    def run_through(self, requests: Sequence[Request], update: WeightUpdate) -> tuple[list[Completion], list[int]]:
+        """Answer all requests with an update on the way; also how many tokens of each had come while the engine was paused.
+
+        The completions carry what the server's own labels say of each token. Raises as update_weights, but for the label.
+        """
+        self._check_label()
+        posts = [generate_post(request, self.config.forcing, self._served) for request in requests]
+        largest = max((largest_answer(request) for request in requests), default=0)
+        through = self._client.drive(
+            lambda: in_flight.run_through(self._client, self._weights, posts, largest, update, self._settings)
+        )
+        self._label = through.labels[1]
+        if self._label != through.asked:
+            text = f"the server calls its weights {self._label!r} after an update that named them {through.asked!r}"
+            self._told.append(Note("weight_labels", text))
+        completions = [
+            dataclasses.replace(self._read(requests, n, stream.answer), engine_versions=through.claimed(n))
+            for n, stream in enumerate(through.streams)
+        ]
+        if not all(len(completion.token_ids) for completion in completions):
+            raise UsageError(f"mode={update.mode!r} before a request had written its first token: nothing came of it")
+        return completions, through.before
+
+    def weight_checksums(self) -> dict[str, str]:
+        """vLLM's own checksum of each parameter, by /weight_checker; {} of a server that has no such route."""
+        return self._client.drive(self._weights.checksums)
+
     def _numbered(self, requests: Sequence[Request]) -> list[int | None]:
         """A number for each request of which the server's worker can tell what truncation kept; None for the others."""
         numbers = numbered(requests, self.config)
@@ -110,13 +170,31 @@ class ServerBackend:
 
     def remarks(self) -> list[Note]:
         """What there was to say of its answers since it was last asked: requests that had to be sent again."""
-        told, self._retried = self._retried, []
-        text = f"requests sent again: {'; '.join(told)} ({self._client.url})"
-        return [Note("sent_again", text)] if told else []
+        again, self._retried = self._retried, []
+        told, self._told = self._told, []
+        text = f"requests sent again: {'; '.join(again)} ({self._client.url})"
+        return [*told, *([Note("sent_again", text)] if again else [])]
 
     def close(self) -> None:
         """Close the connections; the server stays as it is."""
         self._client.close()
+
+    def _told_label(self) -> str | None:
+        """What the server calls its weights; None of one that does not say."""
+        try:
+            return self._client.drive(self._weights.label)
+        except (EngineError, UsageError):
+            return None
+
+    def _check_label(self) -> None:
+        if self._label is None:
+            return
+        now = self._told_label()
+        if now not in (None, self._label):
+            raise EngineError(
+                f"somebody else has updated the weights of the server at {self._client.url}: they are {now!r} now, and were "
+                f"{self._label!r}"
+            )
 
     def _check_model(self, spec: EngineSpec, digests: Mapping[str, str]) -> None:
         for part in _PARTS:

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
@@ -52,7 +52,7 @@ class DownError(EngineError):
 
 
 class Client:
-    """Talks to one server. All its requests may be sent twice: none changes anything there.
+    """Talks to one server. Requests of `post_all` may be sent twice: none changes anything there. All others are sent once.
 
     `retried` counts what was sent again, by reason, and `waited` are the seconds before that, since they were last taken
     (several requests wait at a time). Not for several threads at a time.
@@ -77,8 +77,32 @@ class Client:
         self, method: str, path: str, body: Any = None, *, timeout: float = 30.0, largest: int = _LARGEST
     ) -> Answer:  # fmt: skip
         """One request, sent once. Raises DownError where nobody answers, EngineError for a time-out."""
-        settings = ServerSettings(url=self.url, timeout=timeout, retries=0)
-        return self._drive(lambda: self._send(method, path, body, settings, largest))
+        return self.drive(lambda: self.send(method, path, body, timeout=timeout, largest=largest))
+
+    async def send(
+        self, method: str, path: str, body: Any = None, *, timeout: float = 30.0, largest: int = _LARGEST
+    ) -> Answer:  # fmt: skip
+        """The same, for work that `drive` runs."""
+        return await self._send(method, path, body, ServerSettings(url=self.url, timeout=timeout, retries=0), largest)
+
+    @contextlib.asynccontextmanager
+    async def opened(self, path: str, body: Any, timeout: float) -> AsyncIterator[Any]:
+        """The response to one POST while it still comes, for work that `drive` runs. Raises as `ask`, also from its body."""
+        limits = self._httpx.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout))
+        request = self._session.build_request("POST", path, json=body, timeout=limits)
+        try:
+            response = await self._session.send(request, stream=True)
+            try:
+                yield response
+            finally:
+                await response.aclose()
+        except self._httpx.ConnectError as error:
+            raise self._given_up(_no_connection(str(error)), path, "") from None
+        except self._httpx.TimeoutException:
+            failure = _Failure(kind="slow", reason=f"no answer within {timeout:g} s")
+            raise self._given_up(failure, path, "") from None
+        except self._httpx.TransportError as error:
+            raise self._given_up(_lost(error), path, "") from None
 
     def post_all(
         self, posts: Sequence[tuple[str, Any]], read: Callable[[int, Any], _T], settings: ServerSettings,
@@ -89,7 +113,7 @@ class Client:
 
         Raises EngineError for an answer that is no success, and what `read` raises.
         """
-        return self._drive(lambda: self._post_all(posts, read, settings, largest))
+        return self.drive(lambda: self._post_all(posts, read, settings, largest))
 
     def take_retried(self) -> str:
         """What was sent again since this was last asked, in words; "" for nothing."""
@@ -162,7 +186,7 @@ class Client:
                 else:
                     failure = _Failure(kind="slow", reason=f"no answer within {limits.read:g} s", again=again)
             except self._httpx.TransportError as error:
-                failure = _Failure(kind="lost", reason=f"connection lost ({one_line(str(error)) or type(error).__name__})")
+                failure = _lost(error)
             if not failure.again or tries > settings.retries:
                 effort = f" after {tries} tries in {time.monotonic() - began:.1f} s" if tries > 1 else ""
                 if answer is None:
@@ -232,7 +256,7 @@ class Client:
 
     # -- the loop. Not anyio's blocking portal: its thread keeps the interpreter from ending where nobody closed the client.
 
-    def _drive(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    def drive(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Run `work` on this client's loop; in a thread where the caller is inside of another one. Leaves nothing running."""
         if self._loop is None:
             self._session = self._open()
@@ -293,6 +317,10 @@ def _run_in_thread(loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _lost(error: Exception) -> _Failure:
+    return _Failure(kind="lost", reason=f"connection lost ({one_line(str(error)) or type(error).__name__})")
 
 
 def _no_connection(error: str) -> _Failure:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import ipaddress
 import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
@@ -25,6 +26,15 @@ _SIGNS: Final = (*(key.encode() for key in _FORCING), b"\\u", b"\0")
 _DRAIN_SECONDS: Final = 5.0
 #: Guarded by vLLM's own key check in every version: without the key such a request gets no further than that.
 _GUARDED: Final = "/v1"
+
+#: Routes of vLLM's development mode. They change the engine, or tell what it has in memory, and vLLM asks for no key there.
+DEVELOPMENT: Final = frozenset({
+    "/abort_requests", "/collective_rpc", "/finish_weight_update", "/get_world_size", "/init_weight_transfer_engine",
+    "/is_paused", "/is_sleeping", "/pause", "/release_kv_cache_memory", "/reset_encoder_cache", "/reset_mm_cache",
+    "/reset_prefix_cache", "/resume", "/server_info", "/shutdown_weight_transfer_engine", "/sleep",
+    "/start_draft_weight_update", "/start_weight_update", "/update_weight_version", "/update_weights", "/wake_up",
+    "/weight_checker", "/weight_info",
+})  # fmt: skip
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 
@@ -47,6 +57,11 @@ class Keys:
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys if key]
 
+    @property
+    def are_set(self) -> bool:
+        """Whether a key is needed at all."""
+        return bool(self._digests)
+
     def allow(self, scope: Mapping[str, Any]) -> bool:
         """Whether a request has one of them. Takes as long for a wrong key as for a right one."""
         if not self._digests:
@@ -63,6 +78,29 @@ def path_of(scope: Mapping[str, Any]) -> str:
     """The path of a request within its server, which may be behind a `--root-path`."""
     path, root = str(scope["path"]), str(scope.get("root_path") or "").rstrip("/")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own, which no other machine can reach."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_development(scope: Mapping[str, Any], keys: Keys) -> None:
+    """Raise RefusedError where a request may not use the routes of vLLM's development mode: without the key, from another
+    machine where there is no key, and from a web page.
+    """
+    if path_of(scope).rstrip("/") not in DEVELOPMENT:
+        return
+    if not keys.allow(scope):
+        raise RefusedError(401, "Unauthorized")
+    if any(name.lower() == b"origin" for name, _ in scope["headers"]):
+        raise RefusedError(403, "web pages may not ask routes that change the engine (the request has an Origin)")
+    peer = (scope.get("client") or ("",))[0]
+    if not keys.are_set and peer and not is_loopback(peer):
+        raise RefusedError(403, "without a key, only this machine may ask routes that change the engine; start with --api-key")
 
 
 async def read_body(receive: Receive, scope: Mapping[str, Any], largest: int) -> bytes:

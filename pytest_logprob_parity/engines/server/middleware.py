@@ -24,7 +24,7 @@ from ..readback import check_readback, json_value
 from ..vllm.config import BY_NATURE, SHOWN, settings_of, vocabulary_of, why_not_forced
 from ..vllm.forced_decode import of_all
 from .client import KEY_VARIABLE
-from .guard import GoneError, Keys, RefusedError, check_request, path_of, read_body
+from .guard import GoneError, Keys, RefusedError, check_development, check_request, path_of, read_body
 from .readback import EXTENSION, KEPT_ROUTE, ROUTE
 
 #: What `logprob-parity serve` pinned, as JSON: the server ends at its start where a pin was not taken.
@@ -79,6 +79,7 @@ class ParityMiddleware:
                 answer = _tell if path == ROUTE else _tell_kept
                 await _send(send, 200, await answer(server, scope, receive))
                 return
+            check_development(scope, server.keys)
             receive = await check_request(scope, receive, server.keys, server.vocabulary, server.longest)
         except RefusedError as error:
             about = {"message": str(error), "type": "BadRequestError", "param": None, "code": error.status}
@@ -216,12 +217,14 @@ class StartedServer:
             if strict:
                 raise
             refused = str(error)
+        named = getattr(self._client, "get_weight_version", None) if getattr(vllm.envs, "VLLM_SERVER_DEV_MODE", False) else None
         return {
             "logprob_parity": __version__,
             "version": str(vllm.__version__),
             "cpu": bool(current_platform.is_cpu()),
             **self._about,
             "vocabulary": self.vocabulary,
+            "weight_version": None if named is None else str(await named()),
             "values": {k: _told_value(v) for k, v in values.items() if k in SHOWN or k in asked},
             "forcing": self._forcing,
             "hardware": self._hardware,

@@ -20,6 +20,7 @@ from ..vllm import forced_decode
 from ..vllm.config import SHOWN, settings_of, why_not_forced
 from .answer import Answer, shown
 from .client import Client, DownError
+from .weight_api import INFO
 
 #: Where the middleware answers.
 ROUTE: Final = "/logprob_parity/config"
@@ -43,6 +44,7 @@ _TOLD: Final[Mapping[str, Shape]] = {
     "hardware": OptionalKey(OrNull(dict)),
     "libraries": OptionalKey(OrNull(dict)),
     "vocabulary": OptionalKey(OrNull(Number(1, whole=True))),
+    "weight_version": OptionalKey(OrNull(str)),
 }
 #: Logprobs of one position at T=1 and T=2 that are further apart than this (nats) are processed ones.
 _MOVED: Final = 1e-3
@@ -51,7 +53,8 @@ _MOVED: Final = 1e-3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
     """What a server tells. `served` is what it calls its model, `names` are others that it may answer with, `model` is what it
-    was started with, `digests` are that model's ({} where it tells none), `vocabulary` is how many token ids it takes.
+    was started with, `digests` are that model's ({} where it tells none), `vocabulary` is how many token ids it takes,
+    `weight_version` what vLLM calls its weights (None of a server whose weights cannot be updated, or that does not say).
     """
 
     version: str
@@ -66,6 +69,7 @@ class Told:
     libraries: Mapping[str, str] = field(default_factory=dict)
     names: frozenset[str] = frozenset()
     vocabulary: int | None = None
+    weight_version: str | None = None
 
 
 def read_server(client: Client, spec: EngineSpec, settings: ServerSettings) -> Told:
@@ -136,6 +140,7 @@ def _by_our_route(client: Client, spec: EngineSpec, settings: ServerSettings, ab
         libraries=told.get("libraries") or {},
         names=frozenset({str(told["served"])}),
         vocabulary=told.get("vocabulary"),
+        weight_version=told.get("weight_version"),
     )
 
 
@@ -148,7 +153,7 @@ def _by_its_own(client: Client, spec: EngineSpec, settings: ServerSettings) -> T
     number = str(known or "of unknown version")
     development = client.ask("GET", "/server_info?config_format=json")
     how = _cannot_force()
-    config, told = None, None
+    config, told, named = None, None, None
     if development.status == 200 and isinstance(development.content, Mapping) and "vllm_config" in development.content:
         config = _namespace(development.content["vllm_config"])
         told = _of_development(config, spec)
@@ -156,6 +161,8 @@ def _by_its_own(client: Client, spec: EngineSpec, settings: ServerSettings) -> T
         told = _pins(spec, cpu=False), {}
     else:
         how = why_not_forced(config, told[1]) or _install(client) or how
+        information = client.ask("GET", INFO).content
+        named = information.get("weight_version") if isinstance(information, Mapping) else None
     asked, values = told
     if isinstance(length := model.get("max_model_len"), int) and length > 0:
         values["max_model_len"] = length
@@ -172,6 +179,7 @@ def _by_its_own(client: Client, spec: EngineSpec, settings: ServerSettings) -> T
         unforced=unforced,
         unverified=("the model's digest", *unverified),
         names=_aliases(models, served),
+        weight_version=named if isinstance(named, str) else None,
     )
 
 

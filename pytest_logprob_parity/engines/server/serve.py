@@ -19,6 +19,7 @@ from ...spec.settings import make_spec
 from ..vllm.config import before_its_time
 from ..vllm.start import can_replay_traces
 from ..wait_policy import let_threads_sleep
+from .guard import is_loopback
 from .middleware import ASKED_VARIABLE, ParityMiddleware
 from .readback import EXTENSION, MIDDLEWARE
 
@@ -28,8 +29,12 @@ _ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": 
 _GRACE_SECONDS: Final = 5
 
 
-def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str]) -> int:
+def serve(
+    settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str], *, weight_updates: bool = False
+) -> int:  # fmt: skip
     """Serve the engine that `settings` describe, at `host` and `port`, until it is ended; `flags` are vLLM's own, which win.
+
+    `weight_updates`: with vLLM's development mode, whose routes change the engine, on an address of this machine alone.
 
     Exit status 0 where it was ended, 2 where it did not start. Raises UsageError for settings and flags that do not exist,
     EngineError where vLLM is missing or did not start.
@@ -39,6 +44,8 @@ def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str
     for name, value in _ENV_DEFAULTS.items():
         os.environ.setdefault(name, value)
     let_threads_sleep()
+    if weight_updates:
+        _open_weight_api(host)
     spec = make_spec(settings)
     assert spec is not None
     if spec.engine != "vllm" or spec.profile == "own":
@@ -69,12 +76,24 @@ def serve(settings: Mapping[str, Any], host: str, port: int, flags: Sequence[str
     if cpu:
         _prepare_cpu()
     _prepare_forcing(arguments)
+    if weight_updates or getattr(arguments, "enable_trace_replay", False):
+        arguments.enable_scale_out = True  # the generate route: it replays traces, and says which weights wrote a token
     print(f"logprob-parity: {spec} starts; it will listen at http://{host}:{port}", flush=True)
     _run(arguments)
     if ParityMiddleware.problems:
         print(f"logprob-parity: {ParityMiddleware.problems[-1]}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _open_weight_api(host: str) -> None:
+    """Have vLLM open its development mode. Raises UsageError for an address that other machines can reach."""
+    if not is_loopback(host):
+        raise UsageError(
+            f"serve: --weight-updates with --host {host}: its routes change the engine and read its memory, so it listens "
+            "on this machine only; leave --host out, and reach it through a tunnel"
+        )
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"
 
 
 def _parse(model: str, flags: Sequence[str]) -> tuple[Any, dict[str, Any]]:

@@ -49,6 +49,12 @@ def post_of(
     return COMPLETIONS, body | ({} if extra is None else {"vllm_xargs": extra})
 
 
+def generate_post(request: Request, forcing: Forcing | None, model: str) -> tuple[str, dict[str, Any]]:
+    """The path and body that ask for one request at the generate route, whose answer says which weights wrote its tokens."""
+    parameters = sampling_parameters(request, forcing)
+    return GENERATE, {"model": model, "token_ids": [int(t) for t in request.prompt_token_ids], "sampling_params": parameters}
+
+
 def largest_answer(request: Request) -> int:
     """A bound on the bytes of the answer to a request: what its tokens and their candidates take, several times over."""
     tokens = len(request.prompt_token_ids) + len(request.scored_token_ids or request.forced_token_ids or ())

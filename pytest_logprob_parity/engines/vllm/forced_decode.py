@@ -141,3 +141,15 @@ class WorkerExtension:
     def logprob_parity_head(self) -> str | None:
         """The precision of this worker's head; see `applied_head`."""
         return applied_head(self)
+
+    def logprob_parity_open_transfer(self) -> str:
+        """Let this worker take checkpoint folders through vLLM's weight routes; see `open_transfer`."""
+        from .checkpoint_transfer import open_transfer
+
+        return open_transfer(self)
+
+    def logprob_parity_why_refused(self, folder: str) -> str:
+        """Why a checkpoint folder is not to be loaded here, "" where it fits; see `why_refused`."""
+        from .checkpoint_transfer import why_refused
+
+        return why_refused(self, folder)
