@@ -24,8 +24,11 @@ def generate(
     """Sample `sampling.n` completions of every prompt; each sequence has a seed of its own, `sampling.seed` + its number.
 
     A prompt with turns is written turn by turn; what the environment says between them is masked in the trace.
-    `tokenizer` gives the texts of the tokens, `run` answers requests in the backend's place. Raises EngineError.
+    `tokenizer` gives the texts of the tokens, `run` answers requests in the backend's place. Raises EngineError, and UsageError
+    for an engine that only scores.
     """
+    if not backend.config.generates:
+        raise UsageError(f"{backend.config.unforced}; it writes no completions: record with another engine")
     check_lengths(backend, [p.token_ids for p in prompts], sampling)
     for index, prompt in enumerate(prompts):
         for part, ids in enumerate((prompt.token_ids, *prompt.between)):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.digests import model_digests
 from ..errors import EngineError, ParityError, UsageError
 from ..spec import EngineSpec
-from ..spec.server_settings import SERVER
+from ..spec.server_settings import SERVER, SERVERS
 from .backend import SharesThisProcess, TellsDigests
 from .engine import Engine, take_weights
 from .model_folders import ModelFolders
@@ -253,13 +253,13 @@ class Pool:
         self.starts.append(start)
         if self.notify is not None:
             where = ", in its own process" if own_process else ""
-            verb = "connected to" if spec.engine == SERVER else "started"
+            verb = "connected to" if spec.engine in SERVERS else "started"
             self.notify(f"{verb} {spec} ({backend.config.engine} {start.version}) in {start.seconds:.1f} s{where}")
             if spec.profile == "own":
                 self.notify(f"own engine, vllm {start.version}: {_beside_rl(backend.config)}")
             if backend.config.unverified:
                 self.notify(f"could not be read back: {', '.join(backend.config.unverified)}")
-            if spec.engine == SERVER and not backend.config.forces:
+            if spec.engine in SERVERS and not backend.config.forces:
                 self.notify(backend.config.unforced)
         return backend
 
