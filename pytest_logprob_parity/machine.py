@@ -59,6 +59,12 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def default_threads() -> int:
+    """How many threads an engine without torch computes with: OMP_NUM_THREADS, or one for each core."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdecimal() and int(told) else os.cpu_count() or 1
+
+
 def cpu(threads: int) -> dict[str, Any]:
     """The CPU, for an engine that computes there with so many threads and without torch."""
     return {"device": _cpu_name(), "threads": threads}

@@ -44,16 +44,17 @@ def llama(cache):
     """`llama(...)`: the engine of a spec."""
     with Pool(ROOT) as engines:
         yield lambda model=MODEL, dtype="float32", **settings: engines.engine(
-            EngineSpec(model, engine="llama_cpp", dtype=dtype, **settings)
+            EngineSpec(model, engine="llama_cpp", dtype=dtype, **{"threads": 1, **settings})
         )
 
 
-@pytest.mark.parametrize("sampling", ["greedy", "T-0.7", "top-p-0.9", "top-k-5", "repetition-1.1"])
+@pytest.mark.parametrize("sampling", ["T-0.7", "top-p-0.9", "repetition-1.1"])
 def test_vllms_goldens_pass_under_every_logits_processing_step(llama, sampling):
+    """`repetition-1.1` has them all: temperature, top-p, top-k and a penalty."""
     comparison = check_golden(V0 / f"0.8.5-V0-float32-{sampling}.safetensors", llama())
     assert comparison.passed
     assert comparison.actual.engine == "llama_cpp"
-    assert comparison.metrics["rms_diff"] < 1e-4
+    assert comparison.metrics["rms_diff"] < 1e-5
 
 
 def test_other_weights_fail(llama):
@@ -73,11 +74,15 @@ def test_weights_of_another_step_in_a_file_of_the_same_shapes_fail(llama, cache)
 
 def test_quantized_weights_fail_by_name_and_pass_as_a_declared_gap(llama):
     engine = llama(quantization="q8_0")
+    golden = V0 / "0.8.5-V0-float32-T-0.7.safetensors"
     with pytest.raises(MismatchError) as failed:
-        check_golden(GREEDY, engine, tolerance={"rms": 1e-6})
-    told = [c for f in failed.value.comparison.findings for c in (f.cause, *f.candidates)]
+        check_golden(golden, engine, tolerance={"rms_diff": 1e-6})
+    told = [cause for finding in failed.value.comparison.findings for cause in (finding.cause, *finding.candidates)]
     assert "quantization" in told
-    assert check_golden(GREEDY, engine, tolerance="int8").passed
+    declared = check_golden(golden, engine, tolerance="int8")
+    assert declared.passed
+    assert 0.005 < declared.metrics["rms_diff"] < 0.03
+    assert not any(note.key == "gap_not_there" for note in declared.notes)
 
 
 def test_it_records_and_agrees_with_itself_bit_for_bit(llama, questions, tmp_path):
@@ -201,8 +206,8 @@ def test_bad_input_is_one_line(llama, tmp_path):
         (lambda: llama(max_num_seqs=0), "max_num_seqs=0: must be a whole number, 1 or more"),
         (lambda: llama(max_modle_len=5), "no setting 'max_modle_len', did you mean 'max_model_len'"),
         (lambda: llama(with_config(architectures=["OPTForCausalLM"])), "converts LlamaForCausalLM.* not OPTForCausalLM"),
-        (lambda: llama(with_config(sliding_window=8, use_sliding_window=True), threads=1), "a sliding window of 8"),
-        (lambda: llama(with_config(rope_parameters={"rope_type": "yarn"}), threads=2), "does not convert rope_type 'yarn'"),
+        (lambda: llama(with_config(sliding_window=8, use_sliding_window=True), threads=2), "a sliding window of 8"),
+        (lambda: llama(with_config(rope_parameters={"rope_type": "yarn"}), threads=3), "does not convert rope_type 'yarn'"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=told) as error:
             _ = start().config
@@ -258,4 +263,4 @@ def test_numpy_processes_logits_as_torch_does(sampling):
         prompt, written = rng.integers(0, 200, 9).tolist(), rng.integers(0, 200, 7).tolist()
         ours = numpy_sampler.process(logits, sampling, prompt, written, frozenset({1}))
         theirs = transformers_backend.process(torch.tensor(logits), sampling, prompt, written, frozenset({1})).numpy()
-        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)

@@ -40,9 +40,8 @@ def test_continuous_batching_fails_with_other_weights(continuous):
 
 def test_continuous_batching_records_and_agrees_with_itself(continuous, questions, tmp_path):
     engine, golden = continuous(max_num_seqs=5), tmp_path / "golden.safetensors"
-    check_golden(
-        golden, engine, prompts=questions(6), sampling=Sampling(temperature=0.7, n=2, max_tokens=16), update=True, repeats=2
-    )
+    sampling = Sampling(temperature=0.7, n=2, max_tokens=16)
+    check_golden(golden, engine, prompts=questions(6), sampling=sampling, update=True, repeats=2)
     assert check_golden(golden, engine).passed
 
 
@@ -55,7 +54,7 @@ def test_what_it_uses_is_read_back(continuous):
 
 
 def test_what_continuous_batching_would_drop_is_refused(continuous):
-    with pytest.raises(UsageError, match="continuous batching has no repetition_penalty: it would drop 1.1"):
+    with pytest.raises(UsageError, match=r"continuous batching has no repetition_penalty: it would drop 1\.1"):
         check_golden(V0 / "0.8.5-V0-float32-repetition-1.1.safetensors", continuous())
 
 

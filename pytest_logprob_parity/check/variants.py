@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import machine
-from ..engines.kinds import kind_of
+from ..engines.kinds import KnowsHardware, kind_of
 from ..errors import GoldenError
 from ..golden import variant_path, variants_at
 from ..spec.server_settings import SERVERS
@@ -91,5 +91,7 @@ def _known_of(engine: Engine) -> Mapping[str, Any]:
     """What tells machines apart in a fingerprint: of an engine in this machine without starting it."""
     if engine.spec.engine in SERVERS or engine.spec.profile == "own":
         return engine.fingerprint()
-    version = machine.installed_version(*kind_of(engine.spec).distributions)
-    return {"hardware": machine.hardware(), "engine": {"kind": engine.spec.engine, "version": version}}
+    kind = kind_of(engine.spec)
+    version = machine.installed_version(*kind.distributions)
+    hardware = kind.hardware() if isinstance(kind, KnowsHardware) else machine.hardware()
+    return {"hardware": hardware, "engine": {"kind": engine.spec.engine, "version": version}}

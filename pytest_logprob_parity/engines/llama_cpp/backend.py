@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +43,6 @@ class LlamaCppBackend:
 
     def __init__(self, spec: EngineSpec, library: Library, file: GgufFile, context: int, folder: Path, tokenizer: Path) -> None:
         asked = spec.pins(cpu=True)
-        threads = asked.get("threads") or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         dtype = file.dtype or (spec.dtype if spec.dtype != "auto" else "float32")
         values: dict[str, Any] = _BY_NATURE | {
             "seed": spec.seed,
@@ -54,7 +52,7 @@ class LlamaCppBackend:
             "max_num_seqs": asked.get("max_num_seqs", 16),
             "kv_cache_dtype": asked.get("kv_cache_dtype", "auto"),
             "quantization": file.quantization or None,
-            "threads": threads,
+            "threads": asked["threads"] if "threads" in asked else machine.default_threads(),
             "n_gpu_layers": asked.get("n_gpu_layers", 0),
             **({"gguf": spec.settings["gguf"]} if "gguf" in spec.settings else {}),
         }
@@ -66,7 +64,7 @@ class LlamaCppBackend:
         if self._cache not in CACHE_TYPES:
             known = ", ".join(("auto", *CACHE_TYPES))
             raise UsageError(f"engine='llama_cpp': kv_cache_dtype={self._cache!r}: known are {known}")
-        self._sequences, self._threads = int(values["max_num_seqs"]), threads
+        self._sequences, self._threads = int(values["max_num_seqs"]), int(values["threads"])
         self._end_ids = end_ids(folder, tokenizer)
         self._tokenizer = tokenizer
         self._model: Model | None = None
@@ -78,8 +76,8 @@ class LlamaCppBackend:
             dtype=dtype,
             values=values,
             unverified=unverified,
-            hardware=machine.cpu(threads),
-            libraries=machine.libraries("numpy", "gguf", "llama-cpp-py-sync"),
+            hardware=machine.cpu(self._threads),
+            libraries=machine.libraries("numpy"),
             vocabulary=self._model.vocabulary,
         )
 

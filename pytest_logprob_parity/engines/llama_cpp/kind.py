@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from ... import machine
 
 if TYPE_CHECKING:
     from ...checkpoint.adapter import Adapter
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
 class _Kind:
     distributions: Final = ("llama-cpp-py-sync",)
     may_live_apart: Final = False
+
+    def hardware(self) -> dict[str, Any]:
+        """See KnowsHardware."""
+        return machine.cpu(machine.default_threads())
 
     def start(self, spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None) -> Backend:
         from .backend import LlamaCppBackend

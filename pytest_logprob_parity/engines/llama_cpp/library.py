@@ -1,8 +1,14 @@
-"""llama.cpp's own C interface, through the bindings of `llama-cpp-py-sync`: a model, and contexts that decode batches."""
+"""llama.cpp's own C interface, through the bindings of `llama-cpp-py-sync`: a model, and contexts that decode batches.
+
+The library in that package is built for glibc 2.38. On an earlier Linux the one in the package `xllamacpp` stands in its place,
+which exports the same interface, where it is of the same build or a neighbour's: structures of C have no version of their own.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import EngineError
+from ...machine import installed_version
 
 #: Types of keys and values by name: ggml's numbers.
 CACHE_TYPES: Final = {"float32": 0, "float16": 1, "bfloat16": 30, "q8_0": 8}
@@ -40,14 +47,18 @@ class Library:
         try:
             from llama_cpp_py_sync import __llama_cpp_tag__
             from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-
-            self.ffi, self.lib = get_ffi(), get_lib()
-        except (ImportError, OSError, RuntimeError) as error:
+        except ImportError as error:
             raise EngineError(
-                f"llama.cpp (the package llama-cpp-py-sync) cannot be imported ({str(error).splitlines()[0]}); install "
+                f"llama.cpp (the package llama-cpp-py-sync) cannot be imported ({error}); install "
                 "pytest-logprob-parity[llama-cpp]"
             ) from None
+        self.ffi = get_ffi()
         self.build = str(__llama_cpp_tag__)
+        try:
+            self.lib = get_lib()
+        except (OSError, RuntimeError) as error:
+            path, self.build = _another_build(self.build, str(error))
+            self.lib = self.ffi.dlopen(str(path))
         self._words: deque[str] = deque(maxlen=8)
         self._callback = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", self._log)
         self.lib.llama_log_set(self._callback, self.ffi.NULL)
@@ -69,6 +80,28 @@ class Library:
     def _log(self, level: int, text: Any, _: Any) -> None:
         if level >= _WARNING:
             self._words.append(self.ffi.string(text).decode("utf-8", "replace"))
+
+
+def _another_build(build: str, why: str) -> tuple[Path, str]:
+    """The library of `xllamacpp` and its build, for bindings of `build` whose own library did not load because of `why`.
+
+    Raises EngineError where it is not there, or of a build that is further away than a neighbour.
+    """
+    glibc = re.search(r"GLIBC_[0-9.]+", why)
+    reason = f"it needs {glibc[0]}" if glibc else " ".join(why.split())[:200]
+    fix = f"install xllamacpp of the same build ({build[1:]}) beside it, or use a newer Linux"
+    found = importlib.util.find_spec("xllamacpp")
+    version = installed_version("xllamacpp") or ""
+    folders = found.submodule_search_locations or [] if found else []
+    paths = [path for folder in folders for path in Path(folder).glob("xllamacpp*.so")]
+    if not paths:
+        raise EngineError(f"the library of llama-cpp-py-sync does not load here ({reason}): {fix}")
+    number = version.rpartition(".")[2]
+    if not number.isdecimal() or abs(int(number) - int(build[1:])) > 1:
+        raise EngineError(
+            f"the library of llama-cpp-py-sync does not load here ({reason}), and xllamacpp {version} is another build: {fix}"
+        )
+    return paths[0], f"b{number}"
 
 
 class Model:

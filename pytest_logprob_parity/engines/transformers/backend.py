@@ -88,12 +88,7 @@ class TransformersBackend:
         if loaded.dtype == torch.float64:
             compute_in_float64(loaded)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        kind = cls
-        if spec.settings.get("continuous_batching"):
-            from .continuous import ContinuousBackend
-
-            kind = ContinuousBackend
-        return kind(loaded.eval().to(device), load_tokenizer(tokenizer), spec)
+        return cls(loaded.eval().to(device), load_tokenizer(tokenizer), spec)
 
     def values_of(self, asked: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         """The values of the configuration: `values`, with what another way of decoding uses in their place."""
