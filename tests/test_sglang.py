@@ -77,6 +77,8 @@ def test_a_golden_with_other_than_raw_logprobs_is_not_verified(connect):
 
 def test_it_writes_no_completions(connect, tmp_path):
     with pytest.raises(UsageError, match=r"SGLang cannot be forced .*; it writes no completions: record with another engine"):
+        connect().generate(["1 + 1"])
+    with pytest.raises(EngineError, match="not recorded: its golden could not be replayed: SGLang cannot be forced along"):
         check_golden(tmp_path / "g.safetensors", connect(), prompts=["1 + 1"], update=True)
 
 

@@ -39,6 +39,15 @@ class KnowsHardware(Protocol):
         ...
 
 
+@runtime_checkable
+class LeavesTraces(Protocol):
+    """An engine kind some of whose engines change this process for good, so that they get one of their own."""
+
+    def must_live_apart(self, spec: EngineSpec) -> bool:
+        """Whether the engine of `spec` does."""
+        ...
+
+
 def kind_of(spec: EngineSpec) -> EngineKind:
     """The engine kind of a spec. Raises UsageError where it cannot be imported."""
     kind: EngineKind = ENGINE_KINDS[spec.engine]

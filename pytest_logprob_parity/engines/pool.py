@@ -264,7 +264,7 @@ class Pool:
         return backend
 
     def _start_where_possible(self, spec: EngineSpec) -> tuple[Backend, bool]:
-        from .kinds import kind_of, start_in_process
+        from .kinds import LeavesTraces, kind_of, start_in_process
 
         if spec.engine == SERVER:
             return self._connect(spec), False
@@ -272,8 +272,11 @@ class Pool:
         gpu = _has_gpu()
         came_back = any(start.spec == spec for start in self.starts)
         beside = spec in self._beside  # another's place would be taken, and its weight updates lost
-        may_live_apart = kind_of(spec).may_live_apart
+        kind = kind_of(spec)
+        may_live_apart = kind.may_live_apart
         is_taken = self.keeps_place and any(s not in self._apart for s in self._rivals(spec))
+        if isinstance(kind, LeavesTraces) and kind.must_live_apart(spec):
+            return self._start_apart(spec, gpu=gpu)
         if may_live_apart and (gpu or came_back or beside or self._adopted or self._place_is_spoilt or is_taken):
             return self._start_apart(spec, gpu=gpu)
         self._make_room([s for s in self._rivals(spec) if s not in self._apart], keep=0)
