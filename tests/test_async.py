@@ -95,7 +95,7 @@ PLUGINS = {
 }
 
 
-@pytest.mark.parametrize("plugin", PLUGINS)
+@pytest.mark.parametrize("plugin", ["pytest-asyncio", pytest.param("anyio", marks=pytest.mark.nightly)])
 def test_an_async_llm_is_held_against_the_golden_of_another_engine(pytester, run_inner, monkeypatch, plugin, run_forked):
     """Recorded in this process, checked on an AsyncLLM with vLLM's raw logprobs: the same bits where raw is processed, and a
     failure where it is not. A run that leaves the AsyncLLM to the interpreter's end prints nothing after it.

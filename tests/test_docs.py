@@ -240,7 +240,14 @@ def test_every_column_and_key_of_the_file_is_in_the_reference(reference):
     page = reference["golden-file"]
     table = {cells[0].strip(): [c.strip() for c in cells[1:]] for cells in
              (line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `"))}  # fmt: skip
-    axes = {"prompt tokens": "P", "groups + 1": "G + 1", "tokens": "N", "sequences + 1": "S + 1", "sequences": "S"}
+    axes = {
+        "prompt tokens": "P",
+        "groups + 1": "G + 1",
+        "tokens": "N",
+        "sequences + 1": "S + 1",
+        "sequences": "S",
+        "kept tokens": "M",
+    }
     for name, (dtype, axis, needed) in COLUMNS.items():
         shape = axes[axis] + (", K" if name.startswith("top_") else "")
         assert table[f"`{name}`"][:2] == [dtype, shape], name

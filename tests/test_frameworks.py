@@ -917,7 +917,17 @@ def test_serving_pins_nothing():
 # -- the miniature repos, on real engines -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(FRAMEWORKS, key=lambda name: framework(name).profile))
+#: Those whose repos run each day; the others run each night.
+DAILY = ("pipelinerl", "trl", "verl")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in DAILY else pytest.mark.nightly)
+        for name in sorted(FRAMEWORKS, key=lambda name: framework(name).profile)
+    ],
+)
 def test_the_miniature_repo_of_a_framework(name, run_inner, pool):
     """Real rollouts under the framework's profile, read from its batch, held against its own scorer."""
     here = EXAMPLES / name

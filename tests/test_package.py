@@ -151,7 +151,9 @@ def test_links_in_a_page_of_another_site_and_anchors_stay():
 
 def test_links_of_the_readme_lead_to_files():
     for link in links_of((ROOT / "README.md").read_text()):
-        assert (ROOT / link).exists(), link
+        file, _, heading = link.partition("#")
+        assert (ROOT / file).exists(), link
+        assert not heading or f"\n## {heading.capitalize()}\n" in (ROOT / file).read_text(), link
 
 
 def test_tests_run_from_the_source_distribution(copy, tmp_path):

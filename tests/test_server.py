@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import fnmatch
 import json
 import math
@@ -23,7 +24,8 @@ import pytest
 from gateway import COMPLETIONS, Gateway
 
 from conftest import MODEL, ROOT
-from pytest_logprob_parity import EngineSpec, ParityError, Sampling, check_golden
+from pytest_logprob_parity import EngineSpec, ParityError, Sampling, check_golden, compare
+from pytest_logprob_parity.check.ask import ask
 from pytest_logprob_parity.engines.backend import Request
 from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.engines.replay import forced_request
@@ -572,6 +574,56 @@ def test_the_development_mode_of_vllm_tells_nearly_all(gateway, clients, here, t
         _ = clients(gateway.url, enable_prefix_caching=True).config
 
 
+@pytest.mark.parametrize("hidden", [(), ("/logprob_parity",), ("/logprob_parity/kept", "/collective_rpc")], ids=str)
+def test_a_server_tells_what_truncation_kept(gateway, clients, here, trace, hidden, monkeypatch):
+    """By our own route, or by vLLM's of its development mode; where both are hidden, a check replays once more."""
+    gateway.hidden = hidden
+    replayed = clients(gateway.url).replay(trace)
+    assert (replayed.kept_counts is None) == (len(hidden) > 1)
+    if len(hidden) < 2:
+        np.testing.assert_allclose(replayed.untruncated_logprobs, trace.untruncated_logprobs, rtol=0, atol=5e-5)
+        assert compare(expected=trace, actual=replayed).metrics["kept_sets_differ"] < 0.01
+    answers = ask(clients(gateway.url), Golden(trace=trace, fingerprint={}), ["decode"])
+    np.testing.assert_allclose(answers.policy_logprobs, trace.untruncated_logprobs, rtol=0, atol=5e-5)
+
+
+def test_clients_at_the_same_time_take_their_own_kept_sets(server, clients, here):
+    """Different prompts and different lengths, several runs each: what one took of another would not fit its tokens."""
+    prompts = [[[9, 8, 7 + i + 10 * n] for i in range(6)] for n in range(3)]
+    samplings = [Sampling(temperature=1.0, top_p=0.9, max_tokens=16 + 8 * n, n=2, seed=n) for n in range(3)]
+    told = {}
+
+    def work(n):
+        engine = clients(server)
+        told[n] = [engine.replay(engine.generate(prompts[n], samplings[n])) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(told) == [0, 1, 2]
+    for n, traces in told.items():
+        alone = here.replay(traces[0])
+        for trace in traces:
+            assert trace.kept_counts.min() >= 1
+            assert (trace.logprobs - trace.untruncated_logprobs).min() > -1e-4
+        np.testing.assert_allclose(traces[0].untruncated_logprobs, alone.untruncated_logprobs, rtol=0, atol=5e-5)
+        assert compare(expected=alone, actual=traces[0]).metrics["kept_sets_differ"] < 0.01, n
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"{}", 400), (b'{"numbers": ["1"]}', 400), (b'{"numbers": [-1]}', 400), (b'{"numbers": [1]}', 200), (b"[", 400)],
+)
+def test_the_route_of_kept_sets_takes_numbers(server, body, status):
+    told, content = asked(server, "/logprob_parity/kept", body)
+    assert told == status
+    assert status != 200 or json.loads(content) == {"kept": {}}
+    assert asked(server, "/logprob_parity/kept", body, key="")[0] == 401
+    assert asked(server, "/logprob_parity/kept")[0] == 405
+
+
 def test_raw_and_processed_are_told_apart_by_measuring(gateway, server, clients):
     """A server whose logprobs stay as they are at another temperature is a raw one: profile rl does not get what it pins."""
     plain(gateway)
@@ -606,6 +658,12 @@ def test_native_trace_replay_goes_by_the_generate_route():
     np.testing.assert_array_equal(completion.ranks, [1, 9, 0])
     np.testing.assert_array_equal(completion.top_token_ids[:2], [[5, 1], [2, -1]])
     np.testing.assert_array_equal(completion.top_logprobs[:2], np.float32([[-0.5, -1.5], [-0.25, -np.inf]]))
+    truncated = dataclasses.replace(request, sampling=Sampling(temperature=0.7, top_p=0.9, logprobs=2), tells_kept=True)
+    kept = completion_of(truncated, {"choices": [{**choice, "sampling_mask": [[5, 1], [6], [7]]}]}, 1024).kept
+    assert (kept.counts.tolist(), kept.token_ids.tolist(), kept.untruncated_logprobs) == ([2, 1, 1], [5, 1, 6, 7], None)
+    for mask in ([[5]], {"0": [5]}, [[5], [6], ["7"]]):
+        with pytest.raises(EngineError, match="sampling_mask"):
+            completion_of(truncated, {"choices": [{**choice, "sampling_mask": mask}]}, 1024)
 
 
 # -- bad days ---------------------------------------------------------------------------------------------------------

@@ -283,8 +283,10 @@ def test_truncated_rollouts_are_compared_over_their_kept_sets_or_without_truncat
     engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
     top_k = Sampling(temperature=0.7, top_k=5, max_tokens=32, n=4, seed=1, logprobs=5)
     trace = engine.generate(questions(8), top_k)
+    assert "without_truncation" in {note.key for note in assert_trainer_parity(trace, float32).notes}
+    trace = trace.with_(untruncated_logprobs=None, kept_counts=None, kept_token_ids=None)
     assert assert_trainer_parity(trace, float32).metrics["max_abs_diff"] < 1e-3
-    with pytest.raises(UsageError, match="computes one over all tokens: give untruncated_logprobs"):
+    with pytest.raises(UsageError, match="computes one over all tokens: give a scorer that renormalises"):
         assert_trainer_parity(trace, lambda *_: None)
     short = trace.with_(top_token_ids=trace.top_token_ids[:, :2], top_logprobs=trace.top_logprobs[:, :2])
     with pytest.raises(UsageError, match="top-2 logprobs do not list the whole truncated support of"):

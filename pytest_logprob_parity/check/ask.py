@@ -55,7 +55,7 @@ def ask(engine: Engine, golden: Golden, paths: Sequence[ReplayPath]) -> Answers:
     return Answers(
         replays=replays,
         fingerprint=engine.fingerprint(),
-        policy_logprobs=_policy_replay(golden.trace, engine) if decoded else None,
+        policy_logprobs=_policy_logprobs(golden.trace, replays["decode"], engine) if decoded else None,
         draw=_drawn(golden, engine) if decoded else None,
         remarks=engine.remarks(),
         unforced=unforced,
@@ -83,9 +83,13 @@ def _drawn(golden: Golden, engine: Engine) -> Callable[[], FloatArray] | None:
     return lambda: engine.replay_in_batch_compositions(golden.trace, floor.compositions, floor.repeats)
 
 
-def _policy_replay(trace: Trace, engine: Engine) -> FloatArray | None:
-    """The engine's logprobs of the golden's tokens without truncation, where the golden has its own."""
+def _policy_logprobs(trace: Trace, replayed: Trace, engine: Engine) -> FloatArray | None:
+    """The engine's logprobs of the golden's tokens without truncation, where the golden has its own: those that the decode
+    told beside the truncated ones, or those of one more replay.
+    """
     comparable = engine.config.logprobs_mode == trace.logprobs_mode
     if trace.untruncated_logprobs is None or not comparable:
         return None
+    if replayed.untruncated_logprobs is not None:
+        return replayed.untruncated_logprobs
     return engine.replay(trace.with_(sampling=trace.sampling.untruncated())).logprobs

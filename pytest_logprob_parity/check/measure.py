@@ -80,7 +80,7 @@ def measure_floor(engine: Engine, trace: Trace, repeats: int) -> tuple[FloatArra
 
 def with_untruncated(engine: Engine, trace: Trace) -> Trace:
     """The trace with its logprobs without truncation beside the processed ones, where it truncates: one more replay."""
-    if not trace.sampling.truncates or trace.logprobs_mode != "processed_logprobs":
+    if not trace.sampling.truncates or trace.logprobs_mode != "processed_logprobs" or trace.untruncated_logprobs is not None:
         return trace
     free = engine.replay(trace.with_(sampling=trace.sampling.untruncated()))
     return trace.with_(untruncated_logprobs=free.logprobs)

@@ -200,6 +200,7 @@ def _numbers(
         "missing_sequences": float(rows.missing_sequences),
         **m.difference_metrics(d),
         **m.top_k_metrics(expected, actual, rows),
+        **m.kept_set_metrics(expected, actual, rows),
     }
 
 

@@ -115,8 +115,8 @@ def _numbers(comparison: Comparison) -> list[str]:
     total = int(numbers["n_tokens"])
     if _not_subtracted(comparison):
         return [
-            f"{int(numbers['n_changed']):,} of {total:,} logprobs differ. The two columns have different meanings: they are"
-            " shown side by side and not subtracted."
+            f"{int(numbers['n_changed']):,} of {total:,} logprobs differ. The two columns have different meanings, so no"
+            " metric is computed from their differences."
         ]
     if not total:
         return []
@@ -181,7 +181,7 @@ def _worst_tokens(comparison: Comparison) -> list[str]:
     subtracted, sides = not _not_subtracted(comparison), comparison.sides
     head = f"{'sequence':>8} {'position':>8}  {f'{sides[0]} (rank)':>16} {f'{sides[1]} (rank)':>16}"
     lines = [
-        "The largest differences first; positions count from 0 in the completion:",
+        "The tokens where the two sides are furthest apart come first; positions count from 0 in the completion:",
         head + (f" {'d':>9}" if subtracted else "") + "  token and the text before it",
     ]
     for token in comparison.worst:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..trace import Trace
+from ..trace.kept import kept_hashes
 from .alignment import Alignment
 
 Doubles = npt.NDArray[np.float64]
@@ -97,6 +98,18 @@ def top_k_metrics(expected: Trace, actual: Trace, rows: Alignment) -> dict[str, 
         entropy, mass = _entropy(top)
         result |= {f"entropy_{side}": entropy, f"entropy_mass_{side}": mass}
     return result
+
+
+def kept_set_metrics(expected: Trace, actual: Trace, rows: Alignment) -> dict[str, float]:
+    """The share of tokens (0 to 1) whose kept set differs, of those that have one on both sides. Empty where there are none."""
+    if expected.kept_counts is None or actual.kept_counts is None:
+        return {}
+    sides = ((expected, rows.expected), (actual, rows.actual))
+    counts = [np.asarray(trace.kept_counts)[of] for trace, of in sides]
+    if not (both := (counts[0] > 0) & (counts[1] > 0)).any():
+        return {}
+    first, second = (kept_hashes(trace.kept_counts, trace.kept_token_ids)[of] for trace, of in sides)
+    return {"kept_sets_differ": float(np.mean(((first != second) | (counts[0] != counts[1]))[both]))}
 
 
 def _entropy(top: npt.NDArray[np.float32]) -> tuple[float, float]:

@@ -25,7 +25,8 @@ class Request:
 
     `sampling` is read for one sequence (`n` and its own `seed` play no part); `seed` is None where no random numbers
     are drawn for it. With `forced_token_ids` the engine decodes, and each step takes the token that stands there. With
-    `scored_token_ids` it says the logprobs of those tokens in one prefill instead.
+    `scored_token_ids` it says the logprobs of those tokens in one prefill instead. With `tells_kept` it also says what
+    truncation kept, if it can.
     """
 
     prompt_token_ids: Sequence[int]
@@ -33,11 +34,36 @@ class Request:
     seed: int | None = None
     forced_token_ids: Sequence[int] | None = None
     scored_token_ids: Sequence[int] | None = None
+    tells_kept: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptSets:
+    """What truncation left of one request, seen in the decode itself: L tokens.
+
+    `counts` [L] say how many tokens were kept, `token_ids` [sum of counts] which, one position after the other.
+    `untruncated_logprobs` [L] are those of the chosen tokens before truncation, None where the engine does not tell.
+    """
+
+    counts: npt.NDArray[np.int32]
+    token_ids: npt.NDArray[np.int32]
+    untruncated_logprobs: npt.NDArray[np.float32] | None = None
+
+    def first(self, tokens: int) -> KeptSets | None:
+        """The first `tokens` of them; None where there are not so many."""
+        if tokens >= len(self.counts):
+            return self if tokens == len(self.counts) else None
+        counts, free = self.counts[:tokens], self.untruncated_logprobs
+        ids = self.token_ids[: int(counts.sum(dtype=np.int64))]
+        return KeptSets(counts=counts, token_ids=ids, untruncated_logprobs=None if free is None else free[:tokens])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K]."""
+    """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K].
+
+    `kept` is there where the request asks for it (`tells_kept`), its sampling truncates, and the engine tells.
+    """
 
     token_ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
@@ -45,6 +71,7 @@ class Completion:
     top_token_ids: npt.NDArray[np.int32]
     top_logprobs: npt.NDArray[np.float32]
     finish_reason: str
+    kept: KeptSets | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..trace import empty_top_k
-from .backend import Backend, Completion
+from .backend import Backend, Completion, KeptSets
 
 
 @dataclass(kw_only=True)
@@ -19,6 +19,7 @@ class Rows:
     ranks: Any
     top_token_ids: Any
     top_logprobs: Any
+    kept: list[tuple[int, KeptSets | None, int]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, tokens: int, k: int) -> Rows:
@@ -36,6 +37,26 @@ class Rows:
         self.ranks[rows] = completion.ranks
         self.top_token_ids[rows] = completion.top_token_ids
         self.top_logprobs[rows] = completion.top_logprobs
+        self.kept.append((start, completion.kept, len(completion.token_ids)))
+
+    def kept_columns(self) -> dict[str, Any]:
+        """The columns `untruncated_logprobs`, `kept_counts` and `kept_token_ids`; None each where a completion lacks them."""
+        pieces = [(start, kept) for start, kept, length in sorted(self.kept, key=lambda piece: piece[0]) if length]
+        sets = [kept for _, kept in pieces if kept is not None]
+        if not sets or len(sets) < len(pieces):
+            return {"untruncated_logprobs": None, "kept_counts": None, "kept_token_ids": None}
+        free: Any = np.full(len(self.logprobs), np.nan, np.float32)
+        counts = np.zeros(len(self.logprobs), np.int32)
+        for start, kept in pieces:
+            assert kept is not None
+            rows = slice(start, start + len(kept.counts))
+            counts[rows] = kept.counts
+            if free is not None:
+                free = None if kept.untruncated_logprobs is None else free
+            if free is not None:
+                free[rows] = kept.untruncated_logprobs
+        ids = np.concatenate([kept.token_ids for kept in sets])
+        return {"untruncated_logprobs": free, "kept_counts": counts, "kept_token_ids": ids}
 
 
 def labels(backend: Backend) -> dict[str, Any]:

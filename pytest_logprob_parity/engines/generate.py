@@ -42,7 +42,13 @@ def generate(
     for turn in range(max(len(p.between) for p in prompts) + 1):
         alive = [i for i, group in enumerate(groups) if turn <= len(prompts[group].between)]
         requests = [
-            Request(prompt_token_ids=histories[i], sampling=sampling, seed=turn_seed(seeds[i], turn, sequences)) for i in alive
+            Request(
+                prompt_token_ids=histories[i],
+                sampling=sampling,
+                seed=turn_seed(seeds[i], turn, sequences),
+                tells_kept=True,
+            )
+            for i in alive
         ]
         for i, completion in zip(alive, (run or backend.run)(requests), strict=True):
             tokens = completion.token_ids.tolist()
@@ -66,6 +72,7 @@ def generate(
         mask=mask,
         top_token_ids=rows.top_token_ids,
         top_logprobs=rows.top_logprobs,
+        **rows.kept_columns(),
         finish_reasons=[finish_code(reason) for reason in finish],
         group=groups,
         seeds=seeds,

@@ -33,6 +33,11 @@ def check_trace_ids(backend: Backend, trace: Trace) -> None:
         if len(wrong):
             row = int(rows_of(offsets)[wrong[0]])
             raise _no_token(backend, f"{what} {row} of the trace", int(wrong[0] - offsets[row]), int(ids[wrong[0]]))
+    if trace.kept_token_ids is not None and trace.kept_token_ids.max(initial=0) >= size:
+        row = int(trace.kept_rows[np.argmax(trace.kept_token_ids >= size)])
+        sequence = int(trace.sequence_of_token[row])
+        token = int(trace.kept_token_ids.max())
+        raise _no_token(backend, f"a kept set of sequence {sequence} of the trace", row - trace.bounds(sequence)[0], token)
 
 
 def check_ids(backend: Backend, ids: Sequence[int], where: str) -> None:

@@ -101,7 +101,8 @@ def _forced(backend: Backend, trace: Trace, pieces: list[tuple[Segment, int]], m
         raise EngineError(f"decode replay is not possible: {config.unforced}. Use replay=('prefill',), or turn that off")
     turns = by_turn([segment for segment, _ in pieces])
     before = dict(pieces)
-    requests = [[forced_request(trace, segment, before[segment]) for segment in turn] for turn in turns]
+    tells_kept = name == "decode"
+    requests = [[forced_request(trace, s, before[s], tells_kept=tells_kept) for s in turn] for turn in turns]
 
     def assemble(answers: list[list[Completion]]) -> Trace:
         rows = Rows.empty(trace.num_tokens, trace.sampling.logprobs)
@@ -119,13 +120,16 @@ def _forced(backend: Backend, trace: Trace, pieces: list[tuple[Segment, int]], m
     return _Plan(requests, assemble)
 
 
-def forced_request(trace: Trace, segment: Segment, before: int = 0) -> Request:
-    """The request that decodes a segment again, forced; `before` tokens of its turn stand before it, in its prompt."""
+def forced_request(trace: Trace, segment: Segment, before: int = 0, *, tells_kept: bool = False) -> Request:
+    """The request that decodes a segment again, forced; `before` tokens of its turn stand before it, in its prompt.
+
+    With `tells_kept` the engine also says what truncation kept, if it can.
+    """
     sampling = trace.sampling
     if sampling.min_tokens and before:
         sampling = dataclasses.replace(sampling, min_tokens=max(sampling.min_tokens - before, 0))
     forced = trace.token_ids[segment.start : segment.stop].tolist()
-    return Request(prompt_token_ids=_history(trace, segment), sampling=sampling, forced_token_ids=forced)
+    return Request(prompt_token_ids=_history(trace, segment), sampling=sampling, forced_token_ids=forced, tells_kept=tells_kept)
 
 
 def _plan_prefill(backend: Backend, trace: Trace) -> _Plan:
@@ -208,7 +212,7 @@ def _same_tokens(backend: Backend, trace: Trace, rows: Rows, mask: Any, *, path:
         top_token_ids=rows.top_token_ids,
         top_logprobs=rows.top_logprobs,
         mask=np.asarray(mask, bool),
-        untruncated_logprobs=None,
+        **rows.kept_columns(),
         weight_versions=None,
         trainer_logprobs=None,
         trainer_entropies=None,

@@ -90,7 +90,7 @@ class NoiseFloor:
         """A description of the noise floor for people, in a line."""
         text = f"noise floor of {self.repeats} repeats: "
         if self.changed == 0:
-            text += "bit-identical in every batch composition tried; this is no bound for other versions"
+            text += "bit-identical in all batch compositions tried; another version may still differ"
         else:
             text += (
                 f"two repeats differ by RMS {self.rms:.2g} nats, at most {self.max_abs:.2g} nats; {self.changed:.1%} of the "

@@ -21,12 +21,15 @@ from .columns import (
     sample_numbers,
     top_k_columns,
 )
+from .kept import kept_of_sequence
 
 _REQUIRED_KEYS: Final = ("prompt_token_ids", "token_ids", "logprobs")
 #: Keys of a sequence with one entry for each token, beside `token_ids`.
 _TOKEN_KEYS: Final = ("logprobs", "top_logprobs", "ranks", "mask", *OPTIONAL)
+#: Columns that are made of two keys together.
+_KEPT: Final = ("kept_counts", "kept_token_ids")
 _KEYS: Final = frozenset(
-    {*_REQUIRED_KEYS, *_TOKEN_KEYS, "finish_reason", "group", "sample", "episode", "turn", "seed"}
+    {*_REQUIRED_KEYS, *_TOKEN_KEYS, *_KEPT, "finish_reason", "group", "sample", "episode", "turn", "seed"}
 )  # fmt: skip
 
 
@@ -51,10 +54,11 @@ def columns_of_sequences(sequences: Sequence[Mapping[str, Any]]) -> dict[str, An
     if not sequences:
         raise _misfit("no sequences")
     completions = [_read(f"sequence {index}", sequence) for index, sequence in enumerate(sequences)]
-    for name in OPTIONAL:
+    for name in (*OPTIONAL, "kept_token_ids"):
         if 0 < sum(name in completion.columns for completion in completions) < len(completions):
             raise _misfit(f"some sequences have {name} and some have not")
-    names = [name for name in ("token_ids", "logprobs", "ranks", "mask", *OPTIONAL) if name in completions[0].columns]
+    columns = ("token_ids", "logprobs", "ranks", "mask", *OPTIONAL, *_KEPT)
+    names = [name for name in columns if name in completions[0].columns]
     top_ids, top_logprobs = top_k_columns([row for completion in completions for row in completion.top])
     return {
         **{name: np.concatenate([completion.columns[name] for completion in completions]) for name in names},
@@ -105,7 +109,7 @@ def _read(where: str, sequence: Mapping[str, Any]) -> _Completion:
     }
     try:
         prompt = tuple(column_of("prompt_token_ids", sequence["prompt_token_ids"]).tolist())
-        columns = {name: column_of(name, column) for name, column in values.items()}
+        columns = {name: column_of(name, column) for name, column in values.items()} | kept_of_sequence(sequence, length)
     except UsageError as error:
         raise _misfit(f"{where}: {error}") from None
     columns |= {name: np.asarray(sequence[name]) for name in OPTIONAL if sequence.get(name) is not None}
@@ -126,11 +130,11 @@ def _check_keys(where: str, sequence: Any) -> None:
     for name in _REQUIRED_KEYS:
         if sequence.get(name) is None:
             raise _misfit(f"{where} lacks {name}")
-    for name in ("token_ids", *_TOKEN_KEYS):
+    for name in ("token_ids", *_TOKEN_KEYS, *_KEPT):
         if sequence.get(name) is not None and not hasattr(sequence[name], "__len__"):
             raise _misfit(f"{where}: {name} has one entry for each token, so it is not {sequence[name]!r:.40}")
     length = len(sequence["token_ids"])
-    for name in _TOKEN_KEYS:
+    for name in (*_TOKEN_KEYS, "kept_token_ids" if sequence.get("kept_counts") is None else "kept_counts"):
         column = sequence.get(name)
         if column is not None and len(column) != length:
             raise _misfit(f"{where} has {length} token_ids but {len(column)} {name}")
@@ -176,4 +180,5 @@ def complete_columns(columns: Mapping[str, Any]) -> dict[str, npt.NDArray[Any] |
     }
     complete = {**columns, "sequence_offsets": offsets}
     complete |= {name: default for name, default in defaults.items() if complete.get(name) is None}
-    return {name: None if column is None and name in OPTIONAL else column_of(name, column) for name, column in complete.items()}
+    optional = (*OPTIONAL, *_KEPT)
+    return {name: None if column is None and name in optional else column_of(name, column) for name, column in complete.items()}

@@ -16,7 +16,7 @@ FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
 #: What the first axis of a column counts.
-Axis: TypeAlias = Literal["prompt tokens", "groups + 1", "tokens", "sequences + 1", "sequences"]
+Axis: TypeAlias = Literal["prompt tokens", "groups + 1", "tokens", "sequences + 1", "sequences", "kept tokens"]
 
 
 class Column(NamedTuple):
@@ -45,12 +45,14 @@ COLUMNS: Final[Mapping[str, Column]] = {
     "turn": Column("int32", "sequences", True),
     "seeds": Column("int64", "sequences", True),
     "untruncated_logprobs": Column("float32", "tokens", False),
+    "kept_counts": Column("int32", "tokens", False),
+    "kept_token_ids": Column("int32", "kept tokens", False),
     "weight_versions": Column("int32", "tokens", False),
     "trainer_logprobs": Column("float32", "tokens", False),
     "trainer_entropies": Column("float32", "tokens", False),
 }
-#: Columns that not every trace has; each has one entry for each token.
-OPTIONAL: Final = tuple(name for name, column in COLUMNS.items() if not column.required)
+#: Columns that not every trace has, with one entry for each token; kept sets have two columns that go together.
+OPTIONAL: Final = ("untruncated_logprobs", "weight_versions", "trainer_logprobs", "trainer_entropies")
 
 #: Why a sequence ended, as coded in the column `finish_reasons`.
 FinishReason: TypeAlias = Literal["unknown", "stop", "length", "abort"]
@@ -62,7 +64,7 @@ MINUS_INFINITY: Final = -9999.0
 _LOGPROBS: Final = ("logprobs", "top_logprobs", "untruncated_logprobs", "trainer_logprobs")
 
 #: Columns of token ids, and the smallest id that is allowed there: -1 is a place of the top-k that is not used.
-_LEAST_IDS: Final = {"prompt_token_ids": 0, "token_ids": 0, "top_token_ids": -1}
+_LEAST_IDS: Final = {"prompt_token_ids": 0, "token_ids": 0, "top_token_ids": -1, "kept_token_ids": 0}
 
 #: In the column `seeds`: the seed of the sequence is not known, so it cannot be sampled again.
 NO_SEED: Final = -1
@@ -78,12 +80,18 @@ def checked_columns(columns: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
     """
     tokens, sequences = len(columns["token_ids"]), len(columns["sequence_offsets"]) - 1
     groups, prompt_tokens = len(columns["prompt_offsets"]) - 1, len(columns["prompt_token_ids"])
+    counts = columns.get("kept_counts")
+    if (counts is None) != (columns.get("kept_token_ids") is None):
+        raise UsageError("Trace columns kept_counts and kept_token_ids go together: one of them is missing")
+    if counts is not None and np.min(counts, initial=0) < 0:
+        raise UsageError(f"Trace column kept_counts must hold 0 or more, not {np.min(counts)}")
     lengths: Mapping[Axis, int] = {
         "prompt tokens": prompt_tokens,
         "groups + 1": groups + 1,
         "tokens": tokens,
         "sequences + 1": sequences + 1,
         "sequences": sequences,
+        "kept tokens": 0 if counts is None else int(np.sum(counts, dtype=np.int64)),
     }
     checked = {
         name: _checked(name, columns[name], lengths[column.axis])

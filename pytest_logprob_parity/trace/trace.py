@@ -15,6 +15,7 @@ from ..spec import Sampling
 from . import file_format
 from .build import columns_of_sequences, complete_columns
 from .columns import COLUMNS, BoolArray, FloatArray, IntArray, LongArray, checked_columns, empty_top_k, rows_of
+from .kept import checked_kept
 from .labels import (
     LOGPROBS_MODES,
     PATHS,
@@ -47,6 +48,7 @@ class Trace:
     - `finish_reasons` [S]: index into FINISH_REASONS
     - `group`, `sample`, `episode`, `turn`, `seeds` [S]
     - `untruncated_logprobs` [N]: processed by temperature and penalties alone, where `logprobs` are truncated
+    - `kept_counts` [N]: how many tokens truncation left at each token; `kept_token_ids` [sum of counts]: which, token by token
     - `weight_versions` [N]: which weights wrote the token; `newest_version` is the version of the newest weights, also where
       they wrote no token
     - `trainer_logprobs` [N]: what the trainer computed for the same tokens, where rollouts come from a batch that has both;
@@ -74,6 +76,8 @@ class Trace:
     turn: IntArray
     seeds: LongArray
     untruncated_logprobs: FloatArray | None = None
+    kept_counts: IntArray | None = None
+    kept_token_ids: IntArray | None = None
     weight_versions: IntArray | None = None
     trainer_logprobs: FloatArray | None = None
     trainer_entropies: FloatArray | None = None
@@ -120,8 +124,11 @@ class Trace:
         Each sequence is a mapping with `prompt_token_ids`, `token_ids` and `logprobs` (nats, one for each
         token, None where there is none), and optionally `top_logprobs` (one `{token id: logprob}` for each token),
         `ranks`, `mask` (False for tokens of the environment), `finish_reason`, `group`, `sample`, `episode`, `turn`, `seed`,
-        `weight_versions`, `untruncated_logprobs`, `trainer_logprobs`, `trainer_entropies`. Sequences with equal prompts form
-        a group.
+        `weight_versions`, `untruncated_logprobs`, `kept_token_ids`, `trainer_logprobs`, `trainer_entropies`. Sequences with
+        equal prompts form a group.
+
+        `kept_token_ids` are the ids that top-p, top-k or min-p kept, the token's own among them: one list for each token (None
+        where nothing is known). Flat ids are taken too, with how many each token has in `kept_counts`.
 
         Raises UsageError naming the sequence and the key that does not fit.
         """
@@ -159,7 +166,7 @@ class Trace:
         unknown = sorted(set(labels) - {f.name for f in fields(cls)})
         if unknown:
             raise UsageError(f"Trace.from_arrays has no column or label {unknown[0]!r}")
-        columns: dict[str, Any] = complete_columns(
+        given = complete_columns(
             {
                 "prompt_token_ids": prompt_token_ids,
                 "prompt_offsets": prompt_offsets,
@@ -172,6 +179,7 @@ class Trace:
                 **{name: value for name, value in others.items() if name in COLUMNS},
             }
         )
+        columns: Mapping[str, Any] = checked_kept(given)
         return cls(**columns, sampling=Sampling.of(sampling), **labels)
 
     # -- looking at it ------------------------------------------------------------------------------------------------
@@ -200,6 +208,12 @@ class Trace:
     def sequence_of_token(self) -> LongArray:
         """The number of the sequence that each token belongs to: int64 [N]."""
         return rows_of(self.sequence_offsets)
+
+    @property
+    def kept_rows(self) -> LongArray:
+        """The number of the token that each of `kept_token_ids` belongs to: int64 [kept tokens]; empty without kept sets."""
+        counts = () if self.kept_counts is None else self.kept_counts
+        return np.repeat(np.arange(len(counts), dtype=np.int64), counts)
 
     @property
     def total_lengths(self) -> LongArray:
@@ -322,6 +336,6 @@ class Trace:
             labels = with_forcing(metadata["trace"])
             texts = unpack_texts(**labels.pop("token_texts"))
             labels |= {"sampling": Sampling.of(labels["sampling"]), "token_texts": texts, "source": metadata["digest"]}
-            return cls(**columns, **labels)  # type: ignore[arg-type]
+            return cls(**checked_kept(columns), **labels)
         except (UsageError, TypeError, ValueError, OverflowError, KeyError, AttributeError) as error:
             raise file_format.damaged(path, f"its parts do not fit together: {error}") from None

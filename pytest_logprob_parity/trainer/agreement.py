@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_args
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from .limits import trainer_tolerance
 from .scorer import Scorer
 from .scorer_causes import causes, not_a_number
 from .scoring import score
-from .trainer_column import ReferenceEvaluation, column_of
+from .trainer_column import ReferenceEvaluation, TrainerTokens, column_of
 
 #: If this many turns lack the logprob of their first token, it was lost.
 _TURNS: Final = 4
@@ -40,6 +40,7 @@ def agreement(
     *,
     objective: str = DEFAULT_OBJECTIVE,
     trainer_dtype: str = "unknown",
+    trainer_tokens: TrainerTokens = "all",
     batch_size: int = 16,
 ) -> Comparison:
     """The comparison of a trainer's logprobs with those of the rollouts, without a framework's metrics."""
@@ -47,10 +48,11 @@ def agreement(
         raise UsageError(f"rollouts are a Trace or a Golden, not {type(rollouts).__name__}")
     if trainer_dtype not in (*DTYPES, "unknown"):
         raise UsageError(f"trainer_dtype={trainer_dtype!r}: known are {', '.join(DTYPES)}{nearest(str(trainer_dtype), DTYPES)}")
-    trace, left_out = _without_min_tokens(rollouts.trace if isinstance(rollouts, Golden) else rollouts)
+    trace = _over(trainer_tokens, rollouts.trace if isinstance(rollouts, Golden) else rollouts)
+    trace, left_out = _without_min_tokens(trace)
     rollouts = dataclasses.replace(rollouts, trace=trace) if isinstance(rollouts, Golden) else trace
     _check_first_tokens(trace)
-    column = column_of(trace, trainer_dtype)
+    column = column_of(trace, trainer_dtype, trainer_tokens)
     if column is None and scorer is None:
         raise UsageError(
             "these rollouts have no logprobs of a trainer (trainer_logprobs): read a batch that has the trainer's own, or give "
@@ -175,6 +177,21 @@ def _check_first_tokens(trace: Trace) -> None:
 def without_top_k(comparison: Comparison) -> Comparison:
     """The comparison without the note that a larger top-k would show more: trainers have none."""
     return dataclasses.replace(comparison, notes=tuple(note for note in comparison.notes if note.key != "top_k"))
+
+
+def _over(tokens: TrainerTokens, trace: Trace) -> Trace:
+    """The rollouts as they are compared with a trainer whose distributions are over `tokens`. Raises UsageError."""
+    known = get_args(TrainerTokens)
+    if tokens not in known:
+        raise UsageError(f"trainer_tokens={tokens!r}: known are {', '.join(known)}{nearest(str(tokens), known)}")
+    if tokens == "all":
+        return trace
+    if trace.logprobs_mode == "raw_logprobs" or not (trace.sampling.truncates or trace.kept_counts is not None):
+        raise UsageError(
+            f"trainer_tokens='kept': these rollouts are not of a truncated distribution ({trace.distribution()}), so no tokens "
+            "were left out; leave it out, or give the rollouts' sampling"
+        )
+    return trace.with_(untruncated_logprobs=None)
 
 
 def _without_min_tokens(trace: Trace) -> tuple[Trace, list[Note]]:

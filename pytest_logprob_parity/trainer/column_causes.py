@@ -17,6 +17,7 @@ from .scorer import HasTrainingMode, Scorer, TakesAdapters, name_of
 from .scoring import rms, score, spread
 from .temperature_causes import columns_temperature
 from .trainer_faults import explaining_fault
+from .truncation_causes import ignored_kept_sets
 
 #: The grid of logits in half precision: that of bfloat16 from 16 to 32.
 _STEP: Final = 1 / 8
@@ -40,6 +41,7 @@ def causes_in_two_columns(comparison: Comparison, rollouts: Trace, column: Trace
     found = (
         misplaced(*columns, whose="the trainer")
         or few_off(*columns, whose="the trainer")
+        or ignored_kept_sets(comparison.expected, column)
         or only_padded_rows_differ(rollouts, *columns)
         or off_from_a_token_on(*columns, whose="the trainer")
     )

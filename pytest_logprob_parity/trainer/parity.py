@@ -15,6 +15,7 @@ from ..trace import Trace
 from .agreement import agreement, trainer_message
 from .frameworks import limits_of, with_metrics
 from .scorer import Scorer
+from .trainer_column import TrainerTokens
 
 
 def assert_trainer_parity(
@@ -24,6 +25,7 @@ def assert_trainer_parity(
     *,
     objective: str = DEFAULT_OBJECTIVE,
     trainer_dtype: str = "unknown",
+    trainer_tokens: TrainerTokens = "all",
     batch_size: int = 16,
     metrics: str | None = None,
     config: Any = None,
@@ -42,9 +44,11 @@ def assert_trainer_parity(
     GRPOConfig; veRL's, or its `rollout_correction`), from which the metrics take their caps and modes.
 
     Rollouts of a truncated distribution are compared without truncation if the trace has `untruncated_logprobs`, or over the
-    truncated support if the trace lists it and the scorer accepts it. Otherwise they are refused with the reason, and so are
-    rollouts sampled under a penalty. A trainer's column is over all tokens: compared with truncated rollouts it fails, because
-    that is what the update uses.
+    truncated support if the trace has it whole (`kept_token_ids`, or a top-k that lists it) and the scorer accepts it.
+    Otherwise they are refused with the reason, and so are rollouts sampled under a penalty. A trainer's column is over all
+    tokens: compared with truncated rollouts it fails, because that is what the update uses. `trainer_tokens="kept"` says that
+    the trainer computes over the tokens that truncation kept: its column and the scorer are then compared with the truncated
+    logprobs.
 
     Raises MismatchError for the verdicts `fail` and `unverified`, UsageError for what cannot be compared.
     """
@@ -55,6 +59,7 @@ def assert_trainer_parity(
         tolerance,
         objective=objective,
         trainer_dtype=trainer_dtype,
+        trainer_tokens=trainer_tokens,
         batch_size=batch_size,
         metrics=metrics,
         config=config,
@@ -71,6 +76,7 @@ def compare_with_trainer(
     *,
     objective: str = DEFAULT_OBJECTIVE,
     trainer_dtype: str = "unknown",
+    trainer_tokens: TrainerTokens = "all",
     batch_size: int = 16,
     metrics: str | None = None,
     config: Any = None,
@@ -78,7 +84,13 @@ def compare_with_trainer(
     """The comparison that `assert_trainer_parity` makes, whatever its verdict."""
     name = _framework_asked_for(tolerance, metrics, config)
     comparison = agreement(
-        rollouts, scorer, limits_of(tolerance), objective=objective, trainer_dtype=trainer_dtype, batch_size=batch_size
+        rollouts,
+        scorer,
+        limits_of(tolerance),
+        objective=objective,
+        trainer_dtype=trainer_dtype,
+        trainer_tokens=trainer_tokens,
+        batch_size=batch_size,
     )
     return with_metrics(comparison, name, config) if name else comparison
 

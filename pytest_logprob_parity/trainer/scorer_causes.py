@@ -24,9 +24,8 @@ from .scorer import Declared, Scorer, TakesAdapters, name_of
 from .scoring import rms, score
 from .temperature_causes import sampled_at_another_temperature, undivided_temperature
 from .trainer_faults import explaining_fault
+from .truncation_causes import lost_truncation
 
-#: Positions that are enough to show a truncation.
-_ENOUGH: Final = 50
 #: The grid of the trainer's logits, where only the rollouts' grid is known: that of bfloat16 logits from 4 to 8.
 _STEP: Final = 1 / 32
 #: Where the trainer's logprob is below this (nats), a rollout's logprob of exactly 0 is not rounding.
@@ -35,10 +34,6 @@ _UNLIKE_ZERO: Final = -0.1
 _FEW: Final = 8
 #: An adapter explains the rollouts where it leaves less than this share of the allowed RMS.
 _FITS: Final = 1 / 3
-#: Where a truncation made the differences, more than this share of them has one sign, and none is below this (nats): the
-#: truncated support has more than a twentieth of the probability.
-_ALMOST_ALL: Final = 0.99
-_KEPT: Final = -3.0
 
 
 def causes(
@@ -82,7 +77,7 @@ def causes(
         found = (
             undivided_temperature(expected, scored, noise)
             or sampled_at_another_temperature(expected, scorer, noise)
-            or _truncated(expected, scored)
+            or lost_truncation(expected, scored)
             or nearest
         )
         if found is None and one_version:
@@ -211,36 +206,6 @@ def _other_adapter(
 def _other_adapters(scorer: Scorer) -> Iterator[tuple[str, Callable[[], Scorer]]]:
     """Usual mistakes with the scorer's adapter, where it has one: words, and how to load the scorer that makes it."""
     return scorer.other_adapters() if isinstance(scorer, TakesAdapters) else iter(())
-
-
-def _truncated(trace: Trace, scored: Trace) -> Finding | None:
-    """Candidates, `truncation` first, where the rollouts' label lacks a truncation that their numbers show: their top-k
-    excludes tokens, or no token is more likely to the trainer, as where the truncated support was renormalised.
-    """
-    if trace.sampling.truncates:
-        return None
-    excluded = (np.isneginf(trace.top_logprobs) & (trace.top_token_ids >= 0)).any(axis=1) & trace.mask
-    why = ""
-    if (positions := int(np.count_nonzero(excluded))) >= _ENOUGH:
-        why = f"their own top-k excludes tokens at {positions:,} positions"
-    else:
-        d = (scored.logprobs.astype(np.float64) - trace.logprobs)[trace.mask & (trace.logprobs != 0)]  # 0 may be a filler
-        d = d[np.isfinite(d)]
-        apart = d[np.abs(d) > np.sqrt(np.mean(d**2)) / 2] if len(d) else d
-        if len(apart) >= _ENOUGH and np.mean(apart < 0) > _ALMOST_ALL and apart.min() > _KEPT:
-            why = (
-                f"no token is more likely to the trainer, {len(apart):,} are less likely by {-apart.mean():.2g} nats on average"
-            )
-    if not why:
-        return None
-    text = f"{why}: the rollouts are of a truncated distribution (top-p, top-k, min-p), and their label has no truncation"
-    return Finding(
-        layer="semantic",
-        cause=None,
-        evidence=text,
-        candidates=("truncation", "penalties", "weights_differ"),
-        values={"excluding": positions},
-    )
 
 
 def _candidates(rollouts: Trace | Golden, scored: Trace, scorer: Scorer) -> Finding:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from ..comparison.signatures.truncated_support import listed_whole
 from ..errors import UsageError
 from ..spec import Sampling
-from ..trace import FloatArray, Trace
+from ..trace import FloatArray, IntArray, LongArray, Trace
+from ..trace.kept import kept_offsets
 from .scorer import Declared, Scorer, name_of
 
 #: A logprob may be this far above 0 by rounding (nats).
 _POSITIVE: Final = 0.02
+#: Kept token ids of one batch, padded, at most: 256 MiB. A batch has one sequence at least.
+_MOST_KEPT: Final = 2**25
 
 
 def score(
@@ -34,8 +37,8 @@ def score(
     `entropies` the trace has the entropies of the scorer's distributions (`trainer_entropies`), if the scorer gives them.
 
     Masked tokens are context and get no logprob. Where the rollouts were truncated, the scorer's distributions are over the
-    truncated support, if it can do that and the trace lists the support whole; else over all tokens, to compare with
-    `untruncated_logprobs`.
+    truncated support, if it can do that and the trace has it whole (`kept_token_ids`, or a top-k that lists it); else over all
+    tokens, to compare with `untruncated_logprobs`.
 
     Raises UsageError for rollouts that cannot be compared with a trainer, with the reason.
     """
@@ -45,7 +48,7 @@ def score(
     temperature = trace.sampling.applied_temperature if temperature is None else temperature
     more = {"entropies": True} if entropies and declared.gives_entropies else {}
     columns, before = np.full((1 + len(more), trace.num_tokens), np.nan, np.float32), _state_of(declared.model)
-    for batch in _batches(trace, range(trace.num_sequences) if sequences is None else sequences, batch_size):
+    for batch in _batches(trace, range(trace.num_sequences) if sequences is None else sequences, batch_size, kept):
         for sequence, values in zip(batch, _score_batch(trace, scorer, batch, temperature, kept, more), strict=True):
             columns[:, slice(*trace.bounds(sequence))] = values
     if changed := [name for name, state in _state_of(declared.model).items() if before[name] != state]:
@@ -75,6 +78,8 @@ def trainers_trace(
         top_token_ids=np.empty((trace.num_tokens, 0), np.int32),
         top_logprobs=np.empty((trace.num_tokens, 0), np.float32),
         untruncated_logprobs=None,
+        kept_counts=None,
+        kept_token_ids=None,
         weight_versions=None,
         trainer_logprobs=None,
         trainer_entropies=entropies,
@@ -146,9 +151,11 @@ def _check_can_score(trace: Trace, scorer: Any) -> None:
         raise UsageError(f"prompt {empty[0]} is empty: a trainer has no logprob for the first token of a row")
     declared = Declared.by(scorer)
     largest = int(max(trace.token_ids.max(initial=0), trace.prompt_token_ids.max(initial=0)))
-    if declared.vocabulary is not None and largest >= declared.vocabulary:
+    kept = -1 if trace.kept_token_ids is None else int(trace.kept_token_ids.max(initial=-1))
+    if declared.vocabulary is not None and max(largest, kept) >= declared.vocabulary:
+        what = "token id" if largest >= declared.vocabulary else "a kept set has the token id"
         raise UsageError(
-            f"token id {largest} is beyond the {declared.vocabulary:,} of {declared.name}: another tokenizer or model"
+            f"{what} {max(largest, kept)} is beyond the {declared.vocabulary:,} of {declared.name}: another tokenizer or model"
         )
     _check_tokenizer(trace, declared)
 
@@ -166,38 +173,81 @@ def _check_tokenizer(trace: Trace, declared: Declared) -> None:
             )
 
 
-def _supports(trace: Trace, declared: Declared) -> Any:
-    """The truncated supports [N, K] that the scorer's distributions have to be over; None where they are over all tokens."""
-    if not trace.sampling.truncates or trace.is_raw or trace.untruncated_logprobs is not None:
+class _Supports(NamedTuple):
+    """The truncated support of each token of a trace: the ids of token i are `ids[offsets[i] : offsets[i + 1]]`."""
+
+    offsets: LongArray
+    ids: IntArray
+
+    @classmethod
+    def of(cls, counts: IntArray, ids: IntArray) -> _Supports:
+        return cls(kept_offsets(counts), ids)
+
+    def largest(self, start: int, stop: int) -> int:
+        """The size of the largest support of tokens `start` to `stop`."""
+        return int(np.diff(self.offsets[start : stop + 1]).max(initial=0))
+
+    def padded(self, start: int, stop: int, width: int) -> IntArray:
+        """The supports of these tokens as rows [stop - start, width], -1 where one has no more ids."""
+        counts = np.diff(self.offsets[start : stop + 1])
+        rows = np.full((len(counts), width), -1, np.int32)
+        rows[np.arange(width) < counts[:, None]] = self.ids[self.offsets[start] : self.offsets[stop]]
+        return rows
+
+
+def _supports(trace: Trace, declared: Declared) -> _Supports | None:
+    """The truncated supports that the scorer's distributions have to be over; None where they are over all tokens."""
+    if trace.logprobs_mode == "raw_logprobs" or trace.untruncated_logprobs is not None:
+        return None
+    if trace.kept_counts is None and not trace.sampling.truncates:
         return None
     processing = trace.sampling.processing()
     if not declared.renormalises:
         raise UsageError(
             f"these rollouts are of a truncated distribution ({processing}), and {declared.name} computes one over all tokens: "
-            "give untruncated_logprobs (an engine's replay without truncation; goldens have them), or one that renormalises"
+            "give a scorer that renormalises over the kept tokens (TransformersScorer does), or untruncated_logprobs (an "
+            "engine's replay without truncation; goldens have them)"
         )
+    if trace.kept_counts is not None and trace.kept_token_ids is not None:
+        lacks = (trace.kept_counts == 0) & trace.mask
+        if lacks.any():
+            raise UsageError(
+                f"these rollouts are of a truncated distribution ({processing}), and {int(lacks.sum()):,} of "
+                f"{int(trace.mask.sum()):,} tokens have no kept set: give kept_token_ids for every token that is not masked"
+            )
+        return _Supports.of(trace.kept_counts, trace.kept_token_ids)
     complete = listed_whole(trace) | ~trace.mask
     if not complete.all():
         raise UsageError(
             f"these rollouts are of a truncated distribution ({processing}), and their top-{trace.top_k} logprobs do not list "
-            f"the whole truncated support of {int(np.count_nonzero(~complete))} of {int(trace.mask.sum())} tokens: record a "
-            "larger top-k, or give untruncated_logprobs"
+            f"the whole truncated support of {int(np.count_nonzero(~complete))} of {int(trace.mask.sum())} tokens: give "
+            "kept_token_ids (the ids that truncation kept at each token), a larger top-k, or untruncated_logprobs"
         )
-    return np.where(np.isfinite(trace.top_logprobs), trace.top_token_ids, -1)
+    listed = np.isfinite(trace.top_logprobs)
+    return _Supports.of(listed.sum(axis=1).astype(np.int32), trace.top_token_ids[listed])
 
 
-def _batches(trace: Trace, sequences: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Batches of sequences of similar lengths, the longest first."""
+def _batches(trace: Trace, sequences: Sequence[int], size: int, kept: _Supports | None) -> Iterator[list[int]]:
+    """Batches of sequences of similar lengths, the longest first; smaller ones where their truncated supports are large."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise UsageError(f"batch_size={size!r}: must be a whole number, 1 or more")
     lengths = trace.total_lengths
     order = sorted(sequences, key=lambda i: -lengths[i])
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    batch: list[int] = []
+    widest = 0
+    for sequence in order:
+        widest = max(widest, 0 if kept is None else kept.largest(*trace.bounds(sequence)))
+        longest = int(lengths[batch[0] if batch else sequence])
+        if batch and (len(batch) == size or (len(batch) + 1) * longest * widest > _MOST_KEPT):
+            yield batch
+            batch, widest = [], 0 if kept is None else kept.largest(*trace.bounds(sequence))
+        batch.append(sequence)
+    if batch:
+        yield batch
 
 
 def _score_batch(
-    trace: Trace, scorer: Any, batch: Sequence[int], temperature: float, kept: Any, more: dict[str, Any]
+    trace: Trace, scorer: Any, batch: Sequence[int], temperature: float, kept: _Supports | None, more: dict[str, Any]
 ) -> Iterator[FloatArray]:  # fmt: skip
     """The columns [1 or 2, tokens] of each sequence of a batch."""
     import torch
@@ -231,14 +281,18 @@ def _as_array(answer: Any, scorer: Any) -> FloatArray:
     raise UsageError(f"{name_of(scorer)} gave {type(answer).__name__}: one tensor or array of logprobs is expected")
 
 
-def _padded_kept(trace: Trace, kept: Any, batch: Sequence[int], rows: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
+def _padded_kept(
+    trace: Trace, kept: _Supports, batch: Sequence[int], rows: Sequence[Sequence[int]], width: int
+) -> dict[str, Any]:  # fmt: skip
+    """What a scorer takes of the truncated supports of a batch: as wide as its largest one."""
     import torch
 
-    ids = torch.full((len(rows), width - 1, kept.shape[1]), -1, dtype=torch.long)
+    widest = max(kept.largest(*trace.bounds(sequence)) for sequence in batch)
+    ids = torch.full((len(rows), width - 1, widest), -1, dtype=torch.long)
     used = torch.zeros((len(rows), width - 1), dtype=torch.bool)
     for n, sequence in enumerate(batch):
         start, stop = trace.bounds(sequence)
         place = slice(len(rows[n]) - 1 - (stop - start), len(rows[n]) - 1)
-        ids[n, place] = torch.tensor(kept[start:stop], dtype=torch.long)
+        ids[n, place] = torch.tensor(kept.padded(start, stop, widest), dtype=torch.long)
         used[n, place] = torch.tensor(trace.mask[start:stop])
     return {"kept_token_ids": ids, "kept_mask": used}

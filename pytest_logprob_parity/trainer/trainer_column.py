@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from ..trace import Trace
 from .scorer import Scorer, name_of
 from .scoring import rms, trainers_trace
 
+#: Which tokens a trainer's distributions are over: all, or those that truncation kept.
+TrainerTokens: TypeAlias = Literal["all", "kept"]
 
-def column_of(trace: Trace, dtype: str) -> Trace | None:
+
+def column_of(trace: Trace, dtype: str, tokens: TrainerTokens) -> Trace | None:
     """The trainer's column of these rollouts as a trace of its own; None where the rollouts have none. Its distributions are
-    over all tokens, divided by the rollouts' temperature, as trainers compute them.
+    over `tokens`, divided by the rollouts' temperature, as trainers compute them.
     """
     if trace.trainer_logprobs is None:
         return None
-    sampling = dataclasses.replace(
-        trace.sampling.untruncated(), repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0
-    )
+    sampling = trace.sampling if tokens == "kept" else trace.sampling.untruncated()
+    sampling = dataclasses.replace(sampling, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
     own, entropies = trace.trainer_logprobs, trace.trainer_entropies
     return trainers_trace(trace, own, entropies=entropies, sampling=sampling, name="trainer", dtype=dtype)
 

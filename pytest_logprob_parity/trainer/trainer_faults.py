@@ -88,6 +88,10 @@ def _remaining_rms(with_fault: tuple[Any, Any], scored: Trace, column: Trace, no
 
 def _faults(rollouts: Trace, scorer: Scorer, words: Sequence[int], whose: str) -> Iterator[_Fault]:
     """All faults that are tried. `words` are the token ids that may have been taken for padding."""
+    if rollouts.kept_counts is not None and rollouts.untruncated_logprobs is None:
+        text = f"{whose} computes over all tokens, not over those that truncation kept"
+        scores = functools.partial(_over_all_tokens, rollouts, scorer)
+        yield _Fault("semantic", ("truncation",), "over_all_tokens", text, scores)
     for cause, key, text, change in _other_prompts(rollouts, scorer, whose):
         changed = {s: change(rollouts.prompt(s)) for s in range(rollouts.num_sequences)}
         yield _Fault("trainer", (cause,), key, text, functools.partial(_with_prompts, rollouts, scorer, changed.__getitem__))
@@ -165,6 +169,13 @@ def _with_prompts(
     return places, score(other, scorer, sequences=list(sequences)).logprobs[places]
 
 
+def _over_all_tokens(trace: Trace, scorer: Scorer, sequences: Sequence[int]) -> tuple[Any, Any]:
+    """Scores without the kept sets."""
+    untruncated = trace.with_(kept_counts=None, kept_token_ids=None, sampling=trace.sampling.untruncated())
+    places = _places(trace, sequences)
+    return places, score(untruncated, scorer, sequences=list(sequences)).logprobs[places]
+
+
 def _packed(trace: Trace, scorer: Scorer, _: Sequence[int]) -> tuple[Any, Any]:
     """Scores with all sequences before it as context. Only the first few: later ones have too many before them."""
     few = [s for s in range(1, min(_FEW, trace.num_sequences)) if _length(trace, s) <= _LONGEST]
@@ -174,9 +185,10 @@ def _packed(trace: Trace, scorer: Scorer, _: Sequence[int]) -> tuple[Any, Any]:
 def _hidden(trace: Trace, scorer: Scorer, token: int, sequences: Sequence[int]) -> tuple[Any, Any]:
     """Scores with a mask that hides a token id everywhere, except this token itself and the tokens that follow it."""
 
-    def blind(ids: Any, mask: Any, temperature: float) -> Any:
-        return scorer(ids, mask * (ids != token), temperature)
+    def blind(ids: Any, mask: Any, temperature: float, **more: Any) -> Any:
+        return scorer(ids, mask * (ids != token), temperature, **more)
 
+    vars(blind)["renormalises"] = Declared.by(scorer).renormalises
     places = _beside(trace, token, sequences)
     return places, score(trace, blind, sequences=list(sequences)).logprobs[places]
 
@@ -197,11 +209,22 @@ def _left_out(trace: Trace, scorer: Scorer, token: int, sequences: Sequence[int]
         token_ids=trace.token_ids[keep],
         sequence_offsets=np.concatenate([[0], np.cumsum(np.bincount(owner[keep], minlength=trace.num_sequences))]),
         logprobs=trace.logprobs[keep], mask=trace.mask[keep], group=trace.group, sampling=trace.sampling, dtype=trace.dtype,
+        top_token_ids=trace.top_token_ids[keep], top_logprobs=trace.top_logprobs[keep], **_kept_columns(trace, keep),
     )  # fmt: skip
     values = np.full(trace.num_tokens, np.nan)
     values[keep] = score(shorter, scorer, sequences=list(sequences)).logprobs
     places = _beside(trace, token, sequences)
     return places, values[places]
+
+
+def _kept_columns(trace: Trace, keep: Any) -> dict[str, Any]:
+    """What truncation left of the tokens that `keep` [N] selects, as columns of a trace; None each where the trace has none."""
+    free, counts, ids = trace.untruncated_logprobs, trace.kept_counts, trace.kept_token_ids
+    return {
+        "untruncated_logprobs": None if free is None else free[keep],
+        "kept_counts": None if counts is None else counts[keep],
+        "kept_token_ids": None if ids is None else ids[keep[trace.kept_rows]],
+    }
 
 
 def _first_of_group(trace: Trace) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Final
@@ -12,7 +14,9 @@ from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret
 from ...spec.server_settings import SERVER, server_settings
 from ..backend import Completion, Request, ResolvedConfig
+from ..vllm.kept_reader import numbered, take_kept
 from .client import Client, DownError
+from .kept import ask_kept, kept_route
 from .readback import name_of, read_server
 from .wire import completion_of, largest_answer, post_of
 
@@ -48,6 +52,7 @@ class ServerBackend:
             )
         values = {**told.values, "concurrency": self._settings.concurrency}
         self._retried: list[str] = []
+        self._kept_by: str | None = None
         client.take_retried()
         self.config = ResolvedConfig(
             engine=SERVER,
@@ -64,7 +69,11 @@ class ServerBackend:
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """See Backend.run; at most `concurrency` requests are under way at a time."""
-        posts = [post_of(request, self.config.forcing, self._served) for request in requests]
+        numbers = self._numbered(requests)
+        posts = [
+            post_of(request, self.config.forcing, self._served, number)
+            for request, number in zip(requests, numbers, strict=True)
+        ]
         name = name_of(self._client, self.config.version)
         largest = max((largest_answer(request) for request in requests), default=0)
 
@@ -74,13 +83,30 @@ class ServerBackend:
             except EngineError as error:
                 raise EngineError(f"{error.reason} (request {number + 1} of {len(requests)})", name) from None
 
+        again = ""
         try:
-            return self._client.post_all(posts, read, self._settings, largest)
+            completions = self._client.post_all(posts, read, self._settings, largest)
         except DownError as error:
             raise EngineError(str(error)) from None
         finally:
             if again := self._client.take_retried():
                 self._retried.append(again)
+        kept = take_kept(numbers, functools.partial(ask_kept, self._client, self._kept_by or ""))
+        if again:  # a request that ran twice at a time may have written over itself
+            kept = {}
+        return [
+            dataclasses.replace(completion, kept=sets.first(len(completion.token_ids)))
+            if (sets := kept.get(number)) is not None
+            else completion
+            for number, completion in zip(numbers, completions, strict=True)
+        ]
+
+    def _numbered(self, requests: Sequence[Request]) -> list[int | None]:
+        """A number for each request of which the server's worker can tell what truncation kept; None for the others."""
+        numbers = numbered(requests, self.config)
+        if any(number is not None for number in numbers):
+            self._kept_by = kept_route(self._client) if self._kept_by is None else self._kept_by
+        return numbers if self._kept_by else [None] * len(requests)
 
     def remarks(self) -> list[Note]:
         """What there was to say of its answers since it was last asked: requests that had to be sent again."""

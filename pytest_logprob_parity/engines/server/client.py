@@ -77,10 +77,12 @@ class Client:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: Any = None
 
-    def ask(self, method: str, path: str, body: Any = None, *, timeout: float = 30.0) -> Answer:
+    def ask(
+        self, method: str, path: str, body: Any = None, *, timeout: float = 30.0, largest: int = _LARGEST
+    ) -> Answer:  # fmt: skip
         """One request, sent once. Raises DownError where nobody answers, EngineError for a time-out."""
         settings = ServerSettings(url=self.url, timeout=timeout, retries=0)
-        return self._drive(lambda: self._send(method, path, body, settings))
+        return self._drive(lambda: self._send(method, path, body, settings, largest))
 
     def post_all(
         self, posts: Sequence[tuple[str, Any]], read: Callable[[int, Any], _T], settings: ServerSettings,

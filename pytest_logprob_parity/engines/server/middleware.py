@@ -16,7 +16,7 @@ from typing import Any, Final
 from ... import machine
 from ...checkpoint import digests
 from ...errors import EngineError, UsageError
-from ...json_shape import OptionalKey, check_shape
+from ...json_shape import COUNT, OptionalKey, Shape, check_shape
 from ...reasons import reason_of
 from ...spec import PROFILES
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
@@ -24,7 +24,7 @@ from ..readback import check_readback, json_value
 from ..vllm.config import BY_NATURE, SHOWN, settings_of, vocabulary_of, why_not_forced
 from .client import KEY_VARIABLE
 from .guard import GoneError, Keys, RefusedError, check_request, path_of, read_body
-from .readback import EXTENSION, ROUTE
+from .readback import EXTENSION, KEPT_ROUTE, ROUTE
 
 #: What `logprob-parity serve` pinned, as JSON: the server ends at its start where a pin was not taken.
 ASKED_VARIABLE: Final = "LOGPROB_PARITY_ASKED"
@@ -33,6 +33,8 @@ _LARGEST: Final = 1_000_000
 #: The shape of such a body, and what its error says to do.
 _QUESTION: Final = {"asked": dict, "name": OptionalKey(str)}
 _EXAMPLE: Final = 'send JSON such as {"asked": {"seed": 0}}'
+_NUMBERS: Final = {"numbers": [COUNT]}
+_NUMBERS_EXAMPLE: Final = 'send JSON such as {"numbers": [17]}'
 #: A longer value of the configuration, in characters of JSON, is told as a text of the second length.
 _LONGEST_VALUE: Final = 20_000
 _CUT: Final = 200
@@ -70,10 +72,11 @@ class ParityMiddleware:
     async def _request(self, server: StartedServer, scope: Any, receive: Any, send: Any) -> None:
         """Answer what is asked of us, and hand on what the engine can take."""
         try:
-            if path_of(scope) == ROUTE:
+            if (path := path_of(scope)) in (ROUTE, KEPT_ROUTE):
                 if not server.keys.allow(scope):
                     raise RefusedError(401, "Unauthorized")
-                await _send(send, 200, await _tell(server, scope, receive))
+                answer = _tell if path == ROUTE else _tell_kept
+                await _send(send, 200, await answer(server, scope, receive))
                 return
             receive = await check_request(scope, receive, server.keys, server.vocabulary, server.longest)
         except RefusedError as error:
@@ -102,18 +105,32 @@ async def _tell(server: StartedServer, scope: Any, receive: Any) -> dict[str, An
         return await server.tell({})
     if scope["method"] != "POST":
         raise RefusedError(405, f"{scope['method']} is not supported; GET, or POST what is asked for")
-    try:
-        question = json.loads(await read_body(receive, scope, _LARGEST))
-        check_shape(question, _QUESTION, "the body", advice=_EXAMPLE)
-    except (ValueError, RecursionError):
-        raise RefusedError(400, f"the body is not JSON; {_EXAMPLE}") from None
-    except UsageError as error:
-        raise RefusedError(400, str(error)) from None
+    question = await _question(scope, receive, _QUESTION, _EXAMPLE)
     for setting in question["asked"]:
         if setting not in tellable():
             why = "is secret" if is_secret(setting) else "is no engine argument of this server's vLLM"
             raise RefusedError(400, f"{setting[:80]!r} {why}: it is told to nobody")
     return await server.tell(question["asked"], name=question.get("name", "")[:200])
+
+
+async def _tell_kept(server: StartedServer, scope: Any, receive: Any) -> dict[str, Any]:
+    """What truncation kept of requests, by their numbers. Raises RefusedError, GoneError."""
+    if scope["method"] != "POST":
+        raise RefusedError(405, f"{scope['method']} is not supported; POST the numbers")
+    question = await _question(scope, receive, _NUMBERS, _NUMBERS_EXAMPLE)
+    return {"kept": await server.kept(question["numbers"])}
+
+
+async def _question(scope: Any, receive: Any, shape: Shape, example: str) -> Any:
+    """The JSON that was sent, where it has this shape. Raises RefusedError, GoneError."""
+    try:
+        question = json.loads(await read_body(receive, scope, _LARGEST))
+        check_shape(question, shape, "the body", advice=example)
+    except (ValueError, RecursionError):
+        raise RefusedError(400, f"the body is not JSON; {example}") from None
+    except UsageError as error:
+        raise RefusedError(400, str(error)) from None
+    return question
 
 
 def tellable() -> frozenset[str]:
@@ -147,6 +164,7 @@ class StartedServer:
         self.vocabulary = vocabulary_of(config)
         self.longest: int | None = getattr(config.model_config, "max_model_len", None)
         self._client = client
+        self._keeps = forcing == "sampler"
         self._forcing = forcing
         self._head = head
         self._hardware = hardware
@@ -168,6 +186,13 @@ class StartedServer:
         given = getattr(state.args, "api_key", None) or os.environ.get(KEY_VARIABLE) or []
         keys = Keys([given] if isinstance(given, str) else given)
         return cls(client, forcing, head, hardware, {"served": str(names[0]), "model": _model(config.model_config)}, keys)
+
+    async def kept(self, numbers: list[int]) -> dict[str, Any]:
+        """What truncation kept of the requests of these numbers; see `kept_sets.take`."""
+        if not self._keeps or not numbers:
+            return {}
+        taken: dict[str, Any] = await _on_worker(self._client, "logprob_parity_kept", numbers)
+        return taken
 
     async def tell(self, asked: Mapping[str, Any], *, name: str = "", strict: bool = False) -> dict[str, Any]:
         """What the route answers; `refused` says which pin among `asked` the engine did not take, if any, and calls it `name`.
@@ -205,8 +230,8 @@ class StartedServer:
         }
 
 
-async def _on_worker(client: Any, method: str) -> Any:
-    return (await client.collective_rpc(method))[0]
+async def _on_worker(client: Any, method: str, *args: Any) -> Any:
+    return (await (client.collective_rpc(method, args=args) if args else client.collective_rpc(method)))[0]
 
 
 def _model(config: Any) -> dict[str, Any]:

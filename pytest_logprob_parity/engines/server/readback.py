@@ -23,6 +23,8 @@ from .client import Client, DownError
 
 #: Where the middleware answers.
 ROUTE: Final = "/logprob_parity/config"
+#: Where it says what truncation kept of requests.
+KEPT_ROUTE: Final = "/logprob_parity/kept"
 EXTENSION: Final = forced_decode.EXTENSION
 MIDDLEWARE: Final = "pytest_logprob_parity.engines.server.middleware.ParityMiddleware"
 

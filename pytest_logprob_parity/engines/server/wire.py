@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from ...errors import EngineError
 from ...trace import MINUS_INFINITY, Forcing, top_k_columns
 from ..backend import Completion, Request
+from ..vllm.kept_reader import kept_of, wants_kept
 from ..vllm.sampling_parameters import sampling_parameters
 from .answer import shown
 
@@ -25,14 +27,19 @@ _ROUNDING: Final = 1e-3
 #: Bytes that an answer takes at most for one candidate of one token, its text included, and for what stands around them all.
 _CANDIDATE: Final = 512
 _FRAME: Final = 2**20
+#: Bytes that a sampling mask takes at most for one token, on average.
+_MASK: Final = 2**16
 
 
-def post_of(request: Request, forcing: Forcing | None, model: str) -> tuple[str, dict[str, Any]]:
-    """The path and body that ask for one request; `model` is the name that the server knows it by.
+def post_of(
+    request: Request, forcing: Forcing | None, model: str, watched: int | None = None
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    """The path and body that ask for one request; `model` is the name that the server knows it by, `watched` the number under
+    which its worker keeps what truncation leaves.
 
     Raises EngineError for what native trace replay cannot do.
     """
-    parameters = sampling_parameters(request, forcing)
+    parameters = sampling_parameters(request, forcing, watched)
     prompt = [int(token) for token in (*request.prompt_token_ids, *(request.scored_token_ids or ()))]
     if "trace_decode_token_ids" in parameters:
         return GENERATE, {"model": model, "token_ids": prompt, "sampling_params": parameters}
@@ -46,7 +53,8 @@ def largest_answer(request: Request) -> int:
     """A bound on the bytes of the answer to a request: what its tokens and their candidates take, several times over."""
     tokens = len(request.prompt_token_ids) + len(request.scored_token_ids or request.forced_token_ids or ())
     tokens += 0 if request.forced_token_ids or request.scored_token_ids else request.sampling.max_tokens
-    return _FRAME + tokens * (request.sampling.logprobs + 2) * _CANDIDATE
+    mask = _MASK if wants_kept(request) else 0
+    return _FRAME + tokens * ((request.sampling.logprobs + 2) * _CANDIDATE + mask)
 
 
 def completion_of(
@@ -90,7 +98,20 @@ def completion_of(
     if len(ids) > wanted:
         raise EngineError(f"the server answers with {len(ids)} tokens, {wanted:.0f} were asked for")
     _check_usage(request, content, len(ids))
-    return _completion(ids, rows, request.sampling.logprobs, reason)
+    completion = _completion(ids, rows, request.sampling.logprobs, reason)
+    return dataclasses.replace(completion, kept=kept_of(request, len(ids), None, _mask(choice, len(ids), top)))
+
+
+def _mask(choice: Mapping[str, Any], tokens: int, top: int) -> list[list[int]] | None:
+    """The sampling mask of an answer: for each token the ids that truncation kept; None where it has none."""
+    mask = choice.get("sampling_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, list) or len(mask) != tokens:
+        raise _unlike("sampling_mask", mask, f"a list of {tokens} lists of token ids")
+    for place, ids in enumerate(mask):
+        _check_ids(f"sampling_mask[{place}]", ids, top)
+    return mask
 
 
 def choices_of(content: Any, count: int) -> list[Mapping[str, Any]]:

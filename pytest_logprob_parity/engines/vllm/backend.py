@@ -17,9 +17,10 @@ from ...spec import EngineSpec, Sampling
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
 from ..backend import Completion, Request, ResolvedConfig
 from ..readback import check_readback, forcing_of, json_value
-from . import forced_decode, in_flight, lora
+from . import forced_decode, in_flight, kept_sets, lora
 from .completions import completion_of
 from .config import SHOWN, before_its_time, settings_of, vocabulary_of, why_not_forced
+from .kept_reader import numbered, take_kept
 from .lm_head import applied_head, measured_grid, probe_tokens
 from .own_engine import face_of
 from .sampling_parameters import sampling_parameters
@@ -106,10 +107,9 @@ class VllmBackend:
         return self._run(requests, self._lora.request)
 
     def _run(self, requests: Sequence[Request], lora_request: Any) -> list[Completion]:
-        from vllm import SamplingParams
-
+        numbers = numbered(requests, self.config)
         try:
-            params = [SamplingParams(**sampling_parameters(r, self.config.forcing), **_flat()) for r in requests]
+            params = self._parameters(requests, numbers)
             _check_temperatures(requests, params)
             outputs = self._llm.generate(_prompts(requests), params, lora_request=lora_request, use_tqdm=False)
         except Exception as error:
@@ -118,22 +118,50 @@ class VllmBackend:
             engine = self._llm.llm_engine
             while engine.has_unfinished_requests():  # those that it took before the one that it refused
                 engine.step()
+            take_kept(numbers, self._ask_kept)
             raise UsageError(f"vllm {version()} refuses a request: {reason_of(error)}") from error
-        return [completion_of(request, output) for request, output in zip(requests, outputs, strict=True)]
+        return self._completions(requests, numbers, outputs)
+
+    def _parameters(self, requests: Sequence[Request], numbers: Sequence[int | None]) -> list[Any]:
+        """The SamplingParams of requests; what truncation keeps of them the worker keeps under their `numbers`."""
+        from vllm import SamplingParams
+
+        return [
+            SamplingParams(**sampling_parameters(request, self.config.forcing, number), **_flat())
+            for request, number in zip(requests, numbers, strict=True)
+        ]
+
+    def _completions(
+        self, requests: Sequence[Request], numbers: Sequence[int | None], outputs: Sequence[Any]
+    ) -> list[Completion]:  # fmt: skip
+        kept = take_kept(numbers, self._ask_kept)
+        return [
+            completion_of(request, output, kept.get(number))
+            for request, number, output in zip(requests, numbers, outputs, strict=True)
+        ]
+
+    def _ask_kept(self, numbers: list[int]) -> Mapping[str, Any]:
+        """What the worker kept under these numbers; {} where nobody can ask it."""
+        extended = getattr(self._llm.llm_engine.vllm_config.parallel_config, "worker_extension_cls", "")
+        if extended:
+            with contextlib.suppress(AttributeError, NotImplementedError):  # the extension is another class
+                return self._llm.collective_rpc("logprob_parity_kept", args=(numbers,))[0]  # type: ignore[no-any-return]
+        with contextlib.suppress(AttributeError, NotImplementedError, TypeError):  # it lives in another process
+            return self._llm.collective_rpc(kept_sets.take, args=(numbers,))[0]  # type: ignore[no-any-return]
+        return {}
 
     def run_through(self, requests: Sequence[Request], update: WeightUpdate) -> tuple[list[Completion], list[int]]:
         """Answer all requests with a weight update on the way; also how many tokens each had written by then.
 
         Raises EngineError where this engine cannot do that.
         """
-        from vllm import SamplingParams
-
         self._check_steps_alone()
-        params = [SamplingParams(**sampling_parameters(r, self.config.forcing), **_flat()) for r in requests]
+        numbers = numbered(requests, self.config)
+        params = self._parameters(requests, numbers)
         outputs, before = in_flight.run_through(
             self._llm, _prompts(requests), params, update, self._load, self._lora.request
         )  # fmt: skip
-        return [completion_of(request, output) for request, output in zip(requests, outputs, strict=True)], before
+        return self._completions(requests, numbers, outputs), before
 
     def update_weights(self, update: WeightUpdate) -> None:
         """Take new weights while no request runs."""

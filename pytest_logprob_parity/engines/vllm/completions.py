@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from ...trace import empty_top_k, top_k_columns
-from ..backend import Completion, Request
+from ..backend import Completion, KeptSets, Request
+from .kept_reader import kept_of
 
 
-def completion_of(request: Request, output: Any) -> Completion:
-    """What vLLM wrote, or scored, for one request."""
+def completion_of(request: Request, output: Any, kept: KeptSets | None = None) -> Completion:
+    """What vLLM wrote, or scored, for one request; `kept` is what its worker kept of it."""
     written = output.outputs[0]
     if request.scored_token_ids is not None:
         tokens = np.asarray(request.scored_token_ids, np.int32)
@@ -22,8 +23,9 @@ def completion_of(request: Request, output: Any) -> Completion:
         logprobs, reason = written.logprobs, str(written.finish_reason)
     chosen, ranks, top_ids, top_logprobs = _columns(tokens, logprobs, request.sampling.logprobs)
     return Completion(
-        token_ids=tokens, logprobs=chosen, ranks=ranks, top_token_ids=top_ids, top_logprobs=top_logprobs, finish_reason=reason
-    )
+        token_ids=tokens, logprobs=chosen, ranks=ranks, top_token_ids=top_ids, top_logprobs=top_logprobs, finish_reason=reason,
+        kept=kept_of(request, len(tokens), kept, getattr(getattr(written, "sampling_mask", None), "token_ids", None)),
+    )  # fmt: skip
 
 
 def _columns(tokens: Any, logprobs: Any, k: int) -> tuple[Any, Any, Any, Any]:

@@ -8,10 +8,12 @@ from ...errors import EngineError
 from ...trace import Forcing
 from ..backend import Request
 from .forced_decode import FORCED
+from .kept_sets import WATCHED
 
 
-def sampling_parameters(request: Request, forcing: Forcing | None) -> dict[str, Any]:
-    """The SamplingParams of a request as keywords; `forcing` is how the engine forces tokens.
+def sampling_parameters(request: Request, forcing: Forcing | None, watched: int | None = None) -> dict[str, Any]:
+    """The SamplingParams of a request as keywords; `forcing` is how the engine forces tokens, `watched` the number under which
+    the worker keeps what truncation leaves, None where it keeps nothing.
 
     Raises EngineError for what native trace replay cannot do.
     """
@@ -29,6 +31,9 @@ def sampling_parameters(request: Request, forcing: Forcing | None) -> dict[str, 
         parameters["top_k"] = -1  # no top-k, as all versions write it
     parameters |= {"seed": request.seed, "detokenize": bool(sampling.stop)}
     stop_token_ids = list(sampling.stop_token_ids)
+    extra: dict[str, Any] = {} if watched is None else {WATCHED: watched}
+    if extra:
+        parameters["extra_args"] = extra
     if request.forced_token_ids is None:
         return parameters | {"stop": list(sampling.stop), "stop_token_ids": stop_token_ids}
     forced = [int(token) for token in request.forced_token_ids]
@@ -45,4 +50,4 @@ def sampling_parameters(request: Request, forcing: Forcing | None) -> dict[str, 
         if sampling.min_tokens:
             raise EngineError("vLLM's trace replay drops the stop ids of min_tokens: it cannot replay min_tokens > 0")
         return parameters | {"trace_decode_token_ids": forced}
-    return parameters | {"extra_args": {FORCED: forced}}
+    return parameters | {"extra_args": {**extra, FORCED: forced}}
