@@ -5,6 +5,7 @@ wheel: entrypoints/http_server.py (routes, errors), managers/io_struct.py (Gener
 (meta_info, lengths), managers/scheduler.py and managers/scheduler_components/logprob_result_processor.py (which logprobs).
 """
 
+import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -117,6 +118,10 @@ class SglangStandIn:
 
             def log_message(self, *_):
                 pass
+
+            def handle(self):
+                with contextlib.suppress(ConnectionError):  # a client that gave up
+                    super().handle()
 
         return Handler
 
