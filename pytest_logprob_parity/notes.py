@@ -14,7 +14,7 @@ NoteKey: TypeAlias = Literal[
     "declared_gap", "gap_not_there", "recorded_limits", "unknown_dtype", "as_in_its_run",
     # of the engine, the weights and the trainer
     "another_adapter", "unverified_pins", "sent_again", "reference_evaluation", "cache_not_told", "head_precision",
-    "copied", "checksums", "entropy", "drawn_otherwise",
+    "copied", "checksums", "entropy", "drawn_otherwise", "expert_routing",
     # of a recording
     "floor", "floor_seconds", "reference", "cannot_tell_raw", "chance", "noise_hides",
 ]  # fmt: skip

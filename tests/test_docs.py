@@ -249,7 +249,8 @@ def test_every_column_and_key_of_the_file_is_in_the_reference(reference):
         "kept tokens": "M",
     }
     for name, (dtype, axis, needed) in COLUMNS.items():
-        shape = axes[axis] + (", K" if name.startswith("top_") else "")
+        shape = axes[axis] + (", K" if name.startswith("top_") else {"routed_experts": ", L, E"}.get(name, ""))
+        shape += ", L" if name.startswith("router_") else ""
         assert table[f"`{name}`"][:2] == [dtype, shape], name
         assert ("optional" in table[f"`{name}`"][2]) is not needed, name
     assert table["`floor_logprobs`"][:2] == ["float32", "R, N"]

@@ -91,6 +91,7 @@ def _known(trace: Trace) -> dict[str, float]:
         "reasons to end": float(np.mean(trace.finish_reasons != 0)),
         "ranks": float(np.mean(trace.ranks[trace.mask] > 0)) if trace.mask.any() else 0.0,
         "top-k": float(np.mean(trace.top_token_ids[:, 0] >= 0)) if trace.top_k else 0.0,
+        "experts": 0.0 if trace.routed_experts is None else 1.0,
         "logprobs without truncation": 0.0 if untruncated is None else float(np.mean(~np.isnan(untruncated[trace.mask]))),
     }
 

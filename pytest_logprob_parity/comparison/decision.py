@@ -94,7 +94,7 @@ def decide(found: Found) -> tuple[Verdict, Headline]:
 
 def _failure(found: Found) -> Headline | None:
     """Why it fails; None where it does not."""
-    reasons = (_other_meaning, _not_close, _generates_otherwise, _not_bit_identical, _beyond_noise)
+    reasons = (_other_meaning, _not_close, _other_experts, _generates_otherwise, _not_bit_identical, _beyond_noise)
     return next((headline for reason in reasons if (headline := reason(found))), None)
 
 
@@ -124,6 +124,12 @@ def _not_close(found: Found) -> Headline | None:
         return Headline("not_close", f"Logprobs are not close: {failed_line(worst, measured.names)}")
     scaled = [f for f in found.findings if _scaled(f)]
     return Headline("another_scale", f"Logprobs are not close: {scaled[0].evidence}") if scaled else None
+
+
+def _other_experts(found: Found) -> Headline | None:
+    """One side uses another number of experts, or experts that its own routers do not choose."""
+    proven = [f for f in found.findings if f.cause == "expert_routing" and "proof" in f.values]
+    return Headline("other_experts", f"Logprobs are of other experts: {proven[0].evidence}") if proven else None
 
 
 def _generates_otherwise(found: Found) -> Headline | None:

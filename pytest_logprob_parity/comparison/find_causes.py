@@ -13,6 +13,7 @@ from ..trace import Trace
 from . import metrics as m
 from .contradictions import Record, examine
 from .decision import proves
+from .expert_routing import routing_finding, routing_note
 from .findings import Finding
 from .measurement import Measurement
 from .signatures.lm_head import lm_head_finding
@@ -44,10 +45,12 @@ def find_causes(measured: Measurement) -> Causes:
         measured = measured.without_differences()
     elif not record.explains:
         findings = _by_arithmetic(measured)
+        findings += _by_experts(measured, findings)
         notes += _unsure(measured)
     notes += _left_unexplained(measured, findings)
     findings += record.beside(findings)
     notes += record.notes
+    notes += routing_note(measured.expected, measured.actual, measured.routing, measured.names)
     if measured.numbers["n_nan"] and not record.accounts_for(int(measured.numbers["n_nan"])):
         findings.insert(0, _nan_finding(measured))
     return Causes(measured=measured, findings=tuple(findings), notes=tuple(notes), record=record)
@@ -91,6 +94,14 @@ def _by_arithmetic(measured: Measurement) -> list[Finding]:
     if unnamed and (head := lm_head_finding(positions_of(expected, actual, rows, names=names))):
         findings.append(head)
     return findings
+
+
+def _by_experts(measured: Measurement, findings: list[Finding]) -> list[Finding]:
+    """`expert_routing` where it explains a failure that nothing else does."""
+    if not (measured.failed or measured.unsure) or any(finding.cause for finding in findings):
+        return []
+    found = routing_finding(measured.expected, measured.actual, measured.routing, measured.names)
+    return [found] if found is not None and (measured.failed or "proof" in found.values) else []
 
 
 def _far_off(measured: Measurement) -> list[int]:

@@ -8,7 +8,7 @@ HeadlineKey: TypeAlias = Literal[
     # passes
     "bit_identical", "within_tolerance",
     # fails: the columns, the sizes, the bits
-    "contradiction", "other_meanings", "wrong_label", "nan", "not_close", "another_scale",
+    "contradiction", "other_meanings", "wrong_label", "nan", "not_close", "other_experts", "another_scale",
     "bits_not_reproduced", "tokens_missing", "not_bit_identical", "other_tokens", "beyond_noise",
     # fails: free generation
     "generates_other_tokens", "stops_elsewhere", "not_the_likeliest", "sampler_changed", "diverges_too_often",

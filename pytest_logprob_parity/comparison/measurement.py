@@ -15,6 +15,7 @@ from . import metrics as m
 from .alignment import Alignment, align
 from .effect_gates import effect_gates
 from .evidence import Evidence
+from .expert_routing import RoutingAgreement, routing_agreement
 from .gate import Gate
 from .intervals import detectable_share, distinct_sequences, prompt_numbers, share_bound
 from .nucleus_flips import SupportFlips, support_flips
@@ -33,7 +34,8 @@ class Measurement:
     """Two traces over their n aligned tokens, `rows` of each.
 
     `differences` are those of the tokens that have a finite logprob on both sides, `numbers` the metrics by name, `gates` what
-    decides, `shown` what they say of other prompts; `sides` is what the two sides are called.
+    decides, `shown` what they say of other prompts; `sides` is what the two sides are called, `routing` how far they use the
+    same experts, where both tell.
     """
 
     expected: Trace
@@ -46,6 +48,7 @@ class Measurement:
     gates: tuple[Gate, ...]
     shown: Shown | None
     sides: tuple[str, str]
+    routing: RoutingAgreement | None = None
 
     @property
     def names(self) -> Names:
@@ -104,7 +107,9 @@ def measure(expected: Trace, actual: Trace, limits: Tolerance, evidence: Evidenc
     finite = np.isfinite(e) & np.isfinite(a)
     flipped = (np.isneginf(e) != np.isneginf(a)) & ~(np.isnan(e) | np.isnan(a))
     differences = _differences(expected, e, a, finite, rows, evidence.reference)
+    routing = routing_agreement(expected, actual, rows)
     numbers = _numbers(expected, actual, rows, e, a, differences.d, flipped)
+    numbers |= {} if routing is None else routing.numbers
     flips = support_flips(expected, actual, rows, flipped, limits, evidence.reference)
     setting = setting_of(expected, evidence.routed, actual.dtype)
     gates = gates_of(differences, int(numbers["n_nan"]), flips, limits, setting, expected.num_sequences)
@@ -119,6 +124,7 @@ def measure(expected: Trace, actual: Trace, limits: Tolerance, evidence: Evidenc
         gates=gates,
         shown=_what_it_shows(differences, gates),
         sides=evidence.sides,
+        routing=routing,
     )
 
 

@@ -26,7 +26,7 @@ class Request:
     `sampling` is read for one sequence (`n` and its own `seed` play no part); `seed` is None where no random numbers
     are drawn for it. With `forced_token_ids` the engine decodes, and each step takes the token that stands there. With
     `scored_token_ids` it says the logprobs of those tokens in one prefill instead. With `tells_kept` it also says what
-    truncation kept, if it can.
+    truncation kept and which experts were used, if it can.
     """
 
     prompt_token_ids: Sequence[int]
@@ -59,10 +59,24 @@ class KeptSets:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """Which experts a request's L tokens were routed to, in the forward pass that predicts each.
+
+    `experts` [L, layers, k]; `margins` [L, layers]: by how much the router's logit of the least chosen expert exceeds that of
+    the best other one; `inputs` [L, layers]: a number of what the router was given. None where the engine does not tell.
+    """
+
+    experts: npt.NDArray[np.int16]
+    margins: npt.NDArray[np.float16] | None = None
+    inputs: npt.NDArray[np.float16] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What an engine wrote for one request, L tokens: `token_ids`, `logprobs` and `ranks` [L], the top-k [L, K].
 
-    `kept` is there where the request asks for it (`tells_kept`), its sampling truncates, and the engine tells.
+    `kept` and `routing` are there where the request asks for it (`tells_kept`) and the engine tells: `kept` where its sampling
+    truncates, `routing` where the model is a mixture of experts.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -72,6 +86,7 @@ class Completion:
     top_logprobs: npt.NDArray[np.float32]
     finish_reason: str
     kept: KeptSets | None = None
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,7 +72,7 @@ def generate(
         mask=mask,
         top_token_ids=rows.top_token_ids,
         top_logprobs=rows.top_logprobs,
-        **rows.kept_columns(),
+        **rows.optional_columns(),
         finish_reasons=[finish_code(reason) for reason in finish],
         group=groups,
         seeds=seeds,

@@ -212,7 +212,7 @@ def _same_tokens(backend: Backend, trace: Trace, rows: Rows, mask: Any, *, path:
         top_token_ids=rows.top_token_ids,
         top_logprobs=rows.top_logprobs,
         mask=np.asarray(mask, bool),
-        **rows.kept_columns(),
+        **rows.optional_columns(),
         weight_versions=None,
         trainer_logprobs=None,
         trainer_entropies=None,

@@ -17,6 +17,7 @@ from .columns import (
     top_k_columns,
 )
 from .labels import FORCINGS, Forcing, LogprobsMode, ReplayPath, TracePath
+from .routing import completion_rows
 from .segments import Segment
 from .trace import Trace
 
@@ -37,6 +38,7 @@ __all__ = [
     "Segment",
     "Trace",
     "TracePath",
+    "completion_rows",
     "empty_top_k",
     "finish_code",
     "offsets_of",

@@ -22,6 +22,7 @@ from .columns import (
     top_k_columns,
 )
 from .kept import kept_of_sequence
+from .routing import EXPERTS, completion_rows
 
 _REQUIRED_KEYS: Final = ("prompt_token_ids", "token_ids", "logprobs")
 #: Keys of a sequence with one entry for each token, beside `token_ids`.
@@ -57,6 +58,7 @@ def columns_of_sequences(sequences: Sequence[Mapping[str, Any]]) -> dict[str, An
     for name in (*OPTIONAL, "kept_token_ids"):
         if 0 < sum(name in completion.columns for completion in completions) < len(completions):
             raise _misfit(f"some sequences have {name} and some have not")
+    _check_one_shape(completions)
     columns = ("token_ids", "logprobs", "ranks", "mask", *OPTIONAL, *_KEPT)
     names = [name for name in columns if name in completions[0].columns]
     top_ids, top_logprobs = top_k_columns([row for completion in completions for row in completion.top])
@@ -67,6 +69,17 @@ def columns_of_sequences(sequences: Sequence[Mapping[str, Any]]) -> dict[str, An
         "top_logprobs": top_logprobs,
         **_per_sequence(completions),
     }
+
+
+def _check_one_shape(completions: Sequence[_Completion]) -> None:
+    """Raise UsageError for sequences whose routings have other layers, or other numbers of experts."""
+    shapes = [completion.columns[EXPERTS].shape[1:] for completion in completions if EXPERTS in completion.columns]
+    for index, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            this, first = (", ".join(map(str, ("tokens", *sizes))) for sizes in (shape, shapes[0]))
+            raise _misfit(
+                f"sequence {index}: routed_experts is [{this}], that of sequence 0 [{first}]: one model has one shape"
+            )
 
 
 def _per_sequence(completions: Sequence[_Completion]) -> dict[str, Any]:
@@ -113,11 +126,27 @@ def _read(where: str, sequence: Mapping[str, Any]) -> _Completion:
     except UsageError as error:
         raise _misfit(f"{where}: {error}") from None
     columns |= {name: np.asarray(sequence[name]) for name in OPTIONAL if sequence.get(name) is not None}
+    if EXPERTS in columns:
+        columns[EXPERTS] = _experts(where, columns[EXPERTS], len(prompt), columns["mask"])
     try:
         top: list[list[tuple[int, float]]] = [[]] * length if tops is None else [_top(position) for position in tops]
     except (TypeError, ValueError, AttributeError):
         raise _misfit(f"{where}: top_logprobs has one {{token id: logprob}} for each token, or None") from None
     return _Completion(sequence=sequence, prompt=prompt, columns=columns, top=top)
+
+
+def _experts(where: str, rows: npt.NDArray[Any], prompt: int, mask: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    """The routing of a sequence's tokens, -1 where the environment wrote them; see `completion_rows`."""
+    length = len(mask)
+    try:
+        if mask.all() or rows.ndim != 3 or len(rows) not in (length, prompt + length - 1):
+            return completion_rows(rows, prompt, length)
+        written = completion_rows(rows[len(rows) - length :][mask], 0, int(mask.sum()))
+    except UsageError as error:
+        raise _misfit(f"{where}: {error}") from None
+    experts = np.full((length, *written.shape[1:]), -1, np.int16)
+    experts[mask] = written
+    return experts
 
 
 def _check_keys(where: str, sequence: Any) -> None:
@@ -136,7 +165,7 @@ def _check_keys(where: str, sequence: Any) -> None:
     length = len(sequence["token_ids"])
     for name in (*_TOKEN_KEYS, "kept_token_ids" if sequence.get("kept_counts") is None else "kept_counts"):
         column = sequence.get(name)
-        if column is not None and len(column) != length:
+        if column is not None and name != EXPERTS and len(column) != length:
             raise _misfit(f"{where} has {length} token_ids but {len(column)} {name}")
 
 

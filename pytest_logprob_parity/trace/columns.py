@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
+from .routing import check_routing
 
 IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
@@ -47,12 +48,18 @@ COLUMNS: Final[Mapping[str, Column]] = {
     "untruncated_logprobs": Column("float32", "tokens", False),
     "kept_counts": Column("int32", "tokens", False),
     "kept_token_ids": Column("int32", "kept tokens", False),
+    "routed_experts": Column("int16", "tokens", False),
+    "router_margins": Column("float16", "tokens", False),
+    "router_inputs": Column("float16", "tokens", False),
     "weight_versions": Column("int32", "tokens", False),
     "trainer_logprobs": Column("float32", "tokens", False),
     "trainer_entropies": Column("float32", "tokens", False),
 }
 #: Columns that not every trace has, with one entry for each token; kept sets have two columns that go together.
-OPTIONAL: Final = ("untruncated_logprobs", "weight_versions", "trainer_logprobs", "trainer_entropies")
+OPTIONAL: Final = (
+    "untruncated_logprobs", "routed_experts", "router_margins", "router_inputs", "weight_versions", "trainer_logprobs",
+    "trainer_entropies",
+)  # fmt: skip
 
 #: Why a sequence ended, as coded in the column `finish_reasons`.
 FinishReason: TypeAlias = Literal["unknown", "stop", "length", "abort"]
@@ -62,6 +69,9 @@ FINISH_REASONS: Final[tuple[FinishReason, ...]] = get_args(FinishReason)
 MINUS_INFINITY: Final = -9999.0
 #: Columns of logprobs, in which the number above is read as -inf.
 _LOGPROBS: Final = ("logprobs", "top_logprobs", "untruncated_logprobs", "trainer_logprobs")
+
+#: How many axes a column has, where it has more than one.
+_AXES: Final = {"top_token_ids": 2, "top_logprobs": 2, "routed_experts": 3, "router_margins": 2, "router_inputs": 2}
 
 #: Columns of token ids, and the smallest id that is allowed there: -1 is a place of the top-k that is not used.
 _LEAST_IDS: Final = {"prompt_token_ids": 0, "token_ids": 0, "top_token_ids": -1, "kept_token_ids": 0}
@@ -100,6 +110,7 @@ def checked_columns(columns: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
     }
     if checked["top_token_ids"].shape != checked["top_logprobs"].shape:
         raise UsageError("Trace columns top_token_ids and top_logprobs must have one shape, [tokens, k]")
+    check_routing(checked)
     for name, last in (("prompt_offsets", prompt_tokens), ("sequence_offsets", tokens)):
         offsets = checked[name]
         if not len(offsets) or offsets[0] != 0 or offsets[-1] != last or np.any(np.diff(offsets) < 0):
@@ -114,7 +125,7 @@ def checked_columns(columns: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
 def _checked(name: str, column: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
     """One column, with -9999.0 in logprobs replaced by -inf. Raises UsageError for another shape, dtype or for wrong ids."""
     dtype, axis, _ = COLUMNS[name]
-    if column.ndim != (2 if name.startswith("top_") else 1):
+    if column.ndim != _AXES.get(name, 1):
         raise UsageError(f"Trace column {name} has the shape {column.shape}")
     if len(column) != length:
         raise UsageError(f"Trace column {name} has {len(column)} rows, {axis} are {length}")

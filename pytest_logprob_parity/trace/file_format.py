@@ -24,7 +24,7 @@ SCHEMA: Final = 2
 _KEY: Final = "logprob_parity"
 _NO_DIGEST: Final = "0" * 64
 #: The dtypes of columns: safetensors' name -> numpy's.
-_DTYPES: Final = {"BOOL": "?", "U8": "u1", "I32": "<i4", "I64": "<i8", "F32": "<f4"}
+_DTYPES: Final = {"BOOL": "?", "U8": "u1", "I16": "<i2", "F16": "<f2", "I32": "<i4", "I64": "<i8", "F32": "<f4"}
 _METADATA: Final = "__metadata__"
 #: Bytes of a header, at most. The largest headers hold the texts of a vocabulary: a few MB.
 _MOST_HEADER: Final = 32 * 2**20

@@ -28,6 +28,7 @@ from .labels import (
     unpack_texts,
     with_forcing,
 )
+from .routing import Experts, Halves
 from .segments import Segment, segments_of
 
 
@@ -49,6 +50,9 @@ class Trace:
     - `group`, `sample`, `episode`, `turn`, `seeds` [S]
     - `untruncated_logprobs` [N]: processed by temperature and penalties alone, where `logprobs` are truncated
     - `kept_counts` [N]: how many tokens truncation left at each token; `kept_token_ids` [sum of counts]: which, token by token
+    - `routed_experts` [N, layers, k]: the experts that each token was routed to in the forward pass that predicts it (-1: not
+      known), where the model is a mixture of experts; `router_margins` [N, layers]: by how much the router's logit of the least
+      chosen expert exceeds that of the best other one; `router_inputs` [N, layers]: a number of what the router was given
     - `weight_versions` [N]: which weights wrote the token; `newest_version` is the version of the newest weights, also where
       they wrote no token
     - `trainer_logprobs` [N]: what the trainer computed for the same tokens, where rollouts come from a batch that has both;
@@ -78,6 +82,9 @@ class Trace:
     untruncated_logprobs: FloatArray | None = None
     kept_counts: IntArray | None = None
     kept_token_ids: IntArray | None = None
+    routed_experts: Experts | None = None
+    router_margins: Halves | None = None
+    router_inputs: Halves | None = None
     weight_versions: IntArray | None = None
     trainer_logprobs: FloatArray | None = None
     trainer_entropies: FloatArray | None = None

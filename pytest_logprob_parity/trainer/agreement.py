@@ -23,6 +23,7 @@ from ..suggest import nearest
 from ..trace import Trace
 from .column_causes import causes_in_two_columns, causes_of_a_wrong_trainer
 from .entropy import entropy_note, entropy_numbers
+from .expert_routing import TrainersRouting, trainers_routing, with_watched_routers
 from .limits import trainer_tolerance
 from .scorer import Scorer
 from .scorer_causes import causes, not_a_number
@@ -58,9 +59,7 @@ def agreement(
             "these rollouts have no logprobs of a trainer (trainer_logprobs): read a batch that has the trainer's own, or give "
             "a scorer"
         )
-    reference = (
-        None if scorer is None else _Reference(scorer, score(trace, scorer, batch_size=batch_size, entropies=True), batch_size)
-    )
+    reference = None if scorer is None else _Reference.of(trace, scorer, batch_size)
     inputs = _Inputs(rollouts=rollouts, trace=trace, reference=reference, tolerance=tolerance, objective=objective)
     answer = _by_scorer(inputs) if column is None else _by_column(inputs, column)
     comparison = _with_what_was_seen(answer, inputs, column, left_out)
@@ -69,11 +68,19 @@ def agreement(
 
 
 class _Reference(NamedTuple):
-    """A scorer, and its logprobs in batches of `batch_size`."""
+    """A scorer, its logprobs in batches of `batch_size`, and how its model routes tokens to experts."""
 
     scorer: Scorer
     scored: Trace
     batch_size: int
+    routing: TrainersRouting | None
+
+    @classmethod
+    def of(cls, trace: Trace, scorer: Scorer, batch_size: int) -> _Reference:
+        watching = with_watched_routers(trace, scorer)
+        scored = score(trace, watching, batch_size=batch_size, entropies=True)
+        expected = _in_the_trainers_distribution(trace, scored)
+        return cls(scorer, scored, batch_size, trainers_routing(trace, expected, scored, watching, batch_size))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +103,11 @@ class _Inputs:
     def causes(self, comparison: Comparison) -> tuple[list[Finding], list[Note]]:
         """Why the scorer's logprobs differ from the rollouts', and notes."""
         assert self.reference is not None
-        scorer, scored, batch_size = self.reference
+        scorer, scored, batch_size, routing = self.reference
+        if routing is not None and comparison.verdict == "fail" and not any(f.cause for f in comparison.findings):
+            found = routing.finding()
+            if found is not None:
+                return [found], []
         limits = self.limits(scored)
         return causes(comparison, self.rollouts, scored=scored, scorer=scorer, batch_size=batch_size, limits=limits)
 
@@ -128,7 +139,7 @@ def _by_column(inputs: _Inputs, column: Trace) -> _Answer:
     alone = list(comparison.findings) if agree else causes_in_two_columns(comparison, inputs.trace, column, noise)
     if inputs.reference is None:
         return _Answer(comparison, alone, [])
-    scorer, scored, _ = inputs.reference
+    scorer, scored, *_ = inputs.reference
     evaluation = ReferenceEvaluation.by(scorer, rollouts=comparison.expected, column=column, scored=scored)
     note = Note("reference_evaluation", evaluation.text(agree=agree))
     by_scorer = inputs.judge(scored) if agree or evaluation.wrong == "rollouts" else comparison
@@ -159,7 +170,10 @@ def _with_what_was_seen(answer: _Answer, inputs: _Inputs, column: Trace | None, 
         notes.append(Note("without_truncation", text))
     if unknown := _unknown_dtypes(trace, comparison.actual):
         notes.append(Note("unknown_dtype", unknown))
-    metrics = {**comparison.metrics, **entropies}
+    routing = None if inputs.reference is None else inputs.reference.routing
+    if routing is not None:
+        notes.append(routing.note())
+    metrics = {**comparison.metrics, **entropies, **({} if routing is None else routing.numbers)}
     return dataclasses.replace(comparison, findings=tuple(answer.findings), notes=tuple(notes), metrics=metrics)
 
 

@@ -70,7 +70,8 @@ def check_weight_update(
     expected = trace.with_(
         logprobs=reference.logprobs(asked), top_token_ids=trace.top_token_ids[:, :0], top_logprobs=trace.top_logprobs[:, :0],
         engine="transformers", engine_version="", dtype="float32", logprobs_mode="processed_logprobs",
-        untruncated_logprobs=None, kept_counts=None, kept_token_ids=None,
+        untruncated_logprobs=None, kept_counts=None, kept_token_ids=None, routed_experts=None, router_margins=None,
+        router_inputs=None,
     )  # fmt: skip
     limits = make_tolerance(trainer_tolerance("float32", trace.dtype), tolerance)
     comparison = judge(expected, trace, limits, "rl", Evidence(sides=("reference", "engine")))

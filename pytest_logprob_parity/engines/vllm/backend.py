@@ -15,14 +15,15 @@ from ...errors import EngineError, ParityError, UsageError
 from ...reasons import mixed_builds, reason_of
 from ...spec import EngineSpec, Sampling
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
-from ..backend import Completion, Request, ResolvedConfig
+from ..backend import Completion, KeptSets, Request, ResolvedConfig, Routing
 from ..readback import check_readback, forcing_of, json_value
-from . import forced_decode, in_flight, kept_sets, lora
+from . import forced_decode, in_flight, kept_sets, lora, routing
 from .completions import completion_of
 from .config import SHOWN, before_its_time, settings_of, vocabulary_of, why_not_forced
 from .kept_reader import numbered, take_kept
 from .lm_head import applied_head, measured_grid, probe_tokens
 from .own_engine import face_of
+from .routing_reader import is_watched, routing_numbers, take_routings
 from .sampling_parameters import sampling_parameters
 from .start import IN_PROCESS, build, check_settings, environment, set_defaults, shut_down, version
 
@@ -34,6 +35,7 @@ class VllmBackend:
         self._llm = llm
         self._owned = owned
         self._lora = lora.Lora(llm)
+        self._routed = is_watched(llm.llm_engine.vllm_config)
         values = settings_of(llm.llm_engine, llm.llm_engine.vllm_config, asked, _applied_head(llm))
         name = f"vllm {version()}"
         unverified = check_readback(asked, values, name)
@@ -107,7 +109,7 @@ class VllmBackend:
         return self._run(requests, self._lora.request)
 
     def _run(self, requests: Sequence[Request], lora_request: Any) -> list[Completion]:
-        numbers = numbered(requests, self.config)
+        numbers = self._numbers(requests)
         try:
             params = self._parameters(requests, numbers)
             _check_temperatures(requests, params)
@@ -118,36 +120,49 @@ class VllmBackend:
             engine = self._llm.llm_engine
             while engine.has_unfinished_requests():  # those that it took before the one that it refused
                 engine.step()
-            take_kept(numbers, self._ask_kept)
+            self._take(numbers)
             raise UsageError(f"vllm {version()} refuses a request: {reason_of(error)}") from error
         return self._completions(requests, numbers, outputs)
 
-    def _parameters(self, requests: Sequence[Request], numbers: Sequence[int | None]) -> list[Any]:
-        """The SamplingParams of requests; what truncation keeps of them the worker keeps under their `numbers`."""
+    def _numbers(self, requests: Sequence[Request]) -> list[tuple[int | None, int | None]]:
+        """The numbers under which the worker keeps the kept tokens of each request, and its experts."""
+        routed = routing_numbers(requests, self.config, watched=self._routed)
+        return list(zip(numbered(requests, self.config), routed, strict=True))
+
+    def _parameters(self, requests: Sequence[Request], numbers: Sequence[tuple[int | None, int | None]]) -> list[Any]:
+        """The SamplingParams of requests; what is seen of them beside the logprobs the worker keeps under their `numbers`."""
         from vllm import SamplingParams
 
         return [
-            SamplingParams(**sampling_parameters(request, self.config.forcing, number), **_flat())
-            for request, number in zip(requests, numbers, strict=True)
+            SamplingParams(**sampling_parameters(request, self.config.forcing, *of_request), **_flat())
+            for request, of_request in zip(requests, numbers, strict=True)
         ]
 
     def _completions(
-        self, requests: Sequence[Request], numbers: Sequence[int | None], outputs: Sequence[Any]
-    ) -> list[Completion]:  # fmt: skip
-        kept = take_kept(numbers, self._ask_kept)
+        self, requests: Sequence[Request], numbers: Sequence[tuple[int | None, int | None]], outputs: Sequence[Any]
+    ) -> list[Completion]:
+        kept, routings = self._take(numbers)
         return [
-            completion_of(request, output, kept.get(number))
-            for request, number, output in zip(requests, numbers, outputs, strict=True)
+            completion_of(request, output, kept.get(number), routings.get(routed))
+            for request, (number, routed), output in zip(requests, numbers, outputs, strict=True)
         ]
 
-    def _ask_kept(self, numbers: list[int]) -> Mapping[str, Any]:
+    def _take(self, numbers: Sequence[tuple[int | None, int | None]]) -> tuple[dict[Any, KeptSets], dict[Any, Routing]]:
+        """What the worker kept under these numbers."""
+        kept, routed = ([pair[place] for pair in numbers] for place in (0, 1))
+        return (
+            take_kept(kept, lambda asked: self._ask("logprob_parity_kept", kept_sets.take, asked)),
+            take_routings(routed, lambda asked: self._ask("logprob_parity_routing", routing.take_routing, asked)),
+        )
+
+    def _ask(self, name: str, function: Callable[..., Any], numbers: list[int]) -> Mapping[str, Any]:
         """What the worker kept under these numbers; {} where nobody can ask it."""
         extended = getattr(self._llm.llm_engine.vllm_config.parallel_config, "worker_extension_cls", "")
         if extended:
             with contextlib.suppress(AttributeError, NotImplementedError):  # the extension is another class
-                return self._llm.collective_rpc("logprob_parity_kept", args=(numbers,))[0]  # type: ignore[no-any-return]
+                return self._llm.collective_rpc(name, args=(numbers,))[0]  # type: ignore[no-any-return]
         with contextlib.suppress(AttributeError, NotImplementedError, TypeError):  # it lives in another process
-            return self._llm.collective_rpc(kept_sets.take, args=(numbers,))[0]  # type: ignore[no-any-return]
+            return self._llm.collective_rpc(function, args=(numbers,))[0]  # type: ignore[no-any-return]
         return {}
 
     def run_through(self, requests: Sequence[Request], update: WeightUpdate) -> tuple[list[Completion], list[int]]:
@@ -156,7 +171,7 @@ class VllmBackend:
         Raises EngineError where this engine cannot do that.
         """
         self._check_steps_alone()
-        numbers = numbered(requests, self.config)
+        numbers = self._numbers(requests)
         params = self._parameters(requests, numbers)
         outputs, before = in_flight.run_through(
             self._llm, _prompts(requests), params, update, self._load, self._lora.request

@@ -7,12 +7,18 @@ from typing import Any
 import numpy as np
 
 from ...trace import empty_top_k, top_k_columns
-from ..backend import Completion, KeptSets, Request
+from ..backend import Completion, KeptSets, Request, Routing
 from .kept_reader import kept_of
+from .routing_reader import routing_of
 
 
-def completion_of(request: Request, output: Any, kept: KeptSets | None = None) -> Completion:
-    """What vLLM wrote, or scored, for one request; `kept` is what its worker kept of it."""
+def completion_of(
+    request: Request, output: Any, kept: KeptSets | None = None, routing: Routing | None = None
+) -> Completion:  # fmt: skip
+    """What vLLM wrote, or scored, for one request; `kept` and `routing` are what its worker kept of it.
+
+    Raises EngineError for a routing of the engine's own that is not of these tokens.
+    """
     written = output.outputs[0]
     if request.scored_token_ids is not None:
         tokens = np.asarray(request.scored_token_ids, np.int32)
@@ -25,6 +31,7 @@ def completion_of(request: Request, output: Any, kept: KeptSets | None = None) -
     return Completion(
         token_ids=tokens, logprobs=chosen, ranks=ranks, top_token_ids=top_ids, top_logprobs=top_logprobs, finish_reason=reason,
         kept=kept_of(request, len(tokens), kept, getattr(getattr(written, "sampling_mask", None), "token_ids", None)),
+        routing=routing_of(request, len(tokens), routing, getattr(written, "routed_experts", None)),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from ...machine import hardware
 from .eager_ranks import count_ranks_eagerly
 from .kept_sets import Packed, Watch, take
 from .lm_head import applied_head
+from .routing import PackedRouting, keep_routing, take_routing, watch_routers
 
 #: Key in `SamplingParams.extra_args`: the token ids to decode, in order.
 FORCED: Final = "logprob_parity_forced"
@@ -50,11 +51,13 @@ def install(worker: Any) -> str:
     assert sampler is not None
     if getattr(runner, "speculative_config", None) is not None:
         return "speculative decoding draws its tokens past the sampler"
+    watch_routers(runner)
     if not hasattr(sampler, _MARK):
         original = sampler.sample
         setattr(sampler, _MARK, original)
 
         def sample(logits: Any, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+            keep_routing(runner)
             watch = Watch.of_step(runner, sampler, logits, sampling_metadata)
             result = original(logits, sampling_metadata, *args, **kwargs)
             sampled = result[0] if isinstance(result, tuple) else result  # up to 0.10 the tokens alone
@@ -110,6 +113,10 @@ class WorkerExtension:
     def logprob_parity_kept(self, numbers: Sequence[int]) -> dict[str, Packed]:
         """What truncation kept of the requests of these numbers; see `kept_sets.take`."""
         return take(self, numbers)
+
+    def logprob_parity_routing(self, numbers: Sequence[int]) -> dict[str, PackedRouting]:
+        """The experts of the requests of these numbers; see `take_routing`."""
+        return take_routing(self, numbers)
 
     def logprob_parity_hardware(self) -> dict[str, Any]:
         """What this worker computes on; see `fingerprint.hardware`."""

@@ -121,7 +121,7 @@ class Watch:
     @classmethod
     def of_step(cls, runner: Any, sampler: Any, logits: Any, metadata: Any) -> Watch | None:
         """Look at the logits [B, V] of a step before the sampler changes them; None where no request of it is watched."""
-        if metadata.temperature is None:  # all of them are greedy
+        if getattr(metadata, "temperature", None) is None:  # all of them are greedy
             return None
         rows: list[int] = []
         keys: list[tuple[int, int]] = []

@@ -9,11 +9,14 @@ from ...trace import Forcing
 from ..backend import Request
 from .forced_decode import FORCED
 from .kept_sets import WATCHED
+from .routing import ROUTED
 
 
-def sampling_parameters(request: Request, forcing: Forcing | None, watched: int | None = None) -> dict[str, Any]:
+def sampling_parameters(
+    request: Request, forcing: Forcing | None, watched: int | None = None, routed: int | None = None
+) -> dict[str, Any]:
     """The SamplingParams of a request as keywords; `forcing` is how the engine forces tokens, `watched` the number under which
-    the worker keeps what truncation leaves, None where it keeps nothing.
+    the worker keeps what truncation leaves, `routed` that of its routing, None where it keeps nothing.
 
     Raises EngineError for what native trace replay cannot do.
     """
@@ -31,7 +34,7 @@ def sampling_parameters(request: Request, forcing: Forcing | None, watched: int 
         parameters["top_k"] = -1  # no top-k, as all versions write it
     parameters |= {"seed": request.seed, "detokenize": bool(sampling.stop)}
     stop_token_ids = list(sampling.stop_token_ids)
-    extra: dict[str, Any] = {} if watched is None else {WATCHED: watched}
+    extra = {name: number for name, number in ((WATCHED, watched), (ROUTED, routed)) if number is not None}
     if extra:
         parameters["extra_args"] = extra
     if request.forced_token_ids is None:
