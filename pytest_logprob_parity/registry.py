@@ -18,6 +18,8 @@ OWN_ENTRIES: Final[Mapping[str, Mapping[str, str]]] = {
     "logprob_parity.engines": {
         "vllm": f"{_ENGINES}.vllm.kind:VLLM",
         "transformers": f"{_ENGINES}.transformers.kind:TRANSFORMERS",
+        "llama_cpp": f"{_ENGINES}.llama_cpp.kind:LLAMA_CPP",
+        "sglang": f"{_ENGINES}.sglang.kind:SGLANG",
     },
     "logprob_parity.frameworks": {
         "trl": f"{_FRAMEWORKS}.trl:TRL",

@@ -32,7 +32,7 @@ from ..trace import ReplayPath, Trace, TracePath
 from .ask import Answers, ask
 from .compatibility import check_belongs, renamed, temperature_notes
 from .context import Checked, Context
-from .prefill_fallback import as_unforced, why_unforced, without_decode
+from .prefill_fallback import as_unforced
 from .record import record
 from .variants import name_of, of_other_kinds
 
@@ -177,11 +177,8 @@ def _compare_engine(
         )
     if not [p for p in replay if p != "regenerate" or can_regenerate(trace)]:
         raise UsageError("replay 'regenerate' alone: the golden does not know its seeds; use 'decode'")
-    reason = why_unforced(engine, replay)
-    answers = ask(engine, golden, without_decode(replay) if reason else replay)
+    answers = ask(engine, golden, replay)
     comparison, differences = judge_answers(golden, answers, tolerance, level, context)
-    if reason:
-        comparison = as_unforced(comparison, trace, reason)
     return Checked(
         golden=golden,
         comparison=comparison,
@@ -223,7 +220,8 @@ def judge_answers(
         judged.append(with_gap(comparison, tolerance, answers.fingerprint.get("config", {})))
     worst_first: tuple[Verdict, ...] = ("fail", "unverified", "pass")
     worst = min(judged, key=lambda c: worst_first.index(c.verdict))
-    return dataclasses.replace(worst, notes=(*worst.notes, *answers.remarks)), differences
+    comparison = dataclasses.replace(worst, notes=(*worst.notes, *answers.remarks))
+    return as_unforced(comparison, trace, answers.unforced) if answers.unforced else comparison, differences
 
 
 def _with_suspects(

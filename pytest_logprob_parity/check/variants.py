@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import machine
-from ..engines.kinds import kind_of
+from ..engines.kinds import KnowsHardware, kind_of
 from ..errors import GoldenError
 from ..golden import variant_path, variants_at
-from ..spec.server_settings import SERVER
+from ..spec.server_settings import SERVERS
 from ..trace import Trace, file_format
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ def _part(about: Any, name: str) -> Mapping[str, Any]:
 
 def _known_of(engine: Engine) -> Mapping[str, Any]:
     """What tells machines apart in a fingerprint: of an engine in this machine without starting it."""
-    if engine.spec.engine == SERVER or engine.spec.profile == "own":
+    if engine.spec.engine in SERVERS or engine.spec.profile == "own":
         return engine.fingerprint()
-    version = machine.installed_version(*kind_of(engine.spec).distributions)
-    return {"hardware": machine.hardware(), "engine": {"kind": engine.spec.engine, "version": version}}
+    kind = kind_of(engine.spec)
+    version = machine.installed_version(*kind.distributions)
+    hardware = kind.hardware() if isinstance(kind, KnowsHardware) else machine.hardware()
+    return {"hardware": hardware, "engine": {"kind": engine.spec.engine, "version": version}}

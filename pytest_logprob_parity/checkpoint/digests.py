@@ -117,6 +117,14 @@ def _table(file: Path) -> dict[str, Any]:
     return found
 
 
+def vocabulary_of(model: Path) -> int | None:
+    """How many token ids a model folder's config.json has logits for; None where it does not say. Raises UsageError."""
+    config = _table(model / "config.json")
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) else config).get("vocab_size")
+    return found if isinstance(found, int) else None
+
+
 def _experts(config: Mapping[str, Any]) -> int:
     """How many experts a layer of this config.json routes tokens to; 0 where none."""
     text = config.get("text_config")

@@ -47,7 +47,7 @@ GAPS: Final[Mapping[str, Gap]] = {
             "support_flips": 0.015, "support_depth": 0.15, "near_tie": 0.35,
         },
         reason="NeMo-RL's limit for all rollouts, token_mult_prob_error < 1.05, is what d of this RMS gives",
-        marks=("int8", "w8a8", "compressed-tensors", "gptq", "awq"),
+        marks=("int8", "w8a8", "q8_0", "compressed-tensors", "gptq", "awq"),
     ),
 }  # fmt: skip
 

@@ -103,9 +103,11 @@ def suspect_settings(differences: Sequence[tuple[str, Any, Any]], *, name: bool 
     found: dict[Layer, dict[Cause, list[str]]] = {}
     for whole, expected, actual in differences:
         setting = "config.hf_overrides" if whole.startswith("config.hf_overrides.") else whole
-        # One of the two versions does not say, or the server does not; an override that is not there is none.
+        # One of the two versions does not say, or the server does not; an override that is not there is none, and so is the
+        # quantization of a golden beside a run that has one.
         unsaid = setting.startswith(("config.", "hardware.", "libraries.")) and (expected is None or actual is None)
-        if setting in SUSPECTS and (not unsaid or setting == "config.hf_overrides"):
+        is_none = setting == "config.hf_overrides" or (setting == "config.quantization" and actual is not None)
+        if setting in SUSPECTS and (not unsaid or is_none):
             layer, cause = SUSPECTS[setting]
         elif setting not in SUSPECTS and setting.startswith(("config.", "engine.")) and not (unsaid and another_version):
             layer, cause = _UNLISTED

@@ -20,7 +20,7 @@ from ..errors import EngineError, ParityError, UsageError
 from ..golden import Golden
 from ..progress import doing
 from ..spec import EngineSpec
-from ..spec.server_settings import SERVER
+from ..spec.server_settings import SERVERS
 from ..trace import Trace
 from .reference_evaluation import ReferenceDistances, read_against, weigh
 
@@ -168,7 +168,7 @@ def ablate(
     An engine that does not start is a step with its reason. Raises EngineError where the failing one itself does not,
     UsageError for a server, whose settings stay as they are.
     """
-    if spec.engine == SERVER:
+    if spec.engine in SERVERS:
         raise UsageError("a server's settings cannot be moved: run it with engine='vllm', without --parity-server")
     trace = golden.trace
     limits = with_floor(default_tolerance(trace.dtype), golden.floor)

@@ -104,6 +104,7 @@ class ResolvedConfig:
 
     `values` are JSON values under engine-argument names; `unverified` names settings that were asked for and that the
     engine does not tell; `forcing` is how decode replay forces tokens, None where it cannot, and then `unforced` says why.
+    `generates` is False for an engine that only scores tokens.
     `libraries` are the engine's, {} where it tells none, None where they are this process's. `vocabulary` is how many token
     ids it has logits for, from 0 on; None where it does not tell.
     """
@@ -115,6 +116,7 @@ class ResolvedConfig:
     unverified: tuple[str, ...] = ()
     forcing: Forcing | None = "sampler"
     unforced: str = ""
+    generates: bool = True
     hardware: Mapping[str, Any] = field(default_factory=dict)
     libraries: Mapping[str, str] | None = None
     vocabulary: int | None = None

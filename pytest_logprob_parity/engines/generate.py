@@ -26,7 +26,8 @@ def generate(
     """Sample `sampling.n` completions of every prompt; each sequence has a seed of its own, `sampling.seed` + its number.
 
     A prompt with turns is written turn by turn; what the environment says between them is masked in the trace.
-    `tokenizer` gives the texts of the tokens, `run` answers requests in the backend's place. Raises EngineError.
+    `tokenizer` gives the texts of the tokens, `run` answers requests in the backend's place. Raises EngineError, and UsageError
+    for an engine that only scores.
     """
     _check(backend, prompts, sampling)
     groups = [group for group in range(len(prompts)) for _ in range(sampling.n)]
@@ -80,7 +81,9 @@ def generate(
 
 
 def _check(backend: Backend, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-    """Raise UsageError for prompts that are too long, or whose ids the model does not have."""
+    """Raise UsageError for an engine that only scores, and for prompts that are too long or have unknown ids."""
+    if not backend.config.generates:
+        raise UsageError(f"{backend.config.unforced}; it writes no completions: record with another engine")
     check_lengths(backend, [p.token_ids for p in prompts], sampling)
     for index, prompt in enumerate(prompts):
         for part, ids in enumerate((prompt.token_ids, *prompt.between)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..errors import UsageError
 from ..spec import EngineSpec
@@ -27,6 +27,24 @@ class EngineKind(Protocol):
 
     def start(self, spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None) -> Backend:
         """Start the engine of `spec` in this process. Raises UsageError and EngineError."""
+        ...
+
+
+@runtime_checkable
+class KnowsHardware(Protocol):
+    """An engine kind that computes elsewhere than torch would: on CPUs, beside a GPU."""
+
+    def hardware(self) -> dict[str, Any]:
+        """What its engines compute on, before one has started."""
+        ...
+
+
+@runtime_checkable
+class LeavesTraces(Protocol):
+    """An engine kind some of whose engines change this process for good, so that they get one of their own."""
+
+    def must_live_apart(self, spec: EngineSpec) -> bool:
+        """Whether the engine of `spec` does."""
         ...
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.digests import model_digests
 from ..errors import EngineError, ParityError, UsageError
 from ..spec import EngineSpec
-from ..spec.server_settings import SERVER
+from ..spec.server_settings import SERVER, SERVERS
 from .backend import SharesThisProcess, TellsDigests
 from .changed_weights import ChangedWeights, give_back
 from .engine import Engine
@@ -253,18 +253,18 @@ class Pool:
         self.starts.append(start)
         if self.notify is not None:
             where = ", in its own process" if own_process else ""
-            verb = "connected to" if spec.engine == SERVER else "started"
+            verb = "connected to" if spec.engine in SERVERS else "started"
             self.notify(f"{verb} {spec} ({backend.config.engine} {start.version}) in {start.seconds:.1f} s{where}")
             if spec.profile == "own":
                 self.notify(f"own engine, vllm {start.version}: {_beside_rl(backend.config)}")
             if backend.config.unverified:
                 self.notify(f"could not be read back: {', '.join(backend.config.unverified)}")
-            if spec.engine == SERVER and not backend.config.forces:
+            if spec.engine in SERVERS and not backend.config.forces:
                 self.notify(backend.config.unforced)
         return backend
 
     def _start_where_possible(self, spec: EngineSpec) -> tuple[Backend, bool]:
-        from .kinds import kind_of, start_in_process
+        from .kinds import LeavesTraces, kind_of, start_in_process
 
         if spec.engine == SERVER:
             return self._connect(spec), False
@@ -272,8 +272,11 @@ class Pool:
         gpu = _has_gpu()
         came_back = any(start.spec == spec for start in self.starts)
         beside = spec in self._beside  # another's place would be taken, and its weight updates lost
-        may_live_apart = kind_of(spec).may_live_apart
+        kind = kind_of(spec)
+        may_live_apart = kind.may_live_apart
         is_taken = self.keeps_place and any(s not in self._apart for s in self._rivals(spec))
+        if isinstance(kind, LeavesTraces) and kind.must_live_apart(spec):
+            return self._start_apart(spec, gpu=gpu)
         if may_live_apart and (gpu or came_back or beside or self._adopted or self._place_is_spoilt or is_taken):
             return self._start_apart(spec, gpu=gpu)
         self._make_room([s for s in self._rivals(spec) if s not in self._apart], keep=0)

@@ -166,7 +166,7 @@ def _row(cell: str, dtype: str, sampling: str, golden: Path, folder: Path, why: 
         comparison, _ = judge_answers(Golden.load(golden), answers, None, "rl", Context())
     except ParityError as error:
         return Row(cell=cell, dtype=dtype, sampling=sampling, verdict="not run", headline=str(error))
-    actual = answers.replays["decode"]
+    actual = next(iter(answers.replays.values()))  # decode, or what stands in its place
     return Row(
         cell=cell,
         dtype=dtype,

@@ -51,5 +51,7 @@ def _short(row: Row) -> str:
         rms = (row.metrics or {}).get("rms_diff", 0.0)
         return f"pass (RMS {rms:.1g})"
     cause = row.findings[0].cause or one_of(row.findings[0].candidates)
-    more = [f.cause for f in row.findings[1:] if f.cause]
+    more: list[str] = [f.cause for f in row.findings[1:] if f.cause]
+    if not row.findings[0].cause and not more:  # where nothing singles a cause out, the layers stand side by side
+        more = [f"{f.layer}: {one_of(f.candidates)}" for f in row.findings[1:] if f.candidates]
     return f"**{row.verdict}** {row.findings[0].layer}: {cause}" + (f" ({', '.join(more)})" if more else "")

@@ -66,7 +66,8 @@ def save_answers(folder: Path, name: str, answers: Answers) -> None:
     columns = {} if answers.policy_logprobs is None else {_POLICY: answers.policy_logprobs}
     if answers.draw is not None:
         columns[_DRAWN] = answers.draw()
-    write(folder / f"{name}.more.safetensors", columns, {"fingerprint": answers.fingerprint, "paths": list(answers.replays)})
+    about = {"fingerprint": answers.fingerprint, "paths": list(answers.replays), "unforced": answers.unforced}
+    write(folder / f"{name}.more.safetensors", columns, about)
 
 
 def load_answers(folder: Path, name: str) -> Answers:
@@ -79,6 +80,7 @@ def load_answers(folder: Path, name: str) -> Answers:
         fingerprint=metadata["fingerprint"],
         policy_logprobs=columns.get(_POLICY),
         draw=None if drawn is None else lambda: drawn,
+        unforced=str(metadata.get("unforced", "")),
     )
 
 

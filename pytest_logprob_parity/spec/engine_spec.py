@@ -13,7 +13,7 @@ from ..suggest import nearest
 from .engine_arguments import is_secret
 from .engine_kinds import ENGINE_KINDS
 from .profiles import PROFILES, profile_pins
-from .server_settings import SERVER, SERVER_SETTINGS, server_settings
+from .server_settings import SERVER_SETTINGS, SERVERS, server_settings
 
 #: A model's dtype; `auto` is what its config.json says.
 Dtype: TypeAlias = Literal["auto", "float64", "float32", "bfloat16", "float16"]
@@ -73,10 +73,10 @@ class EngineSpec:
         ):
             if not isinstance(value, str) or value not in known:
                 raise UsageError(f"EngineSpec({field}={value!r}): known are {', '.join(known)}{nearest(str(value), known)}")
-        if engine == SERVER:
+        if engine in SERVERS:
             if adapter is not None:
                 raise UsageError(f"EngineSpec(adapter={adapter!r}): not over a server; merge it, or take engine='vllm'")
-            settings["url"] = server_settings(settings).url
+            settings["url"] = server_settings(settings, engine).url
         try:
             settings_json = json.dumps(settings, sort_keys=True)
         except TypeError as error:
@@ -98,7 +98,7 @@ class EngineSpec:
 
     def claims(self) -> dict[str, Any]:
         """The settings that describe the engine: all but those that say how to reach a server."""
-        return {k: v for k, v in self.settings.items() if self.engine != SERVER or k not in SERVER_SETTINGS}
+        return {k: v for k, v in self.settings.items() if self.engine not in SERVERS or k not in SERVER_SETTINGS}
 
     def pins(self, *, cpu: bool) -> dict[str, Any]:
         """Every engine argument that is asked for: the profile's, then the settings, which win."""

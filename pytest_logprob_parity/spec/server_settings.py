@@ -1,4 +1,4 @@
-"""The settings of `engine="vllm-server"`: the server's address, and how to send requests to it. Light: markers use it."""
+"""The settings of engines behind a server: its address, and how to send requests to it. Light: markers use it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from urllib.parse import urlsplit
 
 from ..errors import UsageError
 
-#: The engine kind.
+#: The engine kinds: vLLM behind a server, SGLang behind one, and both.
 SERVER: Final = "vllm-server"
+SGLANG: Final = "sglang"
+SERVERS: Final = (SERVER, SGLANG)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +52,12 @@ def check_url(text: Any, source: str) -> str:
     return text.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def server_settings(settings: Mapping[str, Any]) -> ServerSettings:
+def server_settings(settings: Mapping[str, Any], kind: str = SERVER) -> ServerSettings:
     """The server settings among the settings of a spec. Raises UsageError for one that is missing or out of range."""
     given = {name: settings[name] for name in SERVER_SETTINGS if name in settings}
     if "url" not in given:
-        raise UsageError(f"engine={SERVER!r} needs url='http://HOST:PORT', or the option --parity-server=http://HOST:PORT")
+        option = ", or the option --parity-server=http://HOST:PORT" if kind == SERVER else ""
+        raise UsageError(f"engine={kind!r} needs url='http://HOST:PORT'{option}")
     made = ServerSettings(**{**given, "url": check_url(given["url"], "url")})
     for name, least, kinds in (("concurrency", 1, int), ("retries", 0, int), ("timeout", 0.001, (int, float))):
         value = getattr(made, name)

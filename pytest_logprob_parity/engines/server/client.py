@@ -58,7 +58,10 @@ class Client:
     (several requests wait at a time). Not for several threads at a time.
     """
 
-    def __init__(self, url: str, notify: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, url: str, notify: Callable[[str], None] | None = None, *,
+        serves: str = "an OpenAI-compatible vLLM server", key: str = KEY_VARIABLE,
+    ) -> None:  # fmt: skip
         try:
             import httpx
         except ImportError:
@@ -66,6 +69,7 @@ class Client:
                 "httpx, which talks to servers, is not installed; install pytest-logprob-parity[server]"
             ) from None
         self.url = url
+        self._serves, self._key = serves, key
         self.retried: collections.Counter[str] = collections.Counter()
         self.waited = 0.0
         self._notify = notify
@@ -240,12 +244,10 @@ class Client:
         """The JSON of an answer that is a success. Raises EngineError, UsageError where the server refuses what was asked."""
         where = f"the server at {self.url}"
         if answer.status in (401, 403):
-            given = "the one in" if os.environ.get(KEY_VARIABLE) else "none is in"
-            raise EngineError(f"{where} wants another key for {path} (status {answer.status}): {given} {KEY_VARIABLE}")
+            given = "the one in" if os.environ.get(self._key) else "none is in"
+            raise EngineError(f"{where} wants another key for {path} (status {answer.status}): {given} {self._key}")
         if answer.status == 404:
-            raise EngineError(
-                f"{where} has no {path} (status 404: {answer.reason()}): is that an OpenAI-compatible vLLM server?"
-            )
+            raise EngineError(f"{where} has no {path} (status 404: {answer.reason()}): is that {self._serves}?")
         if answer.status in (400, 422):
             raise UsageError(f"{where} refuses a request to {path}: {answer.reason()}")
         if not 200 <= answer.status < 300:
@@ -269,9 +271,9 @@ class Client:
         return _run_in_thread(loop, work)
 
     def _open(self) -> Any:
-        key = os.environ.get(KEY_VARIABLE)
+        key = os.environ.get(self._key)
         if key and not (key.isascii() and key.isprintable()):
-            raise UsageError(f"{KEY_VARIABLE} holds what cannot be sent as a key: a line break, or letters beyond ASCII")
+            raise UsageError(f"{self._key} holds what cannot be sent as a key: a line break, or letters beyond ASCII")
         host = self._httpx.URL(self.url).host
         return self._httpx.AsyncClient(
             base_url=self.url,

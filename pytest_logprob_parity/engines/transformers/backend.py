@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from ..backend import Completion, Request, ResolvedConfig
 from ..readback import check_readback
 
 #: Engine arguments that this engine knows besides the fields of EngineSpec.
-SETTINGS: Final = ("logprobs_mode", "max_model_len", "attn_implementation", "head_dtype", "max_num_seqs")
+SETTINGS: Final = ("logprobs_mode", "max_model_len", "attn_implementation", "head_dtype", "max_num_seqs", "continuous_batching")
 #: Pins of a profile that hold here by construction: there is no cache across requests, no scheduler, no compiler.
 _BY_NATURE: Final = {
     "enable_prefix_caching": False,
@@ -49,6 +49,7 @@ class TransformersBackend:
             "head_dtype": asked.get("head_dtype", str(model.dtype).removeprefix("torch.")),
             "max_num_seqs": asked.get("max_num_seqs", 64),
         }
+        values = self.values_of(asked, values)
         self._batch = int(str(values["max_num_seqs"]))
         self._head = Head(model, str(values["head_dtype"]))
         version = machine.installed_version("transformers") or "unknown"
@@ -90,6 +91,10 @@ class TransformersBackend:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(loaded.eval().to(device), tokenizer_of(tokenizer), spec)
 
+    def values_of(self, asked: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        """The values of the configuration: `values`, with what another way of decoding uses in their place."""
+        return values | ({"continuous_batching": False} if "continuous_batching" in asked else {})
+
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """See Backend.run."""
         completions: list[Completion] = []
@@ -112,7 +117,7 @@ class TransformersBackend:
                 return [self._score(request) for request in requests]
             if scored:
                 raise EngineError("transformers: scoring and decoding requests cannot be mixed in one call")
-            return self._decode(requests)
+            return self.decode(requests)
 
     def _logits(self, hidden: Any) -> Any:
         """Logits of hidden states; float32 at least, as samplers have them."""
@@ -130,9 +135,9 @@ class TransformersBackend:
         first = len(request.prompt_token_ids) - 1
         logprobs = self._logits(hidden[0, first:-1]).log_softmax(-1)
         chosen = torch.tensor(tokens, device=logprobs.device)
-        return _completion(tokens, [_gather(logprobs, chosen, request.sampling.logprobs)], "unknown", rows=True)
+        return completion_of_rows(tokens, [gather(logprobs, chosen, request.sampling.logprobs)], "unknown", rows=True)
 
-    def _decode(self, requests: Sequence[Request]) -> list[Completion]:
+    def decode(self, requests: Sequence[Request]) -> list[Completion]:
         """Left-padded batch with a KV cache, one token a step for every request that has not ended."""
         import torch
 
@@ -144,7 +149,7 @@ class TransformersBackend:
             ids[i, width - len(request.prompt_token_ids) :] = torch.tensor(list(request.prompt_token_ids))
             attention[i, width - len(request.prompt_token_ids) :] = 1
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
-        generators = [_generator(request, device) for request in requests]
+        generators = [generator_of(request, device) for request in requests]
         written: list[list[int]] = [[] for _ in requests]
         rows: list[list[Any]] = [[] for _ in requests]
         reasons = ["" for _ in requests]
@@ -166,7 +171,7 @@ class TransformersBackend:
             ids = torch.tensor(taken, device=device)[:, None]
             attention = torch.cat([attention, torch.ones_like(ids)], 1)
             positions = positions[:, -1:] + 1
-        return [_completion(w, r, reason) for w, r, reason in zip(written, rows, reasons, strict=True)]
+        return [completion_of_rows(w, r, reason) for w, r, reason in zip(written, rows, reasons, strict=True)]
 
     def _step(self, request: Request, logits: Any, written: list[int], generator: Any) -> tuple[int, Any]:
         import torch
@@ -182,7 +187,7 @@ class TransformersBackend:
             token = int(torch.multinomial(processed.softmax(-1), 1, generator=generator))
         source = processed if self.config.logprobs_mode == "processed_logprobs" else logits
         chosen = torch.tensor([token], device=logits.device)
-        return token, _gather(source.log_softmax(-1)[None], chosen, sampling.logprobs)
+        return token, gather(source.log_softmax(-1)[None], chosen, sampling.logprobs)
 
     def _end(self, request: Request, written: list[int]) -> str:
         sampling = request.sampling
@@ -253,7 +258,7 @@ def truncate(logits: Any, sampling: Sampling) -> Any:
     return logits
 
 
-def _gather(logprobs: Any, chosen: Any, k: int) -> tuple[Any, Any, Any, Any]:
+def gather(logprobs: Any, chosen: Any, k: int) -> tuple[Any, Any, Any, Any]:
     """Logprob and rank [L] of the chosen tokens and the top k [L, k] of logprobs [L, V], as numpy."""
     values = logprobs.gather(-1, chosen[:, None])
     ranks = (logprobs > values).sum(-1) + 1
@@ -261,7 +266,8 @@ def _gather(logprobs: Any, chosen: Any, k: int) -> tuple[Any, Any, Any, Any]:
     return tuple(x.cpu().numpy() for x in (values[:, 0], ranks, top.indices, top.values))
 
 
-def _completion(tokens: Sequence[int], parts: list[Any], reason: str, *, rows: bool = False) -> Completion:
+def completion_of_rows(tokens: Sequence[int], parts: list[Any], reason: str, *, rows: bool = False) -> Completion:
+    """The columns of a completion, of what `gather` gave for each token, or with `rows` for all of them."""
     chosen, ranks, top_ids, top_logprobs = parts[0] if rows else (np.concatenate(column) for column in zip(*parts, strict=True))
     return Completion(
         token_ids=np.asarray(tokens, np.int32),
@@ -273,7 +279,8 @@ def _completion(tokens: Sequence[int], parts: list[Any], reason: str, *, rows: b
     )
 
 
-def _generator(request: Request, device: Any) -> Any:
+def generator_of(request: Request, device: Any) -> Any:
+    """Random numbers of a request's own seed."""
     import torch
 
     generator = torch.Generator(device=device)

