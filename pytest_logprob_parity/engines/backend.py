@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import UsageError
 from ..spec import PROFILES, Sampling
 from ..trace import Forcing
 
@@ -224,3 +225,17 @@ class Remarks(Protocol):
     def remarks(self) -> list[Note]:
         """The remarks since the last time."""
         ...
+
+
+def sleeper(backend: Backend) -> Sleeps:
+    """The backend, where it can sleep. Raises UsageError."""
+    if not isinstance(backend, Sleeps):
+        raise UsageError(f"{backend.config.engine} has no sleep")
+    return backend
+
+
+def take_weights(backend: Backend, update: WeightUpdate) -> None:
+    """Have a backend take an update while nothing runs. Raises UsageError where it takes none."""
+    if not isinstance(backend, TakesWeights):
+        raise UsageError(f"{backend.config.engine} takes no weight updates")
+    backend.update_weights(update)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from ..checkpoint.weight_update import WeightUpdate, tied_heads
 from ..errors import EngineError, UsageError
 from ..spec.server_settings import SERVER
-from .engine import Engine, take_weights
+from .backend import take_weights
+from .engine import Engine
 
 if TYPE_CHECKING:
     from ..spec import EngineSpec

@@ -17,7 +17,7 @@ from ..reasons import reason_of
 from ..spec import PROFILES, EngineSpec, Sampling
 from ..spec.server_settings import SERVER
 from ..visible_text import visible_line
-from .backend import Backend, ChecksumsWeights, Remarks, RunsOnWorker, Sleeps, TakesWeights
+from .backend import Backend, ChecksumsWeights, Remarks, RunsOnWorker, sleeper, take_weights
 
 if TYPE_CHECKING:
     from ..checkpoint.adapter import Adapter
@@ -206,12 +206,12 @@ class Engine:
         The engine has to be started with `enable_sleep_mode=True`. Raises UsageError where it cannot sleep: on CPUs none can.
         """
         self._check_here("sleep")
-        self._guard(lambda backend: _sleeper(backend).sleep(level))
+        self._guard(lambda backend: sleeper(backend).sleep(level))
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
         """End a sleep: of `weights`, of `kv_cache`, or of all. After level 2 the weights are anybody's until an update."""
         self._check_here("sleep")
-        self._guard(lambda backend: _sleeper(backend).wake_up(None if tags is None else list(tags)))
+        self._guard(lambda backend: sleeper(backend).wake_up(None if tags is None else list(tags)))
 
     @property
     def took_adapter(self) -> bool:
@@ -348,17 +348,3 @@ class Engine:
                     raise
                 config = backend.config
                 raise EngineError(f"{config.engine} {config.version} died at work ({self.spec}): {reason_of(error)}") from error
-
-
-def _sleeper(backend: Backend) -> Sleeps:
-    """The backend, where it can sleep. Raises UsageError."""
-    if not isinstance(backend, Sleeps):
-        raise UsageError(f"{backend.config.engine} has no sleep")
-    return backend
-
-
-def take_weights(backend: Backend, update: WeightUpdate) -> None:
-    """Have a backend take an update while nothing runs. Raises UsageError where it takes none."""
-    if not isinstance(backend, TakesWeights):
-        raise UsageError(f"{backend.config.engine} takes no weight updates")
-    backend.update_weights(update)

@@ -47,8 +47,7 @@ class Pool:
 
     #: How many engines in processes of their own are kept alive on a CPU.
     processes = 2
-    #: Whether on a CPU the vLLM in this process keeps its place, and each further one gets a process of its own: faster than
-    #: shutting one down for the next, and it costs the memory of both.
+    #: Whether on a CPU the vLLM in this process stays, and each further one gets a process of its own: faster, more memory.
     keeps_place = False
 
     def __init__(
