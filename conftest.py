@@ -67,7 +67,8 @@ SLOW_FIRST = (
     "test_docs.py", "test_server.py", "test_catalogue.py", "test_diagnosis.py", "test_engine.py", "test_weights.py",
     "test_plugin.py", "test_matrix.py", "test_report.py", "test_trainer.py", "test_in_hand.py", "test_frameworks.py",
     "test_adapters.py", "test_noise_floor.py", "test_rl_run.py", "test_gaps.py", "test_head.py", "test_migration.py",
-    "test_selftest.py", "test_signatures.py", "test_accept.py",
+    "test_selftest.py", "test_signatures.py", "test_accept.py", "test_server_weights.py", "test_kept_sets.py",
+    "test_expert_routing.py", "test_speculation.py", "test_llama_cpp.py", "test_other_engines.py", "test_async.py",
 )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def test_what_safetensors_refuses_is_refused(tmp_path):
     [
         ({"data_offsets": [0, 2**63]}, "has no shape or no place"), ({"shape": ["595"]}, "has no shape or no place"),
         ({"shape": [595.9]}, "has no shape or no place"), ({"shape": [-1]}, "has no shape or no place"),
-        ({"data_offsets": [0, 4]}, "its shape asks for others"), ({"dtype": "F16"}, "is of dtype 'F16'"),
+        ({"data_offsets": [0, 4]}, "its shape asks for others"), ({"dtype": "BF16"}, "is of dtype 'BF16'"),
         ({"shape": [True]}, "has no shape or no place"), ({"more": 1}, "is no column"),
     ],
 )  # fmt: skip
