@@ -11,8 +11,6 @@ import re
 import signal
 import socket
 import socketserver
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -22,6 +20,7 @@ from typing import Literal
 import numpy as np
 import pytest
 from gateway import COMPLETIONS, Gateway
+from serving import KEY, serving
 
 from conftest import MODEL, ROOT
 from pytest_logprob_parity import EngineSpec, ParityError, Sampling, check_golden, compare
@@ -51,7 +50,7 @@ def test_rollouts(parity_engine, golden_trace):
 """
 
 
-KEY, SECRET = "key-of-this-server", "hf_token-of-this-server"
+SECRET = "hf_token-of-this-server"
 CONFIG = "/logprob_parity/config"
 
 
@@ -60,29 +59,9 @@ def server():
     """The address of a real server in float32, behind a key, which the tests have; in development mode, so that vLLM's own
     routes can tell of it too.
     """
-    command = [sys.executable, "-m", "pytest_logprob_parity.cli", "serve", MODEL, "--dtype", "float32", "--port", "0"]
-    command += ["--api-key", KEY, "--hf-token", SECRET, "--root-path", "/behind"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_SERVER_DEV_MODE": "1"}
-    patch = pytest.MonkeyPatch()
-    patch.setenv("VLLM_API_KEY", KEY)
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        url = next(line.split()[-1] for line in process.stdout if "it will listen at" in line)
-        threading.Thread(target=process.stdout.read, daemon=True).start()
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, f"the server ended with {process.poll()}"
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
+    more = ("--hf-token", SECRET, "--root-path", "/behind")
+    with serving(*more, VLLM_SERVER_DEV_MODE="1") as url:
         yield url
-    finally:
-        patch.undo()
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 @pytest.fixture(scope="module")

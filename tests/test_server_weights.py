@@ -1,13 +1,7 @@
 """Weight updates over a server: a real `logprob-parity serve --weight-updates`, and a gateway that plants the faults."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
-import time
 import urllib.error
 import urllib.request
 
@@ -15,8 +9,9 @@ import numpy as np
 import pytest
 from gateway import Gateway
 from safetensors.torch import load_file, save_file
+from serving import KEY, serving
 
-from conftest import MODEL, ROOT
+from conftest import MODEL
 from pytest_logprob_parity import (
     EngineError,
     EngineSpec,
@@ -31,34 +26,12 @@ from pytest_logprob_parity.engines.server.guard import DEVELOPMENT, Keys, Refuse
 
 STEP_2 = f"{MODEL}-step2"
 SAMPLING = Sampling(temperature=0.7, max_tokens=64, ignore_eos=True, seed=1)
-KEY = "key-of-this-server"
 
 
 @pytest.fixture(scope="module")
 def server():
-    command = [sys.executable, "-m", "pytest_logprob_parity.cli", "serve", MODEL, "--dtype", "float32", "--port", "0"]
-    command += ["--weight-updates", "--api-key", KEY]
-    patch = pytest.MonkeyPatch()
-    patch.setenv("VLLM_API_KEY", KEY)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        url = next(line.split()[-1] for line in process.stdout if "it will listen at" in line)
-        threading.Thread(target=process.stdout.read, daemon=True).start()
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, f"the server ended with {process.poll()}"
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
+    with serving("--weight-updates") as url:
         yield url
-    finally:
-        patch.undo()
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 @pytest.fixture(scope="module")

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import base64
 import binascii
-import secrets
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ...errors import EngineError
 from ..backend import KeptSets, Request, ResolvedConfig
-
-#: Numbers below 2^53, which JSON keeps whole.
-_BITS: Final = 52
-#: Numbers of one question.
-_AT_ONCE: Final = 4096
-
-#: Asks the worker for numbers: `kept_sets.take`.
-Ask = Callable[[list[int]], Mapping[str, Any]]
+from .numbered_requests import Ask, numbers_of, take
 
 
 def numbered(requests: Sequence[Request], config: ResolvedConfig) -> list[int | None]:
     """A number for each request whose kept tokens the worker is to keep, None for the others: no two runs have one in common,
     on whatever side of a server they are.
     """
-    first = secrets.randbits(_BITS)
     able = config.forcing == "sampler" and config.logprobs_mode == "processed_logprobs"
-    return [first + place if able and wants_kept(request) else None for place, request in enumerate(requests)]
+    return numbers_of([able and wants_kept(request) for request in requests])
 
 
 def wants_kept(request: Request) -> bool:
@@ -40,16 +31,7 @@ def take_kept(numbers: Sequence[int | None], ask: Ask) -> dict[int | None, KeptS
     """What the worker kept under these numbers; those that it does not have are left out. Raises EngineError for an answer that
     is none.
     """
-    wanted = [number for number in numbers if number is not None]
-    found: dict[int | None, KeptSets] = {}
-    for start in range(0, len(wanted), _AT_ONCE):
-        waiting = wanted[start : start + _AT_ONCE]
-        while waiting:  # a large answer comes in parts
-            answer = ask(waiting)
-            told = [number for number in waiting if str(number) in answer]
-            found.update((number, unpacked(answer[str(number)])) for number in told)
-            waiting = [number for number in waiting if number not in found] if told else []
-    return found
+    return take(numbers, ask, unpacked)
 
 
 def unpacked(packed: Any) -> KeptSets:

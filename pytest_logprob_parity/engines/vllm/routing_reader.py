@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-import secrets
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ...errors import EngineError, UsageError
 from ...trace import completion_rows
 from ..backend import Request, ResolvedConfig, Routing
-
-#: Numbers below 2^53, which JSON keeps whole.
-_BITS: Final = 52
-
-#: Asks the worker for numbers: `routing.take_routing`.
-Ask = Callable[[list[int]], Mapping[str, Any]]
+from .numbered_requests import Ask, numbers_of, take
 
 
 def is_watched(vllm_config: Any) -> bool:
@@ -33,9 +27,8 @@ def is_watched(vllm_config: Any) -> bool:
 
 def routing_numbers(requests: Sequence[Request], config: ResolvedConfig, *, watched: bool) -> list[int | None]:
     """A number for each request whose experts the worker is to keep, None for the others: no two runs have one in common."""
-    first = secrets.randbits(_BITS)
     able = watched and config.forcing == "sampler"
-    return [first + place if able and wants_routing(request) else None for place, request in enumerate(requests)]
+    return numbers_of([able and wants_routing(request) for request in requests])
 
 
 def wants_routing(request: Request) -> bool:
@@ -47,14 +40,7 @@ def take_routings(numbers: Sequence[int | None], ask: Ask) -> dict[int | None, R
     """What the worker kept under these numbers; those that it does not have are left out. Raises EngineError for an answer that
     is none.
     """
-    waiting = [number for number in numbers if number is not None]
-    found: dict[int | None, Routing] = {}
-    while waiting:  # a large answer comes in parts
-        answer = ask(waiting)
-        told = [number for number in waiting if str(number) in answer]
-        found.update((number, unpacked(answer[str(number)])) for number in told)
-        waiting = [number for number in waiting if number not in found] if told else []
-    return found
+    return take(numbers, ask, unpacked)
 
 
 def unpacked(packed: Any) -> Routing:
