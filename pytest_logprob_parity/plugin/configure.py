@@ -15,6 +15,7 @@ from ..engines.time_limits import TimeLimits
 from ..errors import UsageError
 from ..spec.server_settings import check_url
 from ..spec.settings import parse_settings
+from . import open_raises
 from .options import OBJECTIVES, REFERENCES
 from .outcomes import Outcomes
 from .stash import MARKER, SESSION, Session
@@ -47,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     except UsageError as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[SESSION] = session
+    open_raises.note_entries()
     config.pluginmanager.register(Subtests(session.subtests), "logprob_parity_subtests")
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(config, session, run), "logprob_parity_outcomes")

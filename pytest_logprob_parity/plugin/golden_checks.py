@@ -14,7 +14,7 @@ from ..comparison.result import MismatchError
 from ..errors import IncomparableError, ParityError, UsageError
 from .diagnose import diagnosed
 from .records import Records, told_of
-from .stash import ASKED, EXPECTS, ITEM, NODE_ID, NOTED, ORIGIN, SESSION, Expected
+from .stash import ASKED, EXPECTS, ITEM, NODE_ID, NOTED, ORIGIN, RAISES, SESSION, Expected
 from .unchecked import compared_something, raises_is_open
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class GoldenTrace:
         if (expects := self._expects()) is not None:
             expects.failed = compared_something(error)
             return expects.failed
-        return raises_is_open(error)
+        return raises_is_open(error, self._item.stash[RAISES])
 
     def _expects(self) -> Expected | None:
         """The failure that is waited for now."""

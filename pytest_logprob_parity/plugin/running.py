@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 
 from ..errors import ParityError
+from . import open_raises
 from .fixtures import FIXTURES
 from .records import Records
-from .stash import ASKED, ENDED, ITEM, MARKER, NODE_ID, ORIGIN, RAISED, SESSION, TALLIED
+from .stash import ASKED, ENDED, ITEM, MARKER, NODE_ID, ORIGIN, RAISED, RAISES, SESSION, TALLIED
 from .summary import one_line
 from .unchecked import comparisons_made, look_at_the_end
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     __tracebackhide__ = True
-    item.stash[ENDED], item.stash[TALLIED] = "", comparisons_made()
+    item.stash[ENDED], item.stash[TALLIED], item.stash[RAISES] = "", comparisons_made(), open_raises.count()
     item.stash[ASKED] = set()
     Records(item, item.stash.get(NODE_ID, item.nodeid)).drop()
     settings = item.stash.get(ITEM, None)

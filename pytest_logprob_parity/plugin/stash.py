@@ -111,6 +111,8 @@ POOL: Final = pytest.StashKey["Pool"]()
 ENDED: Final = pytest.StashKey[str]()
 ASKED: Final = pytest.StashKey[set[Path]]()
 TALLIED: Final = pytest.StashKey[int]()
+#: How many `pytest.raises` blocks ran when the test began.
+RAISES: Final = pytest.StashKey[int]()
 #: In pytest's cache: goldens that no check of their test asked for, when it last passed here.
 UNCOMPARED: Final = "logprob-parity/uncompared"
 EXPECTS: Final = pytest.StashKey["Expected"]()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import MethodType
 from typing import Any, Final
 
 import pytest
 
 from ..errors import ParityError, UsageError
+from . import open_raises
 from .records import Records
 from .stash import ASKED, ENDED, EXPECTS, NODE_ID, NOTED, ORIGIN, PROPERTY, SESSION, TALLIED, UNCOMPARED, note_outcome
 
@@ -22,10 +21,6 @@ _MET: Final = ("passed", "recorded", "warned")
 SWALLOWED: Final = "swallowed"
 UNCHECKED: Final = "unchecked"
 
-#: What `pytest.raises` gives (up to pytest 8.3, and since), what is like it, and where these keep what they name.
-_RAISES: Final = ("RaisesContext", "RaisesExc", "RaisesGroup", "_AssertRaisesContext")
-_NAMED: Final = ("expected_exceptions", "expected_exception", "expected")
-_HOLDS_BOUND: Final = sys.version_info < (3, 14)
 _RESULT: Final = "pytest_logprob_parity.comparison.result"
 
 
@@ -35,46 +30,16 @@ def comparisons_made() -> int:
     return 0 if module is None else int(module.TALLY.made)
 
 
-def raises_is_open(error: ParityError) -> bool:
+def raises_is_open(error: ParityError, since: int) -> bool:
     """Whether the test waits for this very error: in a `pytest.raises` that names an exception of ours.
 
-    One that names AssertionError or Exception would take anything. pytest does not tell which are open, so the living ones are
-    looked at: a few milliseconds, for a check that fails.
+    One that names AssertionError or Exception would take anything. Those that ran before the test began, `since` of them, are
+    not the test's.
     """
-    for raises in _open_raises():
-        named = next((value for name in _NAMED if (value := getattr(raises, name, None))), ())
-        named = tuple(one for one in (named if isinstance(named, tuple) else (named,)) if isinstance(one, type))
+    for named in open_raises.named_by_each(since):
         if isinstance(error, named) and all(issubclass(one, ParityError) for one in named):
             return compared_something(error) if ParityError in named or error.kind == ParityError.kind else True
     return False
-
-
-def _open_raises() -> list[Any]:
-    """What `pytest.raises` and its like gave, of those whose `with` block runs.
-
-    For as long as it does, the interpreter holds the `__exit__` that is bound to its object. From Python 3.14 on it holds the
-    two apart: there it is those that have seen no exception yet.
-    """
-    if gc.get_freeze_count():
-        gc.unfreeze()  # an engine that starts in this process freezes what is there, and nobody sees it then
-    found = []
-    objects = gc.get_objects()
-    for thing in objects:
-        held = _HOLDS_BOUND and type(thing) is MethodType and getattr(thing.__func__, "__name__", "") == "__exit__"
-        raises = thing.__self__ if held else thing
-        if type(raises).__name__ not in _RAISES or not str(type(raises).__module__).startswith(("_pytest.", "unittest.")):
-            continue
-        if held or (not _HOLDS_BOUND and _waits(getattr(raises, "excinfo", None))):
-            found.append(raises)
-    del objects, thing, raises  # this list holds what it lists: a block that ends now would seem open for as long as it lives
-    return found
-
-
-def _waits(excinfo: Any) -> bool:
-    try:
-        return excinfo is not None and excinfo.value is None
-    except AssertionError:  # nothing was raised in it yet
-        return True
 
 
 class Subtests:

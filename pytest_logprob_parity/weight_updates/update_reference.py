@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from ..errors import UsageError
 from ..trace import FloatArray, Trace
 from ..trainer.limits import trainer_tolerance
 from .outcomes import CLEARED, KEPT, NEVER, PLAIN, Evaluation, Outcome, Part
+from .piecewise import Piece, Piecewise, Stretch
 
 #: One outcome explains a trace better than another where its RMS is less than this share of the other's, and its squares are
 #: smaller, sequence by sequence, with this confidence. An RMS of less than half is enough by itself: noise cannot cause that.
@@ -41,14 +42,6 @@ _BLOCKS: Final = (128, 64, 32, 16)
 _TWINS: Final = (("gate_proj", "up_proj"), ("k_proj", "v_proj"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A model that computes the positions of a sequence up to `stop`, from the end of the piece before."""
-
-    model: Any
-    stop: int
-
-
 class UpdateReference:
     """Logprobs [N] of the tokens of a trace under each outcome of an update from one checkpoint to another."""
 
@@ -67,7 +60,7 @@ class UpdateReference:
         self.stale: WeightsCause = "adapter" if is_adapter(after) else "stale_weights"
         self._old, self._new = _load(before, model), _load(after, model)
         self._trace = trace
-        self._temperature = trace.sampling.applied_temperature
+        self._piecewise = Piecewise(trace, trace.sampling.applied_temperature, (self._old, self._new))
         self._known: dict[Outcome, FloatArray] = {}
         newest = max(int(trace.weight_versions.max(initial=0)), 1)  # an engine starts with version 0
         if trace.newest_version is not None and len(np.unique(trace.weight_versions)) == 1:
@@ -105,7 +98,8 @@ class UpdateReference:
         """Logprobs [N] under one outcome."""
         if outcome not in self._known:
             new = self._mixed(outcome.stale_parts, outcome.swapped) if outcome.stale_parts or outcome.swapped else self._new
-            self._known[outcome] = self._over(lambda sequence: self._pieces(sequence, outcome, new))
+            stretches = (stretch for i in self._all() for stretch in self._stretches(i, outcome, new))
+            self._known[outcome] = self._piecewise.logprobs(stretches)
         return self._known[outcome]
 
     def _all(self) -> range:
@@ -149,48 +143,27 @@ class UpdateReference:
         )
         return [Part(kind, kind=True) for kind in dict.fromkeys(kinds)]
 
-    def _pieces(self, sequence: int, outcome: Outcome, new: Any) -> list[tuple[int, list[_Piece]]]:
-        """The pieces of one sequence, and the token from which on each list of pieces gives the logprobs."""
+    def _stretches(self, sequence: int, outcome: Outcome, new: Any) -> Iterator[Stretch]:
+        """Which models give the logprobs of which tokens of one sequence."""
         prompt, length = len(self._trace.prompt(sequence)), len(self._trace.completion(sequence))
         written = self._written[sequence]
         if 0 < written < length:
             written = min(max(written + outcome.later, 0), length)
         end = prompt + length - 1  # no logprob depends on the last token
-        old = [(0, [_Piece(self._old, end)])]
+        from_old = functools.partial(Stretch, sequence=sequence, pieces=(Piece(self._old, end),))
+        from_new = functools.partial(Stretch, sequence=sequence, until=length, pieces=(Piece(new, end),))
         if not outcome.came or written >= length:
-            return old
-        if outcome.prompt_block and not written:
+            yield from_old(first=0, until=length)
+        elif outcome.prompt_block and not written:
             cached = (prompt - 1) // outcome.prompt_block * outcome.prompt_block
-            return [(0, [_Piece(self._old, cached), _Piece(new, end)] if cached else [_Piece(new, end)])]
-        if outcome.cleared or not written:
-            return [*(old if written else []), (written, [_Piece(new, end)])]
-        return [(0, [_Piece(self._old, prompt + written - 1), _Piece(new, end)])]
-
-    def _over(self, pieces_of: Callable[[int], list[tuple[int, list[_Piece]]]]) -> FloatArray:
-        import torch
-
-        logprobs = np.zeros(self._trace.num_tokens, np.float32)
-        with torch.no_grad():
-            for sequence in self._all():
-                start, stop = self._trace.bounds(sequence)
-                for first, pieces in pieces_of(sequence):
-                    logprobs[start + first : stop] = self._compute(sequence, pieces)[first:]
-        return logprobs
-
-    def _compute(self, sequence: int, pieces: Sequence[_Piece]) -> Any:
-        """Logprobs of the tokens of a sequence, each position computed by the model of its piece."""
-        import torch
-
-        prompt, tokens = self._trace.prompt(sequence), self._trace.completion(sequence)
-        ids = torch.tensor([[*prompt, *tokens]])
-        logits, cache, begin = [], None, 0
-        for piece in pieces:
-            if piece.stop > begin:
-                out = piece.model(ids[:, begin : piece.stop], past_key_values=cache, use_cache=True)
-                logits.append(out.logits[0])
-                cache, begin = out.past_key_values, piece.stop
-        rows = torch.cat(logits)[len(prompt) - 1 :].float() / self._temperature
-        return rows.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].numpy()
+            old = (Piece(self._old, cached),) if cached else ()
+            yield from_new(first=0, pieces=(*old, Piece(new, end)))
+        elif outcome.cleared or not written:
+            if written:
+                yield from_old(first=0, until=written)
+            yield from_new(first=written)
+        else:
+            yield from_new(first=0, pieces=(Piece(self._old, prompt + written - 1), Piece(new, end)))
 
     def _mixed(self, parts: Sequence[Part], swapped: tuple[str, str] | None) -> Any:
         """The new model with the old weights in some parts, or with two kinds of tensors swapped. A tied LM head is untied."""
