@@ -15,30 +15,33 @@ from pytest_logprob_parity.comparison.tolerance import default_tolerance
 VOCABULARY, SEQUENCES, LENGTH, PROMPT = 512, 60, 20, 12
 
 
-def processed(logits, sampling, prompt, written):
-    """Logprobs [V] of one position as vLLM processes them: penalties, temperature, truncation; in float64, by definition."""
+def processed(logits, sampling, in_prompt, written):
+    """Logprobs [..., V] as vLLM processes logits: penalties, temperature, truncation; in float64, by definition.
+
+    `in_prompt` [..., V] says which tokens stand in the prompt, `written` [..., V] how often each was written before.
+    """
     x = logits.copy()
     if sampling.allowed_token_ids:
-        x[~np.isin(np.arange(VOCABULARY), sampling.allowed_token_ids)] = -np.inf
+        x[..., ~np.isin(np.arange(VOCABULARY), sampling.allowed_token_ids)] = -np.inf
     for token, bias in sampling.logit_bias:
-        x[token] += bias
-    counts = np.bincount(written, minlength=VOCABULARY)
-    seen = (counts > 0) | np.isin(np.arange(VOCABULARY), prompt)
+        x[..., token] += bias
+    seen = (written > 0) | in_prompt
     r = sampling.repetition_penalty
-    x[seen] = np.where(x[seen] > 0, x[seen] / r, x[seen] * r)
-    x -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
+    x = np.where(seen, np.where(x > 0, x / r, x * r), x)
+    x -= sampling.presence_penalty * (written > 0) + sampling.frequency_penalty * written
     x /= sampling.temperature
-    p = np.exp(x - x.max())
-    p /= p.sum()
+    p = np.exp(x - x.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
     order = np.argsort(-p)
-    before = np.cumsum(p[order]) - p[order]
-    keep = before < sampling.top_p
+    falling = np.take_along_axis(p, order, -1)
+    keep = np.cumsum(falling, -1) - falling < sampling.top_p
     if sampling.top_k:
         keep &= np.arange(VOCABULARY) < sampling.top_k
-    keep &= p[order] >= sampling.min_p * p[order][0]
-    logprobs = np.full(VOCABULARY, -np.inf)
+    keep &= falling >= sampling.min_p * falling[..., :1]
+    logprobs = np.full(p.shape, -np.inf)
     with np.errstate(divide="ignore"):
-        logprobs[order[keep]] = np.log(p[order[keep]] / p[order[keep]].sum())
+        kept = np.where(keep, falling, 0)
+        np.put_along_axis(logprobs, order, np.log(kept / kept.sum(-1, keepdims=True)), -1)
     return logprobs
 
 
@@ -50,12 +53,16 @@ class Policy:
         rng = np.random.default_rng(seed)
         self.logits = rng.normal(0, scale, (SEQUENCES, LENGTH, VOCABULARY)) + 2
         self.prompts = rng.integers(0, VOCABULARY, (SEQUENCES, PROMPT))
+        self.in_prompt = (self.prompts[..., None] == np.arange(VOCABULARY)).any(1)[:, None]
         self.tokens = np.zeros((SEQUENCES, LENGTH), np.int64)
+        self.written = np.zeros((SEQUENCES, LENGTH + 1, VOCABULARY), np.int64)
         for s in range(SEQUENCES):
             for i in range(LENGTH):
                 self._repeat_some(rng, s, i)
-                p = np.exp(processed(self.logits[s, i], sampling, self.prompts[s], self.tokens[s, :i]))
+                p = np.exp(processed(self.logits[s, i], sampling, self.in_prompt[s, 0], self.written[s, i]))
                 self.tokens[s, i] = rng.choice(VOCABULARY, p=p / p.sum())
+                self.written[s, i + 1] = self.written[s, i]
+                self.written[s, i + 1, self.tokens[s, i]] += 1
 
     def _repeat_some(self, rng, s, i):
         """Raise a few tokens that stood before, so that positions have seen tokens among the likeliest."""
@@ -67,10 +74,7 @@ class Policy:
         applied = self.sampling if applied is None else Sampling() if applied == "raw" else applied
         rng = np.random.default_rng(seed)
         logits = self.logits + noise * rng.normal(size=self.logits.shape)
-        table = np.array([
-            [processed(logits[s, i], applied, self.prompts[s], self.tokens[s, :i]) for i in range(LENGTH)]
-            for s in range(SEQUENCES)
-        ]).reshape(-1, VOCABULARY)  # fmt: skip
+        table = processed(logits, applied, self.in_prompt, self.written[:, :-1]).reshape(-1, VOCABULARY)
         if change is not None:
             table = change(table)
         tokens = self.tokens.ravel()

@@ -13,10 +13,11 @@ from .backend import Backend
 from .kinds import start_in_process
 
 
-def main(descriptor: int, *, last: bool = False) -> None:
+def main(descriptor: int, *, last: bool = False) -> Backend | None:
     """Start one engine, answer on the file descriptor until the line closes.
 
-    `last`: nothing of the process runs after this; an engine on CPUs that has no children of its own needs no shutting down.
+    `last`: nothing of the process runs after this. An engine on CPUs that has no children of its own needs no shutting down
+    then, which takes half a second: it is returned as it is, for the caller to hold.
     """
     connection: Connection[Any, Any] = Connection(descriptor)
     backend: Backend | None = None
@@ -25,7 +26,7 @@ def main(descriptor: int, *, last: bool = False) -> None:
             try:
                 verb, *arguments = connection.recv()
             except EOFError:
-                return
+                break
             try:
                 if verb == "start":
                     backend = start_in_process(*arguments)
@@ -40,6 +41,7 @@ def main(descriptor: int, *, last: bool = False) -> None:
     finally:
         if backend is not None and not (last and not multiprocessing.active_children()):
             backend.close()
+    return backend
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ class _Server:
                 os.set_inheritable(connection, True)
                 os.execv(sys.executable, [sys.executable, "-m", child.__name__, str(connection)])
             sys.path[0] = folder
-            child.main(connection, last=True)
+            _engine = child.main(connection, last=True)  # held to the end
             code = 0
         except BaseException:
             traceback.print_exc()
