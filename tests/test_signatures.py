@@ -32,6 +32,9 @@ def processed(logits, sampling, in_prompt, written):
     x /= sampling.temperature
     p = np.exp(x - x.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
+    if not sampling.truncates:
+        with np.errstate(divide="ignore"):
+            return np.log(p)
     order = np.argsort(-p)
     falling = np.take_along_axis(p, order, -1)
     keep = np.cumsum(falling, -1) - falling < sampling.top_p
@@ -49,7 +52,7 @@ class Policy:
     """Logits for every position, and traces of what an engine with this or that processing would report of its rollouts."""
 
     def __init__(self, sampling, seed=0, scale=2.5):
-        self.sampling = sampling
+        self.sampling, self._traces = sampling, {}
         rng = np.random.default_rng(seed)
         self.logits = rng.normal(0, scale, (SEQUENCES, LENGTH, VOCABULARY)) + 2
         self.prompts = rng.integers(0, VOCABULARY, (SEQUENCES, PROMPT))
@@ -72,6 +75,9 @@ class Policy:
     def trace(self, applied=None, *, k=5, noise=0.0, mode="processed_logprobs", change=None, dtype="float32", seed=1):
         """What an engine reports that applies `applied` (None: what was asked; "raw": nothing) to the policy's rollouts."""
         applied = self.sampling if applied is None else Sampling() if applied == "raw" else applied
+        key = (self.logits[:2].tobytes(), self.sampling, applied, k, noise, mode, dtype, seed)
+        if change is None and key in self._traces:
+            return self._traces[key]
         rng = np.random.default_rng(seed)
         logits = self.logits + noise * rng.normal(size=self.logits.shape)
         table = processed(logits, applied, self.in_prompt, self.written[:, :-1]).reshape(-1, VOCABULARY)
@@ -79,12 +85,13 @@ class Policy:
             table = change(table)
         tokens = self.tokens.ravel()
         order = np.argsort(-table, axis=1, kind="stable")[:, :k]
-        return Trace.from_arrays(
+        trace = Trace.from_arrays(
             prompt_token_ids=self.prompts.ravel(), prompt_offsets=np.arange(SEQUENCES + 1) * PROMPT, token_ids=tokens,
             sequence_offsets=np.arange(SEQUENCES + 1) * LENGTH, logprobs=table[np.arange(len(tokens)), tokens],
             top_token_ids=order, top_logprobs=np.take_along_axis(table, order, 1), sampling=self.sampling,
             logprobs_mode=mode, dtype=dtype, engine="made up", engine_version="1",
         )  # fmt: skip
+        return trace if change is not None else self._traces.setdefault(key, trace)
 
 
 _POLICIES = {}

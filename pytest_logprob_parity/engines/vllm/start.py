@@ -42,6 +42,8 @@ def build(llm: Any, arguments: dict[str, Any]) -> Any:
     """Build the LLM so that it can be forced, by what it can do and on any device. Model Runner V2 samples out of reach of a
     wrapped sampler: from 0.29 on it replays traces itself, before that Model Runner V1 takes its place.
     """
+    gc.collect()
+    gc.freeze()  # vLLM collects several times from here on: what was imported need not be looked through each time
     if not can_replay_traces():
         with environment({_RUNNER: "0"}):
             return llm(**arguments)
@@ -87,11 +89,24 @@ def shut_down(llm: Any) -> None:
     """Shut an engine down, or clear away what a failed start left, so that the next one can start in this process."""
     engine = getattr(llm, "llm_engine", None)
     core = getattr(engine, "engine_core", None)
-    if core is not None:
-        core.shutdown()
-    del llm, engine, core
-    with contextlib.suppress(ImportError):
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    with _one_collection():
+        if core is not None:
+            core.shutdown()
+        del llm, engine, core
+        with contextlib.suppress(ImportError):
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        cleanup_dist_env_and_memory()
-    gc.collect()
+            cleanup_dist_env_and_memory()
+
+
+@contextlib.contextmanager
+def _one_collection() -> Iterator[None]:
+    """Collect garbage once, at the end, however often vLLM asks for it: beside torch each time takes half a second."""
+    collect = gc.collect
+    gc.collect = lambda generation=2: 0
+    try:
+        yield
+    finally:
+        gc.collect = collect
+        gc.unfreeze()
+        gc.collect()
