@@ -25,7 +25,7 @@ from pytest_logprob_parity.engines.batch_compositions import replay_in_batch_com
 from pytest_logprob_parity.golden.noise_floor import NoiseFloor
 from pytest_logprob_parity.trace.batch_composition import BatchCompositions
 
-SAMPLING = Sampling(temperature=0.7, max_tokens=24, n=3, seed=1, logprobs=2)
+SAMPLING = Sampling(temperature=0.7, max_tokens=12, n=3, seed=1, logprobs=2)
 OWN_SCHEDULE = 24  # sequences, all in one call; in sampled batch compositions a call has 3 of a block and at most 8 fillers
 
 
@@ -360,7 +360,7 @@ def test_greedy_in_place_of_sampled(recorded, compatible, engine, plant):
     assert same.headline.key == "generates_other_tokens"
     other = mismatch(compatible(), engine)
     assert (other.headline.key, other.free_run.distinct[1]) == ("sampler_changed", 8)  # one for each prompt
-    assert "8 distinct completions (golden: 2" in other.headline
+    assert other.free_run.distinct[0] > 12
 
 
 def test_another_seed_stream(recorded, compatible, engine, plant):
@@ -373,7 +373,7 @@ def test_another_seed_stream(recorded, compatible, engine, plant):
 
 
 def test_stops(compatible, engine, plant):
-    plant(free_run_under(max_tokens=20))
+    plant(free_run_under(max_tokens=10))
     headline = mismatch(compatible(), engine).headline
     assert headline.key == "stops_elsewhere"
     assert "0 of 24 completions have other tokens" in headline

@@ -63,12 +63,12 @@ def spec_of(arm: str) -> EngineSpec:
     return EngineSpec(MODEL, enforce_eager=True, **ARMS[arm])
 
 
-def gate(engine: Engine, probe: Path) -> Iterator[tuple[str, Comparison]]:
+def gate(engine: Engine, probe: Path, problems: int = 25) -> Iterator[tuple[str, Comparison]]:
     """What has to hold before a step is taken: each check's name, and its comparison, whatever it says.
 
     The update that is tried is to `probe` (see write_probe), whose keys and values are told from the model's in bfloat16.
     """
-    prompts = [_messages(problem) for problem in _problems("gate", 25)]
+    prompts = [_messages(problem) for problem in _problems("gate", problems)]
     sampling = Sampling(temperature=TEMPERATURE, max_tokens=TOKENS, n=GROUP, seed=1)
     plain = Sampling(max_tokens=TOKENS, seed=2)  # T=1, where raw logprobs mean the same: an update can be seen in both modes
     steps = {"before": MODEL, "after": probe}
