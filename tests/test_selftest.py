@@ -1,10 +1,9 @@
 """`logprob-parity selftest`: faults planted in the user's own engine and model, and which of them a check catches."""
 
 import ast
+import dataclasses
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from docs_story import mask
 from conftest import ROOT
 from pytest_logprob_parity import Sampling
 from pytest_logprob_parity.cli import main
-from pytest_logprob_parity.selftest import table
+from pytest_logprob_parity.selftest import judge, table
 from pytest_logprob_parity.selftest.checkpoint_tensors import CheckpointTensors
 from pytest_logprob_parity.selftest.engine_under_test import NotPossibleError
 from pytest_logprob_parity.selftest.fault import Row
@@ -30,21 +29,29 @@ PAGE = ROOT / "docs" / "how-to" / "selftest.md"
 # -- the command, on the real engine -------------------------------------------------------------------------------------
 
 
-def selftest(*arguments, code=""):
-    """Run the command in a process of its own, `code` first; its exit status, output and messages."""
-    run = "import sys; from pytest_logprob_parity.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", f"{code}\n{run}", "selftest", "--model", str(TINY), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def selftest(capsys):
+    """Run the command; its exit status, output and messages."""
+
+    def run(*arguments):
+        status = main(["selftest", "--model", str(TINY), *arguments])
+        return (status, *capsys.readouterr())
+
+    return run
 
 
-def test_faults_of_each_kind_are_caught_and_the_controls_pass():
+@pytest.mark.parametrize(
+    ("more", "faults"),
+    [((), 7), pytest.param((",noise on all",), 8, marks=pytest.mark.nightly)],  # of noise little is left in few tokens
+    ids=["short goldens", "whole goldens"],
+)
+def test_faults_of_each_kind_are_caught_and_the_controls_pass(selftest, more, faults):
     """The lines are those of the page, but for the numbers."""
-    only = "asked again,other batch,loaded again,temperature applied,tokens one,logprobs one,NaN,noise on all,LM head,raw and"
-    status, output, messages = selftest("--only", only)
+    only = "asked again,other batch,loaded again,temperature applied,tokens one,logprobs one,NaN,LM head,raw and"
+    status, output, messages = selftest("--only", "".join((only, *more)), *(() if more else ("--sampling", "max_tokens=16")))
     assert status == 0, output + messages[-3000:]
     lines = output.splitlines()
-    assert sum(" fail " in line for line in lines[1:-3]) == 8
+    assert sum(" fail " in line for line in lines[1:-3]) == faults
     assert "are caught; false alarms 0 of 4." in output
     assert messages.count("# started ") == 2  # weights are changed in the running engine
     shown = {words(line) for line in PAGE.read_text().splitlines()}
@@ -56,19 +63,17 @@ def words(line):
     return mask(line[:79]).rstrip()
 
 
-def test_a_selftest_whose_verdict_is_broken_says_so():
+def test_a_selftest_whose_verdict_is_broken_says_so(selftest, monkeypatch):
     """Everything passes: no fault is caught, and no control complains."""
-    broken = """
-import dataclasses
-from pytest_logprob_parity.selftest import judge
-sound = judge.judge_answers
-def judge_answers(*given):
-    comparison, differences = sound(*given)
-    return dataclasses.replace(comparison, verdict="pass", headline="all is well", findings=()), differences
-judge.judge_answers = judge_answers
-"""
+    sound = judge.judge_answers
+
+    def judge_answers(*given):
+        comparison, differences = sound(*given)
+        return dataclasses.replace(comparison, verdict="pass", headline="all is well", findings=()), differences
+
+    monkeypatch.setattr(judge, "judge_answers", judge_answers)
     only = ("--only", "asked again,late,NaN", "--prompts", "8", "--sampling", "max_tokens=16")
-    status, output, messages = selftest(*only, "--json", code=broken)
+    status, output, messages = selftest(*only, "--json")
     found = json.loads(output)
     assert status == 1, messages[-3000:]
     assert {row["outcome"] for row in found["rows"]} == {"pass"}
