@@ -159,7 +159,7 @@ class GoldenTrace:
         if (expects := self._expects()) is not None:
             expects.failed = compared_something(error)
             return expects.failed
-        return raises_is_open(error)
+        return raises_is_open(error, self._item)
 
     def _expects(self) -> Expected | None:
         """The failure that is waited for now."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 import gc
+import inspect
 import json
 import sys
 from collections.abc import Iterable
@@ -25,6 +27,7 @@ UNCHECKED: Final = "unchecked"
 #: What `pytest.raises` gives (up to pytest 8.3, and since), what is like it, and where these keep what they name.
 _RAISES: Final = ("RaisesContext", "RaisesExc", "RaisesGroup", "_AssertRaisesContext")
 _NAMED: Final = ("expected_exceptions", "expected_exception", "expected")
+_WITH: Final = dis.opmap["WITH_EXCEPT_START"]
 _HOLDS_BOUND: Final = sys.version_info < (3, 14)
 _RESULT: Final = "pytest_logprob_parity.comparison.result"
 
@@ -35,18 +38,34 @@ def comparisons_made() -> int:
     return 0 if module is None else int(module.TALLY.made)
 
 
-def raises_is_open(error: ParityError) -> bool:
+def raises_is_open(error: ParityError, item: pytest.Item) -> bool:
     """Whether the test waits for this very error: in a `pytest.raises` that names an exception of ours.
 
     One that names AssertionError or Exception would take anything. pytest does not tell which are open, so the living ones are
-    looked at: a few milliseconds, for a check that fails.
+    looked at, which takes up to half a second where an engine lives in this process: only if the check may be in such a block.
     """
-    for raises in _open_raises():
+    for raises in _open_raises() if _may_be_in_a_block(item) else ():
         named = next((value for name in _NAMED if (value := getattr(raises, name, None))), ())
         named = tuple(one for one in (named if isinstance(named, tuple) else (named,)) if isinstance(one, type))
         if isinstance(error, named) and all(issubclass(one, ParityError) for one in named):
             return compared_something(error) if ParityError in named or error.kind == ParityError.kind else True
     return False
+
+
+def _may_be_in_a_block(item: pytest.Item) -> bool:
+    """Whether a function between the test and here has a `with` block; or the test itself is not among those that called, as
+    where the check is in a fixture, in a thread or in a task.
+    """
+    function = getattr(item, "function", None)
+    test = getattr(inspect.unwrap(function), "__code__", None) if function else None
+    frame, of_the_test = inspect.currentframe(), False
+    while frame is not None and frame.f_code.co_name != "pytest_pyfunc_call":
+        ours = frame.f_globals.get("__name__", "").startswith(__name__.partition(".")[0] + ".")
+        if not ours and _WITH in frame.f_code.co_code[::2]:
+            return True
+        of_the_test = of_the_test or frame.f_code is test
+        frame = frame.f_back
+    return not of_the_test
 
 
 def _open_raises() -> list[Any]:
@@ -57,17 +76,18 @@ def _open_raises() -> list[Any]:
     """
     if gc.get_freeze_count():
         gc.unfreeze()  # an engine that starts in this process freezes what is there, and nobody sees it then
-    found = []
-    objects = gc.get_objects()
-    for thing in objects:
-        held = _HOLDS_BOUND and type(thing) is MethodType and getattr(thing.__func__, "__name__", "") == "__exit__"
-        raises = thing.__self__ if held else thing
-        if type(raises).__name__ not in _RAISES or not str(type(raises).__module__).startswith(("_pytest.", "unittest.")):
-            continue
-        if held or (not _HOLDS_BOUND and _waits(getattr(raises, "excinfo", None))):
-            found.append(raises)
-    del objects, thing, raises  # this list holds what it lists: a block that ends now would seem open for as long as it lives
-    return found
+    if _HOLDS_BOUND:
+        exits = [thing for thing in gc.get_objects() if type(thing) is MethodType]
+        living = [thing.__self__ for thing in exits if getattr(thing.__func__, "__name__", "") == "__exit__"]
+        del exits  # this list holds what it lists: a block that ends now would seem open for as long as it lives
+        return [thing for thing in living if _is_raises(type(thing))]
+    kinds = {kind for kind in set(map(type, gc.get_objects())) if _is_raises(kind)}
+    living = [thing for thing in gc.get_objects() if type(thing) in kinds]
+    return [thing for thing in living if _waits(getattr(thing, "excinfo", None))]
+
+
+def _is_raises(kind: type) -> bool:
+    return kind.__name__ in _RAISES and str(kind.__module__).startswith(("_pytest.", "unittest."))
 
 
 def _waits(excinfo: Any) -> bool:
