@@ -193,15 +193,30 @@ def questions():
     return make
 
 
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """`once("name", folder, make)`: the first time `make()` fills the folder, from then on it is a copy of what that left."""
+    kept = tmp_path_factory.mktemp("once")
+
+    def fill(name, folder, make):
+        if not (kept / name).exists():
+            make()
+            shutil.copytree(folder, kept / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copytree(kept / name, folder, dirs_exist_ok=True)
+
+    return fill
+
+
 @pytest.fixture
-def project(pytester, run_inner, monkeypatch):
+def project(pytester, run_inner, once, monkeypatch):
     """A repo with two goldens of its own rollouts; `project("--parity-report=r")` runs its tests, one of which fails."""
     from reporting import PROJECT
 
     for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_REPOSITORY"):
         monkeypatch.delenv(name, raising=False)
     pytester.makepyfile(test_it=PROJECT.format(texts=("4", " 2", "=", "\n")))
-    run_inner("--update-golden").assert_outcomes(passed=2)
+    once("project", pytester.path, lambda: run_inner("--update-golden").assert_outcomes(passed=2))
     monkeypatch.setenv("SHIFT", "-0.3")
     monkeypatch.setenv("NOISE", "0.05")
     return run_inner

@@ -43,6 +43,8 @@ MODULES = {
     ),
 }  # fmt: skip
 READ_AT_IMPORT = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "PYTHONHASHSEED", "VLLM_LOGGING_LEVEL", "TORCHINDUCTOR_")
+#: What these imports set where nobody has: whoever has imported them asks for the same process as whoever has not.
+SET_BY_IMPORTS = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 # -- who asks --------------------------------------------------------------------------------------------------------------
@@ -57,8 +59,10 @@ def ask(arguments):
         arguments = ["-m", WORKER]
     if not home or arguments[:1] != ["-m"] or arguments[1] not in MODULES:
         return
-    key = [MODULES[arguments[1]], {k: v for k, v in sorted(os.environ.items()) if k.startswith(READ_AT_IMPORT)}]
-    place = f"{home}/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
+    read = {name: value for name, value in os.environ.items() if name.startswith(READ_AT_IMPORT)}
+    read.pop("TORCHINDUCTOR_CACHE_DIR", None)  # set by imports too, and read when something is compiled
+    key = [MODULES[arguments[1]], {**SET_BY_IMPORTS, **read}]
+    place = f"{home}/{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
     try:
         line = connect(place) or begin(place, key[0])
         message = json.dumps([arguments[1:], dict(os.environ), str(Path.cwd())]).encode()

@@ -25,9 +25,9 @@ STEP2 = ("--parity-set", f"model={MODEL}-step2")
 
 
 @pytest.fixture
-def failed(project, pytester):
+def failed(project, pytester, once):
     """A run in which one of two checks failed; gives its golden, the obtained trace and the candidate."""
-    project().assert_outcomes(passed=1, failed=1)
+    once("failed", pytester.path, lambda: project().assert_outcomes(passed=1, failed=1))
     (golden,) = pytester.path.glob(MOVED)
     obtained = pytester.path / "parity-obtained" / golden.relative_to(pytester.path / "golden")
     return golden, obtained, obtained.with_name(obtained.name.replace(".safetensors", ".golden.safetensors"))

@@ -222,17 +222,20 @@ def test_completion_without_shtab_names_what_to_install(capsys, monkeypatch):
 
 
 @pytest.fixture
-def three_failed(project, pytester, monkeypatch):
+def three_failed(project, pytester, once, monkeypatch):
     """Three checks that fail, each with a golden that could be accepted; their goldens."""
-    source = (pytester.path / "test_it.py").read_text()
-    more = "".join(f"\ndef test_{n}(golden_trace):\n    golden_trace.check(rollouts(SHIFT, NOISE))\n" for n in ("b", "c"))
-    (pytester.path / "test_it.py").write_text(source + more)
-    for name in ("SHIFT", "NOISE"):
-        monkeypatch.delenv(name)
-    project("--parity-update=missing").assert_outcomes(passed=4)
-    monkeypatch.setenv("SHIFT", "-0.3")
-    monkeypatch.setenv("NOISE", "0.05")
-    project().assert_outcomes(passed=1, failed=3)
+
+    def fail():
+        source = (pytester.path / "test_it.py").read_text()
+        more = "".join(f"\ndef test_{n}(golden_trace):\n    golden_trace.check(rollouts(SHIFT, NOISE))\n" for n in ("b", "c"))
+        (pytester.path / "test_it.py").write_text(source + more)
+        with monkeypatch.context() as unmoved:
+            unmoved.delenv("SHIFT")
+            unmoved.delenv("NOISE")
+            project("--parity-update=missing").assert_outcomes(passed=4)
+        project().assert_outcomes(passed=1, failed=3)
+
+    once("three failed", pytester.path, fail)
     return sorted(path for path in pytester.path.glob("golden/test_it/*") if "stays" not in path.name)
 
 

@@ -1,6 +1,7 @@
 """How a matrix's environments are installed: the same by pip and by uv, and in plain words why that failed."""
 
 import dataclasses
+import shutil
 import sys
 import threading
 import zipfile
@@ -51,9 +52,24 @@ def make_wheel(folder, name, version, requires=(), code=""):
         wheel.writestr(f"{stem}.dist-info/RECORD", "")
 
 
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """An environment that nothing is installed in yet: to make one takes seconds, those of these tests are copies."""
+    folder = tmp_path_factory.mktemp("bare")
+    run_command([sys.executable, "-m", "venv", str(folder)], folder, threading.Event())
+    return folder
+
+
 @pytest.fixture(params=["pip", "uv"])
-def index(request, tmp_path, monkeypatch):
+def index(request, tmp_path, bare, monkeypatch):
     """A folder of wheels that is all that pip is configured for, and an installer; the name of that."""
+
+    def copy_or_run(command, folder, *others, **named):
+        if command[1:3] == ["-m", "venv"]:
+            return shutil.copytree(bare, folder, symlinks=True, dirs_exist_ok=True)
+        return run_command(command, folder, *others, **named)
+
+    monkeypatch.setattr(environments, "run_command", copy_or_run)
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     for version in ("1.0", "2.0"):

@@ -5,7 +5,7 @@ import sys
 import pytest
 from test_registry import distribution
 
-from conftest import MODEL
+from conftest import MODEL, forked_workers
 from pytest_logprob_parity import EngineSpec, UsageError
 from pytest_logprob_parity.engines.pool import open_engine
 
@@ -130,11 +130,11 @@ def pytest_parity_summary(config, records):
 """
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["serial", "xdist"])
-def test_hooks_are_called_for_what_was_recorded_and_judged(project, run_inner, monkeypatch, chain, workers):
+@pytest.mark.parametrize("workers", [(), forked_workers(1)], ids=["serial", "xdist"])
+def test_hooks_are_called_for_what_was_recorded_and_judged(project, run_inner, run_forked, monkeypatch, chain, workers):
     monkeypatch.setenv("PYTHONPATH", str(chain), prepend=":")
     project.makeconftest(CONFTEST)
-    run = project.runpytest_subprocess if workers else run_inner
+    run = run_forked if workers else run_inner
     recorded = run("--update-golden", *workers)
     recorded.stdout.fnmatch_lines(["*1 recorded*", "to the dashboard: ?'recorded'?"])
     failed = run("--parity-set", "sharpness=1.5", *workers)

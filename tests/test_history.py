@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from reporting import command, one_line
 
+from conftest import forked_workers
 from pytest_logprob_parity import UsageError
 from pytest_logprob_parity.report.history import file as history_file
 from pytest_logprob_parity.report.history.drift import FEWEST, band_of, series_of
@@ -71,7 +72,9 @@ def lines_in(pytester):
 # -- what a run adds --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [(), ("-n", "2"), ("-p", "no:terminal"), ("-p", "no:cacheprovider", "--parity-report=r")])
+@pytest.mark.parametrize(
+    "arguments", [(), forked_workers(2), ("-p", "no:terminal"), ("-p", "no:cacheprovider", "--parity-report=r")]
+)
 def test_each_run_adds_a_line(repo, pytester, arguments):
     repo(0.001, *arguments)
     repo(-0.3, *arguments)

@@ -111,7 +111,11 @@ def kept(base):
     return Kept
 
 
-@pytest.mark.parametrize("mode", ["sequence_mask", "sequence_truncate", "token_mask", "token_truncate"])
+#: Daily: by sequence and by token, and both things that may become of one, each once.
+NIGHTLY = [pytest.param(mode, marks=pytest.mark.nightly) for mode in ("sequence_truncate", "token_mask")]
+
+
+@pytest.mark.parametrize("mode", ["sequence_mask", "token_truncate", *NIGHTLY])
 def test_a_healthy_trainer_passes_its_own_watch_and_its_metrics_are_ours(grpo, mode):
     """Three steps: the rollouts of the second and third are of weights that updates brought."""
     trainer = grpo(steps=3, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=1.00001)
@@ -545,6 +549,9 @@ def test_a_function_of_the_logits_is_told_from_other_weights(rollouts, of):
     told = compare_with_trainer(by_transformers(rollouts, of=of), TransformersScorer(MODEL), trainer_dtype="float32")
     (finding,) = told.findings
     assert (told.verdict, finding.cause, finding.candidates[0]) == ("fail", None, "logits")
+
+
+def test_other_weights_are_no_function_of_the_logits(rollouts):
     other = by_transformers(rollouts, model=f"{MODEL}-step2")
     (finding,) = compare_with_trainer(other, TransformersScorer(MODEL), trainer_dtype="float32").findings
     assert finding.candidates[0] != "logits"

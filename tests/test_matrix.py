@@ -455,30 +455,41 @@ def test_answers_that_cannot_be_read_are_asked_for_again(plan, tmp_path, capsys)
 # -- environments ------------------------------------------------------------------------------------------------------
 
 
-def test_an_environment_is_made_once_whole_or_not_at_all(tmp_path, monkeypatch):
-    told = []
+def test_an_environment_is_made_once_whole_or_not_at_all_and_the_users_own_is_not_touched(tmp_path, monkeypatch):
+    told, at_hand = [], ["numpy"]
+    monkeypatch.setattr(environments, "_imports", lambda folder: list(at_hand))
     environment = Environment(name="empty", requirements=("# nothing\n",))
-    python = python_of(environment, tmp_path, told.append)
-    assert python.exists()
-    assert python_of(environment, tmp_path, told.append) == python
-    assert len(told) == 1
-    assert python_of(Environment(name="empty", requirements=("# something\n",)), tmp_path, told.append) != python
-    (python.parent.parent / "logprob-parity.json").unlink()  # half-made, as far as anybody can know
+    for _ in range(2):
+        python = python_of(environment, tmp_path, told.append)
+        assert python.exists()
+        assert os.path.commonpath([python, sys.prefix]) != sys.prefix
+        assert len(told) == 1
     (python.parent.parent / "left over").write_text("")
+    at_hand.clear()  # it lost what the worker needs
     assert python_of(environment, tmp_path, told.append) == python
+    assert len(told) == 2
     assert not (python.parent.parent / "left over").exists()
+    (python.parent.parent / "logprob-parity.json").unlink()  # half-made, as far as anybody can know
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(environments, "run_command", full)
-    with pytest.raises(EngineError, match="environment other was not made: No space left on device") as error:
-        python_of(Environment(name="other", packages=("x",)), tmp_path, told.append)
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.glob("other*/"))
+    for other in (
+        Environment(name="other", packages=("x",)),
+        Environment(name="empty", requirements=("# something",)),
+        environment,
+    ):
+        with pytest.raises(EngineError, match=f"environment {other.name} was not made: No space left on device") as error:
+            python_of(other, tmp_path, told.append)
+        assert "\n" not in str(error.value)
+    assert len(set(told)) == 3  # other requirements are another environment
+    assert not list(tmp_path.glob("*/"))
+    monkeypatch.undo()
+    assert environments._imports(Path(sys.prefix)) == ["numpy", "safetensors"]
 
 
-def test_what_comes_after_an_install_is_run_by_the_new_environments_own_python(plan, tmp_path):
+def test_what_comes_after_an_install_is_run_by_the_new_environments_own_python(plan, tmp_path, monkeypatch):
     (tmp_path / "first.py").write_text("import sys\nprint('first in', sys.prefix)")
     (tmp_path / "second.py").write_text("print('second')")
     (tmp_path / "none.txt").write_text("")
@@ -491,23 +502,18 @@ def test_what_comes_after_an_install_is_run_by_the_new_environments_own_python(p
     before = environment.digest
     (tmp_path / "second.py").write_text("print('another')")
     assert load_plan(path).cells[0].environment.digest != before
-    failing = dataclasses.replace(environment, after_install={"bad.py": "raise ValueError('no such build')"})
+    failing = dataclasses.replace(environment, requirements=(), after_install={"bad.py": "raise ValueError('no such build')"})
+
+    def copied(command, to, stop):  # to make one takes seconds
+        return (
+            shutil.copytree(folder, to, symlinks=True, dirs_exist_ok=True)
+            if "venv" in command
+            else run_command(command, to, stop)
+        )
+
+    monkeypatch.setattr(environments, "run_command", copied)
     with pytest.raises(EngineError, match=r"environment made was not made: after_install bad\.py: ValueError: no such build"):
         python_of(failing, tmp_path, lambda _: None)
-
-
-def test_an_environment_that_lost_what_the_worker_needs_is_made_anew(tmp_path, monkeypatch):
-    told, at_hand = [], ["numpy"]
-    monkeypatch.setattr(environments, "_imports", lambda folder: list(at_hand))
-    environment = Environment(name="empty", requirements=("",))
-    for expected in (1, 1):
-        python_of(environment, tmp_path, told.append)
-        assert len(told) == expected
-    at_hand.clear()
-    python_of(environment, tmp_path, told.append)
-    assert len(told) == 2
-    monkeypatch.undo()
-    assert environments._imports(Path(sys.prefix)) == ["numpy", "safetensors"]
 
 
 def test_a_full_disk_is_called_that_whatever_ended(tmp_path, monkeypatch):
@@ -544,11 +550,6 @@ def test_answers_that_cannot_be_written_are_a_line(plan, tmp_path, capsys):
     assert len(told) == 1
 
 
-def test_the_users_own_environment_is_not_touched(tmp_path):
-    python = python_of(Environment(name="empty", requirements=("",)), tmp_path, lambda _: None)
-    assert os.path.commonpath([python, sys.prefix]) != sys.prefix
-
-
 def test_the_worker_needs_numpy_and_safetensors_and_an_engine():
     code = """
 import sys
@@ -582,18 +583,7 @@ def test_a_cluster_where_nobody_listens_is_said_at_once(plan, tmp_path, capsys):
     assert f"no Ray cluster answers at {address}" in capsys.readouterr().err
 
 
-def test_cells_as_tasks_of_a_local_ray_cluster(plan, tmp_path, capsys):
-    import ray
-
-    try:
-        rows, _ = run(plan(RAW), tmp_path, "--executor", "ray")
-    finally:
-        ray.shutdown()
-    assert [(row["cell"], row["verdict"]) for row in rows] == [("asked for", "pass"), ("raw", "fail")]
-    assert "check-raw-float32: answered" in capsys.readouterr().err
-
-
-def test_ray_does_not_wait_for_what_no_node_has(plan, tmp_path, capsys):
+def test_cells_as_tasks_of_a_local_ray_cluster_which_does_not_wait_for_what_no_node_has(plan, tmp_path, capsys):
     import ray
 
     cells = """
@@ -606,37 +596,37 @@ environment = "here"
 gpus = 999
 """
     try:
-        rows, _ = run(plan(cells), tmp_path, "--executor", "ray")
+        rows, _ = run(plan(RAW + cells), tmp_path, "--executor", "ray")
     finally:
         ray.shutdown()
-    assert [row["verdict"] for row in rows] == ["pass", "pass", "not run"]
-    assert rows[2]["headline"].startswith("needs 999 GPUs; no node of the cluster has more than ")
+    assert [(row["cell"], row["verdict"]) for row in rows] == [
+        ("asked for", "pass"), ("raw", "fail"), ("wide", "pass"), ("gpus", "not run"),
+    ]  # fmt: skip
+    assert "check-raw-float32: answered" in capsys.readouterr().err
+    assert rows[3]["headline"].startswith("needs 999 GPUs; no node of the cluster has more than ")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_ends_the_workers_and_starts_no_more(plan, tmp_path, number):
-    slow = tmp_path / "slow"
-    slow.write_text(f'#!/bin/sh\ntest "$1" = -c && exec {sys.executable} "$@"\necho $$ >> {tmp_path}/started\nexec sleep 60\n')
+def test_an_interruption_ends_the_workers_and_starts_no_more(plan, tmp_path):
+    slow, started = tmp_path / "slow", tmp_path / "started"
+    slow.write_text(f'#!/bin/sh\ntest "$1" = -c && exec {sys.executable} "$@"\necho $$ >> {started}\nexec sleep 60\n')
     slow.chmod(0o755)
     cells = f'[environment.slow]\npython = "{slow}"\n' + "".join(f'[cell.slow{n}]\nenvironment = "slow"\n' for n in range(4))
     run(plan(), tmp_path)
-    command = [sys.executable, "-m", "pytest_logprob_parity.cli", "matrix", str(plan(cells)), "--cores", "1"]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
-    started = tmp_path / "started"
-    deadline = time.monotonic() + 30
-    while not (started.exists() and started.read_text().endswith("\n")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, told = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "Traceback" not in told
-    assert told.splitlines()[-1] == f"logprob-parity: interrupted; answers so far are kept in {tmp_path / 'out'}"
-    (worker,) = started.read_text().split()
-    assert not Path("/proc", worker).exists()
-    assert (tmp_path / "out" / "check-asked-for-float32" / "done.json").exists()
+    command = [forked_python(), "-m", "pytest_logprob_parity.cli", "matrix", str(plan(cells)), "--cores", "1"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        deadline = time.monotonic() + 60
+        while not (started.exists() and started.read_text().endswith("\n")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert "Traceback" not in told
+        assert told.splitlines()[-1] == f"logprob-parity: interrupted; answers so far are kept in {tmp_path / 'out'}"
+        (worker,) = started.read_text().split()
+        assert not Path("/proc", worker).exists()
+        assert (tmp_path / "out" / "check-asked-for-float32" / "done.json").exists()
+        started.unlink()
 
 
 def test_cells_run_side_by_side_as_far_as_cores_allow(plan, tmp_path, monkeypatch):

@@ -29,10 +29,10 @@ ONE = SOURCE + "def test_one(golden_trace):\n    golden_trace.check(rollouts())\
 
 
 @pytest.fixture
-def repo(pytester, run_inner):
+def repo(pytester, run_inner, once):
     """A repo with one golden; gives its path from the root."""
     pytester.makepyfile(test_it=ONE)
-    run_inner("--update-golden").assert_outcomes(passed=1)
+    once("one golden", pytester.path, lambda: run_inner("--update-golden").assert_outcomes(passed=1))
     (golden,) = pytester.path.glob("golden/test_it/*.safetensors")
     return golden
 

@@ -3,16 +3,16 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from conftest import MODEL, forked_workers
+from conftest import MODEL, forked_python, forked_workers
 
 TEST = f"""
 import pytest
@@ -28,11 +28,11 @@ def test_rollouts(parity_engine, golden_trace):
 
 
 @pytest.fixture
-def recorded(pytester, run_inner):
+def recorded(pytester, run_inner, once):
     """A project whose one golden has been recorded, without a noise floor to be quick; gives the golden's path."""
     pytester.makeini("[pytest]\nparity_repeats = 0")
     pytester.makepyfile(test_it=TEST)
-    run_inner("--update-golden").assert_outcomes(passed=1)
+    once("recorded by an engine", pytester.path, lambda: run_inner("--update-golden").assert_outcomes(passed=1))
     (golden,) = pytester.path.glob("golden/test_it/*.safetensors")
     return golden
 
@@ -113,8 +113,9 @@ def test_raw_logprobs_against_an_rl_golden_fail_and_say_why(pytester, run_inner,
     assert (pytester.path / "parity-obtained" / ".gitignore").read_text() == "*\n"
 
 
-def test_other_weights_fail_with_numbers_and_the_worst_tokens(pytester, run_inner, recorded):
-    result = run_inner("--parity-set", f"model={MODEL}-step2")
+def test_other_weights_fail_with_numbers_and_the_worst_tokens_and_the_accepting_command_accepts(pytester, run_inner, recorded):
+    other = ("--parity-set", f"model={MODEL}-step2")
+    result = run_inner(*other)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
@@ -126,12 +127,9 @@ def test_other_weights_fail_with_numbers_and_the_worst_tokens(pytester, run_inne
             "E*distance to the reference*golden*this run*to*limit*",
             "E*without truncation (d and KL in nats): *KL k1*k3*ESS*",
             "E*findings*weights: weights_differ*",
+            f"E*to accept*pytest test_it.py::test_rollouts --update-golden --parity-set model={MODEL}-step2",
         ]
     )
-
-
-def test_the_accepting_command_accepts(pytester, run_inner, recorded):
-    other = ("--parity-set", f"model={MODEL}-step2")
     run_inner("--update-golden", *other).assert_outcomes(passed=1)
     run_inner(*other).assert_outcomes(passed=1)
     run_inner().assert_outcomes(failed=1)
@@ -169,8 +167,6 @@ def test_a_golden_of_something_else_says_so_and_shows_no_numbers(pytester, run_i
 
 
 def test_another_model_is_incomparable_before_an_engine_starts(pytester, run_inner, recorded, pool, tmp_path):
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(MODEL, other)
     config = json.loads((other / "config.json").read_text())
@@ -251,22 +247,24 @@ def test_an_empty_prompt_list(pytester, run_inner, recorded):
 
 
 BAD_SETTINGS = {
-    "model=models/nowhere": "UsageError: model 'models/nowhere': no such folder",
-    "max_num_sqs=4": "UsageError: 'max_num_sqs' is neither",
-    "max_model_len=1000000": "EngineError: vllm 0.32.0 did not start",
-    "engine=vlm": "UsageError: EngineSpec(engine='vlm')",
+    "model=models/nowhere": ("UsageError: model 'models/nowhere': no such folder", "1 misused"),
+    "max_num_sqs=4": ("UsageError: 'max_num_sqs' is neither", "1 misused"),
+    "max_model_len=1000000": ("EngineError: vllm 0.32.0 did not start", "1 engine error"),
+    "engine=vlm": ("UsageError: EngineSpec(engine='vlm')", "1 misused"),
 }
 
 
 @pytest.mark.parametrize("setting", BAD_SETTINGS)
-@pytest.mark.parametrize("update", [(), ("--update-golden",)], ids=["check", "update"])
-def test_bad_settings_get_one_clear_line_and_cost_nothing(pytester, run_inner, recorded, setting, update):
+def test_bad_settings_get_one_clear_line_a_count_of_their_own_and_cost_nothing(pytester, run_inner, recorded, setting):
     before = recorded.read_bytes()
-    result = run_inner("--parity-set", setting, *update)
-    assert result.ret == pytest.ExitCode.TESTS_FAILED
-    (line,) = [line for line in result.outlines if line.startswith("E ")]
-    assert BAD_SETTINGS[setting] in line
-    assert recorded.read_bytes() == before
+    told, counted = BAD_SETTINGS[setting]
+    for update in ((), ("--update-golden",)):
+        result = run_inner("--parity-set", setting, *update)
+        assert result.ret == pytest.ExitCode.TESTS_FAILED
+        (line,) = [line for line in result.outlines if line.startswith("E ")]
+        assert told in line
+        assert summary(result) == [f"logprob-parity: {counted}"]
+        assert recorded.read_bytes() == before
 
 
 def test_an_engine_that_dies_during_an_update_is_one_line_and_costs_nothing(pytester, run_inner, recorded):
@@ -435,46 +433,37 @@ def test_ones_own_rollouts_are_source_and_candidate(pytester, run_inner):
     run_inner().stdout.fnmatch_lines(["E*fail: Logprobs are not close*"])
 
 
-def test_the_users_own_engine(pytester, run_forked):
-    """A conftest hands over an LLM that the repo built; nothing is pinned, and what differs from `rl` is shown."""
-    pytester.makeconftest(
-        f"""
-        import os
-        import pytest
+OWN_ENGINE = f"""
+import os
+import pytest
 
-        @pytest.fixture(scope="session")
-        def parity_engine_factory():
-            os.environ |= {{"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}}
-            from vllm import LLM
-            return LLM({MODEL!r}, dtype="bfloat16", enforce_eager=True, enable_prefix_caching=False)
-        """
-    )
-    pytester.makepyfile(test_it=TEST.replace(f'@pytest.mark.logprob_parity(model={MODEL!r}, dtype="bfloat16")\n', ""))
-    result = run_forked("--update-golden", timeout=300)
-    result.assert_outcomes(passed=1)
+@pytest.fixture(scope="session")
+def parity_engine_factory():
+    os.environ |= {{"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}}
+    from vllm import LLM
+    return LLM({MODEL!r}, dtype="bfloat16", enforce_eager=True, enable_prefix_caching=False)
+"""
+
+
+def test_the_users_own_engine(pytester, recorded, run_forked):
+    """A conftest hands over an LLM that the repo built; nothing is pinned, and what differs from `rl` is shown. The marker of
+    the other test stays, as in the tutorial: the engine is the repo's, the golden is that of the profile.
+    """
+    pytester.makeconftest(OWN_ENGINE)
+    pytester.makepyfile(test_own=TEST.replace(f'@pytest.mark.logprob_parity(model={MODEL!r}, dtype="bfloat16")\n', ""))
+    result = run_forked("--parity-update=missing", timeout=300)
+    result.assert_outcomes(passed=1, failed=1)
+    assert summary(result) == ["logprob-parity: 1 recorded, 1 checked, 1 failed"]
     told = "logprob-parity: own engine, vllm 0.32.0: differs from profile rl: logprobs_mode is 'raw_logprobs' (rl: *"
     result.stdout.fnmatch_lines([told])
+    result.stdout.fnmatch_lines(["E*MismatchError: fail: The logprobs of the two sides have different meanings: *"])
 
 
-@pytest.mark.parametrize(("mode", "fails"), [("raw_logprobs", True), ("processed_logprobs", False)])
-def test_the_users_own_engine_is_checked_against_the_golden_of_the_rl_profile(pytester, recorded, run_forked, mode, fails):
-    """The marker stays, as in the tutorial: the engine is the repo's, the golden is that of the profile."""
-    pytester.makeconftest(
-        f"""
-        import os
-        import pytest
-
-        @pytest.fixture(scope="session")
-        def parity_engine_factory():
-            os.environ |= {{"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}}
-            from vllm import LLM
-            return LLM({MODEL!r}, dtype="bfloat16", logprobs_mode={mode!r}, enforce_eager=True, enable_prefix_caching=False)
-        """
-    )
-    result = run_forked(timeout=300)
-    if fails:
-        result.stdout.fnmatch_lines(["E*MismatchError: fail: The logprobs of the two sides have different meanings: *"])
-    result.assert_outcomes(failed=int(fails), passed=int(not fails))
+def test_the_users_own_engine_passes_against_the_golden_of_the_rl_profile_where_its_logprobs_mean_the_same(
+    pytester, recorded, run_forked
+):
+    pytester.makeconftest(OWN_ENGINE.replace("enforce_eager", "logprobs_mode='processed_logprobs', enforce_eager"))
+    run_forked(timeout=300).assert_outcomes(passed=1)
 
 
 def test_an_own_engine_that_is_none(pytester, run_inner):
@@ -581,54 +570,45 @@ def test_junitxml_carries_a_record_for_each_check(pytester, run_inner, recorded)
     assert record["golden"].startswith("golden/test_it/test_rollouts-")
 
 
-def test_two_workers_record_and_check_like_one(pytester, run_forked, recorded):
+def test_two_workers_record_and_check_like_one(pytester, run_inner, run_forked, recorded):
     """Each worker has an engine of its own; the records of both reach the one summary, unused goldens too."""
-    pytester.makepyfile(test_other=TEST, test_it=TEST.replace("test_rollouts", "test_renamed"))
-    first = run_forked(*forked_workers(2), "--update-golden", timeout=400)
-    first.assert_outcomes(passed=2)
-    assert summary(first) == ["logprob-parity: 2 recorded, 1 unused golden"]
-    second = run_forked(*forked_workers(2), "-p", "no:cacheprovider", timeout=400)
-    second.assert_outcomes(passed=2)
-    assert summary(second) == ["logprob-parity: 2 checked, 1 unused golden"]
+    pytester.makepyfile(test_gone=TEST)
+    run_inner("--parity-update=missing").assert_outcomes(passed=2)
+    (pytester.path / "test_gone.py").unlink()
+    pytester.makepyfile(test_new=TEST)
+    result = run_forked(*forked_workers(2), "--parity-update=missing", timeout=400)
+    result.assert_outcomes(passed=2)
+    assert summary(result) == ["logprob-parity: 1 recorded, 1 checked, 1 unused golden"]
 
 
 def test_ctrl_c_during_an_update_leaves_the_golden_and_no_process(pytester, recorded):
     before = recorded.read_bytes()
     slow = TEST.replace("max_tokens=24, n=8", "max_tokens=900, min_tokens=900, n=64")
-    pytester.makepyfile(test_it=slow)
+    pytester.makepyfile(test_it="import os\nprint('its group is', os.getpid())" + slow)
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "--update-golden", "-s"],
+        [forked_python(), "-m", "pytest", "--update-golden", "-s"],
         cwd=pytester.path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite run in the background ignores it
     )
     for line in process.stdout:
+        if line.startswith("its group is"):
+            group = int(line.split()[-1])
         if "logprob-parity: started" in line:
             break
     time.sleep(2)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(group, signal.SIGINT)
     try:
         rest = process.communicate(timeout=120)[0]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(group, signal.SIGKILL)
         raise
     assert process.returncode == pytest.ExitCode.INTERRUPTED, rest[-2000:]
     assert recorded.read_bytes() == before
     assert [p.name for p in recorded.parent.iterdir()] == [recorded.name]
     with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
-
-
-def test_engine_errors_have_a_count_of_their_own(pytester, run_inner, recorded):
-    result = run_inner("--parity-set", "max_model_len=1000000")
-    result.assert_outcomes(failed=1)
-    errors = [line for line in result.outlines if line.startswith("E ")]
-    assert len(errors) == 1
-    assert "EngineError: vllm 0.32.0 did not start" in errors[0]
-    assert summary(result) == ["logprob-parity: 1 engine error"]
+        os.killpg(group, 0)
 
 
 def test_twenty_checks_start_as_many_engines_as_there_are_specs(pytester, run_inner, pool):

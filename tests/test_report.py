@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from reporting import MOVED, PROJECT, command, one_line
 
-from conftest import MODEL, ROOT
+from conftest import MODEL, ROOT, forked_workers
 from pytest_logprob_parity import Trace, UsageError
 from pytest_logprob_parity.check.two_files import compare_files
 from pytest_logprob_parity.report.merge import from_the_top
@@ -64,9 +64,9 @@ def test_moves(golden_trace):
 
 
 @pytest.fixture
-def report(project, pytester):
+def report(project, pytester, once):
     """The folder of the report of a run in which one of two checks failed."""
-    project("--parity-report=report").assert_outcomes(passed=1, failed=1)
+    once("report", pytester.path, lambda: project("--parity-report=report").assert_outcomes(passed=1, failed=1))
     return pytester.path / "report"
 
 
@@ -180,7 +180,7 @@ def test_plots_and_tokens_are_the_traces_numbers(report, pytester):
     assert worst["golden_ranks"] == e.ranks[rows].tolist()
 
 
-@pytest.mark.parametrize("arguments", [("-n", "2"), ("-n", "2", "--dist=loadfile"), ("-p", "no:cacheprovider")])
+@pytest.mark.parametrize("arguments", [forked_workers(2), (*forked_workers(2), "--dist=loadfile"), ("-p", "no:cacheprovider")])
 def test_workers_and_one_process_leave_the_same_report(report, pytester, arguments, run_forked):
     run_forked("--parity-report=workers", *arguments).assert_outcomes(passed=1, failed=1)
     alone, workers = (read_results(folder / "results.json") for folder in (report, pytester.path / "workers"))
@@ -289,7 +289,7 @@ def test_stays(golden_trace): golden_trace.check(rollouts(seed=1))
 
 @pytest.mark.parametrize(
     ("end", "workers"),
-    [("os._exit(3)", ("-n", "1", "--max-worker-restart=0")), ("__import__('pytest').exit('enough')", ())],
+    [("os._exit(3)", (*forked_workers(1), "--max-worker-restart=0")), ("__import__('pytest').exit('enough')", ())],
     ids=["a worker that dies", "a run that is broken off"],
 )
 def test_checks_of_a_run_that_is_cut_off_are_in_it(project, rewrite, pytester, end, workers):
@@ -348,10 +348,10 @@ def test_nothing_of_the_environment_is_in_it(project, pytester, monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("-p", "no:terminal"), ("-p", "no:terminal", "-n", "1"), ("-p", "no:terminal", "-p", "no:capture"), ("-q", "-q"),
-        ("--maxfail=1",), ("-p", "no:cacheprovider", "--junitxml=junit.xml"),
+        ("-p", "no:terminal"), ("-p", "no:terminal", *forked_workers(1)), ("-p", "no:terminal", "-p", "no:capture"),
+        ("-q", "-q"), ("--maxfail=1",), ("-p", "no:cacheprovider", "--junitxml=junit.xml"),
     ],
-    ids=" ".join,
+    ids=["no terminal", "no terminal, a worker", "no terminal, no capture", "quiet", "the first failure", "no cache, junitxml"],
 )  # fmt: skip
 def test_it_is_written_whoever_watches(project, pytester, arguments):
     result = project("--parity-report=report", *arguments)
@@ -447,7 +447,7 @@ def test_runs_at_the_same_time_share_a_report(project, pytester, slow_run):
     assert names_in(pytester.path / "report") == {"test_it.py::test_stays"}
     assert [path for path in (pytester.path / "report").rglob("results.json") if path.parent.name != "report"]
     assert command_status("report", pytester.path / "report") == 0  # what runs left to each other is nobody else's
-    result = project("--parity-report=report", "-k", "moves", "-n", "1")
+    result = project("--parity-report=report", "-k", "moves", *forked_workers(1))
     assert "logprob-parity: report in report/index.html, with the checks of 1 other run at the same time" in result.outlines
     (pytester.path / "go-on").touch()
     out, _ = slow_run.communicate(timeout=60)
@@ -672,7 +672,7 @@ def test_what_a_test_expects_is_told_and_fails_nobodys_run(failing_as_expected, 
     """A negative control, a known failure: neither is annotated, both are in the report."""
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "step"))
-    for workers in ((), ("-n", "2")):
+    for workers in ((), forked_workers(2)):
         result = failing_as_expected("--parity-report=report", *workers)
         assert result.parseoutcomes() == {"passed": 1, "xfailed": 1, "failed": 1}
         assert "logprob-parity: 3 checked, 1 failed, 2 failed as expected, 1 unused golden" in result.outlines
@@ -975,7 +975,9 @@ def test_a_number_that_is_too_large_for_any_is_none(report, capsys):
     assert f"{file}: cut short, or no results.json (1e999 in place of a number)" in one_line(capsys, "report", report)
 
 
-def test_artifacts_of_another_repo_or_revision_are_not_merged(project, pytester, report, capsys, monkeypatch):
+def test_artifacts_of_another_repo_or_revision_are_not_merged(project, pytester, capsys, monkeypatch):
+    report = pytester.path / "report"
+    project("--parity-report=report")
     project("--parity-report=other")
     edit(pytester.path / "other", lambda c: c.update(project="theirs"))
     told = one_line(capsys, "report", report, pytester.path / "other", "--out", pytester.path / "out")

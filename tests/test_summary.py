@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from conftest import forked_workers
+
 SOURCE = """
 import logging
 import numpy as np
@@ -26,14 +28,14 @@ def test_it(golden_trace, n):
 
 
 @pytest.fixture
-def repo(pytester, run_inner):
+def repo(pytester, run_inner, once):
     """A repo of eight checks with goldens; `repo(shift, ...)` runs it."""
 
     def run(shift, *arguments):
         pytester.makepyfile(test_it=SOURCE.replace("SHIFT", str(shift)))
         return run_inner(*arguments)
 
-    run(0.0, "--update-golden").assert_outcomes(passed=8)
+    once("eight checks", pytester.path, lambda: run(0.0, "--update-golden").assert_outcomes(passed=8))
     return run
 
 
@@ -50,7 +52,7 @@ def test_by_default_some_are_told_of_and_verbosely_all(repo):
     assert count == {(): 5, ("-v",): 8}
 
 
-@pytest.mark.parametrize("options", [(), ("-p", "xdist", "-n", "1")])
+@pytest.mark.parametrize("options", [(), forked_workers(1)])
 def test_the_short_summary_has_the_verdict_once(repo, monkeypatch, options):
     monkeypatch.setenv("CI", "true")  # pytest cuts nothing off there, and would repeat the whole message
     result = repo(-0.3, "-q", *options)

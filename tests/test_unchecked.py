@@ -6,11 +6,12 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from conftest import MODEL
+from conftest import MODEL, forked_workers
 from pytest_logprob_parity.golden import golden_path
 
 HEAD = f"""
 import contextlib, threading
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from pytest_logprob_parity import MismatchError, ParityError, Trace, assert_logprobs_close
@@ -103,10 +104,10 @@ SWALLOWED = {
 
 
 @pytest.fixture
-def write(pytester, run_inner):
+def write(pytester, run_inner, once):
     """`write(body, shift)`: a repo with this test, whose golden was recorded by one that checks."""
     pytester.makepyfile(test_it=HEAD.replace("__SHIFT__", "0.0") + CHECKS)
-    run_inner("--update-golden").assert_outcomes(passed=1)
+    once("checks", pytester.path, lambda: run_inner("--update-golden").assert_outcomes(passed=1))
 
     def make(body, shift=-0.3):
         pytester.makepyfile(test_it=HEAD.replace("__SHIFT__", str(shift)) + body + "\n")
@@ -154,6 +155,8 @@ def test_a_failure_that_the_test_swallows_is_an_error(pytester, run_inner, write
         "    with pytest.raises(MismatchError):\n        golden_trace.check(moved())",
         "    with pytest.raises(ParityError) as info:\n        golden_trace.check(moved())\n    assert info",
         "    pytest.raises(MismatchError, golden_trace.check, rollouts(SHIFT))",
+        "    with pytest.raises(MismatchError), ThreadPoolExecutor() as threads:\n"
+        "        threads.submit(golden_trace.check, moved()).result()",
     ],
 )
 def test_a_failure_that_the_test_says_it_waits_for_is_expected(pytester, run_inner, write, body):
@@ -325,7 +328,7 @@ def test_a_golden_that_no_check_of_its_test_asks_for_is_named(pytester, run_inne
     write(CHECKS + "    golden_trace.check(rollouts(seed=1), name='other')", 0.0)
     run_inner("--parity-update=missing").assert_outcomes(passed=1)
     write(CHECKS, 0.0)
-    for workers in ((), ("-p", "xdist", "-n", "1")):
+    for workers in ((), forked_workers(1)):
         result = run_inner(*workers)
         assert result.ret == 0
         assert "logprob-parity: 1 checked, 1 unused golden" in result.outlines
@@ -335,7 +338,7 @@ def test_a_golden_that_no_check_of_its_test_asks_for_is_named(pytester, run_inne
 def test_the_records_cross_workers(pytester, run_inner, write):
     write(NOTHING["an empty body"] + "\n" + SWALLOWED["try"].replace("test_it", "test_other"))
     pytester.makepyfile(test_more=HEAD.replace("__SHIFT__", "0.0") + NOTHING["an empty body"])
-    result = run_inner("-p", "xdist", "-n", "2")
+    result = run_inner(*forked_workers(2))
     result.assert_outcomes(passed=3, errors=2)
     assert "logprob-parity: 1 checked, 1 failed and swallowed by its test, 2 tests that compared nothing" in result.outlines
 

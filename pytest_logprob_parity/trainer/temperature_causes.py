@@ -5,6 +5,7 @@ Each function asks which temperature makes one side the other, and returns a fin
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -112,16 +113,17 @@ def columns_temperature(rollouts: Trace, scored: Trace, column: Trace, scorer: S
     """
     few = sorted({*furthest_off(rollouts, scored, column, noise)[: _FEW // 2], *spread(rollouts, _FEW // 2)})
     label = rollouts.sampling.applied_temperature
-    found, remains = _fit(rollouts, column, scorer, few)
-    if (off := rms(score(rollouts, scorer, sequences=few), column)) <= _FAR * noise:
+    at = functools.cache(lambda temperature: score(rollouts, scorer, temperature=temperature, sequences=few))
+    if (off := rms(at(label), column)) <= _FAR * noise:
         return None
+    found, remains = _fit(rollouts, column, at, few)
     values = {"temperature": found, "left": remains}
     text = (
         f"at a temperature of {found:.3f} in place of {label:g} the scorer differs from the trainer by RMS {remains:.2g} nats"
     )
     if remains > noise:
         for by, where in ((-1, "late"), (1, "early")):
-            other, rest = _fit(rollouts, _moved(column, by), scorer, few)
+            other, rest = _fit(rollouts, _moved(column, by), at, few)
             if rest <= noise:
                 text = (
                     f"the trainer's numbers are one position {where}, and of a temperature of {other:.3f} in place of {label:g}"
@@ -152,15 +154,17 @@ def columns_temperature(rollouts: Trace, scored: Trace, column: Trace, scorer: S
     )
 
 
-def _fit(rollouts: Trace, column: Trace, scorer: Scorer, few: Sequence[int]) -> tuple[float, float]:
-    """The temperature at which the scorer is nearest to the column on a few sequences, and the RMS (nats) that this leaves."""
+def _fit(rollouts: Trace, column: Trace, at: Callable[[float], Trace], few: Sequence[int]) -> tuple[float, float]:
+    """The temperature at which the scorer is nearest to the column on a few sequences, and the RMS (nats) that this leaves.
+    `at` has the scorer's numbers at a temperature: those that are tried first are the same for each column.
+    """
     label = rollouts.sampling.applied_temperature
     inside = np.concatenate([np.arange(*rollouts.bounds(s)) for s in few])
     if np.count_nonzero(np.isfinite(column.logprobs[inside]) & rollouts.mask[inside]) < _FEW:
         return label, np.inf
 
     def left(temperature: float) -> float:
-        return rms(score(rollouts, scorer, temperature=temperature, sequences=few), column)
+        return rms(at(temperature), column)
 
     starts = (1.0, *(label * factor for factor in (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0)), label**2)
     return _least(left, starts, within=1.25, or_start=True)
