@@ -37,6 +37,8 @@ _LAYER: Final = re.compile(r"^.*?layers\.(\d+)\.")
 _BLOCKS: Final = (128, 64, 32, 16)
 
 
+#: How many logits are computed together, at least those of one sequence.
+_MOST_LOGITS: Final = 1 << 27
 #: Tensors of a layer that are loaded into one parameter, one after the other, and so may be swapped.
 _TWINS: Final = (("gate_proj", "up_proj"), ("k_proj", "v_proj"))
 
@@ -47,6 +49,20 @@ class _Piece:
 
     model: Any
     stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """Tokens `first` to `end` of a sequence are computed by these pieces, one or two, none of them empty."""
+
+    sequence: int
+    first: int
+    end: int
+    pieces: list[_Piece]
+
+    @property
+    def models(self) -> tuple[Any, ...]:
+        return tuple(piece.model for piece in self.pieces)
 
 
 class UpdateReference:
@@ -170,27 +186,63 @@ class UpdateReference:
         import torch
 
         logprobs = np.zeros(self._trace.num_tokens, np.float32)
+        alike: dict[tuple[Any, ...], list[_Run]] = {}
+        for sequence in self._all():
+            parts = pieces_of(sequence)
+            ends = [*(first for first, _ in parts[1:]), len(self._trace.completion(sequence))]
+            for (first, pieces), end in zip(parts, ends, strict=True):
+                run = _Run(sequence=sequence, first=first, end=end, pieces=pieces)
+                alike.setdefault(run.models, []).append(run)
         with torch.no_grad():
-            for sequence in self._all():
-                start, stop = self._trace.bounds(sequence)
-                for first, pieces in pieces_of(sequence):
-                    logprobs[start + first : stop] = self._compute(sequence, pieces)[first:]
+            for runs in alike.values():
+                for batch in self._batches(runs):
+                    for run, computed in zip(batch, self._compute(batch), strict=True):
+                        start = self._trace.bounds(run.sequence)[0]
+                        logprobs[start + run.first : start + run.end] = computed[run.first : run.end]
         return logprobs
 
-    def _compute(self, sequence: int, pieces: Sequence[_Piece]) -> Any:
-        """Logprobs of the tokens of a sequence, each position computed by the model of its piece."""
+    def _batches(self, runs: Sequence[_Run]) -> Iterator[list[_Run]]:
+        """The runs in groups whose logits are not too large."""
+        vocabulary = self._new.config.get_text_config().vocab_size
+        batch: list[_Run] = []
+        for run in sorted(runs, key=lambda run: run.pieces[-1].stop):
+            if batch and run.pieces[-1].stop * (len(batch) + 1) * vocabulary > _MOST_LOGITS:
+                yield batch
+                batch = []
+            batch.append(run)
+        yield batch
+
+    def _compute(self, batch: Sequence[_Run]) -> Iterator[Any]:
+        """Logprobs of the tokens of each run, all of the same models, each position computed by the model of its piece.
+
+        Sequences are padded on the left, so that all of them change the model at the same column, and on the right.
+        """
         import torch
 
-        prompt, tokens = self._trace.prompt(sequence), self._trace.completion(sequence)
-        ids = torch.tensor([[*prompt, *tokens]])
+        stops = [[piece.stop for piece in run.pieces] for run in batch]
+        change = max(stop[0] for stop in stops)
+        shifts = [change - stop[0] if len(stop) > 1 else 0 for stop in stops]
+        width = max(shift + stop[-1] for shift, stop in zip(shifts, stops, strict=True))
+        ids, mask = torch.zeros((2, len(batch), width), dtype=torch.long)
+        for row, (run, shift) in enumerate(zip(batch, shifts, strict=True)):
+            tokens = torch.tensor([*self._trace.prompt(run.sequence), *self._trace.completion(run.sequence)])[: stops[row][-1]]
+            ids[row, shift : shift + len(tokens)] = tokens
+            mask[row, shift : shift + len(tokens)] = 1
+        places = (torch.arange(width) - torch.tensor(shifts)[:, None]).clamp(min=0)
         logits, cache, begin = [], None, 0
-        for piece in pieces:
-            if piece.stop > begin:
-                out = piece.model(ids[:, begin : piece.stop], past_key_values=cache, use_cache=True)
-                logits.append(out.logits[0])
-                cache, begin = out.past_key_values, piece.stop
-        rows = torch.cat(logits)[len(prompt) - 1 :].float() / self._temperature
-        return rows.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].numpy()
+        for model, stop in zip(batch[0].models, (change, width)[-len(batch[0].models) :], strict=True):
+            columns = slice(begin, stop)
+            out = model(
+                ids[:, columns], attention_mask=mask[:, :stop], position_ids=places[:, columns], past_key_values=cache,
+                use_cache=True,
+            )  # fmt: skip
+            logits.append(out.logits)
+            cache, begin = out.past_key_values, stop
+        computed = torch.cat(logits, dim=1)
+        for row, (run, shift) in enumerate(zip(batch, shifts, strict=True)):
+            prompt, tokens = self._trace.prompt(run.sequence), self._trace.completion(run.sequence)
+            rows = computed[row, shift + len(prompt) - 1 : shift + stops[row][-1]].float() / self._temperature
+            yield rows.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].numpy()
 
     def _mixed(self, parts: Sequence[Part], swapped: tuple[str, str] | None) -> Any:
         """The new model with the old weights in some parts, or with two kinds of tensors swapped. A tied LM head is untied."""
