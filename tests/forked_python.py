@@ -42,7 +42,10 @@ MODULES = {
         "numpy", "torch", "transformers", "transformers.models.qwen3.modeling_qwen3", "transformers.generation.utils",
     ),
 }  # fmt: skip
-READ_AT_IMPORT = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "PYTHONHASHSEED", "VLLM_LOGGING_LEVEL", "TORCHINDUCTOR_")
+READ_AT_IMPORT = (
+    "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "PYTHONHASHSEED", "VLLM_LOGGING_LEVEL", "TORCHINDUCTOR_COMPILE_THREADS",
+    "TORCHINDUCTOR_CPP_",
+)  # fmt: skip
 
 
 # -- who asks --------------------------------------------------------------------------------------------------------------
