@@ -118,6 +118,11 @@ def forked_python():
     return str(Path(os.environ["FORKED_PYTHON_HOME"]) / "python")
 
 
+def forked_code(code, *arguments):
+    """`python -c CODE`, but for where its process comes from."""
+    return [forked_python(), "-X", "fork", "-c", code, *arguments]
+
+
 def forked_workers(number):
     """As pytest-xdist's `-n number`, but for where the workers' processes come from."""
     return ("--dist=load", f"--tx={number}*popen//python={forked_python()}")
