@@ -23,6 +23,8 @@ MODEL = str(ROOT / "models" / "tiny-arith")
 pytest_plugins = ["pytester"]
 # pytester gives each test a home of its own: without this vLLM would look into each model class anew, which takes 7 s.
 os.environ.setdefault("VLLM_CACHE_ROOT", str(Path("~/.cache/vllm").expanduser()))
+# What the start of an engine sets, and torch and vLLM read at their import: from now on all forks may come from one process.
+os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
 let_threads_sleep()  # before test modules import torch: two workers' threads that spin take each other's cores
 sys.path.insert(0, str(ROOT / "models"))
 
@@ -64,10 +66,10 @@ class SharedPool:
 
 #: What takes longest, first: two workers then end together.
 SLOW_FIRST = (
-    "test_docs.py", "test_server.py", "test_catalogue.py", "test_diagnosis.py", "test_engine.py", "test_weights.py",
-    "test_plugin.py", "test_matrix.py", "test_report.py", "test_trainer.py", "test_in_hand.py", "test_frameworks.py",
-    "test_adapters.py", "test_noise_floor.py", "test_rl_run.py", "test_gaps.py", "test_head.py", "test_migration.py",
-    "test_selftest.py", "test_signatures.py", "test_accept.py", "test_server_weights.py", "test_kept_sets.py",
+    "test_docs.py", "test_server.py", "test_server_weights.py", "test_catalogue.py", "test_diagnosis.py", "test_engine.py",
+    "test_weights.py", "test_plugin.py", "test_matrix.py", "test_report.py", "test_trainer.py", "test_in_hand.py",
+    "test_frameworks.py", "test_adapters.py", "test_noise_floor.py", "test_rl_run.py", "test_gaps.py", "test_head.py",
+    "test_migration.py", "test_selftest.py", "test_signatures.py", "test_accept.py", "test_kept_sets.py",
     "test_expert_routing.py", "test_speculation.py", "test_llama_cpp.py", "test_other_engines.py", "test_async.py",
 )  # fmt: skip
 
@@ -88,11 +90,15 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Whole files to a worker, in the order above: their engines are started once."""
+    """Whole files to a worker, in the order above: their engines are started once. Those of the real server go together."""
     from xdist.scheduler import LoadFileScheduling
 
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return super()._split_scope(nodeid).replace("test_server_weights", "test_server")
+
     config.option.loadscopereorder = False
-    return LoadFileScheduling(config, log)
+    return Files(config, log)
 
 
 def pytest_configure(config):
@@ -110,6 +116,11 @@ def pytest_configure(config):
 def forked_python():
     """A Python to start many processes with; see tests/forked_python.py."""
     return str(Path(os.environ["FORKED_PYTHON_HOME"]) / "python")
+
+
+def forked_code(code, *arguments):
+    """`python -c CODE`, but for where its process comes from."""
+    return [forked_python(), "-X", "fork", "-c", code, *arguments]
 
 
 def forked_workers(number):
@@ -179,6 +190,17 @@ def engine(pool):
     from pytest_logprob_parity import EngineSpec
 
     return pool.engine(EngineSpec(MODEL, dtype="bfloat16"))
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The address of a real server of the tiny model in float32, behind a key; in development mode, so that vLLM's own routes
+    tell of it, and change its weights.
+    """
+    from serving import SECRET, serving
+
+    with serving("--weight-updates", "--hf-token", SECRET, "--root-path", "/behind") as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@
 
     sh:    FORKED_PYTHON_HOME=folder python -I -S tests/forked_python.py -m pytest -q       # as `python -m pytest -q`
 
-Each set of variables that OpenMP reads has a process of its own to fork from, which starts when it is first needed and ends
-with the process whose number is in `folder/owner`. What a fork cannot do is left to a new Python: modules that it is not meant
-for, `-c` but for the line that starts a worker of pytest-xdist, and whatever comes while there is nobody to fork from. Signals
-go to the child; it dies with whoever started it.
+With `-X fork -c CODE` it runs code there. Each set of variables that OpenMP reads has a process of its own to fork from, which
+starts when it is first needed and ends with the process whose number is in `folder/owner`. What a fork cannot do is left to a
+new Python: modules that it is not meant for, `-c` alone but for the line that starts a worker of pytest-xdist, and whatever
+comes while there is nobody to fork from. Signals go to the child; it dies with whoever started it.
 
 A test of imports, of what a newcomer runs or of a kill takes `sys.executable`.
 """
@@ -34,8 +34,10 @@ ENGINES = (
 )
 #: What execnet's `popen` runs with -c.
 WORKER = "import sys;exec(eval(sys.stdin.readline()))"
+CODE = ["-X", "fork", "-c"]
 MODULES = {
     "pytest": ENGINES,
+    "-c": ENGINES,
     WORKER: ENGINES,
     "pytest_logprob_parity.cli": ENGINES,
     "pytest_logprob_parity.matrix.worker": (
@@ -57,6 +59,8 @@ def ask(arguments):
         arguments = ["-m", "pytest", *arguments[1:]]
     if arguments == ["-u", "-c", WORKER]:
         arguments = ["-m", WORKER]
+    if arguments[:3] == CODE:
+        arguments = ["-m", "-c", *arguments[3:]]
     if not home or arguments[:1] != ["-m"] or arguments[1] not in MODULES:
         return
     read = {name: value for name, value in os.environ.items() if name.startswith(READ_AT_IMPORT)}
@@ -217,6 +221,8 @@ def become(request, base, imported, to_close):
     try:
         if arguments[0] == WORKER:
             exec(WORKER, {"__name__": "__main__"})
+        elif arguments[0] == "-c":
+            exec(sys.argv.pop(1), {"__name__": "__main__"})
         else:
             runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:

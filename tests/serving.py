@@ -1,19 +1,17 @@
-"""A real `logprob-parity serve` for the tests of a module, behind a key."""
+"""A real `logprob-parity serve` for the tests of some modules, behind a key."""
 
 import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
 
-import pytest
-
-from conftest import MODEL, ROOT
+from conftest import MODEL, ROOT, forked_python
 
 KEY = "key-of-this-server"
+SECRET = "hf_token-of-this-server"
 #: A server that has not answered by then (seconds) hangs.
 _HANGS = 240
 
@@ -24,9 +22,7 @@ def serving(*arguments, **environment):
 
     Raises AssertionError for one that ends before, TimeoutError for one that hangs.
     """
-    command = [sys.executable, "-m", "pytest_logprob_parity.cli", "serve", MODEL, "--dtype", "float32", "--port", "0"]
-    patch = pytest.MonkeyPatch()
-    patch.setenv("VLLM_API_KEY", KEY)
+    command = [forked_python(), "-m", "pytest_logprob_parity.cli", "serve", MODEL, "--dtype", "float32", "--port", "0"]
     process = subprocess.Popen(
         [*command, "--api-key", KEY, *arguments], env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -37,7 +33,6 @@ def serving(*arguments, **environment):
         _wait(process, url)
         yield url
     finally:
-        patch.undo()
         process.send_signal(signal.SIGTERM)
         process.wait(60)
 

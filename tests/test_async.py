@@ -24,6 +24,7 @@ if "OWN" in os.environ:
         arguments = AsyncEngineArgs(
             {MODEL!r}, dtype="bfloat16", enforce_eager=True, enable_prefix_caching=False, generation_config="vllm",
             async_scheduling=False, worker_extension_cls="pytest_logprob_parity.engines.forced_decode.WorkerExtension",
+            distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",  # one process, as on a GPU
         )
         llm = AsyncLLM.from_engine_args(arguments)
         yield llm

@@ -17,14 +17,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from conftest import MODEL, ROOT
+from conftest import MODEL, ROOT, forked_code
 from pytest_logprob_parity import (
     EngineError,
     EngineSpec,
     IncomparableError,
     Pool,
     Sampling,
-    Trace,
     UsageError,
     check_golden,
     compare,
@@ -33,7 +32,6 @@ from pytest_logprob_parity import (
 from pytest_logprob_parity.checkpoint.prompts import _is_hole, check_prompts
 from pytest_logprob_parity.engines.backend import Request, ResolvedConfig
 from pytest_logprob_parity.engines.process import ProcessBackend
-from pytest_logprob_parity.engines.replay import replay
 from pytest_logprob_parity.engines.vllm.eager_ranks import count_ranks_eagerly
 from pytest_logprob_parity.engines.vllm.own_engine import Face
 
@@ -254,17 +252,6 @@ def test_raw_logprobs_and_prefill_are_what_transformers_computes(pool, questions
 # -- what cannot be done is refused by name ---------------------------------------------------------------------------
 
 
-def test_speculative_decoding_is_refused_by_name(pool):
-    """In a process of its own, for engines that start after it in the same one die."""
-    speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-    spec = EngineSpec(MODEL, dtype="bfloat16", speculative_config=speculative)
-    backend = ProcessBackend.start(spec, *pool.folders(spec))
-    trace = Trace.from_sequences([{"prompt_token_ids": [5, 6], "token_ids": [7], "logprobs": [-1.0]}])
-    with pytest.raises(EngineError, match="decode replay is not possible: speculative decoding"):
-        replay(backend, trace)
-    backend.close()
-
-
 def test_a_prompt_longer_than_the_context(engine):
     with pytest.raises(UsageError, match=r"prompts\[1\] has 1,100 tokens; the engine's context \(max_model_len\) is 1,024"):
         engine.generate([[5, 6], [7] * 1100])
@@ -309,8 +296,10 @@ def test_a_tool_call_is_no_turn_to_write_and_images_are_refused():
 def test_one_start_for_each_spec_and_a_process_for_the_one_that_comes_back(questions):
     mark = {"OFFSPRING": uuid.uuid4().hex}
     code = textwrap.dedent(f"""
+        import os
         import numpy as np
         from pytest_logprob_parity import EngineSpec, Pool, Sampling
+        os.environ |= {mark!r}
         with Pool() as pool:
             a, b = EngineSpec({MODEL!r}, dtype="bfloat16"), EngineSpec({MODEL!r}, dtype="float32")
             prompts = [[10, 11, 12], [13, 14]]
@@ -323,7 +312,7 @@ def test_one_start_for_each_spec_and_a_process_for_the_one_that_comes_back(quest
             assert np.array_equal(again.logprobs, first.logprobs)
             print([(s.spec.dtype, s.own_process) for s in pool.starts])
     """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **mark})
+    done = subprocess.run(forked_code(code), capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1:] == ["[('bfloat16', False), ('float32', False), ('bfloat16', True)]"], done.stderr[
         -3000:
     ]
@@ -342,7 +331,7 @@ def test_nothing_is_left_behind_after_a_crash():
         print(backend._process.pid, flush=True)
         os._exit(9)
     """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(forked_code(code), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 9
     pid = int(done.stdout)
     for _ in range(100):
@@ -352,13 +341,11 @@ def test_nothing_is_left_behind_after_a_crash():
     raise AssertionError("the engine's process is still there")
 
 
-def test_an_engine_process_that_is_killed_says_so(pool):
-    spec = EngineSpec(MODEL, engine="transformers", dtype="float32")
-    backend = ProcessBackend.start(spec, *pool.folders(spec))
+def test_an_engine_process_that_is_killed_says_so(child):
+    backend = child()
     backend._process.kill()
     with pytest.raises(EngineError, match=r"the engine's process died \(exit status -9\)"):
         backend.run([])
-    backend.close()
 
 
 def test_an_engine_process_that_does_not_answer_is_ended_and_the_next_use_starts_anew(child):
@@ -395,9 +382,9 @@ def test_a_stopped_process_is_closed_in_order(child):
 
 
 def test_a_start_that_takes_too_long_is_remembered_as_one_that_failed():
-    with Pool(start_timeout=0.05) as pool:
+    with Pool(start_timeout=0.5) as pool:
         engine = pool.beside(EngineSpec(MODEL, dtype="bfloat16"))
-        with pytest.raises(EngineError, match=r"no answer to 'start' within 0\.05 s; .*; ini parity_start_timeout") as first:
+        with pytest.raises(EngineError, match=r"no answer to 'start' within 0\.5 s; .*; ini parity_start_timeout") as first:
             engine.generate([[5, 6]])
         with pytest.raises(EngineError) as second:
             engine.generate([[5, 6]])
@@ -473,7 +460,7 @@ def test_the_users_own_llm_is_used_as_it_is(questions):
             print(trace.logprobs_mode)
         print(len(llm.generate(["1 + 1"], use_tqdm=False)))
     """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(forked_code(code), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if "vllm" not in line or "own engine" in line]
     assert "differs from profile rl: logprobs_mode is 'raw_logprobs' (rl: 'processed_logprobs')" in done.stdout
@@ -495,7 +482,10 @@ def test_the_users_own_llm_in_another_process_ends_in_order(pytester, run_forked
             os.environ |= {{"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}}
             from vllm import LLM
             extension = "pytest_logprob_parity.engines.forced_decode.WorkerExtension"
-            return LLM({MODEL!r}, dtype="bfloat16", enforce_eager=True, worker_extension_cls=extension)
+            return LLM(
+                {MODEL!r}, dtype="bfloat16", enforce_eager=True, worker_extension_cls=extension,
+                distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",  # one process, as on a GPU
+            )
         """
     )
     pytester.makepyfile(

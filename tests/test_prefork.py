@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import MODEL, forked_python
+from conftest import MODEL, forked_code, forked_python
 from pytest_logprob_parity import EngineError, EngineSpec, Sampling
 from pytest_logprob_parity.engines import prefork
 from pytest_logprob_parity.engines.backend import Request
@@ -134,7 +134,9 @@ def test_a_forked_python_runs_in_its_folder_and_environment_and_ends_as_a_new_on
     assert f"{tmp_path} over here" in told[0].stdout
     assert told[0].returncode == told[1].returncode == 1
     assert [without_times(run.stdout) for run in told[:1]] == [without_times(run.stdout) for run in told[1:]]
-    assert subprocess.run([forked_python(), "-c", "raise SystemExit(7)"], check=False).returncode == 7
+    code = "import sys; sys.exit(int(sys.argv[1]) + ('torch' in sys.modules))"
+    ends = [subprocess.run(command).returncode for command in ([forked_python(), "-c", code, "7"], forked_code(code, "7"))]
+    assert ends == [7, 8]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import socketserver
+import textwrap
 import threading
 import time
 import urllib.error
@@ -20,9 +21,9 @@ from typing import Literal
 import numpy as np
 import pytest
 from gateway import COMPLETIONS, Gateway
-from serving import KEY, serving
+from serving import KEY, SECRET
 
-from conftest import MODEL, ROOT
+from conftest import MODEL, ROOT, forked_workers
 from pytest_logprob_parity import EngineSpec, ParityError, Sampling, check_golden, compare
 from pytest_logprob_parity.check.ask import ask
 from pytest_logprob_parity.engines.backend import Request
@@ -37,6 +38,7 @@ from pytest_logprob_parity.reasons import reason_of
 from pytest_logprob_parity.report.results_file import read_results
 from pytest_logprob_parity.spec.server_settings import ServerSettings
 
+PROMPTS = [[9, 8, 7 + i] for i in range(4)]
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=24, n=2, seed=1)
 TEST = f"""
 import pytest
@@ -50,18 +52,13 @@ def test_rollouts(parity_engine, golden_trace):
 """
 
 
-SECRET = "hf_token-of-this-server"
 CONFIG = "/logprob_parity/config"
 
 
-@pytest.fixture(scope="module")
-def server():
-    """The address of a real server in float32, behind a key, which the tests have; in development mode, so that vLLM's own
-    routes can tell of it too.
-    """
-    more = ("--hf-token", SECRET, "--root-path", "/behind")
-    with serving(*more, VLLM_SERVER_DEV_MODE="1") as url:
-        yield url
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    """The tests have the server's key."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +104,7 @@ def trace(here):
 @pytest.fixture(scope="module")
 def golden(here, tmp_path_factory):
     path = tmp_path_factory.mktemp("goldens") / "golden.safetensors"
-    check_golden(path, here, prompts=[[9, 8, 7 + i] for i in range(8)], sampling=SAMPLING, update=True, repeats=2)
+    check_golden(path, here, prompts=PROMPTS, sampling=SAMPLING, update=True, repeats=2)
     return path
 
 
@@ -143,7 +140,7 @@ def test_concurrent_requests_give_the_logprobs_of_an_engine_in_this_process(serv
 
 
 def test_one_at_a_time_gives_its_bits(server, clients, here, questions):
-    trace = here.generate(questions(12), {**SAMPLING.to_json(), "max_tokens": 48})
+    trace = here.generate(questions(5), {**SAMPLING.to_json(), "max_tokens": 32})
     there = clients(server, concurrency=1)
     requests = [forced_request(trace, segment) for segment in trace.segments()]
     ours = [here._backend().run([request])[0] for request in requests]
@@ -203,12 +200,20 @@ def test_a_golden_of_an_engine_is_checked_against_a_server(pytester, run_inner, 
 
 
 def test_a_check_against_a_server_loads_no_engine(pytester, run_inner, server):
-    """So its process is up in seconds. The negative control: a test module that imports torch would be seen."""
-    seen = "\ndef test_last():\n    import sys\n    assert not {'vllm', 'torch'} & {*sys.modules}\n"
-    pytester.makepyfile(test_it=TEST + seen, test_other="import torch\n" + seen)
+    """So its process is up in seconds. The negative control: torch, once it is imported, is seen."""
+    seen = """
+        def test_last():
+            import sys
+            assert not {"vllm", "torch"} & {*sys.modules}
+
+        def test_it_would_be_seen():
+            import torch
+            with pytest.raises(AssertionError):
+                test_last()
+    """
+    pytester.makepyfile(test_it=TEST + textwrap.dedent(seen))
     run_inner("--update-golden", f"--parity-server={server}", "test_it.py::test_rollouts").assert_outcomes(passed=1)
-    pytester.runpytest_subprocess(f"--parity-server={server}", "test_it.py").assert_outcomes(passed=2)
-    pytester.runpytest_subprocess("test_other.py").assert_outcomes(failed=1)
+    pytester.runpytest_subprocess(f"--parity-server={server}", "test_it.py").assert_outcomes(passed=3)
 
 
 def test_the_address_is_an_engine_of_ones_own(pytester, run_inner, server):
@@ -232,13 +237,13 @@ def test_the_address_is_an_engine_of_ones_own(pytester, run_inner, server):
     run_inner().stdout.fnmatch_lines(["E*EngineError: no server answers at http://127.0.0.1:9: *; start one: *"])
 
 
-def test_four_workers_share_a_server_and_nothing_is_lost(pytester, server):
-    """32 goldens, recorded and checked under -n 4; the reports of all workers are one."""
+def test_four_workers_share_a_server_and_nothing_is_lost(pytester, run_forked, server):
+    """16 goldens, recorded and checked by four workers; the reports of all workers are one."""
     pytester.makepyfile(
         test_it=f"""
         import pytest
 
-        @pytest.mark.parametrize("number", range(32))
+        @pytest.mark.parametrize("number", range(16))
         @pytest.mark.logprob_parity(model={MODEL!r}, dtype="float32")
         def test_many(parity_engine, golden_trace, number):
             golden_trace.check(
@@ -247,16 +252,16 @@ def test_four_workers_share_a_server_and_nothing_is_lost(pytester, server):
             )
     """
     )
-    options = ("-n", "4", f"--parity-server={server}", "-o", "parity_repeats=0", "-p", "no:cacheprovider")
-    recorded = pytester.runpytest_subprocess("--update-golden", *options, timeout=200)
-    recorded.assert_outcomes(passed=32)
-    recorded.stdout.fnmatch_lines(["logprob-parity: 32 recorded"])
-    assert len(list(pytester.path.glob("golden/*/*.safetensors"))) == 32
-    checked = pytester.runpytest_subprocess("--parity-report=report", *options, timeout=200)
-    checked.assert_outcomes(passed=32)
-    checked.stdout.fnmatch_lines(["logprob-parity: 32 checked"])
+    options = (*forked_workers(4), f"--parity-server={server}", "-o", "parity_repeats=0", "-p", "no:cacheprovider")
+    recorded = run_forked("--update-golden", *options, timeout=200)
+    recorded.assert_outcomes(passed=16)
+    recorded.stdout.fnmatch_lines(["logprob-parity: 16 recorded"])
+    assert len(list(pytester.path.glob("golden/*/*.safetensors"))) == 16
+    checked = run_forked("--parity-report=report", *options, timeout=200)
+    checked.assert_outcomes(passed=16)
+    checked.stdout.fnmatch_lines(["logprob-parity: 16 checked"])
     checks = read_results(pytester.path / "report" / "results.json")["checks"]
-    assert sorted(c["node_id"] for c in checks) == sorted(f"test_it.py::test_many[{n}]" for n in range(32))
+    assert sorted(c["node_id"] for c in checks) == sorted(f"test_it.py::test_many[{n}]" for n in range(16))
     assert {c["outcome"] for c in checks} == {"passed"}
 
 
@@ -431,7 +436,8 @@ def test_an_answer_is_still_streamed(server):
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
-def test_no_more_requests_are_under_way_than_allowed(gateway, clients, trace, concurrency):
+def test_no_more_requests_are_under_way_than_allowed(gateway, clients, here, concurrency):
+    trace = here.generate(PROMPTS, {**SAMPLING.to_json(), "max_tokens": 4})
     there = clients(gateway.url, concurrency=concurrency)
     gateway.delay = 0.02
     there.replay(trace)
@@ -713,7 +719,7 @@ def test_other_tokens_than_the_forced_ones_are_an_error(gateway, clients, golden
 @pytest.mark.parametrize("number", [None, math.nan])
 def test_nan_fails_the_check(gateway, clients, golden, number):
     gateway.after = first_choice(lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(1, number))
-    with pytest.raises(ParityError, match=r"^fail: 16 of \d+ logprobs are NaN"):
+    with pytest.raises(ParityError, match=r"^fail: 8 of \d+ logprobs are NaN"):
         check_golden(golden, clients(gateway.url))
 
 
@@ -996,7 +1002,7 @@ def test_a_server_that_dies_in_the_middle_leaves_the_golden(gateway, clients, go
     there = clients(gateway.url, retries=1)
     gateway.before = lambda number, path: "drop" if path == COMPLETIONS and number > 5 else None
     with pytest.raises(EngineError, match=r"connection lost \(.*\) after 2 tries"):
-        check_golden(golden, there, prompts=[[9, 8, 7 + i] for i in range(8)], sampling=SAMPLING, update=update)
+        check_golden(golden, there, prompts=PROMPTS, sampling=SAMPLING, update=update)
     assert golden.read_bytes() == before
 
 

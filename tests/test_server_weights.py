@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gateway import Gateway
 from safetensors.torch import load_file, save_file
-from serving import KEY, serving
+from serving import KEY
 
 from conftest import MODEL
 from pytest_logprob_parity import (
@@ -28,10 +28,10 @@ STEP_2 = f"{MODEL}-step2"
 SAMPLING = Sampling(temperature=0.7, max_tokens=64, ignore_eos=True, seed=1)
 
 
-@pytest.fixture(scope="module")
-def server():
-    with serving("--weight-updates") as url:
-        yield url
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    """The tests have the server's key."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
 
 
 @pytest.fixture(scope="module")

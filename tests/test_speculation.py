@@ -2,13 +2,12 @@
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 from made_up import make_trace, moved
 
-from conftest import MODEL, ROOT
+from conftest import MODEL, ROOT, forked_code
 from pytest_logprob_parity import EngineError, EngineSpec, Sampling, UsageError, assert_speculation_parity, check_golden
 from pytest_logprob_parity.comparison.free_generation.own_draws import own_draws
 from pytest_logprob_parity.comparison.signatures.speculation import speculation_finding
@@ -83,9 +82,7 @@ with Pool() as pool:
 def outcomes_of(prompts):
     """What each fault in the worker comes to: (verdict, findings, keys of the notes, headline) by its name."""
     asked = json.dumps([MODEL, NGRAM, SAMPLING.to_json(), prompts])
-    run = subprocess.run(
-        [sys.executable, "-c", IN_WORKER, asked], capture_output=True, text=True, timeout=300, check=False, cwd=ROOT
-    )
+    run = subprocess.run(forked_code(IN_WORKER, asked), capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
     lines = [json.loads(line.removeprefix("OUTCOME ")) for line in run.stdout.splitlines() if line.startswith("OUTCOME ")]
     assert len(lines) == 7, run.stdout[-2000:] + run.stderr[-4000:]
     return {name: rest for name, *rest in lines}
@@ -134,9 +131,11 @@ def test_drafts_that_are_accepted_whatever_the_model_says_are_no_draws_of_it(out
 
 def test_a_golden_check_of_an_engine_that_speculates_points_there(pool, tmp_path):
     """In a process of its own, for engines that start after it in the same one die."""
-    spec = EngineSpec(MODEL, dtype="bfloat16", speculative_config=NGRAM)
+    engine = pool.beside(EngineSpec(MODEL, dtype="bfloat16", speculative_config=NGRAM))
     with pytest.raises(EngineError, match=r"not recorded: .* speculative decoding .*assert_speculation_parity"):
-        check_golden(tmp_path / "g.safetensors", pool.beside(spec), prompts=[[5, 6, 7]], update=True)
+        check_golden(tmp_path / "g.safetensors", engine, prompts=[[5, 6, 7]], update=True)
+    with pytest.raises(EngineError, match="decode replay is not possible: speculative decoding"):
+        engine.replay(made()[0])
 
 
 def test_an_engine_that_does_not_speculate_is_refused(engine):

@@ -171,8 +171,7 @@ def test_a_part_of_a_fused_parameter_is_refused_before_the_engine_is_touched(poo
     assert engine.update_weights({n: t for n, t in new.items() if ".layers.1." in n}) is None  # a layer alone is whole
 
 
-def test_an_updated_engine_gives_what_a_fresh_one_does(pool, questions):
-    spec = EngineSpec(MODEL, dtype="float32", max_num_seqs=32)  # of its own: others' engines have had other updates
+def test_an_updated_engine_gives_what_a_fresh_one_does(pool, spec, questions):
     engine = pool.engine(spec)
     comparison = assert_updated_equals_cold(engine, STEP_2, prompts=questions(8), sampling=SAMPLING)
     assert not comparison.metrics["n_changed"]
@@ -188,6 +187,21 @@ def test_an_update_that_arrived_at_another_token(updated):
     finding = finding_of(trace.with_(weight_versions=told))
     assert finding.cause == "stale_weights"
     assert finding.values["later"] == -3
+
+
+def test_the_reference_computes_sequences_together_as_one_by_one(updated, monkeypatch):
+    from pytest_logprob_parity.weight_updates import outcomes, update_reference
+
+    _, trace = updated()
+    assert len({len(trace.prompt(i)) for i in range(trace.num_sequences)}) > 3  # which are padded, then
+    for outcome in (*outcomes.PLAIN, outcomes.Outcome(prompt_block=32)):
+        folders = Path(MODEL), Path(STEP_2)
+        together = update_reference.UpdateReference(*folders, trace).logprobs(outcome)
+        with monkeypatch.context() as patch:
+            patch.setattr(update_reference, "_MOST_LOGITS", 1)
+            alone = update_reference.UpdateReference(*folders, trace).logprobs(outcome)
+        np.testing.assert_allclose(together, alone, rtol=0, atol=2e-5)
+        assert not np.array_equal(together, alone)
 
 
 def test_a_prefix_cache_that_outlives_the_weights(pool, questions):
@@ -209,8 +223,8 @@ def test_a_prefix_cache_that_outlives_the_weights(pool, questions):
 def test_a_probe_tells_old_keys_and_values_from_new_ones_in_bfloat16(pool, questions, tmp_path):
     probe = write_probe(MODEL, tmp_path / "probe")
     prompts = [[{"role": "user", "content": " ".join(q[0]["content"] for q in questions(6, seed))}] for seed in range(8)]
-    for caching in (False, True):
-        engine = pool.engine(EngineSpec(MODEL, dtype="bfloat16", enable_prefix_caching=caching))
+    for caching in (True, False):
+        engine = pool.engine(EngineSpec(MODEL, dtype="bfloat16", **({"enable_prefix_caching": True} if caching else {})))
         engine.generate(prompts, SAMPLING)
         engine.update_weights(probe)
         trace = engine.generate(prompts, SAMPLING)

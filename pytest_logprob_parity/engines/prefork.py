@@ -46,6 +46,8 @@ _MAY_DIFFER: Final = (
     "PWD",
     "OLDPWD",
     "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_API_KEY",
+    "VLLM_DIST_IDENT",  # another one for each engine that starts in the owner's process
 )
 #: How long a fork may take to show that it can compute, in seconds.
 _PROBE_SECONDS: Final = 20

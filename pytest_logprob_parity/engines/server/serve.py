@@ -27,6 +27,8 @@ _ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": 
 
 #: How long requests that run may take to end, once the server is told to: without a bound they keep it up for ever.
 _GRACE_SECONDS: Final = 5
+#: vLLM's "uni", by a name that its CPU platform does not turn into "mp".
+_WITH_THE_CORE: Final = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def serve(
@@ -74,7 +76,7 @@ def serve(
     arguments.middleware = [*arguments.middleware, MIDDLEWARE]
     os.environ[ASKED_VARIABLE] = json.dumps({k: v for k, v in asked.items() if not is_secret(k)}, default=str)
     if cpu:
-        _prepare_cpu()
+        _prepare_cpu(arguments)
     _prepare_forcing(arguments)
     if weight_updates or getattr(arguments, "enable_trace_replay", False):
         arguments.enable_scale_out = True  # the generate route: it replays traces, and says which weights wrote a token
@@ -123,13 +125,22 @@ def _pin(arguments: Any, spec: EngineSpec, asked: Mapping[str, Any]) -> None:
             setattr(arguments, name, value)
 
 
-def _prepare_cpu() -> None:
-    """As many threads as an engine in this process has: sums over another number of them have other last digits."""
+def _prepare_cpu(arguments: Any) -> None:
+    """As many threads as an engine in this process has: sums over another number of them have other last digits.
+
+    A lone worker lives in the engine core's process, as on a GPU. vLLM gives it one of its own on CPUs, in which to set its
+    threads: a third import of torch and vLLM, and two processes that spin for a second after each step.
+    """
     import torch
 
-    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    if "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
+        return
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    is_alone = all(getattr(arguments, name, 1) == 1 for name in sizes)
+    if is_alone and getattr(arguments, "distributed_executor_backend", None) is None:
+        arguments.distributed_executor_backend = _WITH_THE_CORE
 
 
 def _prepare_forcing(arguments: Any) -> None:
