@@ -190,7 +190,7 @@ def test_an_update_that_arrived_at_another_token(updated):
 
 
 def test_the_reference_computes_sequences_together_as_one_by_one(updated, monkeypatch):
-    from pytest_logprob_parity.weight_updates import outcomes, update_reference
+    from pytest_logprob_parity.weight_updates import outcomes, piecewise, update_reference
 
     _, trace = updated()
     assert len({len(trace.prompt(i)) for i in range(trace.num_sequences)}) > 3  # which are padded, then
@@ -198,7 +198,7 @@ def test_the_reference_computes_sequences_together_as_one_by_one(updated, monkey
         folders = Path(MODEL), Path(STEP_2)
         together = update_reference.UpdateReference(*folders, trace).logprobs(outcome)
         with monkeypatch.context() as patch:
-            patch.setattr(update_reference, "_MOST_LOGITS", 1)
+            patch.setattr(piecewise, "_LOGITS", 1)
             alone = update_reference.UpdateReference(*folders, trace).logprobs(outcome)
         np.testing.assert_allclose(together, alone, rtol=0, atol=2e-5)
         assert not np.array_equal(together, alone)
