@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -16,6 +15,7 @@ from pytest_logprob_parity.selftest.truth import Quantity, TrueEffect
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bench_catalogue
 from catalogue import table
 from catalogue.all_faults import catalogue
 from catalogue.anatomy import Anatomy, load_checkpoint
@@ -185,28 +185,28 @@ def test_no_material_case_passes_and_nearly_all_fail(verdicts, reached):
     assert f"material cases: 20, {verdicts.count('fail') / 20:.1%} fail" in "\n".join(table.summary(rows, "token"))
 
 
-def run_catalogue(tmp_path, *arguments):
+@pytest.fixture
+def run_catalogue(tmp_path, monkeypatch, capfd):
     """Run the command; its exit status, output, messages and rows."""
-    out = tmp_path / "rows.json"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "bench_catalogue.py"), "--json", str(out), *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert out.is_file(), done.stderr[-3000:]
-    return done.returncode, done.stdout, done.stderr, json.loads(out.read_text())["rows"]
+
+    def run(*arguments):
+        out = tmp_path / "rows.json"
+        monkeypatch.setattr(sys, "argv", ["bench_catalogue.py", "--json", str(out), *arguments])
+        status = bench_catalogue.main()
+        return (status, *capfd.readouterr(), json.loads(out.read_text())["rows"])
+
+    return run
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_part_of_the_catalogue_on_the_real_engine(tmp_path, dtype):
+def test_a_part_of_the_catalogue_on_the_real_engine(run_catalogue, dtype):
     """One fault of each kind: asked, reported, distribution, arithmetic, weights, few tokens, free run, not forced."""
     chosen = (
         "temperature,shifted,log2,normaliser,attention scale,stale KV block,rope base,all positions,weights of another,"
         "int,corrupted,another seed,greedy,force"
     )
-    status, output, _, rows = run_catalogue(tmp_path, "--dtype", dtype, "--sequences", "64", "--tokens", "24", "--only", chosen)
+    status, output, _, rows = run_catalogue("--dtype", dtype, "--sequences", "64", "--tokens", "24", "--only", chosen)
     assert status == 0, output
     assert len({row["fault"] for row in rows}) >= 12
     assert {row["expected"] for row in rows} == {"fail", "no fail", ""}
@@ -227,14 +227,14 @@ FAULTS_OF_EACH_SITE = (
     ],
     ids=["some", "all"],
 )
-def test_what_is_planted_in_the_engine_is_planted_in_the_reference(mixture, tmp_path, chosen, experts):
+def test_what_is_planted_in_the_engine_is_planted_in_the_reference(run_catalogue, mixture, tmp_path, chosen, experts):
     """In float32 the engine's own difference is the true effect, for each kind of site, on two models in one command.
 
     Runs that were kept need no engine.
     """
     arguments = ("--model", MODEL, "--model", str(mixture), "--dtype", "float32", "--sequences", "16", "--tokens", "16",
                  "--only", chosen, "--runs", str(tmp_path / "runs"))  # fmt: skip
-    _, _, messages, rows = run_catalogue(tmp_path, *arguments)
+    _, _, messages, rows = run_catalogue(*arguments)
     assert "# started vllm" in messages
     assert {row["model"] for row in rows} == {"tiny-arith", mixture.name}
     assert {row["fault"] for row in rows if row["group"] == "experts"} >= experts
@@ -244,6 +244,6 @@ def test_what_is_planted_in_the_engine_is_planted_in_the_reference(mixture, tmp_
             assert row["seen"] == pytest.approx(row["effect"], rel=0.1 if rounded else 0.05), row
         elif row["truth"] == "immaterial":
             assert row["seen"] < 1, row
-    _, _, messages, again = run_catalogue(tmp_path, *arguments)
+    _, _, messages, again = run_catalogue(*arguments)
     assert "# started" not in messages
     assert again == rows
