@@ -35,6 +35,8 @@ def run_models(models: Sequence[str], plan: Plan, notify: Callable[[str], None],
     if len(models) == 1:
         yield from run_model(models[0], plan, notify, show)
         return
+    context = multiprocessing.get_context("forkserver")  # all are forks of one process that imports vLLM
+    context.set_forkserver_preload(["vllm.entrypoints.llm", "transformers.models.auto.modeling_auto"])
     for model in models:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        with ProcessPoolExecutor(1, context) as executor:
             yield from executor.submit(run_model, model, plan, notify, show).result()
