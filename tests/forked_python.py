@@ -45,8 +45,10 @@ MODULES = {
     ),
 }  # fmt: skip
 READ_AT_IMPORT = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "PYTHONHASHSEED", "VLLM_LOGGING_LEVEL", "TORCHINDUCTOR_")
-#: What these imports set where nobody has: whoever has imported them asks for the same process as whoever has not.
+#: What these imports set where nobody has, and what a start of an engine sets besides: whoever has imported them or has an
+#: engine asks for the same process as whoever has not.
 SET_BY_IMPORTS = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+SET_BY_ENGINES = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS")
 
 
 # -- who asks --------------------------------------------------------------------------------------------------------------
@@ -63,8 +65,7 @@ def ask(arguments):
         arguments = ["-m", "-c", *arguments[3:]]
     if not home or arguments[:1] != ["-m"] or arguments[1] not in MODULES:
         return
-    read = {name: value for name, value in os.environ.items() if name.startswith(READ_AT_IMPORT)}
-    read.pop("TORCHINDUCTOR_CACHE_DIR", None)  # set by imports too, and read when something is compiled
+    read = {k: v for k, v in os.environ.items() if k.startswith(READ_AT_IMPORT) and k not in SET_BY_ENGINES}
     key = [MODULES[arguments[1]], {**SET_BY_IMPORTS, **read}]
     place = f"{home}/{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
     try:
@@ -106,7 +107,9 @@ def begin(place, modules):
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(place)
             listener.listen(64)  # who connects from now on waits for the imports
-            quiet = {name: os.environ[name] for name in os.environ if not name.startswith("PYTHON") or name == "PYTHONHASHSEED"}
+            quiet = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") or k == "PYTHONHASHSEED"}
+            for name in SET_BY_ENGINES:
+                quiet.pop(name, None)
             with Path(f"{place}.log").open("w") as log:
                 subprocess.Popen(
                     [sys.executable, str(Path(__file__).resolve()), "--serve", str(listener.fileno()), *modules],

@@ -54,8 +54,11 @@ def chance_to_pass(golden: Golden, limits: Tolerance, noise: float) -> Chance:
     for times in _TIMES:
         prompts = max(round(count * times), count)
         rng = np.random.default_rng(0)
-        judged = [_judged(golden, limits, noise, numbers, count, prompts, rng) for _ in range(DRAWS)]
-        share = sum(_passes(gates) for gates in judged) / DRAWS
+        judged, failed = list[Sequence[Gate]](), 0
+        while len(judged) < DRAWS and (times == 1 or (DRAWS - failed) / DRAWS >= WANTED):
+            judged.append(_judged(golden, limits, noise, numbers, count, prompts, rng))
+            failed += not _passes(judged[-1])
+        share = (len(judged) - failed) / DRAWS
         if times == 1:
             first, hidden = share, any(gate.hidden and not gate.sure for gates in judged for gate in gates)
         if share >= WANTED or hidden:

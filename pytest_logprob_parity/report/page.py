@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,7 @@ def _own_file(name: str) -> str:
     return files(__package__).joinpath(name).read_text("utf-8")
 
 
+@functools.cache
 def _environment() -> Environment:
     templates = DictLoader({name: _own_file(name) for name in (_PAGE, _CHART)})
     environment = Environment(
