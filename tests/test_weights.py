@@ -40,7 +40,7 @@ def updated(pool, spec, questions):
 
     def update(weights=STEP_2, **how):
         engine = pool.engine(spec)
-        return engine, engine.update_weights(weights, at_token=12, prompts=questions(16), sampling=SAMPLING, **how)
+        return engine, engine.update_weights(weights, at_token=12, prompts=questions(8), sampling=SAMPLING, **how)
 
     return update
 
@@ -61,10 +61,10 @@ def finding_of(trace, **how):
 @pytest.mark.parametrize("how", [{"mode": "keep"}, {"mode": "keep", "clear_cache": True}, {"mode": "v0"}], ids=str)
 def test_running_requests_go_on_with_the_new_weights(updated, questions, how):
     engine, trace = updated(**how)
-    assert trace.weight_versions.tolist() == ([0] * 12 + [1] * 20) * 16
-    assert trace.lag().tolist() == ([1] * 12 + [0] * 20) * 16
+    assert trace.weight_versions.tolist() == ([0] * 12 + [1] * 20) * 8
+    assert trace.lag().tolist() == ([1] * 12 + [0] * 20) * 8
     assert check(trace, **how).passed
-    afterwards = engine.generate(questions(16), SAMPLING)  # a fresh request is the new weights' alone
+    afterwards = engine.generate(questions(8), SAMPLING)  # a fresh request is the new weights' alone
     assert set(afterwards.weight_versions.tolist()) == {1}
     assert check(afterwards, **how).passed
 
@@ -73,15 +73,15 @@ def test_running_requests_go_on_with_the_new_weights(updated, questions, how):
 def test_requests_that_end_before_the_update_are_the_old_weights_alone(updated, questions, mode):
     engine, trace = updated(mode=mode, clear_cache=True)
     assert set(trace.weight_versions.tolist()) == {0}
-    assert trace.num_tokens == 16 * (32 if mode == "wait" else 12)
+    assert trace.num_tokens == 8 * (32 if mode == "wait" else 12)
     with pytest.raises(MismatchError, match="cannot show whether the update arrived: no token was written after it") as error:
         check(trace, mode=mode, clear_cache=True)
     assert error.value.comparison.metrics["rms_diff"] < 1e-5
-    assert check(engine.generate(questions(16), SAMPLING), mode=mode, clear_cache=True).passed
+    assert check(engine.generate(questions(8), SAMPLING), mode=mode, clear_cache=True).passed
 
 
 def test_an_engine_that_has_had_updates_is_told_as_a_fresh_one_is(pool, spec, questions):
-    engine, prompts = pool.engine(spec), questions(12)
+    engine, prompts = pool.engine(spec), questions(8)
     for number, (mode, at_token) in enumerate((("keep", 1000), ("wait", 12), ("abort", 12))):
         trace = engine.update_weights(STEP_2, mode=mode, at_token=at_token, prompts=prompts, sampling=SAMPLING)
         assert set(trace.weight_versions.tolist()) == {2 * number}
@@ -109,7 +109,7 @@ def test_weights_that_never_came(updated, questions):
     finding = finding_of(trace)
     assert (finding.layer, finding.cause) == ("weights", "stale_weights")
     assert not finding.values["came"]
-    assert not finding_of(engine.generate(questions(16), SAMPLING)).values["came"]
+    assert not finding_of(engine.generate(questions(8), SAMPLING)).values["came"]
 
 
 @pytest.mark.parametrize("spec", BOTH_DTYPES, indirect=True)
@@ -183,7 +183,7 @@ def test_an_updated_engine_gives_what_a_fresh_one_does(pool, spec, questions):
 
 def test_an_update_that_arrived_at_another_token(updated):
     _, trace = updated()
-    told = np.array(([0] * 15 + [1] * 17) * 16, np.int32)
+    told = np.array(([0] * 15 + [1] * 17) * 8, np.int32)
     finding = finding_of(trace.with_(weight_versions=told))
     assert finding.cause == "stale_weights"
     assert finding.values["later"] == -3
