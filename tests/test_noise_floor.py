@@ -257,7 +257,7 @@ def test_a_golden_too_small_for_a_clean_engine_says_what_is_missing(engine, ques
     chance = chance_to_pass(golden, with_floor(default_tolerance("bfloat16"), golden.floor), 0.02)
     assert (chance.prompts, chance.share) == (1, 0)  # 3 sequences are fewer than a verdict on other prompts needs
     notes = {note.key: note for note in told.notes}
-    assert notes["chance"].startswith("simulated: 0 of 40 engines of another version without a fault pass with this 1 prompt; ")
+    assert notes["chance"].startswith("simulated: 0 of 40 fault-free engines of another version pass with this 1 prompt; ")
     assert chance.needed is None or chance.needed > 2
     assert ("more prompts would not" if chance.needed is None else f"with {chance.needed} prompts like these") in notes[
         "chance"

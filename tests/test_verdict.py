@@ -133,7 +133,7 @@ def test_a_pass_says_what_holds_of_other_prompts_and_what_would_not_have_passed(
     assert shown.share == pytest.approx(0.015, abs=2e-4)  # statistics.md: 0 bad of 200 prove their share
     assert (shown.sequences_allowed, shown.reach) == (gate(result, "outlier_sequences").limit, pytest.approx(0.019, abs=1e-3))
     assert shown.tokens_allowed == gate(result, "outlier_tokens").limit
-    assert [line.partition(":")[0] for line in result.shows] == ["shown", "would not pass in any setup", "power"]
+    assert [line.partition(":")[0] for line in result.shows] == ["shown", "no check passes, in any setup, with", "power"]
 
 
 @pytest.mark.parametrize(("rms", "verdict"), [(0.009, "pass"), (0.03, "pass"), (0.055, "unverified"), (0.09, "fail")])

@@ -214,7 +214,7 @@ def _what_it_can_show(golden: Golden, limits: Tolerance) -> list[Note]:
         notes.append(Note("cannot_tell_raw", text))
     chance = chance_to_pass(golden, limits, _OTHER_BUILDS.get(golden.trace.dtype, _OTHER_BUILDS["bfloat16"]))
     prompts = f"{'this' if chance.prompts == 1 else 'these'} {counted(chance.prompts, 'prompts')}"
-    text = f"simulated: {chance.passes} of {DRAWS} engines of another version without a fault pass with {prompts}"
+    text = f"simulated: {chance.passes} of {DRAWS} fault-free engines of another version pass with {prompts}"
     if chance.share < WANTED:
         text += (
             f"; with {chance.needed} prompts like these, {WANTED:.0%} would pass"

@@ -115,7 +115,7 @@ def _numbers(comparison: Comparison) -> list[str]:
     total = int(numbers["n_tokens"])
     if _not_subtracted(comparison):
         return [
-            f"{int(numbers['n_changed']):,} of {total:,} logprobs differ. The two columns have different meanings, so no"
+            f"{int(numbers['n_changed']):,} of {total:,} logprobs differ. The two sides have different meanings, so no"
             " metric is computed from their differences."
         ]
     if not total:

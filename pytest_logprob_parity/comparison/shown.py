@@ -45,9 +45,9 @@ def shown_lines(shown: Shown) -> tuple[str, ...]:
     have = "has" if shown.bad_prompts == 1 else "have"
     lines = [
         f"shown: {shown.bad_prompts} of {shown.prompts} prompts {have} a sequence with an RMS difference above {threshold} "
-        f"(without its largest token difference). With {CONFIDENCE:.0%} confidence, at most {shown.share:.1%} of similar "
-        "prompts have one",
-        f"would not pass in any setup: {shown.tokens_allowed + 1} or more sequences with an outlier token, or "
+        f"(over all its tokens but the one that differs most). With {CONFIDENCE:.0%} confidence, at most {shown.share:.1%} of "
+        "similar prompts have one",
+        f"no check passes, in any setup, with: {shown.tokens_allowed + 1} or more sequences with an outlier token, or "
         f"{shown.sequences_allowed + 1} or more sequences with an RMS difference above {threshold}",
     ]
     if shown.reach < 1:

@@ -111,11 +111,11 @@ def _one_truncates(
     name = _truncation_in_words(sampling) if recorded else other or "a truncation"
     text = (
         f"{applied(name, positions.names, on_expected=on_expected)}: "
-        f"the kept tokens have a total probability of {limits.mass:.4f} on average ({limits.positions:,} positions)"
+        f"the tokens that it keeps have {limits.mass:.2%} of the probability on average ({limits.positions:,} positions)"
     )
     fits = any(limit is not None for limit in (limits.top_k, limits.top_p, limits.min_p))
     unnamed = "its limit cannot be narrowed down" if fits else "no single limit explains the kept tokens"
-    text += f"; this fits {', or '.join(names)}" if names else f"; {unnamed}"
+    text += f"; by the kept tokens alone it may be {', or '.join(names)}" if names else f"; {unnamed}"
     if not kept.renormalised:
         text += f"; the reported probabilities of the kept tokens add up to {np.mean(kept.total[kept.complete]):.3f}, not to 1"
     values = {"kept_mass": limits.mass, "positions": limits.positions, **allowed}
