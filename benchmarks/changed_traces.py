@@ -20,6 +20,11 @@ def float32(values: Any) -> Any:
     return np.asarray(values, np.float32)
 
 
+def owner_of_tokens(trace: Trace) -> Any:
+    """The sequence of each token [N]; by columns that every version has."""
+    return np.repeat(np.arange(trace.num_sequences), np.diff(trace.sequence_offsets))
+
+
 def put(trace: Trace, chosen: Any, top: Any) -> Trace:
     """The trace with other logprobs: those of the top-k in order, and the chosen token's own where the top-k has it."""
     if not trace.top_k:
@@ -65,7 +70,7 @@ def outliers(count: int, size: float, *, sequences: bool = False) -> Change:
         chosen = trace.logprobs.astype(np.float64)
         if sequences:
             hit = np.isin(
-                trace.sequence_of_token, rng.choice(trace.num_sequences, min(count, trace.num_sequences), replace=False)
+                owner_of_tokens(trace), rng.choice(trace.num_sequences, min(count, trace.num_sequences), replace=False)
             )
             return trace.with_(logprobs=float32(chosen + np.where(hit, rng.normal(0, size, len(chosen)), 0)))
         chosen[rng.choice(len(chosen), min(count, len(chosen)), replace=False)] += size
@@ -219,8 +224,8 @@ def without_temperature(trace: Trace, rng: np.random.Generator) -> Trace:
 
 def stale(trace: Trace, rng: np.random.Generator) -> Trace:
     """Two versions of the weights: the first half of each sequence is of the older ones, which differ."""
-    place = np.arange(trace.num_tokens) - trace.sequence_offsets[:-1][trace.sequence_of_token]
-    old = place < (np.diff(trace.sequence_offsets) // 2)[trace.sequence_of_token]
+    place = np.arange(trace.num_tokens) - trace.sequence_offsets[:-1][owner_of_tokens(trace)]
+    old = place < (np.diff(trace.sequence_offsets) // 2)[owner_of_tokens(trace)]
     chosen = trace.logprobs + np.where(old, rng.normal(0, 0.3, trace.num_tokens), 0)
     return trace.with_(logprobs=float32(chosen), weight_versions=np.where(old, 0, 1).astype(np.int32), newest_version=1)
 
