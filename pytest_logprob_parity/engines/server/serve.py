@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from packaging.version import InvalidVersion, Version
+
 from ...checkpoint import digests
 from ...errors import EngineError, UsageError
 from ...reasons import mixed_builds, reason_of
@@ -17,7 +19,7 @@ from ...spec import EngineSpec
 from ...spec.engine_arguments import is_secret, vllm_engine_arguments
 from ...spec.settings import make_spec
 from ..vllm.config import before_its_time
-from ..vllm.start import can_replay_traces
+from ..vllm.start import can_replay_traces, version
 from ..wait_policy import let_threads_sleep
 from .guard import is_loopback
 from .middleware import ASKED_VARIABLE, ParityMiddleware
@@ -27,8 +29,9 @@ _ENV_DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": 
 
 #: How long requests that run may take to end, once the server is told to: without a bound they keep it up for ever.
 _GRACE_SECONDS: Final = 5
-#: vLLM's "uni", by a name that its CPU platform does not turn into "mp".
+#: vLLM's "uni", by a name that its CPU platform does not turn into "mp"; and the first release in which this has been tried.
 _WITH_THE_CORE: Final = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+_TRIED: Final = Version("0.32.0")
 
 
 def serve(
@@ -139,8 +142,14 @@ def _prepare_cpu(arguments: Any) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     is_alone = all(getattr(arguments, name, 1) == 1 for name in sizes)
-    if is_alone and getattr(arguments, "distributed_executor_backend", None) is None:
+    if is_alone and getattr(arguments, "distributed_executor_backend", None) is None and _is_tried():
         arguments.distributed_executor_backend = _WITH_THE_CORE
+
+
+def _is_tried() -> bool:
+    with contextlib.suppress(InvalidVersion):
+        return Version(version()) >= _TRIED
+    return False
 
 
 def _prepare_forcing(arguments: Any) -> None:
