@@ -34,9 +34,9 @@ class Stretch:
     pieces: tuple[Piece, ...]
 
     @property
-    def computed_alike(self) -> tuple[int, ...]:
-        """Equal for stretches that one batch can have: the same models, which change at the same position."""
-        return (*(part for piece in self.pieces[:-1] for part in (id(piece.model), piece.stop)), id(self.pieces[-1].model))
+    def models(self) -> tuple[int, ...]:
+        """Equal for stretches that one batch can have: of the same models, one or two."""
+        return tuple(id(piece.model) for piece in self.pieces)
 
 
 class Piecewise:
@@ -80,9 +80,9 @@ class Piecewise:
     def _fill(self, found: FloatArray, stretches: list[Stretch]) -> None:
         import torch
 
-        alike = sorted(stretches, key=lambda s: (s.computed_alike, s.pieces[-1].stop))
+        alike = sorted(stretches, key=lambda s: (s.models, s.pieces[-1].stop))
         with torch.no_grad():
-            for _, group in itertools.groupby(alike, lambda s: s.computed_alike):
+            for _, group in itertools.groupby(alike, lambda s: s.models):
                 for batch in self._batches(list(group)):
                     for stretch, logprobs in zip(batch, self._compute(batch), strict=True):
                         found[self._tokens(stretch)] = logprobs[stretch.first : stretch.until]
@@ -100,23 +100,41 @@ class Piecewise:
         yield batch
 
     def _compute(self, batch: Sequence[Stretch]) -> list[Any]:
-        """Logprobs of the tokens of each sequence of a batch, padded on the right: no position sees what comes after it."""
+        """Logprobs of the tokens of each sequence of a batch.
+
+        Sequences are padded on the left, so that all change the model at the same column, and on the right.
+        """
         import torch
 
-        rows = [[*self._trace.prompt(s.sequence), *self._trace.completion(s.sequence)] for s in batch]
-        longest = max(stretch.pieces[-1].stop for stretch in batch)
-        ids = torch.tensor([row[:longest] + [0] * (longest - len(row)) for row in rows])
+        models = [piece.model for piece in batch[0].pieces]
+        change = max(stretch.pieces[0].stop for stretch in batch)
+        shifts = [change - stretch.pieces[0].stop if len(models) > 1 else 0 for stretch in batch]
+        width = max(shift + stretch.pieces[-1].stop for shift, stretch in zip(shifts, batch, strict=True))
+        ids, mask = torch.zeros((2, len(batch), width), dtype=torch.long)
+        for row, (stretch, shift) in enumerate(zip(batch, shifts, strict=True)):
+            tokens = [*self._trace.prompt(stretch.sequence), *self._trace.completion(stretch.sequence)]
+            known = slice(shift, shift + stretch.pieces[-1].stop)
+            ids[row, known], mask[row, known] = torch.tensor(tokens[: stretch.pieces[-1].stop]), 1
+        places = (torch.arange(width) - torch.tensor(shifts)[:, None]).clamp(min=0)
         logits, cache, begin = [], None, 0
-        for number, piece in enumerate(batch[0].pieces, 1):
-            stop = longest if number == len(batch[0].pieces) else piece.stop
-            if stop > begin:
-                out = piece.model(ids[:, begin:stop], past_key_values=cache, use_cache=True)
-                logits.append(out.logits)
-                cache, begin = out.past_key_values, stop
+        for model, end in zip(models, [change, width] if len(models) > 1 else [width], strict=True):
+            columns = slice(begin, end)
+            out = model(
+                ids[:, columns], attention_mask=mask[:, :end], position_ids=places[:, columns], past_key_values=cache,
+                use_cache=True,
+            )  # fmt: skip
+            logits.append(out.logits)
+            cache, begin = out.past_key_values, end
         every = torch.cat(logits, 1)
-        found = []
-        for number, stretch in enumerate(batch):
-            prompt, tokens = len(self._trace.prompt(stretch.sequence)), self._trace.completion(stretch.sequence)
-            of_each = (every[number, prompt - 1 : prompt - 1 + len(tokens)].float() / self._temperature).log_softmax(-1)
-            found.append(of_each.gather(-1, torch.tensor(tokens)[:, None])[:, 0].numpy())
-        return found
+        return [
+            self._of_tokens(every[row, shift:], stretch.sequence)
+            for row, (stretch, shift) in enumerate(zip(batch, shifts, strict=True))
+        ]
+
+    def _of_tokens(self, logits: Any, sequence: int) -> Any:
+        """Logprobs of the tokens of a sequence, of the logits of its positions."""
+        import torch
+
+        prompt, tokens = len(self._trace.prompt(sequence)), self._trace.completion(sequence)
+        logprobs = (logits[prompt - 1 : prompt - 1 + len(tokens)].float() / self._temperature).log_softmax(-1)
+        return logprobs.gather(-1, torch.tensor(tokens)[:, None])[:, 0].numpy()
