@@ -25,6 +25,9 @@ pytest_plugins = ["pytester"]
 os.environ.setdefault("VLLM_CACHE_ROOT", str(Path("~/.cache/vllm").expanduser()))
 # What the start of an engine sets, and torch and vLLM read at their import: from now on all forks may come from one process.
 os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
+# Each of pytest-xdist's workers computes with its share of the cores: two with all of them wait for each other.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
 let_threads_sleep()  # before test modules import torch: two workers' threads that spin take each other's cores
 sys.path.insert(0, str(ROOT / "models"))
 

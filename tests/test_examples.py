@@ -3,22 +3,21 @@
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 
-from conftest import MODEL, ROOT
+from conftest import MODEL, ROOT, forked_python
 from pytest_logprob_parity.comparison.free_generation.result import FreeRun
 from pytest_logprob_parity.golden.noise_floor import NoiseFloor
 from pytest_logprob_parity.trace.batch_composition import BatchCompositions
 
 
 def test_the_quickstart_checks_its_committed_golden(tmp_path):
-    """As a newcomer runs it: in a folder of its own, in a new process."""
+    """As a newcomer runs it, but for the imports: in a folder and a process of its own."""
     shutil.copytree(ROOT / "examples" / "quickstart", tmp_path / "examples" / "quickstart")
     (tmp_path / "models").symlink_to(ROOT / "models")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest"], cwd=tmp_path / "examples" / "quickstart", capture_output=True, text=True
+        [forked_python(), "-m", "pytest"], cwd=tmp_path / "examples" / "quickstart", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "logprob-parity: 1 checked" in done.stdout

@@ -29,6 +29,17 @@ SAMPLING = Sampling(temperature=0.7, max_tokens=12, n=3, seed=1, logprobs=2)
 OWN_SCHEDULE = 24  # sequences, all in one call; in sampled batch compositions a call has 3 of a block and at most 8 fillers
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _two_threads(engine):
+    """With one thread no other batch composition moves a bit here."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def prompts(questions):
     """8 prompts of 156 tokens and more: shorter ones leave nothing for the batch shape to move."""
@@ -339,10 +350,11 @@ def test_another_model_tokenizer_or_template_is_incomparable_before_an_engine_st
 
 def test_another_schedule_is_different_and_within_shape_noise(recorded, compatible, engine, plant):
     plant(some_alone)
-    for level in ("noise", "rl"):  # an engine that gave every bit back, and now does not, has changed
-        assert mismatch(recorded[0], engine, level=level).headline.key == "bits_not_reproduced"
+    # An engine that gave every bit back, and now does not, has changed.
+    assert mismatch(recorded[0], engine, level="noise", replay=("decode",)).headline.key == "bits_not_reproduced"
+    assert mismatch(recorded[0], engine).headline.key == "bits_not_reproduced"
     path = compatible()
-    assert mismatch(path, engine, level="bitwise").headline.key == "not_bit_identical"
+    assert mismatch(path, engine, level="bitwise", replay=("decode",)).headline.key == "not_bit_identical"
     result = check_golden(path, engine, level="noise")
     assert result.metrics["n_changed"] > 0
     assert (result.verdict, result.difference.different) == ("pass", False)

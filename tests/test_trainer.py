@@ -35,13 +35,13 @@ def float64():
 
 @pytest.fixture(scope="module")
 def rollouts(pool):
-    """96 rollouts of the float32 engine at T=0.7."""
+    """64 rollouts of the float32 engine at T=0.7."""
     import random
 
     import arith
 
     rng = random.Random(1)
-    prompts = [[{"role": "user", "content": arith.make_problem(rng).question}] for _ in range(12)]
+    prompts = [[{"role": "user", "content": arith.make_problem(rng).question}] for _ in range(8)]
     return pool.engine(EngineSpec(MODEL, dtype="float32")).generate(
         prompts, Sampling(temperature=0.7, max_tokens=32, n=8, seed=1)
     )
@@ -96,7 +96,7 @@ def test_a_batch_of_any_size_gives_the_same(rollouts, float32):
 
 def test_a_float32_engine_and_a_float32_trainer_agree_token_by_token(rollouts, float32):
     comparison = assert_trainer_parity(rollouts, float32)
-    assert comparison.metrics["n_sequences"] == 96
+    assert comparison.metrics["n_sequences"] == 64
     assert comparison.metrics["rms_diff"] < 1e-5  # the bar is 1e-4
     assert comparison.metrics["max_abs_diff"] < 1e-3  # so every ratio is within 1 +- 1e-3
 
