@@ -61,7 +61,7 @@ def test_every_mutated_golden_is_refused_in_one_line_or_read_and_shown(tmp_path,
         read += 1
         for verb in (["show", path], ["diff", original, path], ["diff", "--json", path, original]):
             command(capsys, *verb)
-    assert read > 30  # the negative control: not everything is refused
+    assert read > 20  # the negative control: not everything is refused
 
 
 def test_what_safetensors_refuses_is_refused(tmp_path):

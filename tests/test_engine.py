@@ -160,9 +160,10 @@ def test_decode_replay_forces_tokens_that_the_engine_would_never_write(engine, q
 def test_prefill_agrees_with_raw_decode_in_float32(pool, questions):
     engine = pool.engine(EngineSpec(MODEL, dtype="float32"))
     trace = engine.generate(questions(8), Sampling(max_tokens=40, seed=5))
-    result = compare(expected=trace, actual=engine.replay(trace, "prefill"))
-    assert result.verdict == "pass"
-    assert 0 < result.metrics["max_abs_diff"] < 1e-4
+    replayed = engine.replay(trace, "prefill")
+    result = compare(expected=trace, actual=replayed)
+    assert (replayed.replay, result.verdict) == ("prefill", "pass")
+    assert result.metrics["max_abs_diff"] < 1e-4
 
 
 def test_windows_replay_part_of_a_long_rollout(engine, questions):

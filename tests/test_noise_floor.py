@@ -29,15 +29,12 @@ SAMPLING = Sampling(temperature=0.7, max_tokens=12, n=3, seed=1, logprobs=2)
 OWN_SCHEDULE = 24  # sequences, all in one call; in sampled batch compositions a call has 3 of a block and at most 8 fillers
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _two_threads(engine):
-    """With one thread no other batch composition moves a bit here."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="module")
+def engine(pool, two_threads):
+    """An engine in this process, for the sake of its threads; `seed` makes it another one than that of other tests."""
+    pool.keeps_place = False
+    yield pool.engine(EngineSpec(MODEL, dtype="bfloat16", seed=1))
+    pool.keeps_place = True
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +393,7 @@ def test_stops(compatible, engine, plant):
 
 def test_weights_nudged_a_little_are_beyond_shape_noise_and_do_not_matter(recorded, pool, tmp_path):
     """One layer's weights are 1 % off: no margin is reached, and yet it is no batch shape that did that."""
-    nudged = pool.engine(EngineSpec(nudge(tmp_path / "nudged", 0.01), dtype="bfloat16"))
+    nudged = pool.engine(EngineSpec(nudge(tmp_path / "nudged", 0.01), dtype="bfloat16", seed=1))
     result = mismatch(recorded[0], nudged, level="noise")
     assert (result.headline.key, result.difference.key) == ("beyond_noise", "permutation_test")
     assert result.setup == "compatible"

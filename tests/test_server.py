@@ -140,6 +140,7 @@ def test_concurrent_requests_give_the_logprobs_of_an_engine_in_this_process(serv
 
 
 def test_one_at_a_time_gives_its_bits(server, clients, here, questions):
+    """In other batches the bits are others: see test_noise_floor.py."""
     trace = here.generate(questions(5), {**SAMPLING.to_json(), "max_tokens": 32})
     there = clients(server, concurrency=1)
     requests = [forced_request(trace, segment) for segment in trace.segments()]
@@ -148,8 +149,6 @@ def test_one_at_a_time_gives_its_bits(server, clients, here, questions):
     for one, other in zip(ours, theirs, strict=True):
         for column in ("token_ids", "logprobs", "top_token_ids", "top_logprobs"):
             assert getattr(one, column).tobytes() == getattr(other, column).tobytes(), column
-    alone = np.concatenate([completion.logprobs for completion in ours])
-    assert not np.array_equal(here.replay(trace).logprobs, alone)  # in a batch the bits are others
 
 
 def test_every_pin_is_read_back(server, clients, here):

@@ -110,10 +110,12 @@ def test_running_requests_go_on_with_the_new_weights(updated, there, questions, 
 
 
 @pytest.mark.parametrize("mode", ["wait", "abort"])
-def test_requests_that_end_before_the_update(updated, there, questions, mode):
-    trace = updated(at_token=40, mode=mode, clear_cache=True)  # by then all have reached the engine: it makes later ones wait
+def test_requests_that_end_before_the_update(there, questions, mode):
+    """They are long enough that all have reached the engine by then: it would make later ones wait."""
+    long = Sampling(temperature=0.7, max_tokens=256, ignore_eos=True, seed=1)
+    trace = there.update_weights(STEP_2, at_token=128, prompts=questions(8), sampling=long, mode=mode, clear_cache=True)
     assert set(trace.weight_versions.tolist()) == {0} == set(trace.engine_versions.tolist())
-    assert (trace.num_tokens == 8 * 64) == (mode == "wait")
+    assert (trace.num_tokens == 8 * 256) == (mode == "wait")
     with pytest.raises(MismatchError, match="cannot show whether the update arrived: no token was written after it"):
         check(trace, mode=mode, clear_cache=True)
     assert check(there.generate(questions(8), SAMPLING), mode=mode, clear_cache=True).passed

@@ -91,7 +91,7 @@ def outcomes_of(prompts):
 @pytest.fixture(scope="module")
 def outcomes(questions):
     """The outcomes by fault: of vLLM as it is built, then with temperatures that are expanded as they should be."""
-    return outcomes_of(questions(8))
+    return outcomes_of(questions(12))
 
 
 def test_greedy_prompt_lookup_passes_as_vllm_is_built(outcomes):
