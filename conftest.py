@@ -154,17 +154,6 @@ def in_this_process(pool, monkeypatch):
     monkeypatch.setattr(pool, "keeps_place", False)
 
 
-@pytest.fixture(scope="module")
-def two_threads():
-    """For tests in which another batch has to give other bits: with one thread, none does on some processors."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def repeats():
     """How often recording replays its tokens in inner runs whose ini does not say: by default five times, which takes long."""

@@ -30,11 +30,15 @@ OWN_SCHEDULE = 24  # sequences, all in one call; in sampled batch compositions a
 
 
 @pytest.fixture(scope="module")
-def engine(pool, two_threads):
-    """An engine in this process, for the sake of its threads; `seed` makes it another one than that of other tests."""
-    pool.keeps_place = False
-    yield pool.engine(EngineSpec(MODEL, dtype="bfloat16", seed=1))
-    pool.keeps_place = True
+def engine(pool):
+    """An engine with two threads: with one, no other batch gives other bits on some processors. `seed` makes it another
+    engine than that of other tests.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "2")
+        engine = pool.beside(EngineSpec(MODEL, dtype="bfloat16", seed=1))
+        assert engine.config.dtype == "bfloat16"  # it has started
+        yield engine
 
 
 @pytest.fixture(scope="module")

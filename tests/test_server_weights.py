@@ -25,7 +25,7 @@ from pytest_logprob_parity.engines.pool import Pool
 from pytest_logprob_parity.engines.server.guard import DEVELOPMENT, Keys, RefusedError, check_development
 
 STEP_2 = f"{MODEL}-step2"
-SAMPLING = Sampling(temperature=0.7, max_tokens=64, ignore_eos=True, seed=1)
+SAMPLING = Sampling(temperature=0.7, max_tokens=128, ignore_eos=True, seed=1)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_running_requests_go_on_with_the_new_weights(updated, there, questions, 
     assert max(starts) >= 8  # at the token or later: the server goes on until the pause reaches it
     comparison = check(trace, clear_cache=clear)
     assert comparison.passed
-    assert any(note.key == "weight_labels" and "all 512 tokens" in note for note in comparison.notes)
+    assert any(note.key == "weight_labels" and "all 1,024 tokens" in note for note in comparison.notes)
     told = np.concatenate([trace.engine_versions[1:], [1]]).astype(np.int32)
     (finding,) = findings_of(trace.with_(engine_versions=told), clear_cache=clear)
     assert finding.cause == "version_label"
@@ -166,7 +166,7 @@ def test_a_wrong_label_fails_at_its_token(updated, gateway, there):
     assert (finding.layer, finding.cause) == ("weights", "version_label")
     first = int(np.argmax(trace.weight_versions == 1))
     assert re.search(rf"^sequence 0, token {first}: the engine labels it with a label that was not set, version 1 wrote it; "
-                     rf"\d+ of 512 tokens have a wrong label$", finding.evidence)  # fmt: skip
+                     rf"\d+ of 1,024 tokens have a wrong label$", finding.evidence)  # fmt: skip
     assert any(note.key == "weight_labels" and "'step-9'" in note for note in there.remarks())
     with pytest.raises(EngineError, match=r"calls its weights 'step-9' after an update that named them '.*step2@"):
         there.update_weights(STEP_2)

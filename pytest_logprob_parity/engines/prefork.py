@@ -49,6 +49,8 @@ _MAY_DIFFER: Final = (
     "VLLM_API_KEY",
     "VLLM_DIST_IDENT",  # another one for each engine that starts in the owner's process
 )
+#: How many preloaded processes wait for the next engine, each of another environment.
+_KEPT: Final = 2
 #: How long a fork may take to show that it can compute, in seconds.
 _PROBE_SECONDS: Final = 20
 _FDS: Final = 3
@@ -161,15 +163,17 @@ def fork(connection: int, log: int) -> Forked:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_MAY_DIFFER)}
     key = (environment, os.sched_getaffinity(0), sys.executable)
     with _lock:
-        if not (_preloaded and _preloaded[0].fits(key)):
-            _forget()
-            _preloaded.append(Preloaded.start(key))
-        return _preloaded[0].fork(connection, log)
+        fitting = next((preloaded for preloaded in _preloaded if preloaded.fits(key)), None)
+        if fitting is None:
+            _forget(_KEPT - 1)
+            _preloaded.append(fitting := Preloaded.start(key))
+        return fitting.fork(connection, log)
 
 
-def _forget() -> None:
-    while _preloaded:
-        _preloaded.pop().close()
+def _forget(but: int = 0) -> None:
+    """Let all end but the newest."""
+    while len(_preloaded) > but:
+        _preloaded.pop(0).close()
 
 
 atexit.register(_forget)
